@@ -1,0 +1,176 @@
+"""The tables on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from machine import MIB, Limits
+from models import ModelResult
+from record import OURS, Case
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rivals import DEFAULT
+from shapes import FEW_ROWS, MANY_ROWS
+from timing import Ratio, geometric_mean
+
+BUSY = 0.5  # cores' worth of other work that disturbs a measurement
+LOSS = 1.0  # below this ratio the dense path was faster
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+        if seconds * scale < 999.5:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _ratio(value: float, spec: str = ".2f") -> str:
+    colour = "green" if value >= 1.05 else "red" if value < LOSS else "yellow"
+    return f"[{colour}]{value:{spec}}x[/]"
+
+
+def _quartiles(ratio: Ratio) -> str:
+    return f"{ratio.low:.2f}-{ratio.high:.2f}"
+
+
+def print_machine(
+    console: Console, machine: dict[str, Any], versions: dict[str, str], limits: Limits
+) -> None:
+    """What runs here and how fast it could be at best."""
+    sizes = ", ".join(f"{name} {size / MIB:.3g} MiB" for name, size in machine["caches"].items())
+    name = machine["cpu"].get("brand_raw", machine["machine"])
+    console.print(
+        f"[bold]{name}[/], {machine['cores']} cores, {limits.threads} threads, "
+        f"{sizes or 'caches unknown'}\n"
+        f"gossamer {versions.get('gossamer', '?')} ({machine['target']}), "
+        f"torch {versions['torch']}, python {versions['python']}"
+    )
+    peaks = ", ".join(f"{dtype} {flops / 1e9:.0f}" for dtype, flops in limits.flops.items())
+    reads = ", ".join(
+        f"{size / MIB:.3g} MiB {speed / 1e9:.0f}" for size, speed in sorted(limits.read.items())
+    )
+    console.print(f"measured peak, GFLOP/s: {peaks}\nmeasured reads, GB/s: {reads}\n")
+    if machine["busy_cores_before"] > BUSY:
+        load = f"{machine['busy_cores_before']:.1f}"
+        console.print(f"[yellow]The machine was busy before this (load {load}).[/]\n")
+
+
+def print_cases(console: Console, cases: Sequence[Case]) -> None:
+    """One table for the cases of one shape and dtype."""
+    first = cases[0]
+    console.print(f"[bold]{first.feature} {first.dtype} {first.shape}[/]")
+    table = _table(
+        *("rows", OURS, "best dense", "", "vs best", "(quartiles)", f"vs {DEFAULT}", "vs CSR"),
+        *("GFLOP/s", "GB/s", "of peak", "of limit", "right"),
+    )
+    table.columns[3].justify = "left"
+    for case in cases:
+        csr = case.against_csr
+        table.add_row(
+            str(case.rows),
+            f"{_time(case.ours.median)} ±{case.ours.spread / 2:.0%}",
+            _time(case.timings[case.best_dense].median),
+            case.best_dense,
+            _ratio(case.against_best.median),
+            _quartiles(case.against_best),
+            _ratio(case.against_default.median),
+            _ratio(csr.median, ".1f") if csr else "-",
+            f"{case.gflops:.0f}",
+            f"{case.gigabytes_per_second:.1f}",
+            f"{case.share_of_peak:.0%}",
+            f"{case.share_of_limit:.0%}",
+            "yes" if case.check.passed else "[bold red]NO[/]",
+        )
+    console.print(table)
+
+
+def _mean_of(cases: Iterable[Case], ratio: Callable[[Case], Ratio]) -> str:
+    mean = geometric_mean(ratio(case).median for case in cases)
+    return "-" if mean != mean else _ratio(mean)
+
+
+def _print_cases_summary(console: Console, cases: Sequence[Case]) -> None:
+    """Geometric means by dtype, then every loss and every wrong answer by name."""
+    few, many = f"up to {FEW_ROWS} rows", f"from {MANY_ROWS} rows"
+    today = f"{DEFAULT}, torch today"
+    console.print("[bold]2:4 layers: times faster than dense, geometric mean over all shapes[/]")
+    table = _table(
+        *("dtype", f"best dense,\n{few}", f"best dense,\n{many}"),
+        *(f"{today},\n{few}", f"{today},\n{many}", "slower than\nbest dense"),
+    )
+    for dtype in dict.fromkeys(case.dtype for case in cases):
+        mine = [case for case in cases if case.dtype == dtype]
+        groups = (
+            [case for case in mine if case.rows <= FEW_ROWS],
+            [case for case in mine if case.rows >= MANY_ROWS],
+        )
+        slower = sum(case.against_best.median < LOSS for case in mine)
+        table.add_row(
+            dtype,
+            *(_mean_of(group, lambda case: case.against_best) for group in groups),
+            *(_mean_of(group, lambda case: case.against_default) for group in groups),
+            f"{slower} of {len(mine)} cases",
+        )
+    console.print(table)
+    losses = [case for case in cases if case.against_best.median < LOSS]
+    console.print("Slower than the best dense path:" if losses else "Never slower than dense.")
+    for (dtype, shape), group in groupby(losses, key=lambda case: (case.dtype, case.shape)):
+        found = ", ".join(f"{_ratio(c.against_best.median)} at {c.rows}" for c in group)
+        console.print(f"  {dtype} {shape}: {found} rows")
+    wrong = [case for case in cases if not case.check.passed]
+    console.print(f"Answers equal to dense: {len(cases) - len(wrong)} of {len(cases)} cases")
+    for case in wrong:
+        console.print(
+            f"  [bold red]WRONG[/] {case.name} ({case.kernel}): error {case.check.max_error:.3g}, "
+            f"{case.check.worst:.3g} times what rounding explains"
+        )
+
+
+def _print_model(console: Console, result: ModelResult) -> None:
+    """The model's speed at every batch size, and what happened to its answers."""
+    console.print(
+        f"[bold]{result.name}, {result.dtype}, {result.swapped} of {len(result.layers)} linear "
+        "layers 2:4 sparse: tokens per second on real sentences[/]"
+    )
+    table = _table(
+        *("batch", *result.speeds[0].timings, "vs best dense", "(quartiles)", f"vs {DEFAULT}"),
+    )
+    for speed in result.speeds:
+        table.add_row(
+            str(speed.batch),
+            *(f"{speed.tokens_per_second(name):.0f}" for name in speed.timings),
+            _ratio(speed.against_best.median),
+            _quartiles(speed.against_best),
+            _ratio(speed.against_default.median),
+        )
+    console.print(table)
+    answers = result.answers
+    verdict = "rounding only" if answers.passed else "[bold red]MORE THAN ROUNDING[/]"
+    console.print(
+        f"{OURS} against the same pruned weights run densely: largest difference "
+        f"{answers.max_difference:.1e}, mean {answers.mean_difference:.1e}: {verdict} (mean "
+        f"distance from float64: sparse {answers.sparse_rounding:.1e}, dense "
+        f"{answers.dense_rounding:.1e})\n"
+        "What pruning itself costs, without retraining: cosine similarity of sentence embeddings "
+        f"to the unpruned model {answers.cosine_mean:.3f} on average, "
+        f"{answers.cosine_least:.3f} at worst"
+    )
+
+
+def print_summary(console: Console, cases: Sequence[Case], models: Sequence[ModelResult]) -> None:
+    """What somebody reads who reads nothing else."""
+    console.rule("Summary")
+    if cases:
+        _print_cases_summary(console, cases)
+    for result in models:
+        _print_model(console, result)

@@ -1,0 +1,27 @@
+#pragma once
+// The one place that starts threads. The caller says how many (torch.get_num_threads() read at the
+// border: a fresh thread would otherwise get the runtime's default); a forked child runs serially,
+// because an OpenMP region started before the fork would hang in it.
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+namespace gossamer {
+
+// Calls body(thread, team) once on each thread of a team of at most `threads`. An exception thrown
+// by any of them is rethrown to the caller.
+void parallel_run(int threads, const std::function<void(int thread, int team)>& body);
+
+// Splits [0, count) into one contiguous range a thread, the first ones longer by one.
+template <class Body>
+void parallel_ranges(int threads, int64_t count, const Body& body) {
+  const auto team_wanted = static_cast<int>(std::min<int64_t>(threads, count));
+  if (count == 0) return;
+  parallel_run(team_wanted, [&](int thread, int team) {
+    const int64_t share = count / team, longer = count % team;
+    const int64_t begin = share * thread + std::min<int64_t>(thread, longer);
+    body(begin, begin + share + (thread < longer ? 1 : 0));
+  });
+}
+
+}  // namespace gossamer

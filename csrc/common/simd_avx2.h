@@ -1,0 +1,144 @@
+#pragma once
+// The vocabulary of simd_avx512.h in registers of eight lanes. Included by units compiled for AVX2 only.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace gossamer {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F negate(F a) { return _mm256_xor_ps(a, set1(-0.0f)); }
+  static F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+  static F where_negative(F sign, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(sign, zero(), _CMP_LT_OQ));
+  }
+
+  static I set1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static I and_(I a, I b) { return _mm256_and_si256(a, b); }
+  static I or_(I a, I b) { return _mm256_or_si256(a, b); }
+  template <int N>
+  static I shift_right(I a) {
+    return _mm256_srli_epi32(a, N);
+  }
+  template <int N>
+  static I shift_left(I a) {
+    return _mm256_slli_epi32(a, N);
+  }
+  static I half(I a) { return _mm256_srai_epi32(a, 1); }
+  static I round(F a) { return _mm256_cvtps_epi32(a); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static F as_float(I a) { return _mm256_castsi256_ps(a); }
+  static I as_int(F a) { return _mm256_castps_si256(a); }
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load(const BFloat16* p) {
+    return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
+  }
+  static F load(const Float16* p) { return _mm256_cvtph_ps(load16(p)); }
+  static I load_words(const uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static void store(BFloat16* p, F a) { store16(p, low_words(round_to_bfloat16(a))); }
+  static void store(Float16* p, F a) {
+    store16(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void store_words(uint32_t* p, I a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+  }
+  static F broadcast(const uint32_t* p) { return as_float(_mm256_set1_epi32(static_cast<int>(*p))); }
+
+  // In each lane, the lane of x that the index names by its low bits.
+  static F permute(F x, I index) { return _mm256_permutevar8x32_ps(x, index); }
+
+  static F low(I pair, BFloat16) { return as_float(_mm256_slli_epi32(pair, 16)); }
+  static F high(I pair, BFloat16) { return as_float(and_(pair, set1(0xffff0000u))); }
+  static F low(I pair, Float16) { return _mm256_cvtph_ps(low_words(pair)); }
+  static F high(I pair, Float16) { return _mm256_cvtph_ps(low_words(shift_right<16>(pair))); }
+
+  // Sixteen 16-bit lanes, for offsets: four of them at a time move to an integer register.
+  using H = __m256i;
+  static H add16(H a, H b) { return _mm256_add_epi16(a, b); }
+  static H mul16(H a, H b) { return _mm256_mullo_epi16(a, b); }
+  static H set16(int64_t x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+  static H group_columns() {  // of two kept values a group of four columns
+    return _mm256_setr_epi16(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  }
+  static H bit_pairs(uint32_t word) {  // its sixteen two-bit fields, lowest first
+    const I low = _mm256_srlv_epi32(set1(word), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+    const I high = _mm256_srlv_epi32(set1(word), _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30));
+    const I packed = _mm256_packus_epi32(and_(low, set1(3u)), and_(high, set1(3u)));
+    return _mm256_permute4x64_epi64(packed, 0xd8);  // the pack works within 128-bit halves
+  }
+  static uint64_t quad(H a, int which) {
+    switch (which) {
+      case 0: return static_cast<uint64_t>(_mm256_extract_epi64(a, 0));
+      case 1: return static_cast<uint64_t>(_mm256_extract_epi64(a, 1));
+      case 2: return static_cast<uint64_t>(_mm256_extract_epi64(a, 2));
+      default: return static_cast<uint64_t>(_mm256_extract_epi64(a, 3));
+    }
+  }
+
+  static void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    I a[8], b[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) a[i] = load_words(in + i * in_stride);
+    // 4x4 transposes inside the 128-bit halves, then an exchange of the halves.
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      const I ab_low = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+      const I ab_high = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+      const I cd_low = _mm256_unpacklo_epi32(a[i + 2], a[i + 3]);
+      const I cd_high = _mm256_unpackhi_epi32(a[i + 2], a[i + 3]);
+      b[i] = _mm256_unpacklo_epi64(ab_low, cd_low);
+      b[i + 1] = _mm256_unpackhi_epi64(ab_low, cd_low);
+      b[i + 2] = _mm256_unpacklo_epi64(ab_high, cd_high);
+      b[i + 3] = _mm256_unpackhi_epi64(ab_high, cd_high);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      store_words(out + i * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
+      store_words(out + (i + 4) * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
+    }
+  }
+
+ private:
+  static __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static void store16(void* p, __m128i a) { _mm_storeu_si128(static_cast<__m128i*>(p), a); }
+  static __m128i low_words(I a) {
+    const I picked = _mm256_shuffle_epi8(
+        a, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                            0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(picked, 0x08));
+  }
+  static I round_to_bfloat16(F a) {
+    const I bits = as_int(a);
+    const I odd = and_(shift_right<16>(bits), set1(1u));
+    const I rounded = add(bits, add(set1(0x7fffu), odd));
+    const I quiet = or_(bits, set1(0x400000u));
+    const F nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+    return shift_right<16>(as_int(_mm256_blendv_ps(as_float(rounded), as_float(quiet), nan)));
+  }
+};
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,144 @@
+#pragma once
+// One vocabulary of 32-bit-lane vector operations for every instruction set, so that a kernel is
+// written once as a template over it. Included by units compiled for AVX-512 only; the unnamed
+// namespace keeps each unit's copy its own (the linker could otherwise pick an AVX-512 body for a
+// generic caller).
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace gossamer {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  using F = __m512;
+  using I = __m512i;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }  // the second operand where either is NaN
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F negate(F a) { return _mm512_xor_ps(a, set1(-0.0f)); }
+  static F abs(F a) { return _mm512_andnot_ps(set1(-0.0f), a); }
+  static F where_negative(F sign, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(sign, zero(), _CMP_LT_OQ), no, yes);
+  }
+
+  static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I and_(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+  template <int N>
+  static I shift_right(I a) {
+    return _mm512_srli_epi32(a, N);
+  }
+  template <int N>
+  static I shift_left(I a) {
+    return _mm512_slli_epi32(a, N);
+  }
+  static I half(I a) { return _mm512_srai_epi32(a, 1); }  // of signed lanes, towards minus infinity
+  static I round(F a) { return _mm512_cvtps_epi32(a); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static F as_float(I a) { return _mm512_castsi512_ps(a); }
+  static I as_int(F a) { return _mm512_castps_si512(a); }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const BFloat16* p) {
+    return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(p)), 16));
+  }
+  static F load(const Float16* p) { return _mm512_cvtph_ps(load16(p)); }
+  static I load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static void store(BFloat16* p, F a) { store16(p, _mm512_cvtepi32_epi16(round_to_bfloat16(a))); }
+  static void store(Float16* p, F a) {
+    store16(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void store_words(uint32_t* p, I a) { _mm512_storeu_si512(p, a); }
+  static F broadcast(const uint32_t* p) { return as_float(_mm512_set1_epi32(static_cast<int>(*p))); }
+
+  // In each lane, the lane of x that the index names by its low bits.
+  static F permute(F x, I index) { return _mm512_permutexvar_ps(index, x); }
+
+  // The low and the high 16-bit float of each lane.
+  static F low(I pair, BFloat16) { return as_float(_mm512_slli_epi32(pair, 16)); }
+  static F high(I pair, BFloat16) { return as_float(and_(pair, set1(0xffff0000u))); }
+  static F low(I pair, Float16) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pair)); }
+  static F high(I pair, Float16) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pair, 16)));
+  }
+
+  // Sixteen 16-bit lanes, for offsets: four of them at a time move to an integer register.
+  using H = __m256i;
+  static H add16(H a, H b) { return _mm256_add_epi16(a, b); }
+  static H mul16(H a, H b) { return _mm256_mullo_epi16(a, b); }
+  static H set16(int64_t x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+  static H group_columns() {  // of two kept values a group of four columns
+    return _mm256_setr_epi16(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  }
+  static H bit_pairs(uint32_t word) {  // its sixteen two-bit fields, lowest first
+    const I shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_cvtepi32_epi16(and_(_mm512_srlv_epi32(set1(word), shifts), set1(3u)));
+  }
+  static uint64_t quad(H a, int which) {
+    switch (which) {
+      case 0: return static_cast<uint64_t>(_mm256_extract_epi64(a, 0));
+      case 1: return static_cast<uint64_t>(_mm256_extract_epi64(a, 1));
+      case 2: return static_cast<uint64_t>(_mm256_extract_epi64(a, 2));
+      default: return static_cast<uint64_t>(_mm256_extract_epi64(a, 3));
+    }
+  }
+
+  // kLanes x kLanes words, rows `stride` words apart.
+  static void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    I a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = load_words(in + i * in_stride);
+    // 4x4 transposes inside the 128-bit quarters, then a 4x4 transpose of the quarters.
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      const I ab_low = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      const I ab_high = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+      const I cd_low = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]);
+      const I cd_high = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+      b[i] = _mm512_unpacklo_epi64(ab_low, cd_low);
+      b[i + 1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+      b[i + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+      b[i + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const I low02 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+      const I low13 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+      const I high02 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+      const I high13 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+      store_words(out + i * out_stride, _mm512_shuffle_i32x4(low02, high02, 0x88));
+      store_words(out + (i + 4) * out_stride, _mm512_shuffle_i32x4(low13, high13, 0x88));
+      store_words(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(low02, high02, 0xdd));
+      store_words(out + (i + 12) * out_stride, _mm512_shuffle_i32x4(low13, high13, 0xdd));
+    }
+  }
+
+ private:
+  static __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store16(void* p, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+  static I round_to_bfloat16(F a) {
+    const I bits = as_int(a);
+    const I odd = and_(shift_right<16>(bits), set1(1u));
+    const I rounded = add(bits, add(set1(0x7fffu), odd));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return shift_right<16>(_mm512_mask_or_epi32(rounded, nan, bits, set1(0x400000u)));
+  }
+};
+
+}  // namespace
+}  // namespace gossamer

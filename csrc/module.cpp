@@ -1,0 +1,35 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/parallel.h"
+#include "common/py_tensor.h"
+#include "common/target.h"
+#include "probe/probe.h"
+#include "sparse24/sparse24.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  gossamer::dlpack::initialise();
+
+  m.def("targets_built", &gossamer::targets_built);
+  m.def("machine_targets", &gossamer::machine_targets);
+  m.def("target", [] { return std::string(gossamer::name(gossamer::target())); });
+  m.def(
+      "force_target",
+      [](const std::optional<std::string>& name) { gossamer::force_target(name.value_or("")); },
+      py::arg("name"));
+  m.def(
+      "parallel_team",
+      [](int threads) {
+        int size = 0;
+        gossamer::parallel_run(threads, [&](int thread, int team) {
+          if (thread == 0) size = team;
+        });
+        return size;
+      },
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  gossamer::probe::bind(m);
+  gossamer::sparse24::bind(m);
+}

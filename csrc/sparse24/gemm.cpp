@@ -1,0 +1,156 @@
+// Cuts a GEMM into tasks and hands them to the kernels of the target in force.
+#include <memory>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/target.h"
+#include "sparse24/gemm_config.h"
+#include "sparse24/gemm_unit.h"
+
+namespace gossamer::sparse24 {
+namespace {
+
+const Unit* unit_of(Target target, DType dtype) {
+#ifdef GOSSAMER_X86
+  switch (target) {
+    case Target::kAVX2: return unit_avx2(dtype);
+    case Target::kAVX512: return unit_avx512(dtype);
+    case Target::kAVX512BF16: return unit_avx512_bf16(dtype);
+    case Target::kSerial: break;
+  }
+#endif
+  (void)target, (void)dtype;
+  return nullptr;
+}
+
+// Memory that a thread keeps from call to call, so that a call allocates nothing in the steady state.
+struct Scratch {
+  void* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch packed_x, partial_sums, packed_weight;
+
+// The panels of the blocks [begin, end): where they lie, or made from the portable form.
+const uint32_t* panels_of(const Weight& w, int64_t begin, int64_t end) {
+  if (w.panels != nullptr) return w.panels + begin * w.block_words();
+  auto* panels = static_cast<uint32_t*>(packed_weight.at_least(4 * (end - begin) * w.block_words()));
+  to_panels(w, begin, end, panels);
+  return panels;
+}
+
+Epilogue epilogue_at(const GemmArgs& args, int64_t row, int64_t output) {
+  const int64_t size = size_of(args.weight.dtype), n = args.weight.n;
+  const auto* bias = static_cast<const char*>(args.bias);
+  return {bias == nullptr ? nullptr : bias + output * size, args.activation,
+          static_cast<char*>(args.out) + (row * n + output) * size, n, n - output};
+}
+
+XRows rows_at(const GemmArgs& args, int64_t row, int64_t rows) {
+  const auto* x = static_cast<const char*>(args.x);
+  return {x + row * args.x_stride_m * size_of(args.weight.dtype), args.x_stride_m, args.x_stride_k,
+          rows, args.weight.k};
+}
+
+// Blocks converted at once when the weight comes in its portable form: what stays in L2.
+constexpr int64_t kConvertedBytes = 512 << 10;
+
+void gemm_few_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config) {
+  const Weight& w = args.weight;
+  const XRows rows = rows_at(args, 0, args.m);
+  const void* x = args.x;
+  const int64_t row_bytes = w.records() * kRecordK * unit.few_rows_element_bytes;
+  const bool in_place = args.m == 1 && args.x_stride_k == 1 && w.k % kRecordK == 0 &&
+                        unit.few_rows_element_bytes == size_of(w.dtype);
+  if (!in_place) {
+    void* packed = packed_x.at_least(config.tiles * config.tile * row_bytes);
+    unit.pack_few(rows, config.tile, packed);
+    x = packed;
+  }
+  const int64_t chunk = w.panels != nullptr
+                            ? w.blocks()
+                            : std::max<int64_t>(1, kConvertedBytes / (4 * w.block_words()));
+  parallel_ranges(config.threads, w.blocks(), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block += chunk) {
+      const int64_t blocks = std::min(chunk, end - block);
+      unit.few_rows({panels_of(w, block, block + blocks), blocks, w.records(), x, config.tile,
+                     args.m, epilogue_at(args, 0, block * kBlockN)});
+    }
+  });
+}
+
+void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config, int lanes) {
+  const Weight& w = args.weight;
+  const int64_t tile_rows = static_cast<int64_t>(config.tile) * lanes;
+  const int64_t record_words = unit.panel_rows * tile_rows;
+  const int64_t tile_words = w.records() * record_words;
+  const auto vectors_from = [&](int64_t row) {  // of the tile that starts there; the last is smaller
+    return static_cast<int>(std::min<int64_t>(config.tile, ceil_div(args.m - row, lanes)));
+  };
+  auto* packed = static_cast<uint32_t*>(packed_x.at_least(4 * config.tiles * tile_words));
+  parallel_ranges(config.threads, config.tiles * w.records(), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t tile = begin / w.records(), record = begin % w.records();
+      const int64_t count = std::min(end - begin, w.records() - record);
+      const int64_t row = tile * tile_rows;
+      unit.pack_many(rows_at(args, row, args.m - row), vectors_from(row), record, record + count,
+                     packed + tile * tile_words);
+      begin += count;
+    }
+  });
+  const int64_t chunks = ceil_div(w.blocks(), config.blocks_per_task);
+  parallel_ranges(config.threads, config.tiles * chunks, [&](int64_t begin, int64_t end) {
+    auto* sums = static_cast<float*>(
+        partial_sums.at_least(4 * config.blocks_per_task * kBlockN * tile_rows));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t tile = task / chunks, block = task % chunks * config.blocks_per_task;
+      const int64_t blocks = std::min(config.blocks_per_task, w.blocks() - block);
+      const int64_t row = tile * tile_rows;
+      unit.many_rows({panels_of(w, block, block + blocks), blocks, w.records(),
+                      config.records_per_pass, packed + tile * tile_words, vectors_from(row),
+                      std::min(tile_rows, args.m - row), sums,
+                      epilogue_at(args, row, block * kBlockN)});
+    }
+  });
+}
+
+// The serial kernel reads the portable form only.
+void gemm_serial_any(const GemmArgs& args) {
+  if (args.weight.panels == nullptr) return gemm_serial(args);
+  const Weight& w = args.weight;
+  std::vector<char> values(w.n * 2 * w.groups() * size_of(w.dtype));
+  std::vector<uint8_t> indices(w.n * w.index_bytes());
+  from_panels(w, 0, w.blocks(), values.data(), indices.data());
+  GemmArgs portable = args;
+  portable.weight.values = values.data();
+  portable.weight.indices = indices.data();
+  portable.weight.panels = nullptr;
+  gemm_serial(portable);
+}
+
+}  // namespace
+
+void gemm(const GemmArgs& args) {
+  const Weight& w = args.weight;
+  if (args.m == 0 || w.n == 0) return;
+  const GemmConfig config =
+      choose_gemm_config(args.m, w.n, w.k, w.dtype, target(), args.threads);
+  const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target(), w.dtype);
+  if (unit == nullptr) return gemm_serial_any(args);
+  if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);
+  gemm_many_rows(args, *unit, config, traits(target()).lanes);
+}
+
+}  // namespace gossamer::sparse24

@@ -1,0 +1,409 @@
+#pragma once
+// The 2:4 kernels, written once over a vector vocabulary S (common/simd_*.h), the storage type T of
+// x, W and y, and a Multiply that says how a kept weight meets x:
+//
+//   MultiplyAdd  float32 multiply-add, T converted on the way in (this file)
+//   DotBF16      a kept pair at a time by the bfloat16 dot-product instruction (gemm_avx512_bf16.cpp)
+//
+// Per Multiply:  X            element of a packed few_rows x
+//                kSteps       broadcast weights a record holds per output (many_rows)
+//                kPanelRows   packed rows of x a record of many_rows reads
+#include "common/simd_math.h"
+#include "sparse24/gemm_unit.h"
+
+namespace gossamer::sparse24 {
+
+template <class S, class T>
+struct MultiplyAdd {
+  using F = typename S::F;
+  using I = typename S::I;
+  using X = float;
+  static constexpr int kSteps = 2 * kRecordGroups;
+  static constexpr int kPanelRows = kRecordK;
+
+  // few_rows, group g: the kept pairs of 16 outputs against `Rows` rows of x. The group's nibble is
+  // at the bottom of `indices`; x points to the kChunk columns of each row that hold the group.
+  static constexpr int kChunk = S::kLanes;
+  template <int Rows, int Regs, int Chains>
+  static void multiply_group(const uint32_t* block, int g, const I (&indices)[Regs], const X* x,
+                             F (&sum)[Rows][Regs][Chains]) {
+    F weight[2][Regs];
+    I column[2][Regs];
+    const I first_column = S::set1(static_cast<uint32_t>(4 * g % kChunk));
+#pragma GCC unroll 2
+    for (int r = 0; r < Regs; ++r) {
+      load_pair(block, g, r, weight[0][r], weight[1][r], T{});
+      column[0][r] = S::or_(S::and_(indices[r], S::set1(3u)), first_column);
+      column[1][r] = S::or_(S::and_(S::template shift_right<2>(indices[r]), S::set1(3u)), first_column);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row) {
+      const F columns = S::load(x + kChunk * row);
+#pragma GCC unroll 2
+      for (int slot = 0; slot < 2; ++slot) {
+#pragma GCC unroll 2
+        for (int r = 0; r < Regs; ++r) {
+          F& a = sum[row][r][(2 * g + slot) % Chains];
+          a = S::fma(weight[slot][r], S::permute(columns, column[slot][r]), a);
+        }
+      }
+    }
+  }
+
+  // many_rows: a record's kept weights as floats (in place where they are), and, from the index word
+  // of one output, the byte offset of the row of the panel that each of its weights meets.
+  static const uint32_t* weights(const uint32_t* record, uint32_t* scratch) {
+    return expand(record, scratch, T{});
+  }
+  template <int RowBytes>
+  static typename S::H offsets(const uint32_t* indices, int64_t base) {
+    const typename S::H column = S::add16(S::bit_pairs(*indices), S::group_columns());
+    return S::add16(S::mul16(column, S::set16(RowBytes)), S::set16(base));
+  }
+  static F multiply(F weight, const char* x, F sum) {
+    return S::fma(weight, S::load(reinterpret_cast<const float*>(x)), sum);
+  }
+
+  // A record of x for S::kLanes rows: its columns become rows of the panel.
+  static void pack_record(const float (&rows)[S::kLanes][kRecordK], int64_t panel_stride, uint32_t* panel) {
+    for (int k = 0; k < kRecordK; k += S::kLanes) {
+      S::transpose(reinterpret_cast<const uint32_t*>(&rows[0][k]), kRecordK, panel + k * panel_stride,
+                   panel_stride);
+    }
+  }
+
+ private:
+  static void load_pair(const uint32_t* block, int g, int r, F& first, F& second, float) {
+    const auto* words = reinterpret_cast<const float*>(block + (1 + 2 * g) * kBlockN + r * S::kLanes);
+    first = S::load(words);
+    second = S::load(words + kBlockN);
+  }
+  template <class Half>
+  static void load_pair(const uint32_t* block, int g, int r, F& first, F& second, Half) {
+    const I pair = S::load_words(block + (1 + g) * kBlockN + r * S::kLanes);
+    first = S::low(pair, Half{});
+    second = S::high(pair, Half{});
+  }
+  static const uint32_t* expand(const uint32_t* record, uint32_t*, float) { return record + kBlockN; }
+  template <class Half>
+  static const uint32_t* expand(const uint32_t* record, uint32_t* scratch, Half) {
+    for (int g = 0; g < kRecordGroups; ++g) {
+      for (int lane = 0; lane < kBlockN; lane += S::kLanes) {
+        const I pair = S::load_words(record + (1 + g) * kBlockN + lane);
+        S::store_words(scratch + 2 * g * kBlockN + lane, S::as_int(S::low(pair, Half{})));
+        S::store_words(scratch + (2 * g + 1) * kBlockN + lane, S::as_int(S::high(pair, Half{})));
+      }
+    }
+    return scratch;
+  }
+};
+
+template <class S, class T, class Multiply>
+struct Kernels {
+  using F = typename S::F;
+  using X = typename Multiply::X;
+  static constexpr int kRegs = kBlockN / S::kLanes;  // registers of 16 outputs
+  static constexpr int kRecordWords = (1 + kRecordGroups * (sizeof(T) == 4 ? 2 : 1)) * kBlockN;
+
+  // ---- y = act(sum + bias), 16 outputs of a row ------------------------------------------------
+
+  struct Bias {
+    F value[kRegs];
+    Bias(const void* bias, int64_t first, int64_t n) {
+      T padded[kBlockN] = {};
+      const T* from = static_cast<const T*>(bias) + first;
+      if (bias == nullptr || n - first < kBlockN) {
+        for (int64_t i = 0; bias != nullptr && i < n - first; ++i) padded[i] = from[i];
+        from = padded;
+      }
+      for (int r = 0; r < kRegs; ++r) value[r] = S::load(from + r * S::kLanes);
+    }
+  };
+
+  static void finish_row(const F (&sum)[kRegs], const Bias& bias, const Epilogue& e, int64_t row,
+                         int64_t first) {
+    T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
+    T padded[kBlockN];
+    T* to = e.n - first < kBlockN ? padded : out;
+    for (int r = 0; r < kRegs; ++r) {
+      F y = S::add(sum[r], bias.value[r]);
+      switch (e.activation) {
+        case Activation::kNone: break;
+        case Activation::kReLU: y = S::where_negative(y, S::zero(), y); break;
+        case Activation::kGELU: y = gelu<S>(y); break;
+        case Activation::kSiLU: y = silu<S>(y); break;
+      }
+      S::store(to + r * S::kLanes, y);
+    }
+    if (to == padded) {
+      for (int64_t i = 0; i < e.n - first; ++i) out[i] = padded[i];
+    }
+  }
+
+  // ---- x, a record of a row at a time -----------------------------------------------------------
+
+  static void fetch(const XRows& x, int64_t row, int64_t k, X (&columns)[kRecordK]) {
+    const T* from = static_cast<const T*>(x.data) + row * x.stride_m + k * x.stride_k;
+    if (row < x.rows && x.stride_k == 1 && k + kRecordK <= x.k) return convert(from, columns);
+    T padded[kRecordK] = {};
+    for (int64_t i = 0; row < x.rows && i < kRecordK && k + i < x.k; ++i) {
+      padded[i] = from[i * x.stride_k];
+    }
+    convert(padded, columns);
+  }
+  static void convert(const T* from, X (&columns)[kRecordK]) {
+    if constexpr (sizeof(X) == sizeof(T)) {
+      __builtin_memcpy(columns, from, sizeof columns);
+    } else {
+      for (int i = 0; i < kRecordK; i += S::kLanes) S::store(columns + i, S::load(from + i));
+    }
+  }
+
+  // ---- few_rows ---------------------------------------------------------------------------------
+
+  static void pack_few(const XRows& x, int tile, void* packed) {
+    const int64_t records = (x.k + kRecordK - 1) / kRecordK;
+    X* out = static_cast<X*>(packed);
+    for (int64_t first = 0; first < x.rows; first += tile, out += records * kRecordK * tile) {
+      for (int row = 0; row < tile; ++row) {
+        for (int64_t record = 0; record < records; ++record) {
+          X columns[kRecordK];
+          fetch(x, first + row, record * kRecordK, columns);
+          X* chunks = out + record * kRecordK * tile + row * Multiply::kChunk;
+          for (int k = 0; k < kRecordK; k += Multiply::kChunk) {
+            __builtin_memcpy(chunks + k * tile, columns + k, Multiply::kChunk * sizeof(X));
+          }
+        }
+      }
+    }
+  }
+
+  // Independent chains of multiply-adds a row needs so that, with the tile's other rows and
+  // registers, about eight are in flight: what hides the latency of one.
+  static constexpr int chains(int rows) {
+    const int wanted = 8 / (rows * kRegs);
+    return wanted >= 8 ? 8 : wanted >= 4 ? 4 : wanted >= 2 ? 2 : 1;
+  }
+
+  // How far ahead of the multiply the weights are fetched: past the end of the 4 KiB page, where the
+  // hardware's own prefetch stops. One or two rows are bound by memory alone and gain nothing.
+  static constexpr int64_t kAheadBytes = 4096;
+
+  template <int Rows>
+  static void few_rows_tile(const FewRowsTask& task) {
+    constexpr int kChains = chains(Rows);
+    const int64_t tile_elements = task.records * kRecordK * Rows;
+    for (int64_t block = 0; block < task.blocks; ++block) {
+      const uint32_t* panels = task.panels + block * task.records * kRecordWords;
+      const Bias bias(task.epilogue.bias, block * kBlockN, task.epilogue.n);
+      const X* x = static_cast<const X*>(task.x);
+      for (int64_t first = 0; first < task.rows; first += Rows, x += tile_elements) {
+        F sum[Rows][kRegs][kChains];
+#pragma GCC unroll 16
+        for (auto& row : sum) {
+#pragma GCC unroll 2
+          for (auto& reg : row) {
+#pragma GCC unroll 8
+            for (F& chain : reg) chain = S::zero();
+          }
+        }
+        const X* columns = x;
+        for (int64_t record = 0; record < task.records; ++record, columns += kRecordK * Rows) {
+          const uint32_t* words = panels + record * kRecordWords;
+          for (int word = 0; Rows > 2 && word < kRecordWords; word += kBlockN) {
+            __builtin_prefetch(words + kAheadBytes / 4 + word, 0, 3);
+          }
+          typename S::I indices[kRegs];
+#pragma GCC unroll 2
+          for (int r = 0; r < kRegs; ++r) indices[r] = S::load_words(words + r * S::kLanes);
+#pragma GCC unroll 8
+          for (int g = 0; g < kRecordGroups; ++g) {
+            Multiply::template multiply_group<Rows, kRegs, kChains>(
+                words, g, indices, columns + 4 * g / Multiply::kChunk * Multiply::kChunk * Rows, sum);
+#pragma GCC unroll 2
+            for (auto& nibbles : indices) nibbles = S::template shift_right<4>(nibbles);
+          }
+        }
+        for (int row = 0; row < Rows && first + row < task.rows; ++row) {
+          F total[kRegs];
+          for (int r = 0; r < kRegs; ++r) {
+            total[r] = sum[row][r][0];
+            for (int chain = 1; chain < kChains; ++chain) total[r] = S::add(total[r], sum[row][r][chain]);
+          }
+          finish_row(total, bias, task.epilogue, first + row, block * kBlockN);
+        }
+      }
+    }
+  }
+  template <int Rows>
+  static void few_rows_up_to(const FewRowsTask& task) {
+    if (task.tile == Rows) return few_rows_tile<Rows>(task);
+    if constexpr (Rows > 1) few_rows_up_to<Rows - 1>(task);
+  }
+  static void few_rows(const FewRowsTask& task) { few_rows_up_to<(S::kLanes == 16 ? 16 : 4)>(task); }
+
+  // ---- many_rows --------------------------------------------------------------------------------
+
+  static void pack_many(const XRows& x, int tile, int64_t begin, int64_t end, void* packed) {
+    const int64_t stride = tile * S::kLanes;
+    for (int64_t record = begin; record < end; ++record) {
+      uint32_t* panel = static_cast<uint32_t*>(packed) + record * Multiply::kPanelRows * stride;
+      for (int vector = 0; vector < tile; ++vector) {
+        alignas(64) X rows[S::kLanes][kRecordK];
+        for (int i = 0; i < S::kLanes; ++i) fetch(x, vector * S::kLanes + i, record * kRecordK, rows[i]);
+        Multiply::pack_record(rows, stride, panel + vector * S::kLanes);
+      }
+    }
+  }
+
+  // What the next block, and the next pass, will read: brought closer in sixteenths, since neither
+  // follows in memory on what is read now.
+  struct Ahead {
+    const char* weights;
+    int64_t weight_bytes;
+    const char* panel;
+    int64_t panel_bytes;
+    // Inlined by force: gcc takes a function of nothing but prefetches for one without effect.
+    [[gnu::always_inline]] void fetch(int begin, int end) const {
+      for (int64_t i = weight_bytes * begin / kBlockN; i < weight_bytes * end / kBlockN; i += 64) {
+        __builtin_prefetch(weights + i, 0, 3);
+      }
+      for (int64_t i = panel_bytes * begin / kBlockN; i < panel_bytes * end / kBlockN; i += 64) {
+        __builtin_prefetch(panel + i, 0, 2);
+      }
+    }
+  };
+
+  // One pass: 16 outputs of a block against all rows of the tile, over `records` records of K.
+  //
+  // A multiply-add reads x from memory, so the loads are the limit: (Vectors + 1) of them for Vectors
+  // multiply-adds. Their addresses must never be late, and must not come through integer loads, which
+  // take the same ports: the offsets of an output's next record are computed in vector registers
+  // while this one is multiplied, and move to integer registers four at a time, four steps ahead.
+  template <int Vectors, int Outputs>
+  static void multiply_block(const uint32_t* words, const uint32_t* const* weights, int64_t records,
+                             const char* panel, bool first_pass, float* sums, const Ahead& ahead) {
+    constexpr int kRowBytes = Vectors * S::kLanes * sizeof(float);
+    constexpr int kQuads = Multiply::kSteps / 4;
+    typename S::H offsets[Outputs], next_offsets[Outputs];
+    uint64_t quad[Outputs], next_quad[Outputs];
+#pragma GCC unroll 8
+    for (int o = 0; o < Outputs; ++o) {
+      offsets[o] = Multiply::template offsets<kRowBytes>(words + o, 0);
+      quad[o] = S::quad(offsets[o], 0);
+    }
+    for (int first = 0; first < kBlockN; first += Outputs, sums += Outputs * Vectors * S::kLanes) {
+      ahead.fetch(first, first + Outputs);
+      F sum[Outputs][Vectors];
+#pragma GCC unroll 8
+      for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 16
+        for (int v = 0; v < Vectors; ++v) {
+          sum[o][v] = first_pass ? S::zero() : S::load(sums + (o * Vectors + v) * S::kLanes);
+        }
+      }
+      for (int64_t record = 0; record < records; ++record) {
+        const uint32_t* weight = weights[record] + first;
+        const bool last = record + 1 == records;
+        const int64_t next = last ? 0 : record + 1;
+        const uint32_t* next_words = words + next * kRecordWords + (last ? (first + Outputs) % kBlockN : first);
+#pragma GCC unroll 8
+        for (int o = 0; o < Outputs; ++o) {
+          next_offsets[o] = Multiply::template offsets<kRowBytes>(next_words + o, next * Multiply::kPanelRows * kRowBytes);
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < kQuads; ++q) {
+#pragma GCC unroll 8
+          for (int o = 0; o < Outputs; ++o) {
+            next_quad[o] = q + 1 < kQuads ? S::quad(offsets[o], q + 1) : S::quad(next_offsets[o], 0);
+          }
+#pragma GCC unroll 4
+          for (int step = 0; step < 4; ++step) {
+#pragma GCC unroll 8
+            for (int o = 0; o < Outputs; ++o) {
+              const F broadcast = S::broadcast(weight + (4 * q + step) * kBlockN + o);
+              const char* x = panel + static_cast<uint16_t>(quad[o] >> (16 * step));
+#pragma GCC unroll 16
+              for (int v = 0; v < Vectors; ++v) {
+                sum[o][v] = Multiply::multiply(broadcast, x + v * S::kLanes * sizeof(float), sum[o][v]);
+              }
+            }
+          }
+#pragma GCC unroll 8
+          for (int o = 0; o < Outputs; ++o) quad[o] = next_quad[o];
+        }
+#pragma GCC unroll 8
+        for (int o = 0; o < Outputs; ++o) offsets[o] = next_offsets[o];
+      }
+#pragma GCC unroll 8
+      for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 16
+        for (int v = 0; v < Vectors; ++v) S::store(sums + (o * Vectors + v) * S::kLanes, sum[o][v]);
+      }
+    }
+  }
+
+  template <int Vectors>
+  static void many_rows_tile(const ManyRowsTask& task) {
+    // About eight sums in flight hide the latency of a multiply-add.
+    constexpr int kOutputs = Vectors >= 7 ? 1 : Vectors >= 4 ? 2 : 4;
+    constexpr int64_t kTileRows = Vectors * S::kLanes;
+    constexpr int64_t kPanelBytes = Multiply::kPanelRows * kTileRows * sizeof(float);
+    alignas(64) uint32_t expanded[kMaxRecordsPerPass][Multiply::kSteps * kBlockN];
+    const uint32_t* weights[kMaxRecordsPerPass];
+    for (int64_t begin = 0; begin < task.records; begin += task.records_per_pass) {
+      const int64_t left = task.records - begin;
+      const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
+      const char* panel = static_cast<const char*>(task.x) + begin * kPanelBytes;
+      const int64_t panel_share = (records * kPanelBytes + task.blocks - 1) / task.blocks;
+      for (int64_t block = 0; block < task.blocks; ++block) {
+        const uint32_t* words = task.panels + (block * task.records + begin) * kRecordWords;
+        for (int64_t i = 0; i < records; ++i) {
+          weights[i] = Multiply::weights(words + i * kRecordWords, expanded[i]);
+        }
+        // Two blocks ahead: a block's first output already reads all of its weights.
+        const int64_t next_block = (block + 2) % task.blocks;
+        const int64_t next_begin = block + 2 < task.blocks ? begin : begin + records;
+        const uint32_t* next = task.panels + (next_block * task.records + next_begin) * kRecordWords;
+        const Ahead ahead{reinterpret_cast<const char*>(next), records * kRecordWords * 4,
+                          panel + records * kPanelBytes + block * panel_share, panel_share};
+        multiply_block<Vectors, kOutputs>(words, weights, records, panel, begin == 0,
+                                          task.sums + block * kBlockN * kTileRows, ahead);
+      }
+    }
+    for (int64_t block = 0; block < task.blocks; ++block) {
+      const Bias bias(task.epilogue.bias, block * kBlockN, task.epilogue.n);
+      const float* sums = task.sums + block * kBlockN * kTileRows;
+      for (int64_t row = 0; row < task.rows; row += S::kLanes) finish_rows<kTileRows>(sums + row, bias, task, row, block);
+    }
+  }
+
+  // The sums lie output by output; y is row by row.
+  template <int64_t kTileRows>
+  static void finish_rows(const float* sums, const Bias& bias, const ManyRowsTask& task, int64_t row,
+                          int64_t block) {
+    alignas(64) float outputs[S::kLanes][kBlockN];
+    for (int r = 0; r < kRegs; ++r) {
+      S::transpose(reinterpret_cast<const uint32_t*>(sums) + r * S::kLanes * kTileRows, kTileRows,
+                   reinterpret_cast<uint32_t*>(&outputs[0][r * S::kLanes]), kBlockN);
+    }
+    for (int i = 0; i < S::kLanes && row + i < task.rows; ++i) {
+      F sum[kRegs];
+      for (int r = 0; r < kRegs; ++r) sum[r] = S::load(&outputs[i][r * S::kLanes]);
+      finish_row(sum, bias, task.epilogue, row + i, block * kBlockN);
+    }
+  }
+
+  template <int Vectors>
+  static void many_rows_up_to(const ManyRowsTask& task) {
+    if (task.tile == Vectors) return many_rows_tile<Vectors>(task);
+    if constexpr (Vectors > 1) many_rows_up_to<Vectors - 1>(task);
+  }
+  static void many_rows(const ManyRowsTask& task) {
+    many_rows_up_to<(S::kLanes == 16 ? 12 : 10)>(task);
+  }
+
+  static constexpr Unit unit = {sizeof(X), Multiply::kPanelRows, pack_few, few_rows, pack_many, many_rows};
+};
+
+}  // namespace gossamer::sparse24

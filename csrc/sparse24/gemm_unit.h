@@ -1,0 +1,60 @@
+#pragma once
+// The border between gemm.cpp, which cuts a GEMM into tasks, and the units that run one task with one
+// instruction set. Plain structs and function pointers.
+#include <cstdint>
+
+#include "sparse24/sparse24.h"
+
+namespace gossamer::sparse24 {
+
+// Rows of x, and where they end: rows and columns past the end read as zero.
+struct XRows {
+  const void* data;
+  int64_t stride_m, stride_k;  // in elements
+  int64_t rows, k;
+};
+
+struct Epilogue {
+  const void* bias;  // of the task's first output on, or null
+  Activation activation;
+  void* out;  // the task's first row and output
+  int64_t out_stride;
+  int64_t n;  // outputs from the first one to the end of the row
+};
+
+struct FewRowsTask {
+  const uint32_t* panels;
+  int64_t blocks, records;
+  const void* x;  // tiles of `tile` rows: [tiles][records * 8 groups][tile][4 columns]
+  int tile;
+  int64_t rows;
+  Epilogue epilogue;
+};
+
+struct ManyRowsTask {
+  const uint32_t* panels;
+  int64_t blocks, records, records_per_pass;
+  const void* x;  // [records][panel_rows][tile * lanes] words
+  int tile;       // in registers of rows
+  int64_t rows;
+  float* sums;  // [blocks][16][tile * lanes]
+  Epilogue epilogue;
+};
+
+struct Unit {
+  int64_t few_rows_element_bytes;  // of a packed x
+  int64_t panel_rows;              // many_rows: words of a packed row of x per record
+  void (*pack_few)(const XRows& x, int tile, void* packed);
+  void (*few_rows)(const FewRowsTask& task);
+  void (*pack_many)(const XRows& x, int tile, int64_t record_begin, int64_t record_end, void* packed);
+  void (*many_rows)(const ManyRowsTask& task);
+};
+
+constexpr int kMaxRecordsPerPass = 8;
+
+// Null where the unit has no kernels for the dtype.
+const Unit* unit_avx2(DType dtype);
+const Unit* unit_avx512(DType dtype);
+const Unit* unit_avx512_bf16(DType dtype);
+
+}  // namespace gossamer::sparse24

@@ -1,0 +1,105 @@
+// Dense <-> portable, eight weights (one index byte) at a time: the mask of the non-zeros looks up
+// what is kept, one shuffle gathers or spreads it.
+#include <immintrin.h>
+
+#include "sparse24/pack.h"
+
+namespace gossamer::sparse24 {
+namespace {
+
+// For each kept mask: `gather[i]` is the column of kept value i, `spread[c]` the kept value of column
+// c, 0x80 where there is none (a shuffle by 0x80 gives zero).
+struct Shuffles {
+  uint8_t gather[256][8], spread[256][8];
+};
+
+constexpr Shuffles make_shuffles() {
+  Shuffles shuffles{};
+  for (int mask = 0; mask < 256; ++mask) {
+    int kept = 0;
+    for (uint8_t column = 0; column < 8; ++column) {
+      shuffles.spread[mask][column] = 0x80;
+      if (!(mask >> column & 1)) continue;
+      shuffles.spread[mask][column] = static_cast<uint8_t>(kept);
+      shuffles.gather[mask][kept++] = column;
+    }
+    while (kept < 8) shuffles.gather[mask][kept++] = 0x80;
+  }
+  return shuffles;
+}
+constexpr Shuffles kShuffles = make_shuffles();
+
+__m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+
+// Byte positions -> the control of a shuffle of 16-bit words.
+__m128i word_control(const uint8_t* positions) {
+  const __m128i bytes = load8(positions);
+  const __m128i doubled = _mm_add_epi8(_mm_and_si128(bytes, _mm_set1_epi8(0x7f)),
+                                       _mm_and_si128(bytes, _mm_set1_epi8(0x7f)));
+  const __m128i low = _mm_or_si128(doubled, _mm_and_si128(bytes, _mm_set1_epi8(-128)));
+  return _mm_unpacklo_epi8(low, _mm_or_si128(low, _mm_set1_epi8(1)));
+}
+
+bool from_dense_32(const void* dense, int64_t bytes, void* values, uint8_t* indices) {
+  const auto* columns = static_cast<const float*>(dense);
+  auto* kept = static_cast<float*>(values);
+  bool fits = true;
+  for (int64_t b = 0; b < bytes; ++b) {
+    const __m256 v = _mm256_loadu_ps(columns + 8 * b);
+    const __m256 is_nonzero = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    const int nonzero = _mm256_movemask_ps(is_nonzero);
+    const uint8_t* positions = kShuffles.gather[kPackTables.kept_mask[nonzero]];
+    const __m256i control = _mm256_cvtepu8_epi32(load8(positions));
+    const __m256 packed = _mm256_permutevar8x32_ps(_mm256_and_ps(v, is_nonzero), control);
+    _mm_storeu_ps(kept + 4 * b, _mm256_castps256_ps128(packed));
+    indices[b] = kPackTables.index_byte[nonzero];
+    fits &= kPackTables.fits[nonzero];
+  }
+  return fits;
+}
+
+bool from_dense_16(const void* dense, int64_t bytes, void* values, uint8_t* indices) {
+  const auto* columns = static_cast<const uint16_t*>(dense);
+  auto* kept = static_cast<uint16_t*>(values);
+  bool fits = true;
+  for (int64_t b = 0; b < bytes; ++b) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + 8 * b));
+    const __m128i is_zero = _mm_cmpeq_epi16(_mm_add_epi16(v, v), _mm_setzero_si128());  // -0.0 too
+    const int nonzero = ~_mm_movemask_epi8(_mm_packs_epi16(is_zero, is_zero)) & 255;
+    const __m128i control = word_control(kShuffles.gather[kPackTables.kept_mask[nonzero]]);
+    const __m128i packed = _mm_shuffle_epi8(_mm_andnot_si128(is_zero, v), control);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(kept + 4 * b), packed);
+    indices[b] = kPackTables.index_byte[nonzero];
+    fits &= kPackTables.fits[nonzero];
+  }
+  return fits;
+}
+
+void to_dense_32(const void* values, const uint8_t* indices, int64_t bytes, void* dense) {
+  const auto* kept = static_cast<const float*>(values);
+  auto* columns = static_cast<float*>(dense);
+  for (int64_t b = 0; b < bytes; ++b) {
+    const uint8_t* positions = kShuffles.spread[kPackTables.mask_of_index[indices[b]]];
+    const __m256i control = _mm256_cvtepi8_epi32(load8(positions));
+    const __m256 packed = _mm256_castps128_ps256(_mm_loadu_ps(kept + 4 * b));
+    const __m256 spread = _mm256_permutevar8x32_ps(packed, control);
+    const __m256 absent = _mm256_castsi256_ps(_mm256_srai_epi32(control, 31));
+    _mm256_storeu_ps(columns + 8 * b, _mm256_andnot_ps(absent, spread));
+  }
+}
+
+void to_dense_16(const void* values, const uint8_t* indices, int64_t bytes, void* dense) {
+  const auto* kept = static_cast<const uint16_t*>(values);
+  auto* columns = static_cast<uint16_t*>(dense);
+  for (int64_t b = 0; b < bytes; ++b) {
+    const __m128i control = word_control(kShuffles.spread[kPackTables.mask_of_index[indices[b]]]);
+    const __m128i spread = _mm_shuffle_epi8(load8(kept + 4 * b), control);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(columns + 8 * b), spread);
+  }
+}
+
+}  // namespace
+
+const PackRows pack_rows_avx2 = {from_dense_32, from_dense_16, to_dense_32, to_dense_16};
+
+}  // namespace gossamer::sparse24

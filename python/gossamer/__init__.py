@@ -1,0 +1,14 @@
+"""Sparse neural-network kernels for PyTorch, with layers that swap in for dense ones."""
+
+# First of all: its OpenMP runtime must be the one that the native module binds to.
+import torch  # noqa: F401  # isort: skip
+
+from importlib.metadata import version as _version
+
+from . import formats, nn, ops, prune
+from .convert import convert
+from .info import info
+from .ops import sparse24_linear
+
+__version__ = _version("gossamer")
+__all__ = ["__version__", "convert", "formats", "info", "nn", "ops", "prune", "sparse24_linear"]

@@ -1,0 +1,305 @@
+"""The sparse weight formats: frozen dataclasses of tensors that validate themselves.
+
+``Sparse24`` is the open format: what a state_dict, a pickle and an optimizer see.
+``Sparse24Panels`` is the layout that the CPU kernels read fastest; it is never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PANEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sparse24_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of ``Sparse24.values`` and ``Sparse24.indices`` for a [N, K] weight."""
+    groups = (in_features + 3) // 4
+    return (out_features, 2 * groups), (out_features, (groups + 1) // 2)
+
+
+def sparse24_panels_shape(
+    out_features: int, in_features: int, dtype: torch.dtype
+) -> tuple[int, int, int, int]:
+    """The shape of ``Sparse24Panels.panels`` for a [N, K] weight."""
+    word_rows = 1 + 16 * dtype.itemsize // 4
+    return (out_features + 15) // 16, (in_features + 31) // 32, word_rows, 16
+
+
+def _check_weight_shape(shape: tuple[int, int]) -> None:
+    if shape[0] < 1 or shape[1] < 1:
+        raise ValueError(f"a 2:4 weight of shape {list(shape)}: both must be at least 1")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sparse24:
+    """A [N, K] weight with at most two non-zeros in every four consecutive columns.
+
+    With G = ceil(K / 4) groups a row, a row stores the kept pair of each group in increasing
+    column order. A group with fewer than two non-zeros keeps zeros at its lowest free columns.
+
+    Parameters
+    ----------
+    values : Tensor
+        [N, 2G] float32, bfloat16, float16 or float64 (the last for the serial kernels only).
+    indices : Tensor
+        [N, ceil(G / 2)] uint8 on the same device. Byte b of a row holds group 2b in its low and
+        group 2b + 1 in its high four bits, as idx0 | idx1 << 2 with idx0 < idx1 < 4. Four bits
+        without a group are 0, and an index past the last column carries the value 0.
+    shape : tuple of int
+        (N, K), both at least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, shapes or devices disagree. What the indices say is checked by ``validate``.
+
+    References
+    ----------
+    Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (arXiv:2104.08378).
+    """
+
+    version: ClassVar[int] = 1
+
+    values: Tensor
+    indices: Tensor
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        values, indices = self.values, self.indices
+        if values.dtype not in VALUE_DTYPES or indices.dtype != torch.uint8:
+            raise TypeError(
+                f"Sparse24: values are {values.dtype} and indices {indices.dtype}, expected "
+                "float32, bfloat16, float16 or float64, and uint8"
+            )
+        _check_weight_shape(self.shape)
+        value_shape, index_shape = sparse24_shapes(*self.shape)
+        if values.shape != value_shape or indices.shape != index_shape:
+            raise ValueError(
+                f"Sparse24: values have shape {list(values.shape)} and indices "
+                f"{list(indices.shape)}, a {list(self.shape)} weight needs "
+                f"{list(value_shape)} and {list(index_shape)}"
+            )
+        if values.device != indices.device:
+            raise ValueError(
+                f"Sparse24: values are on {values.device} and indices on {indices.device}"
+            )
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> Sparse24:
+        """The same weight in this format, exactly; -0.0 counts as zero.
+
+        Parameters
+        ----------
+        weight : Tensor
+            [N, K] float32, bfloat16, float16 or float64 on the CPU, of any strides.
+
+        Raises
+        ------
+        TypeError
+            If ``weight`` is not a tensor of those dtypes.
+        ValueError
+            If it is not a matrix or not 2:4: how many groups hold more than two non-zeros and
+            where the first one is. ``gossamer.prune.magnitude_24`` makes a weight fit.
+        """
+        if not isinstance(weight, Tensor) or weight.dtype not in VALUE_DTYPES:
+            what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(
+                f"Sparse24.from_dense: weight is {what}, expected a tensor of float32, bfloat16, "
+                "float16 or float64"
+            )
+        if weight.dim() != 2:
+            raise ValueError(
+                f"Sparse24.from_dense: weight has shape {list(weight.shape)}, expected [N, K]"
+            )
+        out_features, in_features = weight.shape
+        _check_weight_shape((out_features, in_features))
+        values, indices = torch.ops.gossamer.sparse24_from_dense(weight.detach())
+        return cls(values, indices, (out_features, in_features))
+
+    def to_dense(self) -> Tensor:
+        """The weight as a dense [N, K] tensor, exactly; differentiable in ``values``."""
+        dense: Tensor = torch.ops.gossamer.sparse24_to_dense(
+            self.values, self.indices, self.in_features
+        )
+        return dense
+
+    def validate(self) -> Sparse24:
+        """Check every index, and return self.
+
+        Raises
+        ------
+        ValueError
+            With the first row and group whose indices are out of order, point past the last
+            column without carrying 0, or sit in four bits that belong to no group.
+        """
+        torch.ops.gossamer.sparse24_validate(self.values.detach(), self.indices, self.in_features)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Sparse24:
+        """Another device or floating-point dtype, given as to ``torch.Tensor.to``."""
+        values = self.values.to(*args, **kwargs)
+        return Sparse24(values, self.indices.to(values.device), self.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that stand for the weight in a file: values, indices and format.
+
+        ``format`` is an int64 tensor (version, N, K), so that the dictionary can go through
+        ``torch.load(weights_only=True)`` and safetensors.
+        """
+        header = torch.tensor([self.version, *self.shape], dtype=torch.int64, device="cpu")
+        return {"values": self.values, "indices": self.indices, "format": header}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Sparse24:
+        """Rebuild and validate a weight from what ``state`` gave.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an entry is missing or not what the format, version 1, asks for.
+        """
+        for key in ("values", "indices", "format"):
+            if key not in state:
+                raise ValueError(f"Sparse24: {key!r} is missing")
+            if not isinstance(state[key], Tensor):
+                raise TypeError(f"Sparse24: {key!r} is {type(state[key]).__name__}, not a tensor")
+            if state[key].layout != torch.strided:
+                raise TypeError(f"Sparse24: {key!r} has layout {state[key].layout}")
+        header = state["format"]
+        if header.dtype != torch.int64 or header.shape != (3,) or header.is_meta:
+            raise ValueError(
+                f"Sparse24: 'format' is {header.dtype} of shape {list(header.shape)} on "
+                f"{header.device}, expected int64 of shape [3]: version, N, K"
+            )
+        version, out_features, in_features = header.tolist()
+        if version != cls.version:
+            raise ValueError(
+                f"Sparse24: format version {version}, this release reads version {cls.version}"
+            )
+        return cls(state["values"], state["indices"], (out_features, in_features)).validate()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+        self.validate()
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and indices."""
+        return self.values.nbytes + self.indices.nbytes
+
+    def __repr__(self) -> str:
+        return f"Sparse24(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sparse24Panels:
+    """The CPU kernels' private layout of a ``Sparse24``: 32-bit words of 16 rows side by side.
+
+    A record covers 16 rows x 32 columns. Its first word row holds the index bytes of those 32
+    columns for each of the 16 rows; the others hold the kept values, one (float32) or one pair
+    (16-bit types, slot 0 in the low half) a word. N and K are padded with zero words.
+
+    Parameters
+    ----------
+    panels : Tensor
+        int32 [ceil(N / 16), ceil(K / 32), 17 for float32 or 9 for bfloat16 and float16, 16].
+    shape : tuple of int
+        (N, K), both at least 1.
+    dtype : torch.dtype
+        float32, bfloat16 or float16.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the panels are not int32 of that shape.
+    """
+
+    panels: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.panels.dtype != torch.int32 or self.dtype not in PANEL_DTYPES:
+            raise TypeError(
+                f"Sparse24Panels: {self.panels.dtype} panels of {self.dtype} values, expected "
+                "int32 panels of float32, bfloat16 or float16 values"
+            )
+        _check_weight_shape(self.shape)
+        expected = sparse24_panels_shape(*self.shape, self.dtype)
+        if self.panels.shape != expected:
+            raise ValueError(
+                f"Sparse24Panels: panels have shape {list(self.panels.shape)}, a "
+                f"{list(self.shape)} weight of {self.dtype} needs {list(expected)}"
+            )
+
+    @classmethod
+    def from_sparse24(cls, weight: Sparse24) -> Sparse24Panels:
+        """The same weight as panels; gradients do not flow through them.
+
+        Raises
+        ------
+        TypeError
+            If the weight is float64, which only the serial kernels read, in the portable form.
+        """
+        if weight.dtype not in PANEL_DTYPES:
+            raise TypeError(
+                f"Sparse24Panels: no panels for {weight.dtype}, only for float32, bfloat16, float16"
+            )
+        panels = torch.ops.gossamer.sparse24_to_panels(
+            weight.values.detach(), weight.indices, weight.in_features
+        )
+        return cls(panels, weight.shape, weight.dtype)
+
+    def to_sparse24(self) -> Sparse24:
+        """The portable form, exactly."""
+        values, indices = torch.ops.gossamer.sparse24_from_panels(
+            self.panels, self.in_features, self.out_features, self.dtype
+        )
+        return Sparse24(values, indices, self.shape)
+
+    def to_dense(self) -> Tensor:
+        """The weight as a dense [N, K] tensor, exactly."""
+        return self.to_sparse24().to_dense()
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.panels.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels, padding included."""
+        return self.panels.nbytes
+
+    def __repr__(self) -> str:
+        return f"Sparse24Panels(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"

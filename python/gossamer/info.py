@@ -1,0 +1,166 @@
+"""What was built, what this machine has, and which kernels will run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import _C
+
+# (m, n, k, where it occurs): the regimes of the kernels, on shapes that somebody would recognise.
+_TYPICAL_SHAPES = (
+    (1, 4096, 4096, "Llama-3-8B q_proj, one token"),
+    (16, 3072, 768, "BERT-base intermediate, 16 tokens"),
+    (512, 3072, 768, "BERT-base intermediate, 512 tokens"),
+)
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that an operation will use for x [m, k] and a weight [n, k], and why."""
+
+    operation: str
+    example: str
+    m: int
+    n: int
+    k: int
+    dtype: str
+    target: str
+    kernel: str
+    why: str
+
+
+@dataclass(frozen=True, repr=False)
+class Info:
+    """Printed, a page of text.
+
+    Attributes
+    ----------
+    version, torch_version, python_version, machine : str
+    targets_built, machine_targets : tuple of str
+        Instruction sets this build has kernels for, and those of them this machine runs.
+    target : str
+        The one in force.
+    threads : int
+        ``torch.get_num_threads()``.
+    cuda_built : bool
+        Whether the CUDA module is part of this build.
+    cuda_status : str
+        What the CUDA module or its loading says, or that it was not built.
+    cuda_devices : tuple of dict
+        What the CUDA module sees.
+    choices : tuple of Choice
+        Kernels for a few typical shapes.
+    warnings : tuple of str
+    """
+
+    version: str
+    torch_version: str
+    python_version: str
+    machine: str
+    targets_built: tuple[str, ...]
+    machine_targets: tuple[str, ...]
+    target: str
+    threads: int
+    cuda: str
+    cuda_devices: tuple[dict[str, Any], ...]
+    choices: tuple[Choice, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"gossamer {self.version}, torch {self.torch_version}, Python {self.python_version}",
+            f"machine          {self.machine}",
+            f"targets built    {', '.join(self.targets_built)}",
+            f"targets here     {', '.join(self.machine_targets)}",
+            f"target in force  {self.target}",
+            f"threads          {self.threads}",
+            f"CUDA module      {self.cuda}",
+        ]
+        for d in self.cuda_devices:
+            major, minor = d["compute_capability"]
+            lines.append(
+                f"                 {d['name']}: compute capability {major}.{minor}, "
+                f"{d['memory'] / 2**30:.1f} GiB, {d['multiprocessors']} multiprocessors"
+            )
+        for operation, choices in groupby(self.choices, key=lambda choice: choice.operation):
+            lines += ["", f"{operation}, x [m, k] -> [m, n]"]
+            lines += [
+                f"  {c.dtype:<8}  {c.m:>4} x {c.k:<4} -> {c.n:<4}  {c.example:<34}  "
+                f"{c.target}/{c.kernel}: {c.why}"
+                for c in choices
+            ]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def info() -> Info:
+    """What this installation of gossamer can do on this machine.
+
+    Looking for CUDA devices initialises the CUDA driver in this process, where there is one.
+
+    Returns
+    -------
+    Info
+        A page of text when printed, attributes otherwise.
+    """
+    cuda, status = _load_cuda()
+    warnings = []
+    if cuda is None and torch.cuda.is_available():
+        warnings.append(
+            "torch sees a GPU, but gossamer's CUDA module is not there; on a GPU nothing of it "
+            "runs. Install from source where nvcc is found (PATH, CUDA_HOME or /usr/local/cuda); "
+            "-C cmake.define.GOSSAMER_CUDA=ON makes a missing nvcc an error."
+        )
+    threads = torch.get_num_threads()
+    return Info(
+        version=version("gossamer"),
+        torch_version=torch.__version__,
+        python_version=platform.python_version(),
+        machine=f"{platform.machine()}, {platform.system()}, {os.cpu_count()} logical cores",
+        targets_built=tuple(_C.targets_built()),
+        machine_targets=tuple(_C.machine_targets()),
+        target=_C.target(),
+        threads=threads,
+        cuda=status,
+        cuda_devices=() if cuda is None else tuple(cuda.devices()),
+        choices=tuple(
+            _sparse24_choice(shape, dtype, threads)
+            for dtype in _DTYPES
+            for shape in _TYPICAL_SHAPES
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+def _sparse24_choice(shape: tuple[int, int, int, str], dtype: str, threads: int) -> Choice:
+    m, n, k, example = shape
+    chosen = _C.sparse24_choose(m, n, k, dtype, threads)
+    target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
+    return Choice("sparse24_linear", example, m, n, k, dtype, target, kernel, why)
+
+
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    """The CUDA module, where there is one that loads, and its state in words."""
+    if importlib.util.find_spec(f"{__package__}._cuda") is None:
+        return None, "not built (no nvcc was found, or GOSSAMER_CUDA=OFF)"
+    try:
+        module = importlib.import_module(f"{__package__}._cuda")
+    except ImportError as error:
+        return None, f"built, but does not load: {error}"
+    devices = module.devices()
+    if not devices:
+        return module, f"built, no GPU here ({module.driver_status()})"
+    return module, f"built, {len(devices)} GPU(s); the kernels so far are for the CPU"

@@ -1,0 +1,206 @@
+"""The two states of a 2:4 weight in a layer: trainable as portable tensors, or packed as panels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels
+from .checkpoint import check_sparse24
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PackableModule(nn.Module):
+    """A layer with one copy of a [out_features, in_features] 2:4 weight.
+
+    Trainable, it holds the Parameter ``values`` and the buffer ``indices``; packed, the buffer
+    ``panels``. A ``state_dict``, a pickle, a deep copy and a move to another device or dtype go
+    through the portable form in either state, and what comes in is validated first.
+    """
+
+    in_features: int
+    out_features: int
+    values: nn.Parameter | None
+    indices: Tensor | None
+    panels: Tensor | None
+    format: Tensor
+    bias: nn.Parameter | None
+    _panels_dtype: torch.dtype | None = None  # not None while packed
+    _values_require_grad: bool = True  # what a packed layer gives its values back
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is held as panels, for inference."""
+        return self._panels_dtype is not None
+
+    @property
+    def weight(self) -> Sparse24 | Sparse24Panels:
+        """The weight as the format it is held in: portable while trainable, panels while packed."""
+        shape = (self.out_features, self.in_features)
+        if self._panels_dtype is not None:
+            assert self.panels is not None
+            return Sparse24Panels(self.panels, shape, self._panels_dtype)
+        assert self.values is not None
+        assert self.indices is not None
+        return Sparse24(self.values, self.indices, shape)
+
+    def pack(self) -> Self:
+        """Hold the weight in the layout that the CPU kernels read fastest, for inference only.
+
+        ``values`` and ``indices`` are None from here on, so an optimizer made before no longer
+        reaches the weight. Nothing happens to a packed layer.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError
+            If the weight is float64, which has no panels.
+        """
+        weight = self.weight
+        if isinstance(weight, Sparse24):
+            # Outside inference mode, or its tensors could never be saved for a backward again.
+            with torch.inference_mode(False):
+                panels = Sparse24Panels.from_sparse24(weight)
+            self._values_require_grad = weight.values.requires_grad
+            self.values = self.indices = None
+            self.panels, self._panels_dtype = panels.panels, panels.dtype
+        return self
+
+    def unpack(self) -> Self:
+        """Bring the Parameter ``values`` and ``indices`` back, for training.
+
+        ``values`` is a new Parameter: give it to the optimizer. Nothing happens to a trainable
+        layer.
+
+        Returns
+        -------
+        self
+        """
+        weight = self.weight
+        if isinstance(weight, Sparse24Panels):
+            with torch.inference_mode(False):
+                portable = weight.to_sparse24()
+                self._set_portable(portable, requires_grad=self._values_require_grad)
+        return self
+
+    @property
+    def weight_requires_grad(self) -> bool:
+        """Whether ``values`` is trained, or will be once unpacked."""
+        return self._values_require_grad if self.values is None else self.values.requires_grad
+
+    def _portable(self) -> Sparse24:
+        weight = self.weight
+        return weight if isinstance(weight, Sparse24) else weight.to_sparse24()
+
+    def _set_portable(self, weight: Sparse24, requires_grad: bool) -> None:
+        self.values = nn.Parameter(weight.values, requires_grad=requires_grad)
+        self.indices = weight.indices
+        self.format = weight.state()["format"].to(weight.device)
+        self.panels = self._panels_dtype = None
+
+    def _pack_where_possible(self) -> None:
+        weight = self._portable()
+        if weight.dtype in PANEL_DTYPES and weight.device.type == "cpu":
+            self.pack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Panels belong to one dtype and device: a move to another goes through the portable form.
+        if self._panels_dtype is not None:
+            assert self.panels is not None
+            before = torch.empty(0, dtype=self._panels_dtype, device=self.panels.device)
+            after = fn(before)
+            if (after.dtype, after.device) != (before.dtype, before.device):
+                self.unpack()
+                self._apply(fn, recurse)
+                self._pack_where_possible()
+                return self
+
+        def fn_on_values(t: Tensor) -> Tensor:
+            moved = fn(t)
+            # Index bytes and panel words are no numbers, though Module.type() would cast them.
+            keep = not t.is_floating_point() and moved.dtype != t.dtype
+            return t.to(moved.device) if keep else moved
+
+        super()._apply(fn_on_values, recurse)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        state = self._portable().state()
+        for key, tensor in state.items():
+            destination[prefix + key] = tensor if keep_vars else tensor.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "format"] = state["format"]  # the buffer is empty after to_empty()
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``torch.nn.Module``'s, but a load that fails leaves the layer as it was.
+
+        Raises
+        ------
+        RuntimeError
+            If an entry is no valid part of a 2:4 weight or, when ``strict``, if keys are missing
+            or unexpected.
+        """
+        # Torch reports wrong keys after it has loaded the others.
+        if strict and not self._modules and not self._load_state_dict_pre_hooks:
+            own = self.state_dict().keys()
+            missing = [key for key in own if key not in state_dict]
+            unexpected = [key for key in state_dict if key not in own]
+            if missing or unexpected:
+                raise RuntimeError(
+                    f"Error(s) in loading state_dict for {type(self).__name__}: "
+                    f"missing key(s) {missing}, unexpected key(s) {unexpected}"
+                )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {k[len(prefix) :]: t for k, t in state_dict.items() if k.startswith(prefix)}
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        try:
+            check_sparse24(given, self._portable(), self.bias, assign)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f'While loading "{prefix}": {error}')
+            return
+        packed = self.packed
+        self.unpack()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if packed:
+            self._pack_where_possible()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.packed:
+            weight = self._portable()
+            values = nn.Parameter(weight.values, requires_grad=self._values_require_grad)
+            state["_parameters"] = {**self._parameters, "values": values}
+            state["_buffers"] = {**self._buffers, "indices": weight.indices, "panels": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        packed, self._panels_dtype = self.packed, None
+        self._portable().validate()
+        if packed:
+            self._pack_where_possible()

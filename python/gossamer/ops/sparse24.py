@@ -1,0 +1,256 @@
+"""sparse24_linear: y[m, n] = act(sum_k x[m, k] W[n, k] + b[n]) for a 2:4 weight W [N, K].
+
+``sparse24_linear_tensors`` applies autocast, ``_linear_autograd`` picks the gradient or goes below
+it, ``_linear_native`` allocates the result and crosses into C++.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _C
+from .._library import library
+from ..formats import Sparse24, Sparse24Panels
+from .sparse24_layout import Gather, ToDense
+
+_ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def sparse24_linear(
+    x: Tensor,
+    weight: Sparse24 | Sparse24Panels,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Linear layer with a 2:4 weight: ``act(x @ W.T + bias)``.
+
+    Sums run over the stored slots only: a NaN or an infinity in ``x`` goes through every stored
+    position, explicit zeros included, and never through a pruned one.
+
+    Parameters
+    ----------
+    x : Tensor
+        [..., K] in the weight's dtype, of any strides; leading dimensions may be empty.
+    weight : Sparse24 or Sparse24Panels
+        The [N, K] weight. Gradients flow to ``Sparse24.values``, and to nothing in the panels.
+    bias : Tensor, optional
+        [N] in the weight's dtype.
+    activation : {None, "relu", "gelu", "silu"}
+        Applied to the sum; "gelu" is the exact one, by erf.
+
+    Returns
+    -------
+    Tensor
+        [..., N] in the dtype of ``x``, contiguous. Under autocast x, weight and bias are cast to
+        autocast's dtype first, as ``torch.nn.functional.linear`` does; panels are read in their
+        own dtype and the result is returned in autocast's.
+
+    Raises
+    ------
+    TypeError
+        If ``weight`` is not one of the two formats, or dtypes differ.
+    ValueError
+        If shapes or devices do not match, or the activation is unknown.
+
+    References
+    ----------
+    Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (arXiv:2104.08378).
+    """
+    if activation is None:
+        activation = "none"
+    if isinstance(weight, Sparse24):
+        stored, indices = weight.values, weight.indices
+    elif isinstance(weight, Sparse24Panels):
+        stored, indices = weight.panels, None
+    else:
+        raise TypeError(
+            f"sparse24_linear: weight is {type(weight).__name__}, expected Sparse24 or "
+            "Sparse24Panels (gossamer.formats.Sparse24.from_dense makes one of a dense weight)"
+        )
+    return sparse24_linear_tensors(x, stored, indices, bias, weight.shape, weight.dtype, activation)
+
+
+def sparse24_linear_tensors(
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    """``sparse24_linear`` on a format's tensors: values and indices, or panels and None."""
+    autocast = None
+    if torch.is_autocast_enabled("cpu") and x.is_cpu:
+        autocast = torch.get_autocast_dtype("cpu")
+        if indices is not None:
+            stored = _autocast_to(stored, autocast)
+            dtype = stored.dtype
+        # Panels keep their dtype: rewriting them at every call would cost more than the product.
+        x = _autocast_to(x, dtype)
+        bias = None if bias is None else _autocast_to(bias, dtype)
+    # Panels are words: past this line nothing knows the dtype of what they hold.
+    if x.dtype != dtype:
+        raise TypeError(f"sparse24_linear: x is {x.dtype}, the weight {dtype}")
+    out_features, in_features = shape
+    # Eager code skips the dispatcher's Python call of the autograd kernel, 2 us of overhead.
+    call = _linear if torch.compiler.is_compiling() else _linear_autograd
+    y: Tensor = call(x, stored, indices, bias, in_features, out_features, activation)
+    return y if autocast is None else _autocast_to(y, autocast)
+
+
+def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # Autocast leaves float64 and integers alone, as it does for torch's own ops.
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def _activation(name: str) -> Any:
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"sparse24_linear: activation {name!r}, expected None, 'relu', 'gelu' or 'silu'"
+        )
+    return _ACTIVATIONS[name]
+
+
+library.define(
+    "sparse24_linear(Tensor x, Tensor values, Tensor? indices, Tensor? bias, "
+    "SymInt in_features, SymInt out_features, str activation) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_linear = torch.ops.gossamer.sparse24_linear.default
+_from_panels = torch.ops.gossamer.sparse24_from_panels.default
+
+
+def _linear_native(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    dims = x.dim()
+    _check_features(x, dims, in_features)
+    rows = x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
+    out = x.new_empty((rows.shape[0], out_features))
+    _C.sparse24_linear(
+        out,
+        rows,
+        values.contiguous(),
+        None if indices is None else indices.contiguous(),
+        None if bias is None else bias.contiguous(),
+        activation,
+        torch.get_num_threads(),
+    )
+    return out if dims == 2 else out.view(*x.shape[:-1], out_features)
+
+
+def _linear_fake(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    _check_features(x, x.dim(), in_features)
+    _activation(activation)
+    # One real operand among meta tensors comes here too, and would get a result of no content.
+    for name, operand in (("weight", values), ("indices", indices), ("bias", bias)):
+        if operand is not None and operand.device != x.device:
+            raise ValueError(f"sparse24_linear: x is on {x.device}, {name} on {operand.device}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(
+            f"sparse24_linear: bias has shape {list(bias.shape)}, expected [{out_features}]"
+        )
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _check_features(x: Tensor, dims: int, in_features: int) -> None:
+    if dims == 0:
+        raise ValueError("sparse24_linear: x is 0-d, it needs at least one dimension")
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"sparse24_linear: x has {x.shape[-1]} features, the weight expects {in_features}"
+        )
+
+
+def _linear_autograd(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    wanted = torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    # Forward-mode derivatives exist without requires_grad; _Linear refuses them aloud.
+    if wanted or forward_ad._current_level >= 0:
+        # Function.apply binds its arguments by name for functorch, which takes 16 us.
+        functorch = torch._C._are_functorch_transforms_active()
+        apply = _Linear.apply if functorch else _apply_linear
+        y: Tensor = apply(x, values, indices, bias, in_features, out_features)
+        activate = _activation(activation)  # outside, for torch to differentiate
+        return y if activate is None else activate(y)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear(x, values, indices, bias, in_features, out_features, activation)
+
+
+library.impl("sparse24_linear", _linear_native, "CPU")
+library.impl("sparse24_linear", _linear_autograd, "Autograd")
+torch.library.register_fake("gossamer::sparse24_linear", _linear_fake, lib=library)
+
+
+class _Linear(torch.autograd.Function):
+    """The gradient: dx = dy W, dvalues = dyᵀ x at the kept positions, db = the sum of dy."""
+
+    generate_vmap_rule = True  # for per-sample gradients
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _linear(x, values, indices, bias, in_features, out_features, "none")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, indices, _, ctx.in_features, ctx.out_features = inputs
+        ctx.dtype = x.dtype
+        # x serves dvalues alone, and the values dx alone.
+        ctx.save_for_backward(
+            x if values.requires_grad else None, values if x.requires_grad else None, indices
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, indices = ctx.saved_tensors
+        dx = dvalues = db = None
+        if ctx.needs_input_grad[0]:
+            if indices is None:
+                values, indices = _from_panels(values, ctx.in_features, ctx.out_features, ctx.dtype)
+            dx = dy @ ToDense.apply(values, indices, ctx.in_features)
+        if ctx.needs_input_grad[1]:
+            dweight = dy.reshape(-1, ctx.out_features).t() @ x.reshape(-1, ctx.in_features)
+            dvalues = Gather.apply(dweight, indices)
+        if ctx.needs_input_grad[3]:
+            db = dy.reshape(-1, ctx.out_features).sum(0)
+        return dx, dvalues, None, db, None, None
+
+
+_apply_linear = super(torch.autograd.Function, _Linear).apply

@@ -1,0 +1,179 @@
+"""The registered ops that turn one layout of a 2:4 weight into another, or check it.
+
+``to_dense`` and ``gather`` are linear in their values and each other's adjoint, so each is the
+other's backward and any order of derivative exists. The others have no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._library import library
+from ..formats import sparse24_panels_shape, sparse24_shapes
+
+
+def refuse_gradient(op: str, *tensors: Tensor | None) -> None:
+    """Raise where a raw op would return a detached result although a gradient is wanted."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"gossamer::{op} has no gradient of its own: call gossamer.{op}")
+
+
+def _from_dense_native(dense: Tensor) -> tuple[Tensor, Tensor]:
+    refuse_gradient("formats.Sparse24.from_dense", dense)
+    values, indices = _from_dense_fake(dense)
+    _C.sparse24_from_dense(dense.contiguous(), values, indices, torch.get_num_threads())
+    return values, indices
+
+
+def _from_dense_fake(dense: Tensor) -> tuple[Tensor, Tensor]:
+    value_shape, index_shape = sparse24_shapes(*dense.shape)
+    return dense.new_empty(value_shape), dense.new_empty(index_shape, dtype=torch.uint8)
+
+
+def _to_dense_native(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    dense = _to_dense_fake(values, indices, in_features)
+    _C.sparse24_to_dense(values.contiguous(), indices.contiguous(), dense, torch.get_num_threads())
+    return dense
+
+
+def _to_dense_fake(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    return values.new_empty((values.shape[0], in_features))
+
+
+def _gather_native(dense: Tensor, indices: Tensor) -> Tensor:
+    values = _gather_fake(dense, indices)
+    _C.sparse24_gather(dense.contiguous(), indices.contiguous(), values, torch.get_num_threads())
+    return values
+
+
+def _gather_fake(dense: Tensor, indices: Tensor) -> Tensor:
+    return dense.new_empty(sparse24_shapes(*dense.shape)[0])
+
+
+def _validate_native(values: Tensor, indices: Tensor, in_features: int) -> None:
+    threads = torch.get_num_threads()
+    _C.sparse24_validate(values.contiguous(), indices.contiguous(), in_features, threads)
+
+
+def _validate_fake(values: Tensor, indices: Tensor, in_features: int) -> None:
+    """Tensors without content have nothing to check."""
+
+
+def _to_panels_native(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    refuse_gradient("formats.Sparse24Panels.from_sparse24", values)
+    panels = _to_panels_fake(values, indices, in_features)
+    _C.sparse24_to_panels(
+        values.contiguous(), indices.contiguous(), in_features, panels, torch.get_num_threads()
+    )
+    return panels
+
+
+def _to_panels_fake(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    shape = sparse24_panels_shape(values.shape[0], in_features, values.dtype)
+    return values.new_empty(shape, dtype=torch.int32)
+
+
+def _from_panels_native(
+    panels: Tensor, in_features: int, out_features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    values, indices = _from_panels_fake(panels, in_features, out_features, dtype)
+    threads = torch.get_num_threads()
+    _C.sparse24_from_panels(panels.contiguous(), values, indices, in_features, threads)
+    return values, indices
+
+
+def _from_panels_fake(
+    panels: Tensor, in_features: int, out_features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    value_shape, index_shape = sparse24_shapes(out_features, in_features)
+    return (
+        panels.new_empty(value_shape, dtype=dtype),
+        panels.new_empty(index_shape, dtype=torch.uint8),
+    )
+
+
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sparse24_from_dense(Tensor dense) -> (Tensor, Tensor)": (
+        _from_dense_native,
+        _from_dense_fake,
+    ),
+    "sparse24_to_dense(Tensor values, Tensor indices, SymInt in_features) -> Tensor": (
+        _to_dense_native,
+        _to_dense_fake,
+    ),
+    "sparse24_gather(Tensor dense, Tensor indices) -> Tensor": (
+        _gather_native,
+        _gather_fake,
+    ),
+    "sparse24_validate(Tensor values, Tensor indices, SymInt in_features) -> ()": (
+        _validate_native,
+        _validate_fake,
+    ),
+    "sparse24_to_panels(Tensor values, Tensor indices, SymInt in_features) -> Tensor": (
+        _to_panels_native,
+        _to_panels_fake,
+    ),
+    "sparse24_from_panels(Tensor panels, SymInt in_features, SymInt out_features, "
+    "ScalarType dtype) -> (Tensor, Tensor)": (
+        _from_panels_native,
+        _from_panels_fake,
+    ),
+}
+
+for _schema, (_native, _fake) in _OPS.items():
+    library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+    _name = _schema.partition("(")[0]
+    library.impl(_name, _native, "CPU")
+    torch.library.register_fake(f"gossamer::{_name}", _fake, lib=library)
+
+_to_dense = torch.ops.gossamer.sparse24_to_dense.default
+_gather = torch.ops.gossamer.sparse24_gather.default
+
+
+class ToDense(torch.autograd.Function):
+    """Values at their columns; its adjoint is ``Gather``."""
+
+    generate_vmap_rule = True  # for per-sample gradients
+
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _to_dense(values, indices, in_features)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return Gather.apply(grad, *ctx.saved_tensors), None, None
+
+
+class Gather(torch.autograd.Function):
+    """The entries of a dense matrix at the kept columns; its adjoint is ``ToDense``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dense: Tensor, indices: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _gather(dense, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dense, indices = inputs
+        ctx.in_features = dense.shape[1]
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ToDense.apply(grad, *ctx.saved_tensors, ctx.in_features), None
+
+
+library.impl("sparse24_to_dense", ToDense.apply, "Autograd")
+library.impl("sparse24_gather", Gather.apply, "Autograd")

@@ -1,0 +1,114 @@
+"""What every op means, in plain torch: any dtype, any device, no cleverness.
+
+The tests hold the kernels against these functions, run in float64. Formats are described in
+``gossamer.formats``; names follow the formula y[m, n] = act(sum_k x[m, k] W[n, k] + b[n]).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    """The activation by its name: ``None``, "relu", "gelu" (exact, by erf) or "silu"."""
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "gelu":
+        return F.gelu(y)
+    if activation == "silu":
+        return F.silu(y)
+    return y
+
+
+def sparse24_columns(indices: Tensor, in_features: int) -> Tensor:
+    """The column of W of every stored slot, [N, 2G] int64; it may lie past ``in_features``."""
+    groups = (in_features + 3) // 4
+    nibbles = torch.stack([indices & 15, indices >> 4], dim=-1).flatten(1)[:, :groups].long()
+    within_group = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+    return (within_group + 4 * torch.arange(groups, device=indices.device).view(-1, 1)).flatten(1)
+
+
+def sparse24_from_dense(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, indices) of a [N, K] matrix that is 2:4; -0.0 counts as zero."""
+    out_features, in_features = weight.shape
+    groups = (in_features + 3) // 4
+    padded = F.pad(weight, (0, 4 * groups - in_features)).view(out_features, groups, 4)
+    # A stable sort puts the non-zeros of a group first and leaves both kinds in column order, so
+    # the first two are the non-zeros, filled up with the lowest free columns.
+    slots = torch.argsort((padded == 0).to(torch.uint8), dim=-1, stable=True)[..., :2]
+    slots = slots.sort(dim=-1).values
+    values = padded.gather(-1, slots)
+    values = torch.where(values == 0, torch.zeros_like(values), values)
+    nibbles = F.pad(slots[..., 0] | slots[..., 1] << 2, (0, groups % 2))
+    indices = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return values.flatten(1), indices.to(torch.uint8)
+
+
+def sparse24_to_dense(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """W [N, K]: each stored value at its column, zeros elsewhere."""
+    columns = sparse24_columns(indices, in_features)
+    dense = values.new_zeros(values.shape[0], 4 * ((in_features + 3) // 4))
+    return dense.scatter(1, columns, values)[:, :in_features]
+
+
+def sparse24_gather(dense: Tensor, indices: Tensor) -> Tensor:
+    """The entries of a [N, K] matrix at the kept columns: [N, 2G]; 0 where a column is past K."""
+    columns = sparse24_columns(indices, dense.shape[1])
+    padded = F.pad(dense, (0, 4 * ((dense.shape[1] + 3) // 4) - dense.shape[1]))
+    return padded.gather(1, columns)
+
+
+def sparse24_to_panels(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """The panels of ``gossamer.formats.Sparse24Panels``, from the portable form."""
+    rows, records = values.shape[0], (in_features + 31) // 32
+    blocks = (rows + 15) // 16
+    value_words = 16 * values.element_size() // 4
+
+    def words(part: Tensor, words_per_record: int) -> Tensor:
+        raw = part.contiguous().view(torch.uint8)
+        padding = (0, 4 * words_per_record * records - raw.shape[1], 0, 16 * blocks - rows)
+        as_words = F.pad(raw, padding).contiguous().view(torch.int32)
+        return as_words.view(blocks, 16, records, words_per_record).permute(0, 2, 3, 1)
+
+    return torch.cat([words(indices, 1), words(values, value_words)], dim=2).contiguous()
+
+
+def sparse24_from_panels(
+    panels: Tensor, out_features: int, in_features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(values, indices) from the panels: the inverse of ``sparse24_to_panels``."""
+    groups = (in_features + 3) // 4
+
+    def rows(words: Tensor, row_bytes: int) -> Tensor:
+        by_row = words.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        raw = by_row.view(panels.shape[0] * 16, -1).view(torch.uint8)
+        return raw[:out_features, :row_bytes].clone(memory_format=torch.contiguous_format)
+
+    values = rows(panels[:, :, 1:], 2 * groups * dtype.itemsize).view(dtype)
+    return values, rows(panels[:, :, :1], (groups + 1) // 2)
+
+
+def sparse24_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    activation: str | None = None,
+) -> Tensor:
+    """y = act(x Wᵀ + b), summed over the stored slots alone.
+
+    A NaN or an infinity in x therefore goes through every stored position, explicit zeros
+    included, and never through a pruned one; slots past the last column have no x at all.
+    """
+    columns = sparse24_columns(indices, in_features)
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.new_empty(rows.shape[0], values.shape[0])
+    for n, (row_values, row_columns) in enumerate(zip(values, columns, strict=True)):
+        exists = row_columns < in_features
+        y[:, n] = rows[:, row_columns[exists]] @ row_values[exists]
+    if bias is not None:
+        y = y + bias
+    return activate(y, activation).view(*x.shape[:-1], values.shape[0])

@@ -1,0 +1,126 @@
+"""Shapes that hit mechanisms, weights with every kind of group, and the one table of tolerances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from gossamer import reference
+from gossamer.formats import Sparse24
+from gossamer.prune import magnitude_24
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# (M, N, K), by what a kernel has to get right.
+SHAPES = (
+    (1, 1, 1),  # nothing but padding
+    (2, 3, 2),
+    (3, 5, 3),
+    (1, 16, 4),
+    (2, 17, 5),  # one row of W past a block of 16
+    (7, 2, 6),
+    (4, 33, 7),
+    (1, 16, 32),  # one record exactly: a single row is read in place
+    (5, 31, 33),  # one column past a record
+    (1, 100, 260),  # single row, K tail of one group
+    (16, 48, 64),  # a full tile of few rows
+    (17, 16, 96),  # two uneven tiles of few rows
+    (32, 40, 128),  # the last batch for the few-rows kernels,
+    (33, 40, 128),  # and the first for the many-rows kernels
+    (97, 65, 259),  # several passes over K, with tails everywhere
+    (200, 50, 72),  # more rows than one tile holds
+    (64, 520, 516),  # several tasks a thread
+)
+
+# For each dtype: the unit roundoff of the sum and of the result. 16-bit types multiply exactly
+# and are summed in float32; the result is rounded once more to the type.
+_ROUNDOFF = {
+    torch.float64: (2.0**-53, 2.0**-53),
+    torch.float32: (2.0**-24, 2.0**-24),
+    torch.bfloat16: (2.0**-24, 2.0**-8),
+    torch.float16: (2.0**-24, 2.0**-11),
+}
+# Results below the normal range are rounded to steps of this size.
+_STEP = {
+    torch.float64: 0.0,
+    torch.float32: 2.0**-126,
+    torch.bfloat16: 2.0**-126,
+    torch.float16: 2.0**-24,
+}
+
+
+class Oracle:
+    """``reference.sparse24_linear`` in float64, and how far a kernel may be from it.
+
+    The roundings of a sum of n products are independent and each is at most u times the partial
+    sum, so they add up to about sqrt(n) u times S = |x| |W|ᵀ + |b| at the worst (all terms of one
+    sign); the activations (slope at most 1.13) add a few u S. One lost product would be S / n.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Sparse24,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> None:
+        x, values = x.detach().double(), weight.values.detach().double()
+        bias = None if bias is None else bias.detach().double()
+        self.dtype = weight.dtype
+        with _one_thread():
+            self.y = reference.sparse24_linear(
+                x, values, weight.indices, bias, weight.in_features, activation
+            )
+            # Columns that are not finite only meet zeros where the result is finite.
+            size = _finite_abs(x) @ _finite_abs(weight.to_dense().detach().double()).t()
+        size = size if bias is None else size + _finite_abs(bias)
+        sum_roundoff, result_roundoff = _ROUNDOFF[self.dtype]
+        self.limit = (8 + math.sqrt(values.shape[1])) * sum_roundoff * size
+        self.limit += result_roundoff * self.y.abs() + _STEP[self.dtype]
+
+    def check(self, actual: Tensor) -> None:
+        """Assert that every entry of ``actual`` is as close as its roundings allow."""
+        assert (actual.dtype, actual.shape) == (self.dtype, self.y.shape)
+        actual, y = actual.detach().double(), self.y
+        same = torch.where(y.isfinite(), (actual - y).abs() <= self.limit, actual == y)
+        same |= y.isnan() & actual.isnan()
+        if bool(same.all()):
+            return
+        at = tuple((~same).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{int((~same).sum())} of {same.numel()} entries differ, the first at {list(at)}: "
+            f"{float(actual[at])} for {float(y[at])}, allowed {float(self.limit[at]):.3g}"
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The reference is a long row of small products: on a busy machine, teams wait at each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _finite_abs(t: Tensor) -> Tensor:
+    return t.abs().nan_to_num(nan=0.0, posinf=0.0)
+
+
+def dense_24(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A 2:4 weight with groups of two, one and no non-zeros, and some -0.0 among the zeros."""
+    weight = magnitude_24(torch.randn(out_features, in_features))
+    weight[torch.rand_like(weight) < 0.2] = 0.0
+    weight[(weight == 0) & (torch.rand_like(weight) < 0.2)] = -0.0
+    return weight.to(dtype)
+
+
+def sparse_24(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Sparse24:
+    return Sparse24.from_dense(dense_24(out_features, in_features, dtype))
+
+
+def integers(*shape: int, limit: int, dtype: torch.dtype) -> Tensor:
+    """Whole numbers of at most ``limit``: every sum of a few thousand products of them is exact."""
+    return torch.randint(-limit, limit + 1, shape).to(dtype)

@@ -1,0 +1,44 @@
+"""Fixtures: a fixed seed, every target this machine runs, and the process's thread count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gossamer
+import pytest
+import torch
+from gossamer import _C
+
+assert gossamer.__version__  # torch is imported first, through the package
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _forced(name: str) -> Iterator[str]:
+    before = _C.target()
+    _C.force_target(name)
+    yield name
+    _C.force_target(before)
+
+
+@pytest.fixture(params=_C.machine_targets())
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each target in turn, in force for one test."""
+    yield from _forced(request.param)
+
+
+@pytest.fixture
+def serial_target() -> Iterator[str]:
+    """The readable definition, the only one with float64."""
+    yield from _forced("serial")
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """The number of threads torch uses, put back after the test."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)

@@ -1,0 +1,231 @@
+"""The package as it is installed: imports, versions, stubs, symbols, and what it says of itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gossamer
+import pytest
+import torch
+from gossamer import _C, info
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT / "tests",
+        env={**os.environ, **environment},
+    )
+
+
+def test_import_without_gpu_is_silent() -> None:
+    done = run_python("import gossamer", CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_import_touches_neither_threads_nor_cuda_nor_random_state() -> None:
+    done = run_python(
+        "import sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "state = torch.get_rng_state()\n"
+        "import gossamer\n"
+        "assert torch.get_num_threads() == 1\n"
+        "assert torch.equal(torch.get_rng_state(), state)\n"
+        "assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'gossamer._cuda' not in sys.modules\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_brings_torchs_openmp_runtime_first() -> None:
+    """Otherwise a process has two of them, and torch.set_num_threads() reaches only one."""
+    first_code = next(
+        node
+        for node in ast.parse(Path(gossamer.__file__).read_text()).body
+        if not isinstance(node, ast.Expr) and getattr(node, "module", "") != "__future__"
+    )
+    assert isinstance(first_code, ast.Import)
+    assert first_code.names[0].name == "torch"
+
+
+def test_version_has_one_source() -> None:
+    stated = re.search(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)[1]
+    assert gossamer.__version__ == importlib.metadata.version("gossamer") == stated
+    elsewhere = [
+        path.name
+        for path in [ROOT / "CMakeLists.txt", *(ROOT / "python").rglob("*.py")]
+        if stated in path.read_text()
+    ]
+    assert elsewhere == []
+
+
+def test_public_names_exist_and_are_listed() -> None:
+    assert all(hasattr(gossamer, name) for name in gossamer.__all__)
+    assert {"convert", "info", "formats", "nn", "prune", "ops", "sparse24_linear"} <= set(
+        gossamer.__all__
+    )
+
+
+def test_native_code_includes_no_torch_header() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources
+    including = re.compile(r'#\s*include\s*[<"](torch|ATen|c10)/')
+    assert [path.name for path in sources if including.search(path.read_text())] == []
+    assert "torch" not in re.search(r"^requires = (.+)$", PYPROJECT, re.MULTILINE)[1]
+
+
+def stub_parameters() -> dict[str, list[str]]:
+    tree = ast.parse((Path(gossamer.__file__).parent / "_C.pyi").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name: [argument.arg for argument in node.args.args] for node in functions}
+
+
+def test_stub_states_the_native_signatures() -> None:
+    native = {
+        name: re.findall(r"(\w+): ", function.__doc__.splitlines()[0])
+        for name, function in vars(_C).items()
+        if callable(function) and not name.startswith("__")
+    }
+    assert stub_parameters() == native
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pybind11_stubgen") is None, reason="pybind11-stubgen not installed"
+)
+def test_stub_is_what_stubgen_writes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pybind11_stubgen", "gossamer._C", "-o", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    fresh = (tmp_path / "gossamer" / "_C.pyi").read_text()
+    assert (Path(gossamer.__file__).parent / "_C.pyi").read_text() == fresh
+
+
+INSTRUCTION_SET_OBJECTS = sorted((ROOT / "build").rglob("*_avx*.cpp.o"))
+
+
+@pytest.mark.skipif(
+    not INSTRUCTION_SET_OBJECTS or shutil.which("nm") is None,
+    reason="no objects under build/, or no nm",
+)
+@pytest.mark.parametrize("path", INSTRUCTION_SET_OBJECTS, ids=lambda path: path.name)
+def test_instruction_set_units_export_no_weak_symbols(path: Path) -> None:
+    """The linker keeps one copy of a weak symbol: it may be the one older machines cannot run."""
+    listed = subprocess.run(
+        ["nm", "-C", str(path)], check=True, capture_output=True, text=True
+    ).stdout
+    assert re.findall(r"^.* [WVu] .*$", listed, re.MULTILINE) == []
+
+
+def test_targets_are_consistent() -> None:
+    assert _C.targets_built()[0] == _C.machine_targets()[0] == "serial"
+    assert set(_C.machine_targets()) <= set(_C.targets_built())
+    assert _C.target() in _C.machine_targets()
+
+
+def test_info_says_what_runs_here() -> None:
+    told = info()
+    assert told.version == gossamer.__version__
+    assert told.torch_version == torch.__version__
+    assert told.threads == torch.get_num_threads()
+    assert told.target == _C.target()
+    assert told.targets_built == tuple(_C.targets_built())
+    assert all(choice.target in _C.machine_targets() for choice in told.choices)
+    assert {choice.kernel for choice in told.choices if choice.dtype == "float64"} == {"serial"}
+    text = str(told)
+    for word in (told.version, told.target, *told.targets_built, "CUDA", "float32", "bfloat16"):
+        assert word in text
+    assert repr(told) == text
+
+
+def test_info_command_and_forced_target() -> None:
+    command = [sys.executable, "-m", "gossamer", "info"]
+    environment = {**os.environ, "GOSSAMER_TARGET": "serial"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.search(r"target in force +serial", done.stdout)
+
+
+def test_info_warns_where_torch_sees_a_gpu_that_gossamer_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "gossamer._cuda" else find_spec(name, *rest),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert info().warnings == ()
+    assert "not built" in info().cuda
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert len(info().warnings) == 1
+    assert "warning: torch sees a GPU" in str(info())
+
+
+def test_cuda_module_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: object() if name == "gossamer._cuda" else find_spec(name, *rest),
+    )
+    monkeypatch.setitem(sys.modules, "gossamer._cuda", None)
+    assert "does not load" in info().cuda
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gossamer._cuda") is None, reason="built without the CUDA module"
+)
+def test_cuda_module_answers_without_a_driver() -> None:
+    done = run_python(
+        "import gossamer._cuda as cuda\n"
+        "print(len(cuda.devices()), cuda.driver_status())\n"
+        "for device in cuda.devices():\n"
+        "    assert set(device) == "
+        "{'name', 'compute_capability', 'memory', 'multiprocessors'}, device\n"
+    )
+    assert done.returncode == 0, done.stderr
+    if not torch.cuda.is_available():
+        assert done.stdout.startswith("0 ")
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="no ldd")
+def test_native_modules_link_neither_torch_nor_cuda() -> None:
+    folder = Path(_C.__file__).parent
+    for module in folder.glob("_*.so"):
+        linked = subprocess.run(
+            ["ldd", str(module)], check=True, capture_output=True, text=True
+        ).stdout
+        assert not re.search(r"libtorch|libc10|libcudart|libcuda\.", linked), module.name
+
+
+def test_readme_has_the_commands_that_ci_runs() -> None:
+    commands = re.findall(r'^pip install "\.\[.*$', (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == [
+        'pip install ".[bench]" && python bench/run.py --quick',
+        'pip install ".[test]" && pytest',
+    ]
+
+
+def test_readme_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert "linear layers" in capsys.readouterr().out
