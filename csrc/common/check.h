@@ -1,5 +1,6 @@
 #pragma once
-// User mistakes become ValueError (pybind11 maps std::invalid_argument) with the values in the text.
+// User mistakes become ValueError (pybind11 maps std::invalid_argument) with the values in the
+// text.
 #include <sstream>
 #include <stdexcept>
 
@@ -14,7 +15,7 @@ template <class... Parts>
 
 }  // namespace gossamer
 
-#define GOSSAMER_CHECK(condition, ...)                   \
-  do {                                                   \
-    if (!(condition)) ::gossamer::fail(__VA_ARGS__);     \
+#define GOSSAMER_CHECK(condition, ...)               \
+  do {                                               \
+    if (!(condition)) ::gossamer::fail(__VA_ARGS__); \
   } while (false)

@@ -55,7 +55,9 @@ static inline uint32_t float_to_bits(float f) {
 
 static inline double to_float(double x) { return x; }
 static inline float to_float(float x) { return x; }
-static inline float to_float(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+static inline float to_float(BFloat16 x) {
+  return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
+}
 static inline float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;

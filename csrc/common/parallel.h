@@ -12,6 +12,13 @@ namespace gossamer {
 // by any of them is rethrown to the caller.
 void parallel_run(int threads, const std::function<void(int thread, int team)>& body);
 
+// How many of `threads` are worth waking for so many bytes of memory traffic: a thread takes some
+// microseconds to join, in which another moves about this much.
+inline int threads_for_bytes(int threads, int64_t bytes) {
+  constexpr int64_t kBytesPerThread = 64 << 10;
+  return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::max(threads, 1)));
+}
+
 // Splits [0, count) into one contiguous range a thread, the first ones longer by one.
 template <class Body>
 void parallel_ranges(int threads, int64_t count, const Body& body) {

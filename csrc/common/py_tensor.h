@@ -48,8 +48,8 @@ inline void initialise() {
   torch().tensor_type = reinterpret_cast<PyTypeObject*>(pybind11::object(type).release().ptr());
   if (!pybind11::hasattr(type, "__dlpack_c_exchange_api__")) return;
   const pybind11::object capsule = type.attr("__dlpack_c_exchange_api__");
-  auto* api = static_cast<const ExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  auto* api =
+      static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) PyErr_Clear();
   if (api != nullptr && api->major == 1) torch().api = api;
 }

@@ -1,5 +1,6 @@
 #pragma once
-// The vocabulary of simd_avx512.h in registers of eight lanes. Included by units compiled for AVX2 only.
+// The vocabulary of simd_avx512.h in registers of eight lanes. Included by units compiled for AVX2
+// only.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -65,7 +66,9 @@ struct Simd {
   static void store_words(uint32_t* p, I a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
   }
-  static F broadcast(const uint32_t* p) { return as_float(_mm256_set1_epi32(static_cast<int>(*p))); }
+  static F broadcast(const uint32_t* p) {
+    return as_float(_mm256_set1_epi32(static_cast<int>(*p)));
+  }
 
   // In each lane, the lane of x that the index names by its low bits.
   static F permute(F x, I index) { return _mm256_permutevar8x32_ps(x, index); }

@@ -64,7 +64,9 @@ struct Simd {
     store16(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   static void store_words(uint32_t* p, I a) { _mm512_storeu_si512(p, a); }
-  static F broadcast(const uint32_t* p) { return as_float(_mm512_set1_epi32(static_cast<int>(*p))); }
+  static F broadcast(const uint32_t* p) {
+    return as_float(_mm512_set1_epi32(static_cast<int>(*p)));
+  }
 
   // In each lane, the lane of x that the index names by its low bits.
   static F permute(F x, I index) { return _mm512_permutexvar_ps(index, x); }
@@ -129,7 +131,9 @@ struct Simd {
   }
 
  private:
-  static __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static __m256i load16(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
   static void store16(void* p, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
   static I round_to_bfloat16(F a) {
     const I bits = as_int(a);

@@ -17,11 +17,13 @@ namespace gossamer::sparse24 {
 namespace {
 
 bool is_weight_dtype(DType t) {
-  return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16 || t == DType::kFloat64;
+  return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16 ||
+         t == DType::kFloat64;
 }
 
 void check_cpu(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on a CUDA device, the kernels of this build run on the CPU");
+  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what,
+                 " is on a CUDA device, the kernels of this build run on the CPU");
 }
 
 void check_matrix(const char* op, const char* what, const TensorView& t) {
@@ -30,7 +32,8 @@ void check_matrix(const char* op, const char* what, const TensorView& t) {
 }
 
 void check_contiguous(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.is_contiguous(), op, ": ", what, " of shape ", shape_text(t), " must be contiguous");
+  GOSSAMER_CHECK(t.is_contiguous(), op, ": ", what, " of shape ", shape_text(t),
+                 " must be contiguous");
 }
 
 void check_dtype(const char* op, const char* what, const TensorView& t, DType expected) {
@@ -40,13 +43,15 @@ void check_dtype(const char* op, const char* what, const TensorView& t, DType ex
   }
 }
 
-void check_shape(const char* op, const char* what, const TensorView& t, int64_t rows, int64_t columns) {
+void check_shape(const char* op, const char* what, const TensorView& t, int64_t rows,
+                 int64_t columns) {
   GOSSAMER_CHECK(t.shape[0] == rows && t.shape[1] == columns, op, ": ", what, " has shape ",
                  shape_text(t), ", expected [", rows, ", ", columns, "]");
 }
 
 // The portable weight [n, k] behind (values, indices), both checked against it.
-Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n, int64_t k) {
+Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
+                int64_t k) {
   check_matrix(op, "values", values);
   check_matrix(op, "indices", indices);
   if (!is_weight_dtype(values.dtype)) {
@@ -54,7 +59,8 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
                          ", expected float32, bfloat16, float16 or float64");
   }
   check_dtype(op, "indices", indices, DType::kUInt8);
-  GOSSAMER_CHECK(n >= 1 && k >= 1, op, ": the weight is [", n, ", ", k, "], expected at least [1, 1]");
+  GOSSAMER_CHECK(n >= 1 && k >= 1, op, ": the weight is [", n, ", ", k,
+                 "], expected at least [1, 1]");
   Weight w{values.dtype, n, k, values.data, indices.as<const uint8_t>(), nullptr};
   check_shape(op, "values", values, n, 2 * w.groups());
   check_shape(op, "indices", indices, n, w.index_bytes());
@@ -64,7 +70,8 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
 }
 
 // The dense twin [n, k] of a portable weight.
-Weight with_dense(const char* op, const TensorView& dense, const TensorView& values, const TensorView& indices) {
+Weight with_dense(const char* op, const TensorView& dense, const TensorView& values,
+                  const TensorView& indices) {
   check_matrix(op, "dense", dense);
   check_contiguous(op, "dense", dense);
   check_dtype(op, "values", values, dense.dtype);
@@ -74,7 +81,8 @@ Weight with_dense(const char* op, const TensorView& dense, const TensorView& val
 DType panel_dtype(const std::string& dtype) {
   const DType t = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(t) || t == DType::kFloat64) {
-    throw py::type_error("Sparse24Panels: no panels for " + dtype + "; float32, bfloat16 and float16 have them");
+    throw py::type_error("Sparse24Panels: no panels for " + dtype +
+                         "; float32, bfloat16 and float16 have them");
   }
   return t;
 }
@@ -100,26 +108,31 @@ Activation activation_of(const std::string& text) {
   fail("sparse24_linear: activation '", text, "' is unknown; none, relu, gelu or silu");
 }
 
-void bind_from_dense(const TensorView& dense, const TensorView& values, const TensorView& indices, int threads) {
+void bind_from_dense(const TensorView& dense, const TensorView& values, const TensorView& indices,
+                     int threads) {
   const Weight w = with_dense("sparse24_from_dense", dense, values, indices);
   from_dense(dense.data, w, values.data, indices.as<uint8_t>(), threads);
 }
 
-void bind_gather(const TensorView& dense, const TensorView& indices, const TensorView& values, int threads) {
+void bind_gather(const TensorView& dense, const TensorView& indices, const TensorView& values,
+                 int threads) {
   const Weight w = with_dense("sparse24_gather", dense, values, indices);
   gather(dense.data, w, values.data, threads);
 }
 
-void bind_to_dense(const TensorView& values, const TensorView& indices, const TensorView& dense, int threads) {
+void bind_to_dense(const TensorView& values, const TensorView& indices, const TensorView& dense,
+                   int threads) {
   to_dense(with_dense("sparse24_to_dense", dense, values, indices), dense.data, threads);
 }
 
-void bind_validate(const TensorView& values, const TensorView& indices, int64_t in_features, int threads) {
+void bind_validate(const TensorView& values, const TensorView& indices, int64_t in_features,
+                   int threads) {
   check_matrix("Sparse24", "values", values);
   validate(portable("Sparse24", values, indices, values.shape[0], in_features), threads);
 }
 
-std::vector<int64_t> panels_shape(int64_t out_features, int64_t in_features, const std::string& dtype) {
+std::vector<int64_t> panels_shape(int64_t out_features, int64_t in_features,
+                                  const std::string& dtype) {
   const Weight w{panel_dtype(dtype), out_features, in_features, nullptr, nullptr, nullptr};
   return {w.blocks(), w.records(), 1 + w.value_words(), kBlockN};
 }
@@ -130,7 +143,8 @@ void bind_to_panels(const TensorView& values, const TensorView& indices, int64_t
   check_matrix(op, "values", values);
   const Weight w = portable(op, values, indices, values.shape[0], in_features);
   panels(op, out, panel_dtype(name(w.dtype)), w.n, w.k);
-  parallel_ranges(threads, w.blocks(), [&](int64_t begin, int64_t end) {
+  const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
+  parallel_ranges(team, w.blocks(), [&](int64_t begin, int64_t end) {
     to_panels(w, begin, end, out.as<uint32_t>() + begin * w.block_words());
   });
 }
@@ -141,7 +155,8 @@ void bind_from_panels(const TensorView& in, const TensorView& values, const Tens
   check_matrix(op, "values", values);
   const Weight shape = portable(op, values, indices, values.shape[0], in_features);
   const Weight w = panels(op, in, panel_dtype(name(shape.dtype)), shape.n, shape.k);
-  parallel_ranges(threads, w.blocks(), [&](int64_t begin, int64_t end) {
+  const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
+  parallel_ranges(team, w.blocks(), [&](int64_t begin, int64_t end) {
     from_panels(w, begin, end, values.data, indices.as<uint8_t>());
   });
 }
@@ -158,21 +173,25 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   }
   const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
   if (indices) check_dtype(op, "the weight", weight, x.dtype);
-  const Weight w = indices ? portable(op, weight, *indices, n, k) : panels(op, weight, panel_dtype(name(x.dtype)), n, k);
+  const Weight w = indices ? portable(op, weight, *indices, n, k)
+                           : panels(op, weight, panel_dtype(name(x.dtype)), n, k);
   check_dtype(op, "out", out, x.dtype);
   check_shape(op, "out", out, m, n);
   check_contiguous(op, "out", out);
   if (bias) {
     check_cpu(op, "bias", *bias);
     check_dtype(op, "bias", *bias, x.dtype);
-    GOSSAMER_CHECK(bias->ndim == 1 && bias->shape[0] == n, op, ": bias has shape ", shape_text(*bias), ", expected [", n, "]");
+    GOSSAMER_CHECK(bias->ndim == 1 && bias->shape[0] == n, op, ": bias has shape ",
+                   shape_text(*bias), ", expected [", n, "]");
     check_contiguous(op, "bias", *bias);
   }
-  gemm({w, m, x.data, x.strides[0], x.strides[1], bias ? bias->data : nullptr, activation_of(activation), out.data, threads});
+  gemm({w, m, x.data, x.strides[0], x.strides[1], bias ? bias->data : nullptr,
+        activation_of(activation), out.data, threads});
 }
 
 py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int threads) {
-  const GemmConfig config = choose_gemm_config(m, n, k, dlpack::dtype_from_name(dtype), target(), threads);
+  const GemmConfig config =
+      choose_gemm_config(m, n, k, dlpack::dtype_from_name(dtype), target(), threads);
   py::dict report;
   report["target"] = name(config.kernel == Kernel::kSerial ? Target::kSerial : target());
   report["threads"] = config.threads;
@@ -180,15 +199,18 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int t
   switch (config.kernel) {
     case Kernel::kSerial:
       report["kernel"] = "serial";
-      report["why"] = target() == Target::kSerial ? "no vector target is in force" : "float64 has the serial kernel only";
+      report["why"] = target() == Target::kSerial ? "no vector target is in force"
+                                                  : "float64 has the serial kernel only";
       break;
     case Kernel::kFewRows:
       report["kernel"] = "few_rows";
-      report["why"] = "up to " + std::to_string(traits(target()).few_rows_limit) + " rows: bound by reading the weights once";
+      report["why"] = "up to " + std::to_string(traits(target()).few_rows_limit) +
+                      " rows: bound by reading the weights once";
       break;
     case Kernel::kManyRows:
       report["kernel"] = "many_rows";
-      report["why"] = "above " + std::to_string(traits(target()).few_rows_limit) + " rows: bound by arithmetic";
+      report["why"] =
+          "above " + std::to_string(traits(target()).few_rows_limit) + " rows: bound by arithmetic";
       break;
   }
   return report;
@@ -198,15 +220,24 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int t
 
 void bind(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.def("sparse24_from_dense", &bind_from_dense, py::arg("dense"), py::arg("values"), py::arg("indices"), py::arg("threads"), release());
-  m.def("sparse24_gather", &bind_gather, py::arg("dense"), py::arg("indices"), py::arg("values"), py::arg("threads"), release());
-  m.def("sparse24_to_dense", &bind_to_dense, py::arg("values"), py::arg("indices"), py::arg("dense"), py::arg("threads"), release());
-  m.def("sparse24_validate", &bind_validate, py::arg("values"), py::arg("indices"), py::arg("in_features"), py::arg("threads"), release());
-  m.def("sparse24_panels_shape", &panels_shape, py::arg("out_features"), py::arg("in_features"), py::arg("dtype"));
-  m.def("sparse24_to_panels", &bind_to_panels, py::arg("values"), py::arg("indices"), py::arg("in_features"), py::arg("panels"), py::arg("threads"), release());
-  m.def("sparse24_from_panels", &bind_from_panels, py::arg("panels"), py::arg("values"), py::arg("indices"), py::arg("in_features"), py::arg("threads"), release());
-  m.def("sparse24_linear", &bind_linear, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("indices"), py::arg("bias"), py::arg("activation"), py::arg("threads"), release());
-  m.def("sparse24_choose", &choose, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("threads"));
+  m.def("sparse24_from_dense", &bind_from_dense, py::arg("dense"), py::arg("values"),
+        py::arg("indices"), py::arg("threads"), release());
+  m.def("sparse24_gather", &bind_gather, py::arg("dense"), py::arg("indices"), py::arg("values"),
+        py::arg("threads"), release());
+  m.def("sparse24_to_dense", &bind_to_dense, py::arg("values"), py::arg("indices"),
+        py::arg("dense"), py::arg("threads"), release());
+  m.def("sparse24_validate", &bind_validate, py::arg("values"), py::arg("indices"),
+        py::arg("in_features"), py::arg("threads"), release());
+  m.def("sparse24_panels_shape", &panels_shape, py::arg("out_features"), py::arg("in_features"),
+        py::arg("dtype"));
+  m.def("sparse24_to_panels", &bind_to_panels, py::arg("values"), py::arg("indices"),
+        py::arg("in_features"), py::arg("panels"), py::arg("threads"), release());
+  m.def("sparse24_from_panels", &bind_from_panels, py::arg("panels"), py::arg("values"),
+        py::arg("indices"), py::arg("in_features"), py::arg("threads"), release());
+  m.def("sparse24_linear", &bind_linear, py::arg("out"), py::arg("x"), py::arg("weight"),
+        py::arg("indices"), py::arg("bias"), py::arg("activation"), py::arg("threads"), release());
+  m.def("sparse24_choose", &choose, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
+        py::arg("threads"));
 }
 
 }  // namespace gossamer::sparse24

@@ -23,7 +23,8 @@ const Unit* unit_of(Target target, DType dtype) {
   return nullptr;
 }
 
-// Memory that a thread keeps from call to call, so that a call allocates nothing in the steady state.
+// Memory that a thread keeps from call to call, so that a call allocates nothing in the steady
+// state.
 struct Scratch {
   void* at_least(int64_t bytes) {
     if (bytes > size_) {
@@ -46,7 +47,8 @@ thread_local Scratch packed_x, partial_sums, packed_weight;
 // The panels of the blocks [begin, end): where they lie, or made from the portable form.
 const uint32_t* panels_of(const Weight& w, int64_t begin, int64_t end) {
   if (w.panels != nullptr) return w.panels + begin * w.block_words();
-  auto* panels = static_cast<uint32_t*>(packed_weight.at_least(4 * (end - begin) * w.block_words()));
+  auto* panels =
+      static_cast<uint32_t*>(packed_weight.at_least(4 * (end - begin) * w.block_words()));
   to_panels(w, begin, end, panels);
   return panels;
 }
@@ -96,9 +98,10 @@ void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
   const int64_t tile_rows = static_cast<int64_t>(config.tile) * lanes;
   const int64_t record_words = unit.panel_rows * tile_rows;
   const int64_t tile_words = w.records() * record_words;
-  const auto vectors_from = [&](int64_t row) {  // of the tile that starts there; the last is smaller
-    return static_cast<int>(std::min<int64_t>(config.tile, ceil_div(args.m - row, lanes)));
-  };
+  const auto vectors_from =
+      [&](int64_t row) {  // of the tile that starts there; the last is smaller
+        return static_cast<int>(std::min<int64_t>(config.tile, ceil_div(args.m - row, lanes)));
+      };
   auto* packed = static_cast<uint32_t*>(packed_x.at_least(4 * config.tiles * tile_words));
   parallel_ranges(config.threads, config.tiles * w.records(), [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -145,8 +148,7 @@ void gemm_serial_any(const GemmArgs& args) {
 void gemm(const GemmArgs& args) {
   const Weight& w = args.weight;
   if (args.m == 0 || w.n == 0) return;
-  const GemmConfig config =
-      choose_gemm_config(args.m, w.n, w.k, w.dtype, target(), args.threads);
+  const GemmConfig config = choose_gemm_config(args.m, w.n, w.k, w.dtype, target(), args.threads);
   const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target(), w.dtype);
   if (unit == nullptr) return gemm_serial_any(args);
   if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);

@@ -67,7 +67,8 @@ struct DotBF16 {
   static Simd::H offsets(const uint32_t* indices, int64_t base) {
     const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(*indices)),
                                               _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    const I pairs = _mm512_permutexvar_epi32(_mm512_zextsi256_si512(nibbles), kPairRow<RowBytes>.load());
+    const I pairs =
+        _mm512_permutexvar_epi32(_mm512_zextsi256_si512(nibbles), kPairRow<RowBytes>.load());
     constexpr int kGroup = kPairs * RowBytes;
     const __m256i groups = _mm256_setr_epi32(0, kGroup, 2 * kGroup, 3 * kGroup, 4 * kGroup,
                                              5 * kGroup, 6 * kGroup, 7 * kGroup);
@@ -80,7 +81,8 @@ struct DotBF16 {
                             (__m512bh)Simd::load_words(reinterpret_cast<const uint32_t*>(x)));
   }
 
-  static void pack_record(const X (&rows)[Simd::kLanes][kRecordK], int64_t stride, uint32_t* panel) {
+  static void pack_record(const X (&rows)[Simd::kLanes][kRecordK], int64_t stride,
+                          uint32_t* panel) {
     alignas(64) uint32_t words[kRecordK / 2][Simd::kLanes];
     Simd::transpose(reinterpret_cast<const uint32_t*>(rows), kRecordK / 2, words[0], Simd::kLanes);
     const I low_half = Simd::set1(0xffffu), high_half = Simd::set1(0xffff0000u);

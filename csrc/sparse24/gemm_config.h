@@ -35,8 +35,8 @@ struct TargetTraits {
 constexpr TargetTraits traits(Target target) {
   switch (target) {
     case Target::kAVX2: return {8, 4, 10, 32};
-    case Target::kAVX512: return {16, 16, 12, 32};
-    case Target::kAVX512BF16: return {16, 16, 12, 32};
+    case Target::kAVX512:
+    case Target::kAVX512BF16: return {16, 16, 12, 56};
     case Target::kSerial: break;
   }
   return {1, 1, 1, 0};
@@ -44,7 +44,8 @@ constexpr TargetTraits traits(Target target) {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The panel of x that a pass keeps in L1, leaving room in 32 KiB for the streaming weights.
+// The panel of x that a pass keeps in L1. 37 KiB (three quarters of 48) beat 24 KiB where measured;
+// on a 32 KiB cache a part of it comes from L2.
 constexpr int64_t kPanelBytes = 37 << 10;
 // A task's partial sums stay in L2.
 constexpr int64_t kPartialSumBytes = 256 << 10;
@@ -52,7 +53,7 @@ constexpr int64_t kPartialSumBytes = 256 << 10;
 constexpr int64_t kWorkPerThread = 1 << 16;
 
 inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
-                                        int threads) {
+                                     int threads) {
   const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
   const int64_t work = m * blocks * kBlockN * records * (kRecordK / 2);
   const int64_t useful = work / kWorkPerThread < 1 ? 1 : work / kWorkPerThread;
@@ -74,9 +75,15 @@ inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtyp
   const int64_t record_bytes = (pairs ? 6 * kRecordGroups : kRecordK) * 4 * t.lanes * tile;
   const int64_t fitting = kPanelBytes / record_bytes;
   const int64_t block_bytes = kBlockN * 4 * t.lanes * tile;
-  const int64_t fair = ceil_div(blocks * tiles, 4 * team) < blocks ? ceil_div(blocks * tiles, 4 * team) : blocks;
+  const int64_t fair =
+      ceil_div(blocks * tiles, 4 * team) < blocks ? ceil_div(blocks * tiles, 4 * team) : blocks;
   const int64_t cached = kPartialSumBytes / block_bytes < 1 ? 1 : kPartialSumBytes / block_bytes;
-  return {Kernel::kManyRows, tile, tiles, fitting < 1 ? 1 : fitting, fair < cached ? fair : cached, team};
+  return {Kernel::kManyRows,
+          tile,
+          tiles,
+          fitting < 1 ? 1 : fitting,
+          fair < cached ? fair : cached,
+          team};
 }
 
 }  // namespace gossamer::sparse24

@@ -3,7 +3,8 @@
 // x, W and y, and a Multiply that says how a kept weight meets x:
 //
 //   MultiplyAdd  float32 multiply-add, T converted on the way in (this file)
-//   DotBF16      a kept pair at a time by the bfloat16 dot-product instruction (gemm_avx512_bf16.cpp)
+//   DotBF16      a kept pair at a time by the bfloat16 dot-product instruction
+//   (gemm_avx512_bf16.cpp)
 //
 // Per Multiply:  X            element of a packed few_rows x
 //                kSteps       broadcast weights a record holds per output (many_rows)
@@ -34,7 +35,8 @@ struct MultiplyAdd {
     for (int r = 0; r < Regs; ++r) {
       load_pair(block, g, r, weight[0][r], weight[1][r], T{});
       column[0][r] = S::or_(S::and_(indices[r], S::set1(3u)), first_column);
-      column[1][r] = S::or_(S::and_(S::template shift_right<2>(indices[r]), S::set1(3u)), first_column);
+      column[1][r] =
+          S::or_(S::and_(S::template shift_right<2>(indices[r]), S::set1(3u)), first_column);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
@@ -50,8 +52,8 @@ struct MultiplyAdd {
     }
   }
 
-  // many_rows: a record's kept weights as floats (in place where they are), and, from the index word
-  // of one output, the byte offset of the row of the panel that each of its weights meets.
+  // many_rows: a record's kept weights as floats (in place where they are), and, from the index
+  // word of one output, the byte offset of the row of the panel that each of its weights meets.
   static const uint32_t* weights(const uint32_t* record, uint32_t* scratch) {
     return expand(record, scratch, T{});
   }
@@ -65,16 +67,18 @@ struct MultiplyAdd {
   }
 
   // A record of x for S::kLanes rows: its columns become rows of the panel.
-  static void pack_record(const float (&rows)[S::kLanes][kRecordK], int64_t panel_stride, uint32_t* panel) {
+  static void pack_record(const float (&rows)[S::kLanes][kRecordK], int64_t panel_stride,
+                          uint32_t* panel) {
     for (int k = 0; k < kRecordK; k += S::kLanes) {
-      S::transpose(reinterpret_cast<const uint32_t*>(&rows[0][k]), kRecordK, panel + k * panel_stride,
-                   panel_stride);
+      S::transpose(reinterpret_cast<const uint32_t*>(&rows[0][k]), kRecordK,
+                   panel + k * panel_stride, panel_stride);
     }
   }
 
  private:
   static void load_pair(const uint32_t* block, int g, int r, F& first, F& second, float) {
-    const auto* words = reinterpret_cast<const float*>(block + (1 + 2 * g) * kBlockN + r * S::kLanes);
+    const auto* words =
+        reinterpret_cast<const float*>(block + (1 + 2 * g) * kBlockN + r * S::kLanes);
     first = S::load(words);
     second = S::load(words + kBlockN);
   }
@@ -84,7 +88,9 @@ struct MultiplyAdd {
     first = S::low(pair, Half{});
     second = S::high(pair, Half{});
   }
-  static const uint32_t* expand(const uint32_t* record, uint32_t*, float) { return record + kBlockN; }
+  static const uint32_t* expand(const uint32_t* record, uint32_t*, float) {
+    return record + kBlockN;
+  }
   template <class Half>
   static const uint32_t* expand(const uint32_t* record, uint32_t* scratch, Half) {
     for (int g = 0; g < kRecordGroups; ++g) {
@@ -103,7 +109,8 @@ struct Kernels {
   using F = typename S::F;
   using X = typename Multiply::X;
   static constexpr int kRegs = kBlockN / S::kLanes;  // registers of 16 outputs
-  static constexpr int kRecordWords = (1 + kRecordGroups * (sizeof(T) == 4 ? 2 : 1)) * kBlockN;
+  static constexpr int kRecordLines = 1 + kRecordGroups * (sizeof(T) == 4 ? 2 : 1);  // of 64 bytes
+  static constexpr int kRecordWords = kRecordLines * kBlockN;
 
   // ---- y = act(sum + bias), 16 outputs of a row ------------------------------------------------
 
@@ -185,8 +192,8 @@ struct Kernels {
     return wanted >= 8 ? 8 : wanted >= 4 ? 4 : wanted >= 2 ? 2 : 1;
   }
 
-  // How far ahead of the multiply the weights are fetched: past the end of the 4 KiB page, where the
-  // hardware's own prefetch stops. One or two rows are bound by memory alone and gain nothing.
+  // How far ahead of the multiply the weights are fetched: past the end of the 4 KiB page, where
+  // the hardware's own prefetch stops. One or two rows are bound by memory alone and gain nothing.
   static constexpr int64_t kAheadBytes = 4096;
 
   template <int Rows>
@@ -219,7 +226,8 @@ struct Kernels {
 #pragma GCC unroll 8
           for (int g = 0; g < kRecordGroups; ++g) {
             Multiply::template multiply_group<Rows, kRegs, kChains>(
-                words, g, indices, columns + 4 * g / Multiply::kChunk * Multiply::kChunk * Rows, sum);
+                words, g, indices, columns + 4 * g / Multiply::kChunk * Multiply::kChunk * Rows,
+                sum);
 #pragma GCC unroll 2
             for (auto& nibbles : indices) nibbles = S::template shift_right<4>(nibbles);
           }
@@ -228,7 +236,8 @@ struct Kernels {
           F total[kRegs];
           for (int r = 0; r < kRegs; ++r) {
             total[r] = sum[row][r][0];
-            for (int chain = 1; chain < kChains; ++chain) total[r] = S::add(total[r], sum[row][r][chain]);
+            for (int chain = 1; chain < kChains; ++chain)
+              total[r] = S::add(total[r], sum[row][r][chain]);
           }
           finish_row(total, bias, task.epilogue, first + row, block * kBlockN);
         }
@@ -240,7 +249,9 @@ struct Kernels {
     if (task.tile == Rows) return few_rows_tile<Rows>(task);
     if constexpr (Rows > 1) few_rows_up_to<Rows - 1>(task);
   }
-  static void few_rows(const FewRowsTask& task) { few_rows_up_to<(S::kLanes == 16 ? 16 : 4)>(task); }
+  static void few_rows(const FewRowsTask& task) {
+    few_rows_up_to<(S::kLanes == 16 ? 16 : 4)>(task);
+  }
 
   // ---- many_rows --------------------------------------------------------------------------------
 
@@ -250,39 +261,24 @@ struct Kernels {
       uint32_t* panel = static_cast<uint32_t*>(packed) + record * Multiply::kPanelRows * stride;
       for (int vector = 0; vector < tile; ++vector) {
         alignas(64) X rows[S::kLanes][kRecordK];
-        for (int i = 0; i < S::kLanes; ++i) fetch(x, vector * S::kLanes + i, record * kRecordK, rows[i]);
+        for (int i = 0; i < S::kLanes; ++i)
+          fetch(x, vector * S::kLanes + i, record * kRecordK, rows[i]);
         Multiply::pack_record(rows, stride, panel + vector * S::kLanes);
       }
     }
   }
 
-  // What the next block, and the next pass, will read: brought closer in sixteenths, since neither
-  // follows in memory on what is read now.
-  struct Ahead {
-    const char* weights;
-    int64_t weight_bytes;
-    const char* panel;
-    int64_t panel_bytes;
-    // Inlined by force: gcc takes a function of nothing but prefetches for one without effect.
-    [[gnu::always_inline]] void fetch(int begin, int end) const {
-      for (int64_t i = weight_bytes * begin / kBlockN; i < weight_bytes * end / kBlockN; i += 64) {
-        __builtin_prefetch(weights + i, 0, 3);
-      }
-      for (int64_t i = panel_bytes * begin / kBlockN; i < panel_bytes * end / kBlockN; i += 64) {
-        __builtin_prefetch(panel + i, 0, 2);
-      }
-    }
-  };
-
   // One pass: 16 outputs of a block against all rows of the tile, over `records` records of K.
   //
-  // A multiply-add reads x from memory, so the loads are the limit: (Vectors + 1) of them for Vectors
-  // multiply-adds. Their addresses must never be late, and must not come through integer loads, which
-  // take the same ports: the offsets of an output's next record are computed in vector registers
-  // while this one is multiplied, and move to integer registers four at a time, four steps ahead.
+  // A multiply-add reads x from memory, so the loads are the limit: (Vectors + 1) of them for
+  // Vectors multiply-adds. Their addresses must never be late, and must not come through integer
+  // loads, which take the same ports: the offsets of an output's next record are computed in vector
+  // registers while this one is multiplied, and move to integer registers four at a time, four
+  // steps ahead.
   template <int Vectors, int Outputs>
   static void multiply_block(const uint32_t* words, const uint32_t* const* weights, int64_t records,
-                             const char* panel, bool first_pass, float* sums, const Ahead& ahead) {
+                             const char* panel, bool first_pass, float* sums,
+                             const uint32_t* words_ahead, const char* panel_ahead) {
     constexpr int kRowBytes = Vectors * S::kLanes * sizeof(float);
     constexpr int kQuads = Multiply::kSteps / 4;
     typename S::H offsets[Outputs], next_offsets[Outputs];
@@ -293,7 +289,6 @@ struct Kernels {
       quad[o] = S::quad(offsets[o], 0);
     }
     for (int first = 0; first < kBlockN; first += Outputs, sums += Outputs * Vectors * S::kLanes) {
-      ahead.fetch(first, first + Outputs);
       F sum[Outputs][Vectors];
 #pragma GCC unroll 8
       for (int o = 0; o < Outputs; ++o) {
@@ -303,19 +298,30 @@ struct Kernels {
         }
       }
       for (int64_t record = 0; record < records; ++record) {
+        // A line or two at a time, what the block after next and the next pass will read: neither
+        // follows in memory on what is read now.
+        const uint32_t* line =
+            words_ahead + record * kRecordWords + first * kRecordLines / kBlockN * kBlockN;
+        __builtin_prefetch(line, 0, 3);
+        __builtin_prefetch(line + kBlockN, 0, 3);
+        __builtin_prefetch(panel_ahead, 0, 2);
+        panel_ahead += 64;
         const uint32_t* weight = weights[record] + first;
         const bool last = record + 1 == records;
         const int64_t next = last ? 0 : record + 1;
-        const uint32_t* next_words = words + next * kRecordWords + (last ? (first + Outputs) % kBlockN : first);
+        const uint32_t* next_words =
+            words + next * kRecordWords + (last ? (first + Outputs) % kBlockN : first);
 #pragma GCC unroll 8
         for (int o = 0; o < Outputs; ++o) {
-          next_offsets[o] = Multiply::template offsets<kRowBytes>(next_words + o, next * Multiply::kPanelRows * kRowBytes);
+          next_offsets[o] = Multiply::template offsets<kRowBytes>(
+              next_words + o, next * Multiply::kPanelRows * kRowBytes);
         }
 #pragma GCC unroll 4
         for (int q = 0; q < kQuads; ++q) {
 #pragma GCC unroll 8
           for (int o = 0; o < Outputs; ++o) {
-            next_quad[o] = q + 1 < kQuads ? S::quad(offsets[o], q + 1) : S::quad(next_offsets[o], 0);
+            next_quad[o] =
+                q + 1 < kQuads ? S::quad(offsets[o], q + 1) : S::quad(next_offsets[o], 0);
           }
 #pragma GCC unroll 4
           for (int step = 0; step < 4; ++step) {
@@ -325,7 +331,8 @@ struct Kernels {
               const char* x = panel + static_cast<uint16_t>(quad[o] >> (16 * step));
 #pragma GCC unroll 16
               for (int v = 0; v < Vectors; ++v) {
-                sum[o][v] = Multiply::multiply(broadcast, x + v * S::kLanes * sizeof(float), sum[o][v]);
+                sum[o][v] =
+                    Multiply::multiply(broadcast, x + v * S::kLanes * sizeof(float), sum[o][v]);
               }
             }
           }
@@ -355,7 +362,6 @@ struct Kernels {
       const int64_t left = task.records - begin;
       const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
       const char* panel = static_cast<const char*>(task.x) + begin * kPanelBytes;
-      const int64_t panel_share = (records * kPanelBytes + task.blocks - 1) / task.blocks;
       for (int64_t block = 0; block < task.blocks; ++block) {
         const uint32_t* words = task.panels + (block * task.records + begin) * kRecordWords;
         for (int64_t i = 0; i < records; ++i) {
@@ -364,24 +370,25 @@ struct Kernels {
         // Two blocks ahead: a block's first output already reads all of its weights.
         const int64_t next_block = (block + 2) % task.blocks;
         const int64_t next_begin = block + 2 < task.blocks ? begin : begin + records;
-        const uint32_t* next = task.panels + (next_block * task.records + next_begin) * kRecordWords;
-        const Ahead ahead{reinterpret_cast<const char*>(next), records * kRecordWords * 4,
-                          panel + records * kPanelBytes + block * panel_share, panel_share};
-        multiply_block<Vectors, kOutputs>(words, weights, records, panel, begin == 0,
-                                          task.sums + block * kBlockN * kTileRows, ahead);
+        const uint32_t* next =
+            task.panels + (next_block * task.records + next_begin) * kRecordWords;
+        multiply_block<Vectors, kOutputs>(
+            words, weights, records, panel, begin == 0, task.sums + block * kBlockN * kTileRows,
+            next, panel + records * (kPanelBytes + 64 * block * (kBlockN / kOutputs)));
       }
     }
     for (int64_t block = 0; block < task.blocks; ++block) {
       const Bias bias(task.epilogue.bias, block * kBlockN, task.epilogue.n);
       const float* sums = task.sums + block * kBlockN * kTileRows;
-      for (int64_t row = 0; row < task.rows; row += S::kLanes) finish_rows<kTileRows>(sums + row, bias, task, row, block);
+      for (int64_t row = 0; row < task.rows; row += S::kLanes)
+        finish_rows<kTileRows>(sums + row, bias, task, row, block);
     }
   }
 
   // The sums lie output by output; y is row by row.
   template <int64_t kTileRows>
-  static void finish_rows(const float* sums, const Bias& bias, const ManyRowsTask& task, int64_t row,
-                          int64_t block) {
+  static void finish_rows(const float* sums, const Bias& bias, const ManyRowsTask& task,
+                          int64_t row, int64_t block) {
     alignas(64) float outputs[S::kLanes][kBlockN];
     for (int r = 0; r < kRegs; ++r) {
       S::transpose(reinterpret_cast<const uint32_t*>(sums) + r * S::kLanes * kTileRows, kTileRows,
@@ -403,7 +410,8 @@ struct Kernels {
     many_rows_up_to<(S::kLanes == 16 ? 12 : 10)>(task);
   }
 
-  static constexpr Unit unit = {sizeof(X), Multiply::kPanelRows, pack_few, few_rows, pack_many, many_rows};
+  static constexpr Unit unit = {sizeof(X), Multiply::kPanelRows, pack_few, few_rows, pack_many,
+                                many_rows};
 };
 
 }  // namespace gossamer::sparse24

@@ -1,6 +1,6 @@
 #pragma once
-// The border between gemm.cpp, which cuts a GEMM into tasks, and the units that run one task with one
-// instruction set. Plain structs and function pointers.
+// The border between gemm.cpp, which cuts a GEMM into tasks, and the units that run one task with
+// one instruction set. Plain structs and function pointers.
 #include <cstdint>
 
 #include "sparse24/sparse24.h"
@@ -46,7 +46,8 @@ struct Unit {
   int64_t panel_rows;              // many_rows: words of a packed row of x per record
   void (*pack_few)(const XRows& x, int tile, void* packed);
   void (*few_rows)(const FewRowsTask& task);
-  void (*pack_many)(const XRows& x, int tile, int64_t record_begin, int64_t record_end, void* packed);
+  void (*pack_many)(const XRows& x, int tile, int64_t record_begin, int64_t record_end,
+                    void* packed);
   void (*many_rows)(const ManyRowsTask& task);
 };
 

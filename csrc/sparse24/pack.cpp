@@ -1,18 +1,19 @@
 // Conversions between the dense matrix, the portable format and the panels.
+#include "sparse24/pack.h"
+
 #include <atomic>
 #include <cstring>
 
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/target.h"
-#include "sparse24/pack.h"
 #include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {
 namespace {
 
-// What the eight weights of one index byte keep, by the mask of their non-zeros: the mask with every
-// group filled up to two, and the index byte. `fits` says that no group held more than two.
+// What the eight weights of one index byte keep, by the mask of their non-zeros: the mask with
+// every group filled up to two, and the index byte. `fits` says that no group held more than two.
 struct Kept {
   uint8_t mask, index_byte;
   bool fits;
@@ -25,7 +26,8 @@ constexpr Kept kept_of(unsigned nonzero) {
     unsigned chosen = 0;
     int count = 0;
     for (int i = 0; i < 4; ++i) {
-      if (nibble >> i & 1u) count < 2 ? (void)(chosen |= 1u << i, ++count) : (void)(kept.fits = false);
+      if (nibble >> i & 1u)
+        count < 2 ? (void)(chosen |= 1u << i, ++count) : (void)(kept.fits = false);
     }
     for (int i = 0; i < 4 && count < 2; ++i) {
       if (!(chosen >> i & 1u)) chosen |= 1u << i, ++count;
@@ -87,7 +89,8 @@ void gather_row(const T* dense, const uint8_t* indices, int64_t k, T* values) {
 }
 
 template <class T>
-void to_dense_row(const T* values, const uint8_t* indices, int64_t k, int64_t first_byte, T* dense) {
+void to_dense_row(const T* values, const uint8_t* indices, int64_t k, int64_t first_byte,
+                  T* dense) {
   const int64_t groups = (k + 3) / 4;
   for (int64_t column = 8 * first_byte; column < k; ++column) dense[column] = T{};
   for (int64_t p = 4 * first_byte; p < 2 * groups; ++p) {
@@ -96,7 +99,8 @@ void to_dense_row(const T* values, const uint8_t* indices, int64_t k, int64_t fi
   }
 }
 
-// Calls body(T{}) with the storage type of `dtype`; copies need only its size, zero tests its meaning.
+// Calls body(T{}) with the storage type of `dtype`; copies need only its size, zero tests its
+// meaning.
 template <class Body>
 void visit_storage(DType dtype, const Body& body) {
   switch (dtype) {
@@ -107,6 +111,8 @@ void visit_storage(DType dtype, const Body& body) {
     default: return;  // refused at the border
   }
 }
+
+int64_t dense_bytes(const Weight& w) { return w.n * w.k * size_of(w.dtype); }
 
 const PackRows* wide_rows() {
 #ifdef GOSSAMER_X86
@@ -125,7 +131,8 @@ void report_misfits(const T* dense, const Weight& w) {
   for (int64_t n = 0; n < w.n; ++n) {
     for (int64_t g = 0; g < w.groups(); ++g) {
       int nonzero = 0;
-      for (int64_t k = 4 * g; k < 4 * g + 4 && k < w.k; ++k) nonzero += !is_zero(dense[n * w.k + k]);
+      for (int64_t k = 4 * g; k < 4 * g + 4 && k < w.k; ++k)
+        nonzero += !is_zero(dense[n * w.k + k]);
       if (nonzero <= 2) continue;
       if (count++ == 0) row = n, group = g;
     }
@@ -145,53 +152,56 @@ void from_dense(const void* dense, const Weight& w, void* values, uint8_t* indic
     const auto* source = static_cast<const T*>(dense);
     auto* kept = static_cast<T*>(values);
     const PackRows* wide = wide_rows();
-    parallel_ranges(threads, w.n, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const T* row = source + n * w.k;
-        T* row_values = kept + n * 2 * w.groups();
-        uint8_t* row_indices = indices + n * w.index_bytes();
-        int64_t done = 0;
-        bool fits = true;
-        if (wide != nullptr && sizeof(T) <= 4) {
-          done = whole_bytes(w);
-          fits = (sizeof(T) == 4 ? wide->from_dense_32 : wide->from_dense_16)(row, done, row_values,
-                                                                            row_indices);
-        }
-        fits &= from_dense_row(row, w.k, done, row_values, row_indices) < 0;
-        if (!fits) misfit.store(true, std::memory_order_relaxed);
-      }
-    });
+    parallel_ranges(threads_for_bytes(threads, dense_bytes(w)), w.n,
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t n = begin; n < end; ++n) {
+                        const T* row = source + n * w.k;
+                        T* row_values = kept + n * 2 * w.groups();
+                        uint8_t* row_indices = indices + n * w.index_bytes();
+                        int64_t done = 0;
+                        bool fits = true;
+                        if (wide != nullptr && sizeof(T) <= 4) {
+                          done = whole_bytes(w);
+                          fits = (sizeof(T) == 4 ? wide->from_dense_32 : wide->from_dense_16)(
+                              row, done, row_values, row_indices);
+                        }
+                        fits &= from_dense_row(row, w.k, done, row_values, row_indices) < 0;
+                        if (!fits) misfit.store(true, std::memory_order_relaxed);
+                      }
+                    });
     if (misfit) report_misfits(source, w);
   });
 }
 
 void gather(const void* dense, const Weight& w, void* values, int threads) {
   visit_storage(w.dtype, [&]<class T>(T) {
-    parallel_ranges(threads, w.n, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        gather_row(static_cast<const T*>(dense) + n * w.k, w.indices + n * w.index_bytes(), w.k,
-                   static_cast<T*>(values) + n * 2 * w.groups());
-      }
-    });
+    parallel_ranges(
+        threads_for_bytes(threads, dense_bytes(w)), w.n, [&](int64_t begin, int64_t end) {
+          for (int64_t n = begin; n < end; ++n) {
+            gather_row(static_cast<const T*>(dense) + n * w.k, w.indices + n * w.index_bytes(), w.k,
+                       static_cast<T*>(values) + n * 2 * w.groups());
+          }
+        });
   });
 }
 
 void to_dense(const Weight& w, void* dense, int threads) {
   visit_storage(w.dtype, [&]<class T>(T) {
     const PackRows* wide = wide_rows();
-    parallel_ranges(threads, w.n, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const T* values = static_cast<const T*>(w.values) + n * 2 * w.groups();
-        const uint8_t* indices = w.indices + n * w.index_bytes();
-        T* row = static_cast<T*>(dense) + n * w.k;
-        int64_t done = 0;
-        if (wide != nullptr && sizeof(T) <= 4) {
-          done = whole_bytes(w);
-          (sizeof(T) == 4 ? wide->to_dense_32 : wide->to_dense_16)(values, indices, done, row);
-        }
-        to_dense_row(values, indices, w.k, done, row);
-      }
-    });
+    parallel_ranges(
+        threads_for_bytes(threads, dense_bytes(w)), w.n, [&](int64_t begin, int64_t end) {
+          for (int64_t n = begin; n < end; ++n) {
+            const T* values = static_cast<const T*>(w.values) + n * 2 * w.groups();
+            const uint8_t* indices = w.indices + n * w.index_bytes();
+            T* row = static_cast<T*>(dense) + n * w.k;
+            int64_t done = 0;
+            if (wide != nullptr && sizeof(T) <= 4) {
+              done = whole_bytes(w);
+              (sizeof(T) == 4 ? wide->to_dense_32 : wide->to_dense_16)(values, indices, done, row);
+            }
+            to_dense_row(values, indices, w.k, done, row);
+          }
+        });
   });
 }
 
@@ -203,30 +213,33 @@ void validate(const Weight& w, int threads) {
     }
   };
   visit_storage(w.dtype, [&]<class T>(T) {
-    parallel_ranges(threads, w.n, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const uint8_t* indices = w.indices + n * w.index_bytes();
-        const int64_t whole = w.k / 8;
-        int64_t bad = -1;
-        for (int64_t b = 0; b < whole && bad < 0; ++b) {
-          if (kPackTables.mask_of_index[indices[b]] == 0) bad = 2 * b;
-        }
-        const T* values = static_cast<const T*>(w.values) + n * 2 * w.groups();
-        for (int64_t g = 2 * whole; g < 2 * w.index_bytes() && bad < 0; ++g) {
-          const int nibble = indices[g / 2] >> (4 * (g % 2)) & 15;
-          if (g >= w.groups()) {
-            if (nibble != 0) bad = g;
-            continue;
+    parallel_ranges(
+        threads_for_bytes(threads, dense_bytes(w)), w.n, [&](int64_t begin, int64_t end) {
+          for (int64_t n = begin; n < end; ++n) {
+            const uint8_t* indices = w.indices + n * w.index_bytes();
+            const int64_t whole = w.k / 8;
+            int64_t bad = -1;
+            for (int64_t b = 0; b < whole && bad < 0; ++b) {
+              if (kPackTables.mask_of_index[indices[b]] != 0) continue;
+              bad = 2 * b + ((indices[b] & 3) < (indices[b] >> 2 & 3) ? 1 : 0);
+            }
+            const T* values = static_cast<const T*>(w.values) + n * 2 * w.groups();
+            for (int64_t g = 2 * whole; g < 2 * w.index_bytes() && bad < 0; ++g) {
+              const int nibble = indices[g / 2] >> (4 * (g % 2)) & 15;
+              if (g >= w.groups()) {
+                if (nibble != 0) bad = g;
+                continue;
+              }
+              if ((nibble & 3) >= nibble >> 2) bad = g;
+              for (int slot = 0; slot < 2; ++slot) {
+                const int64_t column = 4 * g + (nibble >> (2 * slot) & 3);
+                if (column >= w.k && !is_zero(values[2 * g + slot])) bad = g;
+              }
+            }
+            if (bad >= 0)
+              return lower_first(n * w.groups() + (bad < w.groups() ? bad : w.groups() - 1));
           }
-          if ((nibble & 3) >= nibble >> 2) bad = g;
-          for (int slot = 0; slot < 2; ++slot) {
-            const int64_t column = 4 * g + (nibble >> (2 * slot) & 3);
-            if (column >= w.k && !is_zero(values[2 * g + slot])) bad = g;
-          }
-        }
-        if (bad >= 0) return lower_first(n * w.groups() + (bad < w.groups() ? bad : w.groups() - 1));
-      }
-    });
+        });
   });
   const int64_t position = first.load();
   if (position == w.n * w.groups()) return;
@@ -253,7 +266,8 @@ void to_panels(const Weight& w, int64_t begin, int64_t end, uint32_t* panels) {
         uint32_t kept[2 * kRecordGroups] = {};
         std::memcpy(kept, static_cast<const char*>(w.values) + row * value_bytes + value_at,
                     value_left < 4 * words ? value_left : 4 * words);
-        for (int64_t word = 0; word < words; ++word) panels[(1 + word) * kBlockN + lane] = kept[word];
+        for (int64_t word = 0; word < words; ++word)
+          panels[(1 + word) * kBlockN + lane] = kept[word];
       }
     }
   }
@@ -271,7 +285,8 @@ void from_panels(const Weight& w, int64_t begin, int64_t end, void* values, uint
         std::memcpy(indices + row * w.index_bytes() + index_at, panels + lane,
                     index_left < 4 ? index_left : 4);
         uint32_t kept[2 * kRecordGroups];
-        for (int64_t word = 0; word < words; ++word) kept[word] = panels[(1 + word) * kBlockN + lane];
+        for (int64_t word = 0; word < words; ++word)
+          kept[word] = panels[(1 + word) * kBlockN + lane];
         std::memcpy(static_cast<char*>(values) + row * value_bytes + value_at, kept,
                     value_left < 4 * words ? value_left : 4 * words);
       }

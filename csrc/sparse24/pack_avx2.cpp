@@ -7,8 +7,8 @@
 namespace gossamer::sparse24 {
 namespace {
 
-// For each kept mask: `gather[i]` is the column of kept value i, `spread[c]` the kept value of column
-// c, 0x80 where there is none (a shuffle by 0x80 gives zero).
+// For each kept mask: `gather[i]` is the column of kept value i, `spread[c]` the kept value of
+// column c, 0x80 where there is none (a shuffle by 0x80 gives zero).
 struct Shuffles {
   uint8_t gather[256][8], spread[256][8];
 };

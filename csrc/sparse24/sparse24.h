@@ -1,12 +1,13 @@
 #pragma once
-// 2:4 semi-structured GEMM: y[m,n] = act(sum_k x[m,k] * W[n,k] + b[n]), where in every group of four
-// consecutive k at most two weights of a row are non-zero.
+// 2:4 semi-structured GEMM: y[m,n] = act(sum_k x[m,k] * W[n,k] + b[n]), where in every group of
+// four consecutive k at most two weights of a row are non-zero.
 //
 // Portable format (logical W is [N, K], G = ceil(K/4) groups a row):
 //   values  [N, 2G]          the kept pair of each group, in increasing index order
 //   indices [N, ceil(G/2)]   one byte for two groups, group g in the four bits from 4*(g mod 2):
 //                            idx0 | idx1 << 2 with idx0 < idx1
-//   A missing slot holds 0 at the lowest free index; an index past K holds 0 and x is not read there.
+//   A missing slot holds 0 at the lowest free index; an index past K holds 0 and x is not read
+//   there.
 //
 // Panels, the CPU kernels' private layout, are that format transposed in 32-bit words, so that one
 // register holds the same position of 16 rows of W. A record covers 16 rows x 32 columns:
@@ -36,15 +37,17 @@ enum class Activation : uint8_t { kNone, kReLU, kGELU, kSiLU };
 struct Weight {
   DType dtype;
   int64_t n, k;
-  const void* values;       // portable form,
-  const uint8_t* indices;   // or null and
-  const uint32_t* panels;   // the panels
+  const void* values;      // portable form,
+  const uint8_t* indices;  // or null and
+  const uint32_t* panels;  // the panels
 
   int64_t groups() const { return (k + 3) / 4; }
   int64_t index_bytes() const { return (groups() + 1) / 2; }
   int64_t blocks() const { return (n + kBlockN - 1) / kBlockN; }
   int64_t records() const { return (k + kRecordK - 1) / kRecordK; }  // of one block
-  int64_t value_words() const { return dtype == DType::kFloat32 ? 2 * kRecordGroups : kRecordGroups; }
+  int64_t value_words() const {
+    return dtype == DType::kFloat32 ? 2 * kRecordGroups : kRecordGroups;
+  }
   int64_t record_words() const { return (1 + value_words()) * kBlockN; }
   int64_t block_words() const { return records() * record_words(); }
 };
@@ -64,7 +67,8 @@ void gemm(const GemmArgs& args);         // chooses target and kernel
 void gemm_serial(const GemmArgs& args);  // the definition
 
 // Dense [N, K] -> portable; ValueError if a group keeps more than two.
-void from_dense(const void* dense, const Weight& shape, void* values, uint8_t* indices, int threads);
+void from_dense(const void* dense, const Weight& shape, void* values, uint8_t* indices,
+                int threads);
 // The entries of a dense [N, K] at the positions kept by `indices`: the adjoint of to_dense.
 void gather(const void* dense, const Weight& pattern, void* values, int threads);
 void to_dense(const Weight& weight, void* dense, int threads);
