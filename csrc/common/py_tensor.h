@@ -89,8 +89,7 @@ inline void view_through_table(PyObject* object, TensorView& out) {
     throw pybind11::type_error("gossamer: tensors of DLPack device type " +
                                std::to_string(t.device_type) + " are not supported");
   }
-  out.data = static_cast<char*>(t.data) + t.byte_offset;
-  if (t.data == nullptr) out.data = nullptr;
+  out.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   out.dtype = dtype_from_code(t.code, t.bits);
   out.device = t.device_type == kCUDA ? Device::kCUDA : Device::kCPU;
   out.device_index = t.device_id;

@@ -30,19 +30,19 @@ Target best() {
   return detected;
 }
 
-Target parse(const std::string& wanted) {
+Target parse(const std::string& wanted, const char* source) {
   std::string available;
   for (int t = 0; t <= static_cast<int>(best()); ++t) {
     if (wanted == kNames[t]) return static_cast<Target>(t);
     available += std::string(t ? ", " : "") + kNames[t];
   }
-  fail("gossamer: target '", wanted, "' is not available here; available: ", available);
+  fail(source, ": target '", wanted, "' is not available here; available: ", available);
 }
 
 std::atomic<Target>& in_force() {
   static std::atomic<Target> current = [] {
     const char* wanted = std::getenv("GOSSAMER_TARGET");
-    return wanted != nullptr && *wanted != '\0' ? parse(wanted) : best();
+    return wanted != nullptr && *wanted != '\0' ? parse(wanted, "GOSSAMER_TARGET") : best();
   }();
   return current;
 }
@@ -68,7 +68,8 @@ std::vector<std::string> machine_targets() { return names_up_to(best()); }
 Target target() { return in_force().load(std::memory_order_relaxed); }
 
 void force_target(const std::string& wanted) {
-  in_force().store(wanted.empty() ? best() : parse(wanted), std::memory_order_relaxed);
+  in_force().store(wanted.empty() ? best() : parse(wanted, "force_target"),
+                   std::memory_order_relaxed);
 }
 
 }  // namespace gossamer

@@ -49,6 +49,11 @@ void check_shape(const char* op, const char* what, const TensorView& t, int64_t 
                  shape_text(t), ", expected [", rows, ", ", columns, "]");
 }
 
+void check_size(const char* op, int64_t n, int64_t k) {
+  GOSSAMER_CHECK(n >= 1 && k >= 1, op, ": the weight is [", n, ", ", k,
+                 "], expected at least [1, 1]");
+}
+
 // The portable weight [n, k] behind (values, indices), both checked against it.
 Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
                 int64_t k) {
@@ -59,8 +64,7 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
                          ", expected float32, bfloat16, float16 or float64");
   }
   check_dtype(op, "indices", indices, DType::kUInt8);
-  GOSSAMER_CHECK(n >= 1 && k >= 1, op, ": the weight is [", n, ", ", k,
-                 "], expected at least [1, 1]");
+  check_size(op, n, k);
   Weight w{values.dtype, n, k, values.data, indices.as<const uint8_t>(), nullptr};
   check_shape(op, "values", values, n, 2 * w.groups());
   check_shape(op, "indices", indices, n, w.index_bytes());
@@ -90,6 +94,7 @@ DType panel_dtype(const std::string& dtype) {
 Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64_t k) {
   check_cpu(op, "panels", t);
   check_dtype(op, "panels", t, DType::kInt32);
+  check_size(op, n, k);
   Weight w{dtype, n, k, nullptr, nullptr, t.as<const uint32_t>()};
   GOSSAMER_CHECK(t.ndim == 4 && t.shape[0] == w.blocks() && t.shape[1] == w.records() &&
                      t.shape[2] == 1 + w.value_words() && t.shape[3] == kBlockN,
@@ -190,27 +195,31 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
 }
 
 py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int threads) {
-  const GemmConfig config =
-      choose_gemm_config(m, n, k, dlpack::dtype_from_name(dtype), target(), threads);
+  GOSSAMER_CHECK(m >= 1, "sparse24_choose: m is ", m, ", expected at least 1");
+  check_size("sparse24_choose", n, k);
+  const DType type = dlpack::dtype_from_name(dtype);
+  if (!is_weight_dtype(type)) throw py::type_error("sparse24_choose: no kernels for " + dtype);
+  const Target target = gossamer::target();
+  const GemmConfig config = choose_gemm_config(m, n, k, type, target, threads);
   py::dict report;
-  report["target"] = name(config.kernel == Kernel::kSerial ? Target::kSerial : target());
+  report["target"] = name(config.kernel == Kernel::kSerial ? Target::kSerial : target);
   report["threads"] = config.threads;
   report["tile"] = config.tile;
   switch (config.kernel) {
     case Kernel::kSerial:
       report["kernel"] = "serial";
-      report["why"] = target() == Target::kSerial ? "no vector target is in force"
-                                                  : "float64 has the serial kernel only";
+      report["why"] = target == Target::kSerial ? "no vector target is in force"
+                                                : "float64 has the serial kernel only";
       break;
     case Kernel::kFewRows:
       report["kernel"] = "few_rows";
-      report["why"] = "up to " + std::to_string(traits(target()).few_rows_limit) +
+      report["why"] = "up to " + std::to_string(traits(target).few_rows_limit) +
                       " rows: bound by reading the weights once";
       break;
     case Kernel::kManyRows:
       report["kernel"] = "many_rows";
       report["why"] =
-          "above " + std::to_string(traits(target()).few_rows_limit) + " rows: bound by arithmetic";
+          "above " + std::to_string(traits(target).few_rows_limit) + " rows: bound by arithmetic";
       break;
   }
   return report;

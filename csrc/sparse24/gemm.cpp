@@ -28,6 +28,8 @@ const Unit* unit_of(Target target, DType dtype) {
 struct Scratch {
   void* at_least(int64_t bytes) {
     if (bytes > size_) {
+      memory_.reset();  // before the larger one is there
+      size_ = 0;
       memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
       size_ = bytes;
     }
@@ -148,11 +150,12 @@ void gemm_serial_any(const GemmArgs& args) {
 void gemm(const GemmArgs& args) {
   const Weight& w = args.weight;
   if (args.m == 0 || w.n == 0) return;
-  const GemmConfig config = choose_gemm_config(args.m, w.n, w.k, w.dtype, target(), args.threads);
-  const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target(), w.dtype);
+  const Target target = gossamer::target();  // once: another thread may force a different one
+  const GemmConfig config = choose_gemm_config(args.m, w.n, w.k, w.dtype, target, args.threads);
+  const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target, w.dtype);
   if (unit == nullptr) return gemm_serial_any(args);
   if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);
-  gemm_many_rows(args, *unit, config, traits(target()).lanes);
+  gemm_many_rows(args, *unit, config, traits(target).lanes);
 }
 
 }  // namespace gossamer::sparse24

@@ -1,6 +1,6 @@
 // bfloat16 by VDPBF16PS: a lane's two products of 16-bit pairs are added to its float32 sum, so a
-// kept pair costs one instruction. The two products are not rounded in between; subnormals count as
-// zero (the instruction's definition).
+// kept pair costs one instruction. Subnormals count as zero (the
+// instruction's definition).
 #include "common/simd_avx512.h"
 #include "sparse24/gemm_kernels.h"
 

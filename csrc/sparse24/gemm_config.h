@@ -4,6 +4,7 @@
 
 #include "common/dtype.h"
 #include "common/target.h"
+#include "sparse24/gemm_unit.h"
 #include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {
@@ -26,20 +27,18 @@ struct GemmConfig {
 };
 
 struct TargetTraits {
-  int lanes;             // 32-bit lanes of a register
-  int max_few_rows;      // rows of x a few_rows tile can hold in registers
-  int max_many_vectors;  // registers of rows a many_rows tile can hold
-  int few_rows_limit;    // up to this m few_rows is the faster one (measured)
+  int lanes;           // 32-bit lanes of a register
+  int few_rows_limit;  // up to this m few_rows is the faster one (measured on Zen 5)
 };
 
 constexpr TargetTraits traits(Target target) {
   switch (target) {
-    case Target::kAVX2: return {8, 4, 10, 32};
+    case Target::kAVX2: return {8, 32};
     case Target::kAVX512:
-    case Target::kAVX512BF16: return {16, 16, 12, 56};
+    case Target::kAVX512BF16: return {16, 56};
     case Target::kSerial: break;
   }
-  return {1, 1, 1, 0};
+  return {1, 0};
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -57,33 +56,29 @@ inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtyp
   const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
   const int64_t work = m * blocks * kBlockN * records * (kRecordK / 2);
   const int64_t useful = work / kWorkPerThread < 1 ? 1 : work / kWorkPerThread;
-  const int team = static_cast<int>(threads < useful ? threads : useful);
+  const int team = threads < 1 ? 1 : static_cast<int>(threads < useful ? threads : useful);
   if (target == Target::kSerial || dtype == DType::kFloat64) {
     return {Kernel::kSerial, 1, m, records, blocks, 1};
   }
   const TargetTraits t = traits(target);
   if (m <= t.few_rows_limit) {
-    const int64_t tiles = ceil_div(m, t.max_few_rows);
+    const int64_t tiles = ceil_div(m, max_few_rows(t.lanes));
     return {Kernel::kFewRows, static_cast<int>(ceil_div(m, tiles)), tiles, records, blocks, team};
   }
   // Tiles as equal as they get: 64 vectors are 6 tiles of 11 or 10, not 5 of 12 and one of 4.
   const int64_t vectors = ceil_div(m, t.lanes);
-  const int64_t tiles = ceil_div(vectors, t.max_many_vectors);
+  const int64_t tiles = ceil_div(vectors, max_many_vectors(t.lanes));
   const int tile = static_cast<int>(ceil_div(vectors, tiles));
   // bf16 dot products read pairs of columns: six possible pairs of 32 bits for every four columns.
   const bool pairs = target == Target::kAVX512BF16 && dtype == DType::kBFloat16;
   const int64_t record_bytes = (pairs ? 6 * kRecordGroups : kRecordK) * 4 * t.lanes * tile;
-  const int64_t fitting = kPanelBytes / record_bytes;
+  int64_t fitting = kPanelBytes / record_bytes;
+  fitting = fitting < 1 ? 1 : fitting > kMaxRecordsPerPass ? kMaxRecordsPerPass : fitting;
   const int64_t block_bytes = kBlockN * 4 * t.lanes * tile;
   const int64_t fair =
       ceil_div(blocks * tiles, 4 * team) < blocks ? ceil_div(blocks * tiles, 4 * team) : blocks;
   const int64_t cached = kPartialSumBytes / block_bytes < 1 ? 1 : kPartialSumBytes / block_bytes;
-  return {Kernel::kManyRows,
-          tile,
-          tiles,
-          fitting < 1 ? 1 : fitting,
-          fair < cached ? fair : cached,
-          team};
+  return {Kernel::kManyRows, tile, tiles, fitting, fair < cached ? fair : cached, team};
 }
 
 }  // namespace gossamer::sparse24

@@ -9,6 +9,7 @@
 // Per Multiply:  X            element of a packed few_rows x
 //                kSteps       broadcast weights a record holds per output (many_rows)
 //                kPanelRows   packed rows of x a record of many_rows reads
+//                kChunk       columns of a row of x that lie together in a packed few_rows x
 #include "common/simd_math.h"
 #include "sparse24/gemm_unit.h"
 
@@ -118,10 +119,13 @@ struct Kernels {
     F value[kRegs];
     Bias(const void* bias, int64_t first, int64_t n) {
       T padded[kBlockN] = {};
-      const T* from = static_cast<const T*>(bias) + first;
-      if (bias == nullptr || n - first < kBlockN) {
-        for (int64_t i = 0; bias != nullptr && i < n - first; ++i) padded[i] = from[i];
-        from = padded;
+      const T* from = padded;
+      if (bias != nullptr) {
+        from = static_cast<const T*>(bias) + first;
+        if (n - first < kBlockN) {
+          for (int64_t i = 0; i < n - first; ++i) padded[i] = from[i];
+          from = padded;
+        }
       }
       for (int r = 0; r < kRegs; ++r) value[r] = S::load(from + r * S::kLanes);
     }
@@ -249,9 +253,7 @@ struct Kernels {
     if (task.tile == Rows) return few_rows_tile<Rows>(task);
     if constexpr (Rows > 1) few_rows_up_to<Rows - 1>(task);
   }
-  static void few_rows(const FewRowsTask& task) {
-    few_rows_up_to<(S::kLanes == 16 ? 16 : 4)>(task);
-  }
+  static void few_rows(const FewRowsTask& task) { few_rows_up_to<max_few_rows(S::kLanes)>(task); }
 
   // ---- many_rows --------------------------------------------------------------------------------
 
@@ -298,8 +300,8 @@ struct Kernels {
         }
       }
       for (int64_t record = 0; record < records; ++record) {
-        // A line or two at a time, what the block after next and the next pass will read: neither
-        // follows in memory on what is read now.
+        // Two lines at a time (with one or two outputs that is all of it), what the block after
+        // next and the next pass will read: neither follows in memory on what is read now.
         const uint32_t* line =
             words_ahead + record * kRecordWords + first * kRecordLines / kBlockN * kBlockN;
         __builtin_prefetch(line, 0, 3);
@@ -356,6 +358,7 @@ struct Kernels {
     constexpr int kOutputs = Vectors >= 7 ? 1 : Vectors >= 4 ? 2 : 4;
     constexpr int64_t kTileRows = Vectors * S::kLanes;
     constexpr int64_t kPanelBytes = Multiply::kPanelRows * kTileRows * sizeof(float);
+    static_assert(kPanelBytes < 1 << 16, "offsets into the panel are 16 bits");
     alignas(64) uint32_t expanded[kMaxRecordsPerPass][Multiply::kSteps * kBlockN];
     const uint32_t* weights[kMaxRecordsPerPass];
     for (int64_t begin = 0; begin < task.records; begin += task.records_per_pass) {
@@ -377,11 +380,13 @@ struct Kernels {
             next, panel + records * (kPanelBytes + 64 * block * (kBlockN / kOutputs)));
       }
     }
-    for (int64_t block = 0; block < task.blocks; ++block) {
-      const Bias bias(task.epilogue.bias, block * kBlockN, task.epilogue.n);
-      const float* sums = task.sums + block * kBlockN * kTileRows;
-      for (int64_t row = 0; row < task.rows; row += S::kLanes)
-        finish_rows<kTileRows>(sums + row, bias, task, row, block);
+    // Rows outside, so that neighbouring outputs of a row are written soon after each other.
+    for (int64_t row = 0; row < task.rows; row += S::kLanes) {
+      for (int64_t block = 0; block < task.blocks; ++block) {
+        const Bias bias(task.epilogue.bias, block * kBlockN, task.epilogue.n);
+        finish_rows<kTileRows>(task.sums + block * kBlockN * kTileRows + row, bias, task, row,
+                               block);
+      }
     }
   }
 
@@ -407,7 +412,7 @@ struct Kernels {
     if constexpr (Vectors > 1) many_rows_up_to<Vectors - 1>(task);
   }
   static void many_rows(const ManyRowsTask& task) {
-    many_rows_up_to<(S::kLanes == 16 ? 12 : 10)>(task);
+    many_rows_up_to<max_many_vectors(S::kLanes)>(task);
   }
 
   static constexpr Unit unit = {sizeof(X), Multiply::kPanelRows, pack_few, few_rows, pack_many,

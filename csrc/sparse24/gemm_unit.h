@@ -7,6 +7,12 @@
 
 namespace gossamer::sparse24 {
 
+// The largest tiles there are kernels for, by the 32-bit lanes of a register: in rows of x, and in
+// registers of rows. Sums and operands of a tile fit the 16 or 32 registers.
+constexpr int max_few_rows(int lanes) { return lanes == 16 ? 16 : 4; }
+constexpr int max_many_vectors(int lanes) { return lanes == 16 ? 12 : 10; }
+constexpr int kMaxRecordsPerPass = 8;
+
 // Rows of x, and where they end: rows and columns past the end read as zero.
 struct XRows {
   const void* data;
@@ -25,7 +31,7 @@ struct Epilogue {
 struct FewRowsTask {
   const uint32_t* panels;
   int64_t blocks, records;
-  const void* x;  // tiles of `tile` rows: [tiles][records * 8 groups][tile][4 columns]
+  const void* x;  // tiles of `tile` rows: [tiles][records * 32 / chunk][tile][chunk columns]
   int tile;
   int64_t rows;
   Epilogue epilogue;
@@ -50,8 +56,6 @@ struct Unit {
                     void* packed);
   void (*many_rows)(const ManyRowsTask& task);
 };
-
-constexpr int kMaxRecordsPerPass = 8;
 
 // Null where the unit has no kernels for the dtype.
 const Unit* unit_avx2(DType dtype);

@@ -60,13 +60,13 @@ bool is_zero(T x) {
 
 // The portable loops: one row, from index byte `first_byte` on. What the wide units leave over.
 template <class T>
-int64_t from_dense_row(const T* dense, int64_t k, int64_t first_byte, T* values, uint8_t* indices) {
+bool from_dense_row(const T* dense, int64_t k, int64_t first_byte, T* values, uint8_t* indices) {
   const int64_t groups = (k + 3) / 4;
-  int64_t misfit = -1;
+  bool fits = true;
   for (int64_t b = first_byte; 2 * b < groups; ++b) {
     unsigned nonzero = 0;
     for (int i = 0; i < 8 && 8 * b + i < k; ++i) nonzero |= !is_zero(dense[8 * b + i]) << i;
-    if (misfit < 0 && !kPackTables.fits[nonzero]) misfit = b;
+    fits &= kPackTables.fits[nonzero];
     const bool half = 2 * b + 1 == groups;
     const uint8_t mask = kPackTables.kept_mask[nonzero] & (half ? 15 : 255);
     indices[b] = kPackTables.index_byte[nonzero] & (half ? 15 : 255);
@@ -77,7 +77,7 @@ int64_t from_dense_row(const T* dense, int64_t k, int64_t first_byte, T* values,
       *slot++ = keep ? dense[8 * b + i] : T{};
     }
   }
-  return misfit;
+  return fits;
 }
 
 template <class T>
@@ -124,7 +124,7 @@ const PackRows* wide_rows() {
 // Index bytes whose eight columns and two groups all exist: what the wide units may touch.
 int64_t whole_bytes(const Weight& w) { return w.k / 8; }
 
-// Which group of the row the wide or portable pass found over-full, for the error message.
+// Counts the over-full groups and finds the first, for the error message.
 template <class T>
 void report_misfits(const T* dense, const Weight& w) {
   int64_t count = 0, row = -1, group = -1;
@@ -165,7 +165,7 @@ void from_dense(const void* dense, const Weight& w, void* values, uint8_t* indic
                           fits = (sizeof(T) == 4 ? wide->from_dense_32 : wide->from_dense_16)(
                               row, done, row_values, row_indices);
                         }
-                        fits &= from_dense_row(row, w.k, done, row_values, row_indices) < 0;
+                        fits &= from_dense_row(row, w.k, done, row_values, row_indices);
                         if (!fits) misfit.store(true, std::memory_order_relaxed);
                       }
                     });

@@ -17,7 +17,9 @@
 //                   16-bit:  the pair of group g, slot 0 in the low half  (8 word rows)
 //
 // Records of one block of 16 rows follow each other along K, blocks follow along N; N and K are
-// padded with zeros. 17/32 (float32) and 9/16 (16-bit) of the dense bytes, read front to back.
+// padded with zeros. float64 has no panels. Indices that validate() would refuse never lead outside
+// memory; what they multiply is unspecified. 17/32 (float32) and 9/16 (16-bit) of the dense bytes,
+// read front to back.
 #include <cstdint>
 
 #include "common/dtype.h"
