@@ -28,11 +28,14 @@ SHAPES = (
     (1, 100, 260),  # single row, K tail of one group
     (16, 48, 64),  # a full tile of few rows
     (17, 16, 96),  # two uneven tiles of few rows
-    (32, 40, 128),  # the last batch for the few-rows kernels,
-    (33, 40, 128),  # and the first for the many-rows kernels
+    (32, 40, 128),  # the last batch for the few-rows kernels of AVX2,
+    (33, 40, 128),  # and the first for its many-rows kernels
+    (56, 40, 128),  # the same for AVX-512
+    (57, 40, 128),
     (97, 65, 259),  # several passes over K, with tails everywhere
     (200, 50, 72),  # more rows than one tile holds
     (64, 520, 516),  # several tasks a thread
+    (531, 20, 2500),  # rounds of rows whose packed x fits the caches, the last one short
 )
 
 # For each dtype: the unit roundoff of the sum and of the result. 16-bit types multiply exactly

@@ -68,6 +68,11 @@ XRows rows_at(const GemmArgs& args, int64_t row, int64_t rows) {
           rows, args.weight.k};
 }
 
+// A thread's share of the packed x in a many_rows round, and the rows below which a round is not
+// cut.
+constexpr int64_t kPackedBytesPerThread = 1 << 20;
+constexpr int64_t kMinRoundRows = 128;
+
 // Blocks converted at once when the weight comes in its portable form: what stays in L2.
 constexpr int64_t kConvertedBytes = 512 << 10;
 
@@ -155,7 +160,20 @@ void gemm(const GemmArgs& args) {
   const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target, w.dtype);
   if (unit == nullptr) return gemm_serial_any(args);
   if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);
-  gemm_many_rows(args, *unit, config, traits(target).lanes);
+  // Many rows go in rounds, so that the packed x of a round stays in the caches.
+  const int64_t row_bytes = 4 * unit->panel_rows * w.records();
+  const int64_t most =
+      std::max<int64_t>(kPackedBytesPerThread / row_bytes, kMinRoundRows) * config.threads;
+  const int lanes = traits(target).lanes;
+  const int64_t round = ceil_div(ceil_div(args.m, ceil_div(args.m, most)), lanes) * lanes;
+  for (int64_t row = 0; row < args.m; row += round) {
+    GemmArgs part = args;
+    part.m = std::min(round, args.m - row);
+    part.x = rows_at(args, row, part.m).data;
+    part.out = epilogue_at(args, row, 0).out;
+    gemm_many_rows(part, *unit, many_rows_config(part.m, w.n, w.dtype, target, config.threads),
+                   lanes);
+  }
 }
 
 }  // namespace gossamer::sparse24

@@ -51,20 +51,10 @@ constexpr int64_t kPartialSumBytes = 256 << 10;
 // Below this many multiply-adds a second thread costs more than it brings (about 2 us to wake it).
 constexpr int64_t kWorkPerThread = 1 << 16;
 
-inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
-                                     int threads) {
-  const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
-  const int64_t work = m * blocks * kBlockN * records * (kRecordK / 2);
-  const int64_t useful = work / kWorkPerThread < 1 ? 1 : work / kWorkPerThread;
-  const int team = threads < 1 ? 1 : static_cast<int>(threads < useful ? threads : useful);
-  if (target == Target::kSerial || dtype == DType::kFloat64) {
-    return {Kernel::kSerial, 1, m, records, blocks, 1};
-  }
+// Every sum of many_rows runs through its records in order, however the rows are cut.
+inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target target, int team) {
   const TargetTraits t = traits(target);
-  if (m <= t.few_rows_limit) {
-    const int64_t tiles = ceil_div(m, max_few_rows(t.lanes));
-    return {Kernel::kFewRows, static_cast<int>(ceil_div(m, tiles)), tiles, records, blocks, team};
-  }
+  const int64_t blocks = ceil_div(n, kBlockN);
   // Tiles as equal as they get: 64 vectors are 6 tiles of 11 or 10, not 5 of 12 and one of 4.
   const int64_t vectors = ceil_div(m, t.lanes);
   const int64_t tiles = ceil_div(vectors, max_many_vectors(t.lanes));
@@ -79,6 +69,23 @@ inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtyp
       ceil_div(blocks * tiles, 4 * team) < blocks ? ceil_div(blocks * tiles, 4 * team) : blocks;
   const int64_t cached = kPartialSumBytes / block_bytes < 1 ? 1 : kPartialSumBytes / block_bytes;
   return {Kernel::kManyRows, tile, tiles, fitting, fair < cached ? fair : cached, team};
+}
+
+inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
+                                     int threads) {
+  const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
+  const int64_t work = m * blocks * kBlockN * records * (kRecordK / 2);
+  const int64_t useful = work / kWorkPerThread < 1 ? 1 : work / kWorkPerThread;
+  const int team = threads < 1 ? 1 : static_cast<int>(threads < useful ? threads : useful);
+  if (target == Target::kSerial || dtype == DType::kFloat64) {
+    return {Kernel::kSerial, 1, m, records, blocks, 1};
+  }
+  const TargetTraits t = traits(target);
+  if (m <= t.few_rows_limit) {
+    const int64_t tiles = ceil_div(m, max_few_rows(t.lanes));
+    return {Kernel::kFewRows, static_cast<int>(ceil_div(m, tiles)), tiles, records, blocks, team};
+  }
+  return many_rows_config(m, n, dtype, target, team);
 }
 
 }  // namespace gossamer::sparse24
