@@ -58,10 +58,12 @@ void parallel_run(int threads, const std::function<void(int, int)>& body) {
   failure.guard([&] { body(omp_get_thread_num(), omp_get_num_threads()); });
 #else
   std::vector<std::thread> team;
-  for (int t = 1; t < threads; ++t) {
-    team.emplace_back([&, t] { failure.guard([&] { body(t, threads); }); });
-  }
-  failure.guard([&] { body(0, threads); });
+  failure.guard([&] {  // where the system has no more threads, those that started are joined
+    for (int t = 1; t < threads; ++t) {
+      team.emplace_back([&, t] { failure.guard([&] { body(t, threads); }); });
+    }
+    body(0, threads);
+  });
   for (std::thread& thread : team) thread.join();
 #endif
   failure.rethrow();

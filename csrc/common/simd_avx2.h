@@ -6,11 +6,12 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/simd_offsets.h"
 
 namespace gossamer {
 namespace {
 
-struct Simd {
+struct Simd : SimdOffsets {
   static constexpr int kLanes = 8;
   using F = __m256;
   using I = __m256i;
@@ -33,7 +34,6 @@ struct Simd {
   static I set1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
-  static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }
   static I or_(I a, I b) { return _mm256_or_si256(a, b); }
   template <int N>
@@ -78,27 +78,11 @@ struct Simd {
   static F low(I pair, Float16) { return _mm256_cvtph_ps(low_words(pair)); }
   static F high(I pair, Float16) { return _mm256_cvtph_ps(low_words(shift_right<16>(pair))); }
 
-  // Sixteen 16-bit lanes, for offsets: four of them at a time move to an integer register.
-  using H = __m256i;
-  static H add16(H a, H b) { return _mm256_add_epi16(a, b); }
-  static H mul16(H a, H b) { return _mm256_mullo_epi16(a, b); }
-  static H set16(int64_t x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
-  static H group_columns() {  // of two kept values a group of four columns
-    return _mm256_setr_epi16(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-  }
   static H bit_pairs(uint32_t word) {  // its sixteen two-bit fields, lowest first
     const I low = _mm256_srlv_epi32(set1(word), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
     const I high = _mm256_srlv_epi32(set1(word), _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30));
     const I packed = _mm256_packus_epi32(and_(low, set1(3u)), and_(high, set1(3u)));
     return _mm256_permute4x64_epi64(packed, 0xd8);  // the pack works within 128-bit halves
-  }
-  static uint64_t quad(H a, int which) {
-    switch (which) {
-      case 0: return static_cast<uint64_t>(_mm256_extract_epi64(a, 0));
-      case 1: return static_cast<uint64_t>(_mm256_extract_epi64(a, 1));
-      case 2: return static_cast<uint64_t>(_mm256_extract_epi64(a, 2));
-      default: return static_cast<uint64_t>(_mm256_extract_epi64(a, 3));
-    }
   }
 
   static void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {

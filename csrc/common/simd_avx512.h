@@ -8,11 +8,12 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/simd_offsets.h"
 
 namespace gossamer {
 namespace {
 
-struct Simd {
+struct Simd : SimdOffsets {
   static constexpr int kLanes = 16;
   using F = __m512;
   using I = __m512i;
@@ -35,7 +36,6 @@ struct Simd {
   static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
-  static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static I or_(I a, I b) { return _mm512_or_si512(a, b); }
   template <int N>
@@ -79,25 +79,9 @@ struct Simd {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pair, 16)));
   }
 
-  // Sixteen 16-bit lanes, for offsets: four of them at a time move to an integer register.
-  using H = __m256i;
-  static H add16(H a, H b) { return _mm256_add_epi16(a, b); }
-  static H mul16(H a, H b) { return _mm256_mullo_epi16(a, b); }
-  static H set16(int64_t x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
-  static H group_columns() {  // of two kept values a group of four columns
-    return _mm256_setr_epi16(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-  }
   static H bit_pairs(uint32_t word) {  // its sixteen two-bit fields, lowest first
     const I shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_cvtepi32_epi16(and_(_mm512_srlv_epi32(set1(word), shifts), set1(3u)));
-  }
-  static uint64_t quad(H a, int which) {
-    switch (which) {
-      case 0: return static_cast<uint64_t>(_mm256_extract_epi64(a, 0));
-      case 1: return static_cast<uint64_t>(_mm256_extract_epi64(a, 1));
-      case 2: return static_cast<uint64_t>(_mm256_extract_epi64(a, 2));
-      default: return static_cast<uint64_t>(_mm256_extract_epi64(a, 3));
-    }
   }
 
   // kLanes x kLanes words, rows `stride` words apart.

@@ -3,18 +3,6 @@
 
 namespace gossamer::sparse24 {
 
-template <class T>
-static constexpr const Unit* unit_of() {
-  return &Kernels<Simd, T, MultiplyAdd<Simd, T>>::unit;
-}
-
-const Unit* unit_avx512(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return unit_of<float>();
-    case DType::kBFloat16: return unit_of<BFloat16>();
-    case DType::kFloat16: return unit_of<Float16>();
-    default: return nullptr;
-  }
-}
+const Unit* unit_avx512(DType dtype) { return multiply_add_unit<Simd>(dtype); }
 
 }  // namespace gossamer::sparse24

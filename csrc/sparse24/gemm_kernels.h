@@ -419,4 +419,15 @@ struct Kernels {
                                 many_rows};
 };
 
+// The unit of float32 multiply-adds; null for a dtype without kernels.
+template <class S>
+const Unit* multiply_add_unit(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return &Kernels<S, float, MultiplyAdd<S, float>>::unit;
+    case DType::kBFloat16: return &Kernels<S, BFloat16, MultiplyAdd<S, BFloat16>>::unit;
+    case DType::kFloat16: return &Kernels<S, Float16, MultiplyAdd<S, Float16>>::unit;
+    default: return nullptr;
+  }
+}
+
 }  // namespace gossamer::sparse24
