@@ -2,9 +2,8 @@
 // The 2:4 kernels, written once over a vector vocabulary S (common/simd_*.h), the storage type T of
 // x, W and y, and a Multiply that says how a kept weight meets x:
 //
-//   MultiplyAdd  float32 multiply-add, T converted on the way in (this file)
-//   DotBF16      a kept pair at a time by the bfloat16 dot-product instruction
-//   (gemm_avx512_bf16.cpp)
+//   MultiplyAdd  float32 multiply-add, T converted on the way in (multiply_add.h)
+//   DotBF16      a kept pair at a time, by VDPBF16PS (gemm_avx512_bf16.cpp)
 //
 // Per Multiply:  X            element of a packed few_rows x
 //                kSteps       broadcast weights a record holds per output (many_rows)
@@ -12,98 +11,9 @@
 //                kChunk       columns of a row of x that lie together in a packed few_rows x
 #include "common/simd_math.h"
 #include "sparse24/gemm_unit.h"
+#include "sparse24/multiply_add.h"
 
 namespace gossamer::sparse24 {
-
-template <class S, class T>
-struct MultiplyAdd {
-  using F = typename S::F;
-  using I = typename S::I;
-  using X = float;
-  static constexpr int kSteps = 2 * kRecordGroups;
-  static constexpr int kPanelRows = kRecordK;
-
-  // few_rows, group g: the kept pairs of 16 outputs against `Rows` rows of x. The group's nibble is
-  // at the bottom of `indices`; x points to the kChunk columns of each row that hold the group.
-  static constexpr int kChunk = S::kLanes;
-  template <int Rows, int Regs, int Chains>
-  static void multiply_group(const uint32_t* block, int g, const I (&indices)[Regs], const X* x,
-                             F (&sum)[Rows][Regs][Chains]) {
-    F weight[2][Regs];
-    I column[2][Regs];
-    const I first_column = S::set1(static_cast<uint32_t>(4 * g % kChunk));
-#pragma GCC unroll 2
-    for (int r = 0; r < Regs; ++r) {
-      load_pair(block, g, r, weight[0][r], weight[1][r], T{});
-      column[0][r] = S::or_(S::and_(indices[r], S::set1(3u)), first_column);
-      column[1][r] =
-          S::or_(S::and_(S::template shift_right<2>(indices[r]), S::set1(3u)), first_column);
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < Rows; ++row) {
-      const F columns = S::load(x + kChunk * row);
-#pragma GCC unroll 2
-      for (int slot = 0; slot < 2; ++slot) {
-#pragma GCC unroll 2
-        for (int r = 0; r < Regs; ++r) {
-          F& a = sum[row][r][(2 * g + slot) % Chains];
-          a = S::fma(weight[slot][r], S::permute(columns, column[slot][r]), a);
-        }
-      }
-    }
-  }
-
-  // many_rows: a record's kept weights as floats (in place where they are), and, from the index
-  // word of one output, the byte offset of the row of the panel that each of its weights meets.
-  static const uint32_t* weights(const uint32_t* record, uint32_t* scratch) {
-    return expand(record, scratch, T{});
-  }
-  template <int RowBytes>
-  static typename S::H offsets(const uint32_t* indices, int64_t base) {
-    const typename S::H column = S::add16(S::bit_pairs(*indices), S::group_columns());
-    return S::add16(S::mul16(column, S::set16(RowBytes)), S::set16(base));
-  }
-  static F multiply(F weight, const char* x, F sum) {
-    return S::fma(weight, S::load(reinterpret_cast<const float*>(x)), sum);
-  }
-
-  // A record of x for S::kLanes rows: its columns become rows of the panel.
-  static void pack_record(const float (&rows)[S::kLanes][kRecordK], int64_t panel_stride,
-                          uint32_t* panel) {
-    for (int k = 0; k < kRecordK; k += S::kLanes) {
-      S::transpose(reinterpret_cast<const uint32_t*>(&rows[0][k]), kRecordK,
-                   panel + k * panel_stride, panel_stride);
-    }
-  }
-
- private:
-  static void load_pair(const uint32_t* block, int g, int r, F& first, F& second, float) {
-    const auto* words =
-        reinterpret_cast<const float*>(block + (1 + 2 * g) * kBlockN + r * S::kLanes);
-    first = S::load(words);
-    second = S::load(words + kBlockN);
-  }
-  template <class Half>
-  static void load_pair(const uint32_t* block, int g, int r, F& first, F& second, Half) {
-    const I pair = S::load_words(block + (1 + g) * kBlockN + r * S::kLanes);
-    first = S::low(pair, Half{});
-    second = S::high(pair, Half{});
-  }
-  static const uint32_t* expand(const uint32_t* record, uint32_t*, float) {
-    return record + kBlockN;
-  }
-  template <class Half>
-  static const uint32_t* expand(const uint32_t* record, uint32_t* scratch, Half) {
-    for (int g = 0; g < kRecordGroups; ++g) {
-      for (int lane = 0; lane < kBlockN; lane += S::kLanes) {
-        const I pair = S::load_words(record + (1 + g) * kBlockN + lane);
-        S::store_words(scratch + 2 * g * kBlockN + lane, S::as_int(S::low(pair, Half{})));
-        S::store_words(scratch + (2 * g + 1) * kBlockN + lane, S::as_int(S::high(pair, Half{})));
-      }
-    }
-    return scratch;
-  }
-};
 
 template <class S, class T, class Multiply>
 struct Kernels {
