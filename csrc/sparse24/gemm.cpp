@@ -23,8 +23,8 @@ const Unit* unit_of(Target target, DType dtype) {
   return nullptr;
 }
 
-// Memory that a thread keeps from call to call, so that a call allocates nothing in the steady
-// state.
+// Memory that a thread keeps from call to call and for as long as it lives, so that a call allocates
+// nothing in the steady state.
 struct Scratch {
   void* at_least(int64_t bytes) {
     if (bytes > size_) {
@@ -105,10 +105,10 @@ void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
   const int64_t tile_rows = static_cast<int64_t>(config.tile) * lanes;
   const int64_t record_words = unit.panel_rows * tile_rows;
   const int64_t tile_words = w.records() * record_words;
-  const auto vectors_from =
-      [&](int64_t row) {  // of the tile that starts there; the last is smaller
-        return static_cast<int>(std::min<int64_t>(config.tile, ceil_div(args.m - row, lanes)));
-      };
+  // Of the tile that starts at a row; the last one is smaller.
+  const auto vectors_from = [&](int64_t row) {
+    return static_cast<int>(std::min<int64_t>(config.tile, ceil_div(args.m - row, lanes)));
+  };
   auto* packed = static_cast<uint32_t*>(packed_x.at_least(4 * config.tiles * tile_words));
   parallel_ranges(config.threads, config.tiles * w.records(), [&](int64_t begin, int64_t end) {
     while (begin < end) {
