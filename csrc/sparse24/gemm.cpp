@@ -23,8 +23,8 @@ const Unit* unit_of(Target target, DType dtype) {
   return nullptr;
 }
 
-// Memory that a thread keeps from call to call and for as long as it lives, so that a call allocates
-// nothing in the steady state.
+// Memory that a thread keeps from call to call and for as long as it lives, so that a call
+// allocates nothing in the steady state.
 struct Scratch {
   void* at_least(int64_t bytes) {
     if (bytes > size_) {

@@ -210,9 +210,9 @@ struct Kernels {
         }
       }
       for (int64_t record = 0; record < records; ++record) {
-        // Two lines at a time (with one output that is all of it, with two all but a line), what the
-        // block after next and the next pass will read: neither follows in memory on what is read
-        // now.
+        // Two lines at a time (with one output that is all of it, with two all but a line), what
+        // the block after next and the next pass will read: neither follows in memory on what is
+        // read now.
         const uint32_t* line =
             words_ahead + record * kRecordWords + first * kRecordLines / kBlockN * kBlockN;
         __builtin_prefetch(line, 0, 3);
