@@ -59,10 +59,10 @@ struct Simd : SimdOffsets {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
-  static void store(BFloat16* p, F a) { store16(p, low_words(round_to_bfloat16(a))); }
-  static void store(Float16* p, F a) {
-    store16(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  static void store(BFloat16* p, F a) {
+    store16(p, low_words(shift_right<16>(round_to_bfloat16(a))));
   }
+  static void store(Float16* p, F a) { store16(p, to_float16(a)); }
   static void store_words(uint32_t* p, I a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
   }
@@ -77,6 +77,14 @@ struct Simd : SimdOffsets {
   static F high(I pair, BFloat16) { return as_float(and_(pair, set1(0xffff0000u))); }
   static F low(I pair, Float16) { return _mm256_cvtph_ps(low_words(pair)); }
   static F high(I pair, Float16) { return _mm256_cvtph_ps(low_words(shift_right<16>(pair))); }
+  static I pair(F low, F high, BFloat16) {
+    return or_(shift_right<16>(round_to_bfloat16(low)),
+               and_(round_to_bfloat16(high), set1(0xffff0000u)));
+  }
+  static I pair(F low, F high, Float16) {
+    return or_(_mm256_cvtepu16_epi32(to_float16(low)),
+               shift_left<16>(_mm256_cvtepu16_epi32(to_float16(high))));
+  }
 
   static H bit_pairs(uint32_t word) {  // its sixteen two-bit fields, lowest first
     const I low = _mm256_srlv_epi32(set1(word), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
@@ -85,10 +93,11 @@ struct Simd : SimdOffsets {
     return _mm256_permute4x64_epi64(packed, 0xd8);  // the pack works within 128-bit halves
   }
 
-  static void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
-    I a[8], b[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) a[i] = load_words(in + i * in_stride);
+  static void transpose(const I (&a)[8], void* out, int64_t row_bytes) {
+    const auto store_row = [&](int row, I words) {
+      store_words(reinterpret_cast<uint32_t*>(static_cast<char*>(out) + row * row_bytes), words);
+    };
+    I b[8];
     // 4x4 transposes inside the 128-bit halves, then an exchange of the halves.
 #pragma GCC unroll 2
     for (int i = 0; i < 8; i += 4) {
@@ -103,8 +112,8 @@ struct Simd : SimdOffsets {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      store_words(out + i * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
-      store_words(out + (i + 4) * out_stride, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
+      store_row(i, _mm256_permute2x128_si256(b[i], b[i + 4], 0x20));
+      store_row(i + 4, _mm256_permute2x128_si256(b[i], b[i + 4], 0x31));
     }
   }
 
@@ -117,13 +126,16 @@ struct Simd : SimdOffsets {
                             0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(picked, 0x08));
   }
-  static I round_to_bfloat16(F a) {
+  static __m128i to_float16(F a) {
+    return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static I round_to_bfloat16(F a) {  // in the upper half of each lane
     const I bits = as_int(a);
     const I odd = and_(shift_right<16>(bits), set1(1u));
     const I rounded = add(bits, add(set1(0x7fffu), odd));
     const I quiet = or_(bits, set1(0x400000u));
     const F nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
-    return shift_right<16>(as_int(_mm256_blendv_ps(as_float(rounded), as_float(quiet), nan)));
+    return as_int(_mm256_blendv_ps(as_float(rounded), as_float(quiet), nan));
   }
 };
 

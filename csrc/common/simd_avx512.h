@@ -59,10 +59,10 @@ struct Simd : SimdOffsets {
   static F load(const Float16* p) { return _mm512_cvtph_ps(load16(p)); }
   static I load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
-  static void store(BFloat16* p, F a) { store16(p, _mm512_cvtepi32_epi16(round_to_bfloat16(a))); }
-  static void store(Float16* p, F a) {
-    store16(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  static void store(BFloat16* p, F a) {
+    store16(p, _mm512_cvtepi32_epi16(shift_right<16>(round_to_bfloat16(a))));
   }
+  static void store(Float16* p, F a) { store16(p, to_float16(a)); }
   static void store_words(uint32_t* p, I a) { _mm512_storeu_si512(p, a); }
   static F broadcast(const uint32_t* p) {
     return as_float(_mm512_set1_epi32(static_cast<int>(*p)));
@@ -78,17 +78,26 @@ struct Simd : SimdOffsets {
   static F high(I pair, Float16) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pair, 16)));
   }
+  static I pair(F low, F high, BFloat16) {
+    return or_(shift_right<16>(round_to_bfloat16(low)),
+               and_(round_to_bfloat16(high), set1(0xffff0000u)));
+  }
+  static I pair(F low, F high, Float16) {
+    return or_(_mm512_cvtepu16_epi32(to_float16(low)),
+               shift_left<16>(_mm512_cvtepu16_epi32(to_float16(high))));
+  }
 
   static H bit_pairs(uint32_t word) {  // its sixteen two-bit fields, lowest first
     const I shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_cvtepi32_epi16(and_(_mm512_srlv_epi32(set1(word), shifts), set1(3u)));
   }
 
-  // kLanes x kLanes words, rows `stride` words apart.
-  static void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
-    I a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = load_words(in + i * in_stride);
+  // Writes the transpose of kLanes x kLanes words, its rows `row_bytes` apart.
+  static void transpose(const I (&a)[16], void* out, int64_t row_bytes) {
+    const auto store_row = [&](int row, I words) {
+      store_words(reinterpret_cast<uint32_t*>(static_cast<char*>(out) + row * row_bytes), words);
+    };
+    I b[16];
     // 4x4 transposes inside the 128-bit quarters, then a 4x4 transpose of the quarters.
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
@@ -107,10 +116,10 @@ struct Simd : SimdOffsets {
       const I low13 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
       const I high02 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
       const I high13 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-      store_words(out + i * out_stride, _mm512_shuffle_i32x4(low02, high02, 0x88));
-      store_words(out + (i + 4) * out_stride, _mm512_shuffle_i32x4(low13, high13, 0x88));
-      store_words(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(low02, high02, 0xdd));
-      store_words(out + (i + 12) * out_stride, _mm512_shuffle_i32x4(low13, high13, 0xdd));
+      store_row(i, _mm512_shuffle_i32x4(low02, high02, 0x88));
+      store_row(i + 4, _mm512_shuffle_i32x4(low13, high13, 0x88));
+      store_row(i + 8, _mm512_shuffle_i32x4(low02, high02, 0xdd));
+      store_row(i + 12, _mm512_shuffle_i32x4(low13, high13, 0xdd));
     }
   }
 
@@ -119,12 +128,15 @@ struct Simd : SimdOffsets {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
   static void store16(void* p, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
-  static I round_to_bfloat16(F a) {
+  static __m256i to_float16(F a) {
+    return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static I round_to_bfloat16(F a) {  // in the upper half of each lane
     const I bits = as_int(a);
     const I odd = and_(shift_right<16>(bits), set1(1u));
     const I rounded = add(bits, add(set1(0x7fffu), odd));
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    return shift_right<16>(_mm512_mask_or_epi32(rounded, nan, bits, set1(0x400000u)));
+    return _mm512_mask_or_epi32(rounded, nan, bits, set1(0x400000u));
   }
 };
 

@@ -122,8 +122,9 @@ void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
   });
   const int64_t chunks = ceil_div(w.blocks(), config.blocks_per_task);
   parallel_ranges(config.threads, config.tiles * chunks, [&](int64_t begin, int64_t end) {
+    // One block more: the epilogue reads, and ignores, up to a block past the last one.
     auto* sums = static_cast<float*>(
-        partial_sums.at_least(4 * config.blocks_per_task * kBlockN * tile_rows));
+        partial_sums.at_least(4 * (config.blocks_per_task + 1) * kBlockN * tile_rows));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t tile = task / chunks, block = task % chunks * config.blocks_per_task;
       const int64_t blocks = std::min(config.blocks_per_task, w.blocks() - block);

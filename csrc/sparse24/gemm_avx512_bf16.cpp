@@ -60,9 +60,12 @@ struct DotBF16 {
     }
   }
 
-  static const uint32_t* weights(const uint32_t* record, uint32_t*) { return record + kBlockN; }
-
-  // many_rows: the panel holds every pair of every group, in the order of kPairRow.
+  // many_rows: the weights are read where they lie; the panel holds every pair of every group, in
+  // the order of kPairRow.
+  static constexpr int kWeightWords = (1 + kRecordGroups) * kBlockN;
+  static const uint32_t* weights(const uint32_t* records, int64_t, uint32_t*) {
+    return records + kBlockN;
+  }
   template <int RowBytes>
   static Simd::H offsets(const uint32_t* indices, int64_t base) {
     const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(*indices)),
@@ -81,21 +84,25 @@ struct DotBF16 {
                             (__m512bh)Simd::load_words(reinterpret_cast<const uint32_t*>(x)));
   }
 
-  static void pack_record(const X (&rows)[Simd::kLanes][kRecordK], int64_t stride,
-                          uint32_t* panel) {
+  static void pack_record(const X* rows, int64_t stride, int64_t panel_stride, uint32_t* panel) {
+    I columns[Simd::kLanes];  // two of them in a word
+#pragma GCC unroll 16
+    for (int i = 0; i < Simd::kLanes; ++i) {
+      columns[i] = Simd::load_words(reinterpret_cast<const uint32_t*>(rows + i * stride));
+    }
     alignas(64) uint32_t words[kRecordK / 2][Simd::kLanes];
-    Simd::transpose(reinterpret_cast<const uint32_t*>(rows), kRecordK / 2, words[0], Simd::kLanes);
+    Simd::transpose(columns, words, sizeof words[0]);
     const I low_half = Simd::set1(0xffffu), high_half = Simd::set1(0xffff0000u);
-    for (int g = 0; g < kRecordGroups; ++g, panel += kPairs * stride) {
+    for (int g = 0; g < kRecordGroups; ++g, panel += kPairs * panel_stride) {
       const I x01 = Simd::load_words(words[2 * g]), x23 = Simd::load_words(words[2 * g + 1]);
       const I x0 = Simd::and_(x01, low_half), x1 = Simd::shift_right<16>(x01);
       const I over2 = Simd::shift_left<16>(x23), over3 = Simd::and_(x23, high_half);
       Simd::store_words(panel, x01);
-      Simd::store_words(panel + stride, x23);
-      Simd::store_words(panel + 2 * stride, Simd::or_(x0, over2));
-      Simd::store_words(panel + 3 * stride, Simd::or_(x0, over3));
-      Simd::store_words(panel + 4 * stride, Simd::or_(x1, over2));
-      Simd::store_words(panel + 5 * stride, Simd::or_(x1, over3));
+      Simd::store_words(panel + panel_stride, x23);
+      Simd::store_words(panel + 2 * panel_stride, Simd::or_(x0, over2));
+      Simd::store_words(panel + 3 * panel_stride, Simd::or_(x0, over3));
+      Simd::store_words(panel + 4 * panel_stride, Simd::or_(x1, over2));
+      Simd::store_words(panel + 5 * panel_stride, Simd::or_(x1, over3));
     }
   }
 };

@@ -25,36 +25,39 @@ struct Kernels {
 
   // ---- y = act(sum + bias), 16 outputs of a row ------------------------------------------------
 
-  struct Bias {
-    F value[kRegs];
-    Bias(const void* bias, int64_t first, int64_t n) {
-      T padded[kBlockN] = {};
-      const T* from = padded;
-      if (bias != nullptr) {
-        from = static_cast<const T*>(bias) + first;
-        if (n - first < kBlockN) {
-          for (int64_t i = 0; i < n - first; ++i) padded[i] = from[i];
-          from = padded;
-        }
+  // Of the `count` outputs from `first` on; those past n get 0.
+  template <int kCount>
+  static void load_bias(const Epilogue& e, int64_t first, float (&bias)[kCount]) {
+    T padded[kCount] = {};
+    const T* from = padded;
+    if (e.bias != nullptr) {
+      from = static_cast<const T*>(e.bias) + first;
+      if (e.n - first < kCount) {
+        __builtin_memcpy(padded, from, (e.n - first) * sizeof(T));
+        from = padded;
       }
-      for (int r = 0; r < kRegs; ++r) value[r] = S::load(from + r * S::kLanes);
     }
-  };
+    for (int i = 0; i < kCount; i += S::kLanes) S::store(bias + i, S::load(from + i));
+  }
 
-  static void finish_row(const F (&sum)[kRegs], const Bias& bias, const Epilogue& e, int64_t row,
+  static F activate(F y, Activation activation) {
+    switch (activation) {
+      case Activation::kNone: break;
+      case Activation::kReLU: return S::where_negative(y, S::zero(), y);
+      case Activation::kGELU: return gelu<S>(y);
+      case Activation::kSiLU: return silu<S>(y);
+    }
+    return y;
+  }
+
+  static void finish_row(const F (&sum)[kRegs], const float* bias, const Epilogue& e, int64_t row,
                          int64_t first) {
     T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
     T padded[kBlockN];
     T* to = e.n - first < kBlockN ? padded : out;
     for (int r = 0; r < kRegs; ++r) {
-      F y = S::add(sum[r], bias.value[r]);
-      switch (e.activation) {
-        case Activation::kNone: break;
-        case Activation::kReLU: y = S::where_negative(y, S::zero(), y); break;
-        case Activation::kGELU: y = gelu<S>(y); break;
-        case Activation::kSiLU: y = silu<S>(y); break;
-      }
-      S::store(to + r * S::kLanes, y);
+      S::store(to + r * S::kLanes,
+               activate(S::add(sum[r], S::load(bias + r * S::kLanes)), e.activation));
     }
     if (to == padded) {
       for (int64_t i = 0; i < e.n - first; ++i) out[i] = padded[i];
@@ -116,7 +119,8 @@ struct Kernels {
     const int64_t tile_elements = task.records * kRecordK * Rows;
     for (int64_t block = 0; block < task.blocks; ++block) {
       const uint32_t* panels = task.panels + block * task.records * kRecordWords;
-      const Bias bias(task.epilogue.bias, block * kBlockN, task.epilogue.n);
+      float bias[kBlockN];
+      load_bias(task.epilogue, block * kBlockN, bias);
       const X* x = static_cast<const X*>(task.x);
       for (int64_t first = 0; first < task.rows; first += Rows, x += tile_elements) {
         F sum[Rows][kRegs][kChains];
@@ -171,11 +175,18 @@ struct Kernels {
     const int64_t stride = tile * S::kLanes;
     for (int64_t record = begin; record < end; ++record) {
       uint32_t* panel = static_cast<uint32_t*>(packed) + record * Multiply::kPanelRows * stride;
-      for (int vector = 0; vector < tile; ++vector) {
+      for (int vector = 0; vector < tile; ++vector, panel += S::kLanes) {
+        const int64_t row = vector * S::kLanes, k = record * kRecordK;
+        if constexpr (sizeof(X) == sizeof(T)) {
+          if (row + S::kLanes <= x.rows && x.stride_k == 1 && k + kRecordK <= x.k) {
+            const X* rows = static_cast<const X*>(x.data) + row * x.stride_m + k;
+            Multiply::pack_record(rows, x.stride_m, stride, panel);
+            continue;
+          }
+        }
         alignas(64) X rows[S::kLanes][kRecordK];
-        for (int i = 0; i < S::kLanes; ++i)
-          fetch(x, vector * S::kLanes + i, record * kRecordK, rows[i]);
-        Multiply::pack_record(rows, stride, panel + vector * S::kLanes);
+        for (int i = 0; i < S::kLanes; ++i) fetch(x, row + i, k, rows[i]);
+        Multiply::pack_record(rows[0], kRecordK, stride, panel);
       }
     }
   }
@@ -188,9 +199,9 @@ struct Kernels {
   // registers while this one is multiplied, and move to integer registers four at a time, four
   // steps ahead.
   template <int Vectors, int Outputs>
-  static void multiply_block(const uint32_t* words, const uint32_t* const* weights, int64_t records,
+  static void multiply_block(const uint32_t* words, const uint32_t* weights, int64_t records,
                              const char* panel, bool first_pass, float* sums,
-                             const uint32_t* words_ahead, const char* panel_ahead) {
+                             const char* panel_ahead) {
     constexpr int kRowBytes = Vectors * S::kLanes * sizeof(float);
     constexpr int kQuads = Multiply::kSteps / 4;
     typename S::H offsets[Outputs], next_offsets[Outputs];
@@ -210,16 +221,10 @@ struct Kernels {
         }
       }
       for (int64_t record = 0; record < records; ++record) {
-        // Two lines at a time (with one output that is all of it, with two all but a line), what
-        // the block after next and the next pass will read: neither follows in memory on what is
-        // read now.
-        const uint32_t* line =
-            words_ahead + record * kRecordWords + first * kRecordLines / kBlockN * kBlockN;
-        __builtin_prefetch(line, 0, 3);
-        __builtin_prefetch(line + kBlockN, 0, 3);
         __builtin_prefetch(panel_ahead, 0, 2);
         panel_ahead += 64;
-        const uint32_t* weight = weights[record] + first;
+        const uint32_t* weight = weights + record * Multiply::kWeightWords + first;
+        asm("" : "+r"(weight));
         const bool last = record + 1 == records;
         const int64_t next = last ? 0 : record + 1;
         const uint32_t* next_words =
@@ -270,50 +275,72 @@ struct Kernels {
     constexpr int64_t kTileRows = Vectors * S::kLanes;
     constexpr int64_t kPanelBytes = Multiply::kPanelRows * kTileRows * sizeof(float);
     static_assert(kPanelBytes < 1 << 16, "offsets into the panel are 16 bits");
-    alignas(64) uint32_t expanded[kMaxRecordsPerPass][Multiply::kSteps * kBlockN];
-    const uint32_t* weights[kMaxRecordsPerPass];
+    alignas(64) uint32_t expanded[kMaxRecordsPerPass * Multiply::kSteps * kBlockN];
     for (int64_t begin = 0; begin < task.records; begin += task.records_per_pass) {
       const int64_t left = task.records - begin;
       const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
       const char* panel = static_cast<const char*>(task.x) + begin * kPanelBytes;
       for (int64_t block = 0; block < task.blocks; ++block) {
         const uint32_t* words = task.panels + (block * task.records + begin) * kRecordWords;
-        for (int64_t i = 0; i < records; ++i) {
-          weights[i] = Multiply::weights(words + i * kRecordWords, expanded[i]);
-        }
+        const uint32_t* weights = Multiply::weights(words, records, expanded);
         // Two blocks ahead: a block's first output already reads all of its weights.
         const int64_t next_block = (block + 2) % task.blocks;
         const int64_t next_begin = block + 2 < task.blocks ? begin : begin + records;
         const uint32_t* next =
             task.panels + (next_block * task.records + next_begin) * kRecordWords;
+        for (int64_t word = 0; word < records * kRecordWords; word += kBlockN) {
+          __builtin_prefetch(next + word, 0, 3);
+        }
         multiply_block<Vectors, kOutputs>(
             words, weights, records, panel, begin == 0, task.sums + block * kBlockN * kTileRows,
-            next, panel + records * (kPanelBytes + 64 * block * (kBlockN / kOutputs)));
+            panel + records * (kPanelBytes + 64 * block * (kBlockN / kOutputs)));
       }
     }
     // Rows outside, so that neighbouring outputs of a row are written soon after each other.
+    const int64_t padded = task.blocks * kBlockN;
+    const int64_t outputs = task.epilogue.n < padded ? task.epilogue.n : padded;
     for (int64_t row = 0; row < task.rows; row += S::kLanes) {
-      for (int64_t block = 0; block < task.blocks; ++block) {
-        const Bias bias(task.epilogue.bias, block * kBlockN, task.epilogue.n);
-        finish_rows<kTileRows>(task.sums + block * kBlockN * kTileRows + row, bias, task, row,
-                               block);
+      for (int64_t first = 0; first < outputs; first += kSquare) {
+        finish_square<kTileRows>(task, row, first, outputs - first);
       }
     }
   }
 
-  // The sums lie output by output; y is row by row.
+  // The sums lie output by output, y row by row: a square of kLanes rows by as many words of y is
+  // finished, rounded and then transposed. Where the task's outputs end inside the square, the sums
+  // past them are whatever the memory holds, and are not written.
+  static constexpr int kPerWord = 4 / sizeof(T);
+  static constexpr int kSquare = S::kLanes * kPerWord;  // outputs
+
   template <int64_t kTileRows>
-  static void finish_rows(const float* sums, const Bias& bias, const ManyRowsTask& task,
-                          int64_t row, int64_t block) {
-    alignas(64) float outputs[S::kLanes][kBlockN];
-    for (int r = 0; r < kRegs; ++r) {
-      S::transpose(reinterpret_cast<const uint32_t*>(sums) + r * S::kLanes * kTileRows, kTileRows,
-                   reinterpret_cast<uint32_t*>(&outputs[0][r * S::kLanes]), kBlockN);
+  static void finish_square(const ManyRowsTask& task, int64_t row, int64_t first, int64_t outputs) {
+    const Epilogue& e = task.epilogue;
+    const float* sums = task.sums + first * kTileRows + row;
+    float bias[kSquare];
+    load_bias(e, first, bias);
+    const auto finished = [&](int output) {
+      const F sum = S::load(sums + output * kTileRows);
+      return activate(S::add(sum, S::set1(bias[output])), e.activation);
+    };
+    typename S::I words[S::kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kLanes; ++i) {
+      if constexpr (kPerWord == 1) {
+        words[i] = S::as_int(finished(i));
+      } else {
+        words[i] = S::pair(finished(2 * i), finished(2 * i + 1), T{});
+      }
     }
-    for (int i = 0; i < S::kLanes && row + i < task.rows; ++i) {
-      F sum[kRegs];
-      for (int r = 0; r < kRegs; ++r) sum[r] = S::load(&outputs[i][r * S::kLanes]);
-      finish_row(sum, bias, task.epilogue, row + i, block * kBlockN);
+    T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
+    const int64_t rows = task.rows - row;
+    if (outputs >= kSquare && rows >= S::kLanes) {
+      return S::transpose(words, out, e.out_stride * sizeof(T));
+    }
+    alignas(64) T square[S::kLanes][kSquare];
+    S::transpose(words, square, sizeof square[0]);
+    for (int64_t i = 0; i < rows && i < S::kLanes; ++i) {
+      __builtin_memcpy(out + i * e.out_stride, square[i],
+                       (outputs < kSquare ? outputs : kSquare) * sizeof(T));
     }
   }
 

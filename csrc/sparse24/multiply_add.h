@@ -43,10 +43,17 @@ struct MultiplyAdd {
     }
   }
 
-  // many_rows: a record's kept weights as floats (in place where they are), and, from the index
-  // word of one output, the byte offset of the row of the panel that each of its weights meets.
-  static const uint32_t* weights(const uint32_t* record, uint32_t* scratch) {
-    return expand(record, scratch, T{});
+  // many_rows: the kept weights as floats, a record kWeightWords after the other (in place where
+  // they are), and, from the index word of one output, the byte offset of the row of the panel that
+  // each of its weights meets.
+  static constexpr bool kInPlace = sizeof(T) == sizeof(float);
+  static constexpr int kWeightWords = (kInPlace ? 1 + kSteps : kSteps) * kBlockN;
+  static const uint32_t* weights(const uint32_t* records, int64_t count, uint32_t* scratch) {
+    if constexpr (kInPlace) return records + kBlockN;
+    for (int64_t i = 0; i < count; ++i) {
+      expand(records + i * (1 + kRecordGroups) * kBlockN, scratch + i * kWeightWords, T{});
+    }
+    return scratch;
   }
   template <int RowBytes>
   static typename S::H offsets(const uint32_t* indices, int64_t base) {
@@ -57,12 +64,14 @@ struct MultiplyAdd {
     return S::fma(weight, S::load(reinterpret_cast<const float*>(x)), sum);
   }
 
-  // A record of x for S::kLanes rows: its columns become rows of the panel.
-  static void pack_record(const float (&rows)[S::kLanes][kRecordK], int64_t panel_stride,
+  // A record of S::kLanes rows of x: its columns become rows of the panel.
+  static void pack_record(const float* rows, int64_t stride, int64_t panel_stride,
                           uint32_t* panel) {
     for (int k = 0; k < kRecordK; k += S::kLanes) {
-      S::transpose(reinterpret_cast<const uint32_t*>(&rows[0][k]), kRecordK,
-                   panel + k * panel_stride, panel_stride);
+      I words[S::kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < S::kLanes; ++i) words[i] = S::as_int(S::load(rows + i * stride + k));
+      S::transpose(words, panel + k * panel_stride, 4 * panel_stride);
     }
   }
 
@@ -79,11 +88,9 @@ struct MultiplyAdd {
     first = S::low(pair, Half{});
     second = S::high(pair, Half{});
   }
-  static const uint32_t* expand(const uint32_t* record, uint32_t*, float) {
-    return record + kBlockN;
-  }
+  static void expand(const uint32_t*, uint32_t*, float) {}
   template <class Half>
-  static const uint32_t* expand(const uint32_t* record, uint32_t* scratch, Half) {
+  static void expand(const uint32_t* record, uint32_t* scratch, Half) {
     for (int g = 0; g < kRecordGroups; ++g) {
       for (int lane = 0; lane < kBlockN; lane += S::kLanes) {
         const I pair = S::load_words(record + (1 + g) * kBlockN + lane);
@@ -91,7 +98,6 @@ struct MultiplyAdd {
         S::store_words(scratch + (2 * g + 1) * kBlockN + lane, S::as_int(S::high(pair, Half{})));
       }
     }
-    return scratch;
   }
 };
 
