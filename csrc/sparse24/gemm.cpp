@@ -44,7 +44,7 @@ struct Scratch {
   int64_t size_ = 0;
 };
 
-thread_local Scratch packed_x, partial_sums, packed_weight;
+thread_local Scratch packed_x, many_rows_scratch, packed_weight;
 
 // The panels of the blocks [begin, end): where they lie, or made from the portable form.
 const uint32_t* panels_of(const Weight& w, int64_t begin, int64_t end) {
@@ -67,11 +67,6 @@ XRows rows_at(const GemmArgs& args, int64_t row, int64_t rows) {
   return {x + row * args.x_stride_m * size_of(args.weight.dtype), args.x_stride_m, args.x_stride_k,
           rows, args.weight.k};
 }
-
-// A thread's share of the packed x in a many_rows round, and the rows below which a round is not
-// cut.
-constexpr int64_t kPackedBytesPerThread = 1 << 20;
-constexpr int64_t kMinRoundRows = 128;
 
 // Blocks converted at once when the weight comes in its portable form: what stays in L2.
 constexpr int64_t kConvertedBytes = 512 << 10;
@@ -103,35 +98,26 @@ void gemm_few_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& con
 void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config, int lanes) {
   const Weight& w = args.weight;
   const int64_t tile_rows = static_cast<int64_t>(config.tile) * lanes;
-  const int64_t record_words = unit.panel_rows * tile_rows;
-  const int64_t tile_words = w.records() * record_words;
-  // Of the tile that starts at a row; the last one is smaller.
-  const auto vectors_from = [&](int64_t row) {
-    return static_cast<int>(std::min<int64_t>(config.tile, ceil_div(args.m - row, lanes)));
-  };
-  auto* packed = static_cast<uint32_t*>(packed_x.at_least(4 * config.tiles * tile_words));
-  parallel_ranges(config.threads, config.tiles * w.records(), [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t tile = begin / w.records(), record = begin % w.records();
-      const int64_t count = std::min(end - begin, w.records() - record);
-      const int64_t row = tile * tile_rows;
-      unit.pack_many(rows_at(args, row, args.m - row), vectors_from(row), record, record + count,
-                     packed + tile * tile_words);
-      begin += count;
-    }
-  });
+  const int64_t panel_words = config.records_per_pass * unit.panel_rows * tile_rows;
+  // The epilogue reads, and ignores, up to a block past the last one.
+  const int64_t sum_words = (config.blocks_per_task + 1) * kBlockN * tile_rows;
   const int64_t chunks = ceil_div(w.blocks(), config.blocks_per_task);
-  parallel_ranges(config.threads, config.tiles * chunks, [&](int64_t begin, int64_t end) {
-    // One block more: the epilogue reads, and ignores, up to a block past the last one.
-    auto* sums = static_cast<float*>(
-        partial_sums.at_least(4 * (config.blocks_per_task + 1) * kBlockN * tile_rows));
+  // The tiles inside, so that they find a chunk of the weight in the cache.
+  parallel_ranges(config.threads, chunks * config.tiles, [&](int64_t begin, int64_t end) {
+    auto* scratch =
+        static_cast<uint32_t*>(many_rows_scratch.at_least(4 * (panel_words + sum_words)));
+    const uint32_t* panels = nullptr;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t tile = task / chunks, block = task % chunks * config.blocks_per_task;
+      const int64_t block = task / config.tiles * config.blocks_per_task;
       const int64_t blocks = std::min(config.blocks_per_task, w.blocks() - block);
-      const int64_t row = tile * tile_rows;
-      unit.many_rows({panels_of(w, block, block + blocks), blocks, w.records(),
-                      config.records_per_pass, packed + tile * tile_words, vectors_from(row),
-                      std::min(tile_rows, args.m - row), sums,
+      if (panels == nullptr || task % config.tiles == 0) {
+        panels = panels_of(w, block, block + blocks);
+      }
+      const int64_t row = task % config.tiles * tile_rows;
+      const int64_t rows = std::min(tile_rows, args.m - row);
+      unit.many_rows({panels, blocks, w.records(), config.records_per_pass,
+                      rows_at(args, row, rows), static_cast<int>(ceil_div(rows, lanes)), scratch,
+                      reinterpret_cast<float*>(scratch + panel_words),
                       epilogue_at(args, row, block * kBlockN)});
     }
   });
@@ -161,20 +147,7 @@ void gemm(const GemmArgs& args) {
   const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target, w.dtype);
   if (unit == nullptr) return gemm_serial_any(args);
   if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);
-  // Many rows go in rounds, so that the packed x of a round stays in the caches.
-  const int64_t row_bytes = 4 * unit->panel_rows * w.records();
-  const int64_t most =
-      std::max<int64_t>(kPackedBytesPerThread / row_bytes, kMinRoundRows) * config.threads;
-  const int lanes = traits(target).lanes;
-  const int64_t round = ceil_div(ceil_div(args.m, ceil_div(args.m, most)), lanes) * lanes;
-  for (int64_t row = 0; row < args.m; row += round) {
-    GemmArgs part = args;
-    part.m = std::min(round, args.m - row);
-    part.x = rows_at(args, row, part.m).data;
-    part.out = epilogue_at(args, row, 0).out;
-    gemm_many_rows(part, *unit, many_rows_config(part.m, w.n, w.dtype, target, config.threads),
-                   lanes);
-  }
+  gemm_many_rows(args, *unit, config, traits(target).lanes);
 }
 
 }  // namespace gossamer::sparse24

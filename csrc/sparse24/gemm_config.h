@@ -1,5 +1,6 @@
 #pragma once
 // How a GEMM is cut up: a pure function of the shape, the target and the threads.
+#include <algorithm>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -47,28 +48,45 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // on a 32 KiB cache a part of it comes from L2.
 constexpr int64_t kPanelBytes = 37 << 10;
 // A task's partial sums stay in L2.
-constexpr int64_t kPartialSumBytes = 256 << 10;
+constexpr int64_t kPartialSumBytes = 384 << 10;
 // Below this many multiply-adds a second thread costs more than it brings (about 2 us to wake it).
 constexpr int64_t kWorkPerThread = 1 << 16;
 
-// Every sum of many_rows runs through its records in order, however the rows are cut.
+// Of all ways to cut m into tiles and n into tasks, the one whose busiest thread issues the fewest
+// loads: they are what bounds the kernel (two a cycle; its multiply-adds read x from memory). Every
+// sum runs through its records in order, however the rows and outputs are cut.
 inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target target, int team) {
-  const TargetTraits t = traits(target);
-  const int64_t blocks = ceil_div(n, kBlockN);
-  // Tiles as equal as they get: 64 vectors are 6 tiles of 11 or 10, not 5 of 12 and one of 4.
-  const int64_t vectors = ceil_div(m, t.lanes);
-  const int64_t tiles = ceil_div(vectors, max_many_vectors(t.lanes));
-  const int tile = static_cast<int>(ceil_div(vectors, tiles));
+  const int64_t lanes = traits(target).lanes;
+  const int64_t vectors = ceil_div(m, lanes), blocks = ceil_div(n, kBlockN);
   // bf16 dot products read pairs of columns: six possible pairs of 32 bits for every four columns.
   const bool pairs = target == Target::kAVX512BF16 && dtype == DType::kBFloat16;
-  const int64_t record_bytes = (pairs ? 6 * kRecordGroups : kRecordK) * 4 * t.lanes * tile;
-  int64_t fitting = kPanelBytes / record_bytes;
-  fitting = fitting < 1 ? 1 : fitting > kMaxRecordsPerPass ? kMaxRecordsPerPass : fitting;
-  const int64_t block_bytes = kBlockN * 4 * t.lanes * tile;
-  const int64_t fair =
-      ceil_div(blocks * tiles, 4 * team) < blocks ? ceil_div(blocks * tiles, 4 * team) : blocks;
-  const int64_t cached = kPartialSumBytes / block_bytes < 1 ? 1 : kPartialSumBytes / block_bytes;
-  return {Kernel::kManyRows, tile, tiles, fitting, fair < cached ? fair : cached, team};
+  const int64_t weights = pairs ? kRecordGroups : 2 * kRecordGroups;  // of an output in a record
+  const int64_t panel_rows = pairs ? 6 * kRecordGroups : kRecordK;
+  // Measured, in loads, for a record: packing one register's rows, and the offsets of one output.
+  constexpr int64_t kPackLoads = 300, kOffsetLoads = 4;
+
+  GemmConfig best{};
+  int64_t least = 0;
+  for (int64_t tiles = ceil_div(vectors, max_many_vectors(lanes)); tiles <= vectors; ++tiles) {
+    const int64_t tile = ceil_div(vectors, tiles);
+    const int64_t depth =
+        std::clamp<int64_t>(kPanelBytes / (panel_rows * 4 * lanes * tile), 1, kMaxRecordsPerPass);
+    const int64_t fewest_tasks = ceil_div(blocks * kBlockN * 4 * lanes * tile, kPartialSumBytes);
+    for (int64_t share = 0; share <= 4; ++share) {  // 0: as few tasks as the caches allow
+      const int64_t wanted = std::max(fewest_tasks, share * team / tiles);
+      const int64_t task_blocks = ceil_div(blocks, std::min(wanted, blocks));
+      const int64_t tasks = ceil_div(blocks, task_blocks) * tiles;
+      const int64_t output_loads = weights * (tile + 1) + 2 * tile / depth + kOffsetLoads;
+      const int64_t task_loads = task_blocks * kBlockN * output_loads + kPackLoads * tile;
+      const int64_t loads = ceil_div(tasks, team) * task_loads;
+      if (least == 0 || loads < least) {
+        least = loads;
+        best = {Kernel::kManyRows, static_cast<int>(tile), tiles, depth, task_blocks, team};
+      }
+    }
+    tiles = tile == 1 ? tiles : std::max(tiles, ceil_div(vectors, tile - 1) - 1);
+  }
+  return best;
 }
 
 inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,

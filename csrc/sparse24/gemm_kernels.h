@@ -171,11 +171,12 @@ struct Kernels {
 
   // ---- many_rows --------------------------------------------------------------------------------
 
-  static void pack_many(const XRows& x, int tile, int64_t begin, int64_t end, void* packed) {
-    const int64_t stride = tile * S::kLanes;
+  template <int Vectors>
+  static void pack_many(const XRows& x, int64_t begin, int64_t end, uint32_t* packed) {
+    constexpr int64_t stride = Vectors * S::kLanes;
     for (int64_t record = begin; record < end; ++record) {
-      uint32_t* panel = static_cast<uint32_t*>(packed) + record * Multiply::kPanelRows * stride;
-      for (int vector = 0; vector < tile; ++vector, panel += S::kLanes) {
+      uint32_t* panel = packed + (record - begin) * Multiply::kPanelRows * stride;
+      for (int vector = 0; vector < Vectors; ++vector, panel += S::kLanes) {
         const int64_t row = vector * S::kLanes, k = record * kRecordK;
         if constexpr (sizeof(X) == sizeof(T)) {
           if (row + S::kLanes <= x.rows && x.stride_k == 1 && k + kRecordK <= x.k) {
@@ -200,8 +201,7 @@ struct Kernels {
   // steps ahead.
   template <int Vectors, int Outputs>
   static void multiply_block(const uint32_t* words, const uint32_t* weights, int64_t records,
-                             const char* panel, bool first_pass, float* sums,
-                             const char* panel_ahead) {
+                             const char* panel, bool first_pass, float* sums) {
     constexpr int kRowBytes = Vectors * S::kLanes * sizeof(float);
     constexpr int kQuads = Multiply::kSteps / 4;
     typename S::H offsets[Outputs], next_offsets[Outputs];
@@ -221,8 +221,6 @@ struct Kernels {
         }
       }
       for (int64_t record = 0; record < records; ++record) {
-        __builtin_prefetch(panel_ahead, 0, 2);
-        panel_ahead += 64;
         const uint32_t* weight = weights + record * Multiply::kWeightWords + first;
         asm("" : "+r"(weight));
         const bool last = record + 1 == records;
@@ -279,7 +277,8 @@ struct Kernels {
     for (int64_t begin = 0; begin < task.records; begin += task.records_per_pass) {
       const int64_t left = task.records - begin;
       const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
-      const char* panel = static_cast<const char*>(task.x) + begin * kPanelBytes;
+      pack_many<Vectors>(task.x, begin, begin + records, task.panel);
+      const auto* panel = reinterpret_cast<const char*>(task.panel);
       for (int64_t block = 0; block < task.blocks; ++block) {
         const uint32_t* words = task.panels + (block * task.records + begin) * kRecordWords;
         const uint32_t* weights = Multiply::weights(words, records, expanded);
@@ -291,15 +290,24 @@ struct Kernels {
         for (int64_t word = 0; word < records * kRecordWords; word += kBlockN) {
           __builtin_prefetch(next + word, 0, 3);
         }
-        multiply_block<Vectors, kOutputs>(
-            words, weights, records, panel, begin == 0, task.sums + block * kBlockN * kTileRows,
-            panel + records * (kPanelBytes + 64 * block * (kBlockN / kOutputs)));
+        // This block's share of the rows of x that the next pass packs.
+        if (task.x.stride_k == 1) {
+          const T* x = static_cast<const T*>(task.x.data) + (begin + records) * kRecordK;
+          for (int64_t row = task.x.rows * block / task.blocks;
+               row < task.x.rows * (block + 1) / task.blocks; ++row) {
+            for (int64_t k = 0; k < records * kRecordK; k += 64 / sizeof(T)) {
+              __builtin_prefetch(x + row * task.x.stride_m + k, 0, 2);
+            }
+          }
+        }
+        multiply_block<Vectors, kOutputs>(words, weights, records, panel, begin == 0,
+                                          task.sums + block * kBlockN * kTileRows);
       }
     }
     // Rows outside, so that neighbouring outputs of a row are written soon after each other.
     const int64_t padded = task.blocks * kBlockN;
     const int64_t outputs = task.epilogue.n < padded ? task.epilogue.n : padded;
-    for (int64_t row = 0; row < task.rows; row += S::kLanes) {
+    for (int64_t row = 0; row < task.x.rows; row += S::kLanes) {
       for (int64_t first = 0; first < outputs; first += kSquare) {
         finish_square<kTileRows>(task, row, first, outputs - first);
       }
@@ -332,7 +340,7 @@ struct Kernels {
       }
     }
     T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
-    const int64_t rows = task.rows - row;
+    const int64_t rows = task.x.rows - row;
     if (outputs >= kSquare && rows >= S::kLanes) {
       return S::transpose(words, out, e.out_stride * sizeof(T));
     }
@@ -353,8 +361,7 @@ struct Kernels {
     many_rows_up_to<max_many_vectors(S::kLanes)>(task);
   }
 
-  static constexpr Unit unit = {sizeof(X), Multiply::kPanelRows, pack_few, few_rows, pack_many,
-                                many_rows};
+  static constexpr Unit unit = {sizeof(X), Multiply::kPanelRows, pack_few, few_rows, many_rows};
 };
 
 // The unit of float32 multiply-adds; null for a dtype without kernels.

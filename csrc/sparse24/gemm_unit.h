@@ -40,20 +40,18 @@ struct FewRowsTask {
 struct ManyRowsTask {
   const uint32_t* panels;
   int64_t blocks, records, records_per_pass;
-  const void* x;  // [records][panel_rows][tile * lanes] words
-  int tile;       // in registers of rows
-  int64_t rows;
-  float* sums;  // [blocks][16][tile * lanes]
+  XRows x;
+  int tile;         // in registers of rows
+  uint32_t* panel;  // scratch for a pass of x: [records_per_pass][panel_rows][tile * lanes]
+  float* sums;      // scratch: [blocks + 1][16][tile * lanes]
   Epilogue epilogue;
 };
 
 struct Unit {
   int64_t few_rows_element_bytes;  // of a packed x
-  int64_t panel_rows;              // many_rows: words of a packed row of x per record
+  int64_t panel_rows;              // many_rows: words of a packed row of x a record
   void (*pack_few)(const XRows& x, int tile, void* packed);
   void (*few_rows)(const FewRowsTask& task);
-  void (*pack_many)(const XRows& x, int tile, int64_t record_begin, int64_t record_end,
-                    void* packed);
   void (*many_rows)(const ManyRowsTask& task);
 };
 
