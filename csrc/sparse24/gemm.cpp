@@ -102,17 +102,19 @@ void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
   // The epilogue reads, and ignores, up to a block past the last one.
   const int64_t sum_words = (config.blocks_per_task + 1) * kBlockN * tile_rows;
   const int64_t chunks = ceil_div(w.blocks(), config.blocks_per_task);
-  // The tiles inside, so that they find a chunk of the weight in the cache.
-  parallel_ranges(config.threads, chunks * config.tiles, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = chunks * config.tiles;
+  // The team goes through the weight together, chunk by chunk, each thread with tiles of its own:
+  // what one of them reads from memory the others find in the shared cache.
+  const auto run_tasks = [&](int thread, int team) {
     auto* scratch =
         static_cast<uint32_t*>(many_rows_scratch.at_least(4 * (panel_words + sum_words)));
     const uint32_t* panels = nullptr;
-    for (int64_t task = begin; task < end; ++task) {
+    int64_t chunk = -1;
+    for (int64_t task = thread; task < tasks; task += team) {
       const int64_t block = task / config.tiles * config.blocks_per_task;
       const int64_t blocks = std::min(config.blocks_per_task, w.blocks() - block);
-      if (panels == nullptr || task % config.tiles == 0) {
-        panels = panels_of(w, block, block + blocks);
-      }
+      if (task / config.tiles != chunk) panels = panels_of(w, block, block + blocks);
+      chunk = task / config.tiles;
       const int64_t row = task % config.tiles * tile_rows;
       const int64_t rows = std::min(tile_rows, args.m - row);
       unit.many_rows({panels, blocks, w.records(), config.records_per_pass,
@@ -120,7 +122,8 @@ void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
                       reinterpret_cast<float*>(scratch + panel_words),
                       epilogue_at(args, row, block * kBlockN)});
     }
-  });
+  };
+  parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)), run_tasks);
 }
 
 // The serial kernel reads the portable form only.

@@ -62,8 +62,9 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
   const bool pairs = target == Target::kAVX512BF16 && dtype == DType::kBFloat16;
   const int64_t weights = pairs ? kRecordGroups : 2 * kRecordGroups;  // of an output in a record
   const int64_t panel_rows = pairs ? 6 * kRecordGroups : kRecordK;
-  // Measured, in loads, for a record: packing one register's rows, and the offsets of one output.
-  constexpr int64_t kPackLoads = 300, kOffsetLoads = 4;
+  // Measured, in loads, for a record: packing one register's rows; and, for one output, computing
+  // its offsets and bringing its weights from the L3.
+  constexpr int64_t kPackLoads = 300, kOutputLoads = 8;
 
   GemmConfig best{};
   int64_t least = 0;
@@ -76,7 +77,7 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
       const int64_t wanted = std::max(fewest_tasks, share * team / tiles);
       const int64_t task_blocks = ceil_div(blocks, std::min(wanted, blocks));
       const int64_t tasks = ceil_div(blocks, task_blocks) * tiles;
-      const int64_t output_loads = weights * (tile + 1) + 2 * tile / depth + kOffsetLoads;
+      const int64_t output_loads = weights * (tile + 1) + 2 * tile / depth + kOutputLoads;
       const int64_t task_loads = task_blocks * kBlockN * output_loads + kPackLoads * tile;
       const int64_t loads = ceil_div(tasks, team) * task_loads;
       if (least == 0 || loads < least) {
