@@ -1,7 +1,7 @@
 #pragma once
-// What a CUDA file needs around its kernels: the launch itself, and typed dynamic shared memory. With
-// these instead of <<<>>> and __shared__, a kernel file is also plain C++: the tests compile it for
-// the host, against tests/emulation/twins/common/launch.cuh.
+// What a CUDA file needs around its kernels: the launch itself, and typed dynamic shared memory.
+// With these instead of <<<>>> and __shared__, a kernel file is also plain C++: the tests compile
+// it for the host, against tests/emulation/twins/common/launch.cuh.
 #include <cuda_runtime.h>
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 #pragma once
 // Every PTX instruction that the kernels use, one thin named function each; asm is in this file and
 // in ptx_sm90.cuh only. CUDA's own intrinsics (__shfl_sync, atomicAdd, __popc, ...) are used by
-// their names. tests/emulation/twins/common/ptx.cuh is the host twin: the same names and signatures,
-// by definition, so a change here is a change there.
+// their names. tests/emulation/twins/common/ptx.cuh is the host twin: the same names and
+// signatures, by definition, so a change here is a change there.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -97,12 +97,11 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 // Bytes past `valid_bytes` become zero and are not read. The data are there for the issuing thread
 // after cp_async_wait<P>() (all but its P latest groups), for others after a barrier that follows.
 
-__device__ __forceinline__ void cp_async16(void* shared, const void* global,
-                                           int valid_bytes = 16) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(valid_bytes)
-               : "memory");
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, int valid_bytes = 16) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(valid_bytes)
+      : "memory");
 }
 __device__ __forceinline__ void cp_async16_hint(void* shared, const void* global, int valid_bytes,
                                                 uint64_t l2_policy) {
@@ -188,12 +187,13 @@ __device__ __forceinline__ void add_release(int32_t* global, int32_t value) {
 // negative.
 __device__ __forceinline__ float atomic_max(float* address, float value) {
   return signbit(value)
-             ? __uint_as_float(atomicMin(reinterpret_cast<unsigned*>(address),
-                                         __float_as_uint(value)))
+             ? __uint_as_float(
+                   atomicMin(reinterpret_cast<unsigned*>(address), __float_as_uint(value)))
              : __int_as_float(atomicMax(reinterpret_cast<int*>(address), __float_as_int(value)));
 }
 
-// ---- named barriers: `id` 0 is __syncthreads, `threads` a multiple of 32 -------------------------
+// ---- named barriers: `id` 0 is __syncthreads, `threads` a multiple of 32
+// -------------------------
 
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -202,7 +202,8 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- ldmatrix: 8 x 8 matrices of 16-bit elements into fragments ----------------------------------
+// ---- ldmatrix: 8 x 8 matrices of 16-bit elements into fragments
+// ----------------------------------
 //
 // Lanes 8m to 8m + 7 point at the rows of matrix m. Lane 4g + t gets in register m the elements 2t
 // and 2t + 1 of its row g; transposed, element g of its rows 2t and 2t + 1.
@@ -244,7 +245,8 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], const void* row
                : "memory");
 }
 
-// ---- tensor cores: D[16][8] += A[16][K] B[K][8] of a warp ----------------------------------------
+// ---- tensor cores: D[16][8] += A[16][K] B[K][8] of a warp
+// ----------------------------------------
 //
 // Lane 4g + t holds, with E elements of T in a register and S columns stored of each row of A:
 //
@@ -252,21 +254,21 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], const void* row
 //   B [K][8]   register i, element e: row E t + 4E i + e, column g
 //   D [16][8]  register i:            row g + 8 (i / 2), column 2t + i mod 2
 
-#define GOSSAMER_MMA(shape_and_types, constraint)                                               \
-  asm volatile("mma.sync.aligned." shape_and_types                                              \
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
-               : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]),              \
-                 "+" constraint(d[3])                                                           \
+#define GOSSAMER_MMA(shape_and_types, constraint)                                  \
+  asm volatile("mma.sync.aligned." shape_and_types                                 \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
+               : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), \
+                 "+" constraint(d[3])                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
-#define GOSSAMER_MMA_SP(shape_and_types, constraint, selector)                                    \
-  asm volatile("mma.sp::ordered_metadata.sync.aligned." shape_and_types                           \
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " \
-               "%13;"                                                                             \
-               : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]),                \
-                 "+" constraint(d[3])                                                             \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),     \
-                 "r"(b[3]), "r"(metadata), "n"(selector))
+#define GOSSAMER_MMA_SP(shape_and_types, constraint, selector)                                  \
+  asm volatile(                                                                                 \
+      "mma.sp::ordered_metadata.sync.aligned." shape_and_types                                  \
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, "        \
+      "%13;"                                                                                    \
+      : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), "+" constraint(d[3])  \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), \
+        "r"(metadata), "n"(selector))
 
 template <class T>  // Float16 or BFloat16
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
@@ -297,8 +299,10 @@ __device__ __forceinline__ void mma_m16n8k32(Accumulator<T> (&d)[4], const uint3
 // element: its column in its group of four, the first of a pair in the lower bits and the smaller.
 //
 //   16-bit types  lanes 4g + 2F and 4g + 2F + 1 (F the selector) hold columns 0-15 and 16-31, row g
-//                 in the low half of the register and row g + 8 in the high half; others are ignored
-//   8-bit types   lane 4g + t holds 32 columns of a row: row g + 8 (t mod 2), columns from 32 (t / 2)
+//                 in the low half of the register and row g + 8 in the high half; others are
+//                 ignored
+//   8-bit types   lane 4g + t holds 32 columns of a row: row g + 8 (t mod 2), columns from 32 (t /
+//   2)
 
 template <class T, int Selector>  // Float16 or BFloat16; Selector 0 or 1
 __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4],

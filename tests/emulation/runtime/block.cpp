@@ -10,6 +10,10 @@ struct Cancelled {};  // unwinds the threads that are left after a fault
 // Polls in a row, without anything having changed, that count as a deadlock.
 constexpr int kPatience = 200'000;
 
+// In the late schedule, the threads of a warp that run before another warp's turn comes: enough for
+// all of its lanes to get to their next meeting while other warps have not begun.
+constexpr int kTurns = kWarpSize;
+
 std::string text_of(const dim3& index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
          std::to_string(index.z) + ")";
@@ -54,6 +58,7 @@ void Block::run(dim3 block_index) {
   unfinished_ = thread_count;
   polls_ = 0;
   current_warp_ = -1;
+  turns_left_ = 0;
   cancelled_ = false;
   failure_.clear();
   for (auto& thread : threads) {
@@ -86,9 +91,9 @@ void Block::make_ready(Thread& thread) {
 Thread* Block::pick() {
   if (polls_ > kPatience) deadlock("threads poll for something that does not come");
   const int warps = static_cast<int>(ready_.size());
-  if (schedule.early && current_warp_ >= 0 && !ready_[current_warp_].empty()) {
-    return pick_from(current_warp_);
-  }
+  const bool stay = schedule.early || turns_left_-- > 0;
+  if (stay && current_warp_ >= 0 && !ready_[current_warp_].empty()) return pick_from(current_warp_);
+  turns_left_ = schedule.seed == 0 ? kTurns : 1 << random.below(12);
   const int first = schedule.seed == 0 ? current_warp_ + 1 : static_cast<int>(random.below(warps));
   for (int i = 0; i < warps; ++i) {
     const int warp = (first + i) % warps;

@@ -92,8 +92,8 @@ class Block {
  private:
   struct Barrier {
     int expected = 0, arrived = 0;
-    Site site;                    // of its first arrival
-    std::vector<uint8_t> is_here; // a thread may arrive only once before all have
+    Site site;                     // of its first arrival
+    std::vector<uint8_t> is_here;  // a thread may arrive only once before all have
     std::vector<Thread*> waiting;
   };
 
@@ -109,7 +109,7 @@ class Block {
   const std::function<void()>& kernel_;
   std::vector<std::vector<int>> ready_;  // lanes by warp, in the order they became ready
   std::array<Barrier, 16> barriers_;
-  int current_warp_ = 0;
+  int current_warp_ = -1, turns_left_ = 0;
   int unfinished_ = 0;
   int polls_ = 0;  // since anything last changed
   bool cancelled_ = false;

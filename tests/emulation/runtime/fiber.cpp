@@ -14,8 +14,8 @@
 
 #if defined(__x86_64__)
 // Saves what a call must preserve on the stack that is left, and the stack pointer through the
-// first argument; then the reverse on the stack that the second argument names. No code here changes
-// the floating-point control words, so they need no saving.
+// first argument; then the reverse on the stack that the second argument names. No code here
+// changes the floating-point control words, so they need no saving.
 asm(R"(
   .text
   .p2align 4
@@ -52,8 +52,8 @@ constexpr size_t kStackBytes = 64 << 10;
 
 Fiber* entering = nullptr;  // for the first frame, which takes no argument
 
-// A page without access below each stack turns an overflow into a crash at its line. Stacks are kept
-// for the next launch: mapping one costs more than a small block takes to run.
+// A page without access below each stack turns an overflow into a crash at its line. Stacks are
+// kept for the next launch: mapping one costs more than a small block takes to run.
 std::vector<unsigned char*> free_stacks;
 
 unsigned char* take_stack() {

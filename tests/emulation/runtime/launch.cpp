@@ -42,3 +42,8 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
 }
 
 }  // namespace gossamer::emulation
+
+// For Python: the schedule of the launches to come.
+extern "C" __attribute__((visibility("default"))) void set_schedule(int64_t early, uint64_t seed) {
+  gossamer::emulation::schedule = {early != 0, seed};
+}

@@ -2,8 +2,8 @@
 // The order in which threads run and the moment at which asynchronous copies arrive. A real GPU may
 // choose any; two extremes catch different faults:
 //
-//   late   threads take turns at every point where they can wait, and copies arrive at the last
-//          moment, when somebody waits for them: a missing wait, commit or barrier reads poison
+//   late   warps take turns, and copies arrive at the last moment, when somebody waits for them: a
+//          missing wait, commit or barrier reads poison
 //   early  copies arrive at once, and a warp runs on until it must wait for other warps: data that
 //          somebody still reads are overwritten, overruns hit what is already there
 //

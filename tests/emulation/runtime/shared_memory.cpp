@@ -28,6 +28,13 @@ size_t SharedMemory::check(const void* from, size_t count, size_t alignment, con
   if (offset % static_cast<ptrdiff_t>(alignment) != 0) {
     fault(site, what, ": shared memory offset ", offset, " is not a multiple of ", alignment);
   }
+  const auto* begin = static_cast<const unsigned char*>(from);
+  for (const Guard& guard : guards_) {
+    if (begin < guard.from + guard.count && guard.from < begin + count) {
+      fault(site, what, ": ", count, " bytes at offset ", offset,
+            " reach past the end of the shared tile that ends at ", guard.from - bytes_);
+    }
+  }
   return static_cast<size_t>(offset);
 }
 

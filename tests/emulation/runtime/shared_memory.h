@@ -33,13 +33,14 @@ class SharedMemory {
     const auto* p = static_cast<const unsigned char*>(from);
     return p >= bytes_ && count <= size_ && p - bytes_ <= static_cast<ptrdiff_t>(size_ - count);
   }
-  // The offset of an operand of `what`, once it has been found to lie inside and aligned.
+  // The offset of an operand of `what`, once it has been found to lie inside, aligned and in no
+  // guard.
   size_t check(const void* from, size_t count, size_t alignment, const char* what,
                const Site& site) const;
 
-  void begin_block();                            // poison everything
-  void end_block();                              // throws if a guard was written to
-  void guard(unsigned char* from, size_t count); // bytes between tiles that nobody may touch
+  void begin_block();                             // poison everything
+  void end_block();                               // throws if a guard was written to
+  void guard(unsigned char* from, size_t count);  // bytes between tiles that nobody may touch
 
  private:
   struct Guard {

@@ -1,7 +1,7 @@
 #pragma once
-// Atomic operations, under their CUDA names. One OS thread runs everything, so each is plain code; a
-// random schedule lets others run after it. One that changed nothing counts as a poll: it is how a
-// lock or a flag is waited for.
+// Atomic operations, under their CUDA names. One OS thread runs everything, so each is plain code;
+// a random schedule lets others run after it. One that changed nothing counts as a poll: it is how
+// a lock or a flag is waited for.
 #include "twins/cuda_language.h"
 
 namespace gossamer::emulation {

@@ -45,8 +45,8 @@ void cp_async(const char* name, void* to, const void* from, int valid, const Sit
   running->open_copies.push_back(copy);
 }
 
-// Matrix m has the eight rows of 16 bytes that lanes 8m to 8m + 7 point at. Lane l = 4g + t gets, in
-// register m, elements 2t and 2t + 1 of row g, or transposed: element g of rows 2t and 2t + 1.
+// Matrix m has the eight rows of 16 bytes that lanes 8m to 8m + 7 point at. Lane l = 4g + t gets,
+// in register m, elements 2t and 2t + 1 of row g, or transposed: element g of rows 2t and 2t + 1.
 template <int Matrices, bool Transposed>
 void load_matrices(const char* name, uint32_t (&out)[Matrices], const void* row, const Site& site) {
   static_assert(Matrices == 1 || Matrices == 2 || Matrices == 4);
@@ -54,7 +54,7 @@ void load_matrices(const char* name, uint32_t (&out)[Matrices], const void* row,
   using Row = const uint16_t*;
   whole_warp(
       name, static_cast<Row>(row), out,
-      [](const Row* const (&rows)[kWarpSize], uint32_t (*const (&outs)[kWarpSize])[Matrices]) {
+      [](const Row* const(&rows)[kWarpSize], uint32_t (*const(&outs)[kWarpSize])[Matrices]) {
         for (int lane = 0; lane < kWarpSize; ++lane) {
           const int g = lane / 4, t = lane % 4;
           for (int m = 0; m < Matrices; ++m) {
@@ -143,8 +143,8 @@ inline void store16_stream(void* global, uint4 value, Site site = Site::current(
 
 // ---- flags and counters between blocks ----------------------------------------------------------
 
-// Blocks run one after another: what an earlier block will have released is there, and to wait for a
-// later one is a deadlock here, as it can be on a GPU whose blocks do not all fit.
+// Blocks run one after another: what an earlier block will have released is there, and to wait for
+// a later one is a deadlock here, as it can be on a GPU whose blocks do not all fit.
 inline int32_t load_acquire(const int32_t* global, Site site = Site::current()) {
   emulation::block->poll("load_acquire", site);
   return *global;

@@ -1,7 +1,7 @@
 #pragma once
 // What nvcc gives a kernel without an #include, for a host compiler: the keywords, the vector
-// types, the index variables and the arithmetic intrinsics. Static __shared__ arrays are left out on
-// purpose: shared memory is dynamic (launch.cuh).
+// types, the index variables and the arithmetic intrinsics. Static __shared__ arrays are left out
+// on purpose: shared memory is dynamic (launch.cuh).
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -27,12 +27,24 @@
 
 using cudaStream_t = struct CUstream_st*;
 
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }

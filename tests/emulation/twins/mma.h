@@ -7,8 +7,9 @@
 //   D [16][8]  register i:            row g + 8 (i / 2), column 2t + i mod 2
 //
 // Dense: S = K. Sparse: S = K / 2, and the metadata say which two of every four columns of A each
-// stored pair stands for. Products are summed in order of k; the hardware's order and inner precision
-// are its own, so tests compare with a tolerance, or with whole numbers, where all is exact.
+// stored pair stands for. Products are summed in order of k; the hardware's order and inner
+// precision are its own, so tests compare with a tolerance, or with whole numbers, where all is
+// exact.
 #include "twins/numbers.h"
 #include "twins/warp.h"
 
@@ -43,24 +44,26 @@ auto element(const uint32_t& word, int e) {
 template <int Stored>
 using Columns = uint8_t[16][Stored];
 
-// The metadata of 16 rows from the registers of a warp's lanes; two bits a stored element, the first
-// of a pair in the lower two.
+// The metadata of 16 rows from the registers of a warp's lanes; two bits a stored element, the
+// first of a pair in the lower two.
 //
 //   16-bit types  lanes 4g + 2F and 4g + 2F + 1 (F the selector) hold columns 0-15 and 16-31, row g
 //                 in the low half of the register and row g + 8 in the high half
-//   8-bit types   lane 4g + t holds 32 columns of a row: row g + 8 (t mod 2), columns from 32 (t / 2)
+//   8-bit types   lane 4g + t holds 32 columns of a row: row g + 8 (t mod 2), columns from 32 (t /
+//   2)
 template <int Bytes, int Stored>
 void decode_metadata(const uint32_t (&lanes)[kWarpSize], int selector, Columns<Stored>& columns,
                      const char* name, const Site& site) {
   for (int row = 0; row < 16; ++row) {
     for (int group = 0; group < Stored / 2; ++group) {
       const int quad = 4 * (row % 8);
-      const int lane = Bytes == 2 ? quad + 2 * selector + group / 4 : quad + row / 8 + 2 * (group / 8);
+      const int lane =
+          Bytes == 2 ? quad + 2 * selector + group / 4 : quad + row / 8 + 2 * (group / 8);
       const int shift = Bytes == 2 ? 16 * (row / 8) + 4 * (group % 4) : 4 * (group % 8);
       const uint32_t pair = lanes[lane] >> shift & 15, first = pair & 3, second = pair >> 2;
       if (first >= second) {
-        fault(site, name, ": metadata of lane ", lane, ", bits ", shift, " to ", shift + 3, " are 0x",
-              std::hex, pair, std::dec, ": the two columns must be in increasing order");
+        fault(site, name, ": metadata of lane ", lane, ", bits ", shift, " to ", shift + 3,
+              " are 0x", std::hex, pair, std::dec, ": the two columns must be in increasing order");
       }
       columns[row][2 * group] = static_cast<uint8_t>(first);
       columns[row][2 * group + 1] = static_cast<uint8_t>(second);

@@ -14,7 +14,8 @@ inline float to_float(BFloat16 x) { return gossamer::to_float(x); }
 inline float to_float(Float16 x) { return gossamer::to_float(x); }
 inline float to_float(E4M3 x) {
   const int sign = x.bits >> 7, exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-  if ((x.bits & 0x7f) == 0x7f) return std::bit_cast<float>(0x7fffffffu);  // the one NaN; no infinity
+  if ((x.bits & 0x7f) == 0x7f)
+    return std::bit_cast<float>(0x7fffffffu);  // the one NaN; no infinity
   const float magnitude = exponent == 0
                               ? std::ldexp(static_cast<float>(mantissa), -9)
                               : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
@@ -70,8 +71,7 @@ float2 unpack(uint32_t two) {
 }
 inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
   return from_float<E4M3>(x0).bits | from_float<E4M3>(x1).bits << 8 |
-         from_float<E4M3>(x2).bits << 16 |
-         static_cast<uint32_t>(from_float<E4M3>(x3).bits) << 24;
+         from_float<E4M3>(x2).bits << 16 | static_cast<uint32_t>(from_float<E4M3>(x3).bits) << 24;
 }
 
 // Ten bits after the leading one, a tie away from zero; the register keeps the other 13 bits zero.

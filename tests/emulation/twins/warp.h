@@ -42,6 +42,10 @@ T exchange(const char* name, uint32_t mask, T value, int from, const Site& site)
         for (int lane = 0; lane < kWarpSize; ++lane) {
           if (lanes[lane] == nullptr) continue;
           const int source = static_cast<const Exchange<T>*>(lanes[lane]->in)->from;
+          if ((block->lanes_of_warp() >> source & 1) == 0) {
+            poison(lanes[lane]->out, sizeof(T));  // no such lane in this block: undefined
+            continue;
+          }
           if (lanes[source] == nullptr) {
             fault(site, lanes[lane]->operation, ": lane ", lane, " reads lane ", source,
                   ", which the mask leaves out");
@@ -184,12 +188,14 @@ T __reduce_add_sync(unsigned mask, T value,
 template <class T>
 T __reduce_min_sync(unsigned mask, T value,
                     std::source_location site = std::source_location::current()) {
-  return gossamer::emulation::reduce("__reduce_min_sync", mask, value, min<T>, site);
+  const auto smaller = [](T a, T b) { return min(a, b); };
+  return gossamer::emulation::reduce("__reduce_min_sync", mask, value, smaller, site);
 }
 template <class T>
 T __reduce_max_sync(unsigned mask, T value,
                     std::source_location site = std::source_location::current()) {
-  return gossamer::emulation::reduce("__reduce_max_sync", mask, value, max<T>, site);
+  const auto larger = [](T a, T b) { return max(a, b); };
+  return gossamer::emulation::reduce("__reduce_max_sync", mask, value, larger, site);
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value,
                                  std::source_location site = std::source_location::current()) {
@@ -216,8 +222,7 @@ inline int __syncthreads_count(int vote,
                                std::source_location site = std::source_location::current()) {
   return gossamer::emulation::sync_and_count("__syncthreads_count", vote != 0, site);
 }
-inline int __syncthreads_or(int vote,
-                            std::source_location site = std::source_location::current()) {
+inline int __syncthreads_or(int vote, std::source_location site = std::source_location::current()) {
   return gossamer::emulation::sync_and_count("__syncthreads_or", vote != 0, site) != 0;
 }
 inline int __syncthreads_and(int vote,

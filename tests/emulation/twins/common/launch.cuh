@@ -12,8 +12,9 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t /*stream*/, Arguments&&... arguments) {
   const std::tuple<Parameters...> parameters(static_cast<Parameters>(arguments)...);
-  emulation::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); },
-                      emulation::Site::current());
+  emulation::run_grid(
+      grid, block, shared_bytes, [&] { std::apply(kernel, parameters); },
+      emulation::Site::current());
 }
 
 inline void fill_zero(void* global, size_t bytes, cudaStream_t /*stream*/) {
@@ -23,12 +24,15 @@ inline void fill_zero(void* global, size_t bytes, cudaStream_t /*stream*/) {
 template <class T>
 T* shared_memory(emulation::Site site = emulation::Site::current()) {
   emulation::SharedMemory& shared = emulation::block->shared;
-  shared.check(shared.begin(), sizeof(T), 1, "shared_memory", site);
+  if (sizeof(T) > shared.size()) {
+    emulation::fault(site, "shared_memory: ", sizeof(T), " bytes, but the launch asked for ",
+                     shared.size());
+  }
   return reinterpret_cast<T*>(shared.begin());
 }
 
-// The same elements, and after them bytes that nobody may touch: AddressSanitizer reports an access,
-// and without it the end of the block reports a write.
+// The same elements, and after them bytes that nobody may touch: AddressSanitizer reports an
+// access, and without it the end of the block reports a write.
 template <class T, int64_t Count, int Alignment = 16>
 class SharedTile {
  public:

@@ -1,0 +1,120 @@
+"""Fixtures: the emulator, its kernel libraries, and the schedules that every kernel has to pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import HERE, Emulator, KernelLibrary, nvcc, run_nvcc
+from torch import Tensor
+
+PRIMITIVES = HERE / "kernels" / "primitives.cu"
+SAMPLE_GEMM = HERE / "kernels" / "sparse24_gemm.cu"
+SCHEDULES = [(name, seed) for name in ("late", "early") for seed in (0, 1, 2)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sanitize",
+        metavar="LOG",
+        help="build kernels with AddressSanitizer and UBSan, which write to LOG.<process> "
+        "(test_sanitized.py sets up the environment that this needs)",
+    )
+
+
+class Sanitizers:
+    """What AddressSanitizer and UBSan have written to their log; without them, nothing."""
+
+    def __init__(self, base: str | None) -> None:
+        self.on = base is not None
+        self._log = Path(f"{base}.{os.getpid()}")
+        self._taken = 0
+
+    def take(self) -> str:
+        """The reports since the last call."""
+        text = self._log.read_text() if self._log.exists() else ""
+        reports, self._taken = text[self._taken :], len(text)
+        return reports
+
+
+@pytest.fixture(scope="session")
+def _sanitizers(request: pytest.FixtureRequest) -> Sanitizers:
+    # The option is unknown where pytest was not started on this folder.
+    return Sanitizers(request.config.getoption("--sanitize", default=None))
+
+
+@pytest.fixture(autouse=True)
+def sanitizers(_sanitizers: Sanitizers) -> Iterator[Sanitizers]:
+    """Fails a test that leaves a report of theirs untaken."""
+    yield _sanitizers
+    assert _sanitizers.take() == ""
+
+
+@pytest.fixture(scope="session")
+def emulator(_sanitizers: Sanitizers, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    if Emulator.compiler() is None:
+        if "CI" in os.environ:
+            pytest.fail("no g++: the CUDA kernels would go untested")
+        pytest.skip("no g++ to compile the CUDA kernels for the host with")
+    return Emulator(tmp_path_factory.mktemp("emulation"), _sanitizers.on)
+
+
+@pytest.fixture(scope="session")
+def primitives(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(PRIMITIVES)
+
+
+@pytest.fixture(scope="session")
+def samples(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(SAMPLE_GEMM)
+
+
+class Device:
+    """Where kernels run: the emulation in one schedule, or a GPU."""
+
+    def __init__(self, library: KernelLibrary, where: str, schedule: tuple[str, int]) -> None:
+        self.library, self.where, self.schedule = library, where, schedule
+
+    def to(self, t: Tensor) -> Tensor:
+        return t.to(self.where).contiguous()
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.where)
+
+    def call(self, name: str, *arguments: Tensor | int) -> None:
+        """Inputs go to the device by themselves; outputs must be there (``to``, ``empty``)."""
+        moved = [self.to(a) if isinstance(a, Tensor) else int(a) for a in arguments]
+        if self.where == "cuda":
+            self.library.call(name, *moved)
+        else:
+            with self.library.schedule(*self.schedule):
+                self.library.call(name, *moved)
+
+
+@pytest.fixture
+def emulated(primitives: KernelLibrary) -> Device:
+    return Device(primitives, "cpu", ("late", 0))
+
+
+@pytest.fixture(params=["late", "early", "shuffled", "cuda"])
+def device(request: pytest.FixtureRequest) -> Device:
+    if request.param == "cuda":
+        return Device(request.getfixturevalue("gpu_primitives"), "cuda", ("late", 0))
+    schedule = ("late", 7) if request.param == "shuffled" else (request.param, 0)
+    return Device(request.getfixturevalue("primitives"), "cpu", schedule)
+
+
+@pytest.fixture(scope="session")
+def gpu_primitives(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    """The same kernel file, built by nvcc for the GPU of this machine."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if nvcc() is None:
+        pytest.skip("no nvcc")
+    path = tmp_path_factory.mktemp("gpu") / "libprimitives.so"
+    flags = ["-std=c++17", "-arch=native", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
+    run_nvcc(*flags, "-o", str(path), str(PRIMITIVES))
+    return KernelLibrary(path)
