@@ -1,6 +1,7 @@
 #include "runtime/block.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace gossamer::emulation {
 namespace {
@@ -38,7 +39,7 @@ Block::Block(dim3 grid_, dim3 size_, SharedMemory& shared_, const std::function<
       thread_count(static_cast<int>(size_.x * size_.y * size_.z)),
       random(schedule.seed),
       kernel_(kernel),
-      ready_((thread_count + kWarpSize - 1) / kWarpSize) {
+      warps_((thread_count + kWarpSize - 1) / kWarpSize) {
   for (int i = 0; i < thread_count; ++i) {
     auto thread = std::make_unique<Thread>();
     const auto linear = static_cast<unsigned>(i);
@@ -54,7 +55,7 @@ void Block::run(dim3 block_index) {
   index = block_index;
   shared.begin_block();
   for (Barrier& barrier : barriers_) barrier = {};
-  for (auto& lanes : ready_) lanes.clear();
+  for (Warp& warp : warps_) warp = {};
   unfinished_ = thread_count;
   polls_ = 0;
   current_warp_ = -1;
@@ -85,26 +86,27 @@ void Block::run(dim3 block_index) {
 
 void Block::make_ready(Thread& thread) {
   thread.state = Thread::State::kReady;
-  ready_[thread.warp].push_back(thread.lane);
+  warps_[thread.warp].ready.push_back(thread.lane);
 }
 
 Thread* Block::pick() {
   if (polls_ > kPatience) deadlock("threads poll for something that does not come");
-  const int warps = static_cast<int>(ready_.size());
+  const int warps = static_cast<int>(warps_.size());
   const bool stay = schedule.early || turns_left_-- > 0;
-  if (stay && current_warp_ >= 0 && !ready_[current_warp_].empty()) return pick_from(current_warp_);
+  if (stay && current_warp_ >= 0 && !warps_[current_warp_].ready.empty())
+    return pick_from(current_warp_);
   turns_left_ = schedule.seed == 0 ? kTurns : 1 << random.below(12);
   const int first = schedule.seed == 0 ? current_warp_ + 1 : static_cast<int>(random.below(warps));
   for (int i = 0; i < warps; ++i) {
     const int warp = (first + i) % warps;
-    if (!ready_[warp].empty()) return pick_from(warp);
+    if (!warps_[warp].ready.empty()) return pick_from(warp);
   }
   return nullptr;
 }
 
 Thread* Block::pick_from(int warp) {
   current_warp_ = warp;
-  std::vector<int>& lanes = ready_[warp];
+  std::vector<int>& lanes = warps_[warp].ready;
   const auto count = static_cast<uint32_t>(lanes.size());
   const auto chosen = lanes.begin() + (schedule.seed == 0 ? 0 : random.below(count));
   Thread* thread = threads[warp * kWarpSize + *chosen].get();
@@ -125,7 +127,7 @@ void Block::run_thread(Thread& thread) {
   thread.state = Thread::State::kDone;
   thread.open_copies.clear();
   thread.copy_groups.clear();
-  thread.meeting = {};
+  warps_[thread.warp].returned |= 1u << thread.lane;
   --unfinished_;
   changed();
 }
@@ -182,7 +184,7 @@ void Block::preempt(const char* waits_for, const Site& site) {
 void Block::deadlock(const char* reason) {
   std::ostringstream text;
   text << where_running() << "deadlock: " << reason << '\n';
-  for (size_t warp = 0; warp < ready_.size(); ++warp) {
+  for (size_t warp = 0; warp < warps_.size(); ++warp) {
     std::vector<std::pair<std::string, std::string>> places;  // where, which lanes
     for (int i = static_cast<int>(warp) * kWarpSize;
          i < std::min(thread_count, static_cast<int>(warp + 1) * kWarpSize); ++i) {
@@ -224,34 +226,37 @@ void Block::meet(const char* name, uint32_t mask, bool same_line, const void* in
   if ((mask >> self.lane & 1) == 0) {
     fault(site, name, ": the mask leaves out the lane that calls it");
   }
-  self.meeting = {name, site, mask, same_line, in, out};
-  Lanes lanes{};
-  bool complete = true;
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if ((mask >> lane & 1) == 0) continue;
-    Thread& other = *threads[self.warp * kWarpSize + lane];
-    const Meeting& theirs = other.meeting;
-    if (other.state == Thread::State::kDone) {
-      fault(site, name, ": the mask names lane ", lane, ", which has returned");
-    }
-    if (theirs.operation == nullptr) {
-      complete = false;
-      continue;
-    }
-    if (std::string_view(theirs.operation) != name || theirs.mask != mask ||
-        (same_line && !same_site(theirs.site, site))) {
-      fault(site, name, " (mask 0x", std::hex, mask, ") meets ", theirs.operation, " (mask 0x",
-            theirs.mask, std::dec, ") of lane ", lane, " at ", emulation::text_of(theirs.site),
-            ": the lanes of a warp must execute the same operation");
-    }
-    lanes[lane] = &other.meeting;
+  Warp& warp = warps_[self.warp];
+  if ((mask & warp.returned) != 0) {
+    fault(site, name, ": the mask names lane ", std::countr_zero(mask & warp.returned),
+          ", which has returned");
   }
-  if (!complete) return wait(name, site);
+  self.meeting = {name, site, mask, same_line, in, out};
+  const auto check = [&](int lane) {
+    const Meeting& theirs = threads[self.warp * kWarpSize + lane]->meeting;
+    if (std::string_view(theirs.operation) == name && theirs.mask == mask &&
+        (!same_line || same_site(theirs.site, site))) {
+      return;
+    }
+    fault(site, name, " (mask 0x", std::hex, mask, ") meets ", theirs.operation, " (mask 0x",
+          theirs.mask, std::dec, ") of lane ", lane, " at ", emulation::text_of(theirs.site),
+          ": the lanes of a warp must execute the same operation");
+  };
+  // The first one stands for all that came before: each of them was checked against it.
+  const uint32_t others = warp.meeting & mask;
+  if (others != 0) check(std::countr_zero(others));
+  warp.meeting |= 1u << self.lane;
+  if ((warp.meeting & mask) != mask) return wait(name, site);
+  Lanes lanes{};
+  for (uint32_t left = mask; left != 0; left &= left - 1) {
+    const int lane = std::countr_zero(left);
+    lanes[lane] = &threads[self.warp * kWarpSize + lane]->meeting;
+    if (lanes[lane]->mask != mask) check(lane);  // came with lanes that this mask leaves out
+  }
   operation(lanes);
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (lanes[lane] == nullptr) continue;
-    lanes[lane]->operation = nullptr;
-    if (lane != self.lane) release(*threads[self.warp * kWarpSize + lane]);
+  warp.meeting &= ~mask;
+  for (uint32_t left = mask & ~(1u << self.lane); left != 0; left &= left - 1) {
+    release(*threads[self.warp * kWarpSize + std::countr_zero(left)]);
   }
 }
 

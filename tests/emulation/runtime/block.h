@@ -34,7 +34,7 @@ struct Copy {
 
 // What a lane brings to an operation of its warp while it waits for the others.
 struct Meeting {
-  const char* operation = nullptr;  // null: not at one
+  const char* operation = nullptr;
   Site site;
   uint32_t mask = 0;
   bool same_line = true;  // whether all lanes must come from the same line of the kernel
@@ -90,6 +90,11 @@ class Block {
   Random random;
 
  private:
+  struct Warp {
+    std::vector<int> ready;  // lanes, in the order in which they became ready
+    uint32_t meeting = 0;    // lanes that wait for others in meet()
+    uint32_t returned = 0;   // lanes whose thread has ended
+  };
   struct Barrier {
     int expected = 0, arrived = 0;
     Site site;                     // of its first arrival
@@ -107,7 +112,7 @@ class Block {
   [[noreturn]] void deadlock(const char* reason);
 
   const std::function<void()>& kernel_;
-  std::vector<std::vector<int>> ready_;  // lanes by warp, in the order they became ready
+  std::vector<Warp> warps_;
   std::array<Barrier, 16> barriers_;
   int current_warp_ = -1, turns_left_ = 0;
   int unfinished_ = 0;

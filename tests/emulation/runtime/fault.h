@@ -14,7 +14,7 @@ using Site = std::source_location;
 
 inline bool same_site(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
-         std::string_view(a.file_name()) == b.file_name();
+         (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
 }
 
 inline std::string text_of(const Site& site) {
