@@ -1,38 +1,38 @@
-"""The sample 2:4 GEMM, its planted faults, and the product it should give."""
+"""The sample 2:4 GEMMs, their planted faults, and the product it should give."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from cases import integers, sparse_24
-from emulator import KernelLibrary
+from emulator import HERE, KernelFault, KernelLibrary
 from gossamer import reference
 from gossamer.formats import Sparse24
 from torch import Tensor
 
-# In the order of `enum Plant` in kernels/sparse24_gemm.cu.
-PLANTS = (
-    "none",
-    "no_barrier_after_wait",
-    "no_barrier_at_loop_end",
-    "no_commit",
-    "lax_wait",
-    "read_before_wait",
-    "divergent_warp",
-    "skipped_barrier",
-    "illegal_metadata",
-    "misaligned_matrix",
-    "unwaited_copy",
-    "matrix_past_tile",
-    "shared_read_past_tile",
-    "shared_write_past_tile",
-    "copy_past_tensor",
-    "global_read_past_tensor",
-    "early_return",
-    "partial_warp",
-    "narrow_mask",
-)
+SAMPLE_GEMM = HERE / "kernels" / "sparse24_gemm.cu"
+SAMPLE_GEMM_SM90 = HERE / "kernels" / "sparse24_gemm_sm90.cu"
+
+
+@cache
+def plants(source: Path) -> list[str]:
+    """The members of the kernel file's ``enum Plant``, as in ``no_barrier_after_wait``."""
+    body = re.search(r"^enum Plant.*?\{(.*?)\};", source.read_text(), re.M | re.S)
+    assert body is not None
+    names = re.findall(r"^  k(\w+),", body[1], re.M)
+    return [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in names]
+
+
+def line_of(source: Path, text: str) -> int:
+    """The one line of a kernel file that holds ``text``."""
+    lines = source.read_text().splitlines()
+    found = [number for number, line in enumerate(lines, 1) if text in line]
+    assert len(found) == 1, (text, found)
+    return found[0]
 
 
 @dataclass
@@ -64,6 +64,17 @@ class Gemm:
             self.weight.values,
             self.weight.indices,
             *(m, n, k),
-            PLANTS.index(plant),
+            plants(library.source).index(plant),
         )
         return y
+
+    def shows(self, library: KernelLibrary, plant: str, schedule: str, seed: int) -> bool:
+        """Whether the result is wrong by a whole number, or by poison, which is -2.7e7."""
+        with library.schedule(schedule, seed):
+            try:
+                y = self.run(library, plant)
+            except KernelFault as fault:
+                if "metadata" in str(fault):  # that the poison was, where it is not legal
+                    return True
+                raise
+        return float((y - self.expected).abs().max()) >= 1.0

@@ -8,31 +8,11 @@ import re
 import pytest
 import torch
 from conftest import Sanitizers
-from emulator import HERE, KernelFault, KernelLibrary
-from sample_gemm import Gemm
+from emulator import KernelFault, KernelLibrary
+from sample_gemm import SAMPLE_GEMM, Gemm, line_of
 
-SOURCE = (HERE / "kernels" / "sparse24_gemm.cu").read_text().splitlines()
 # Each fault needs as many steps as there are stages, and one more.
 STEPS = 4
-
-
-def line_of(text: str) -> int:
-    """The one line of the sample kernel that holds ``text``."""
-    lines = [number for number, line in enumerate(SOURCE, 1) if text in line]
-    assert len(lines) == 1, (text, lines)
-    return lines[0]
-
-
-def shows(library: KernelLibrary, plant: str, schedule: str, seed: int) -> bool:
-    gemm = Gemm.of(64, 64, 64 * STEPS)
-    with library.schedule(schedule, seed):
-        try:
-            y = gemm.run(library, plant)
-        except KernelFault as fault:
-            if "metadata" in str(fault):  # that the poison was, where it is not legal
-                return True
-            raise
-    return float((y - gemm.expected).abs().max()) >= 1.0
 
 
 # What only shows in the numbers: poison is -2.7e7, far more than any rounding; where the data of an
@@ -52,7 +32,8 @@ def shows(library: KernelLibrary, plant: str, schedule: str, seed: int) -> bool:
 def test_race_gives_wrong_numbers(
     samples: KernelLibrary, plant: str, schedule: str, seeds: int
 ) -> None:
-    found = sum(shows(samples, plant, schedule, seed) for seed in range(10))
+    gemm = Gemm.of(64, 64, 64 * STEPS)
+    found = sum(gemm.shows(samples, plant, schedule, seed) for seed in range(10))
     assert found >= seeds
 
 
@@ -92,7 +73,7 @@ def test_fault_is_reported(
 def test_fault_names_block_thread_and_line(samples: KernelLibrary) -> None:
     with pytest.raises(KernelFault) as caught:
         Gemm.of(65, 64, 64).run(samples, "misaligned_matrix")
-    line = line_of("ptx::ldmatrix(w[i][half]")
+    line = line_of(SAMPLE_GEMM, "ptx::ldmatrix(w[i][half]")
     thread = r"block \(0, \d, 0\) thread \(\d+, 0, 0\) \(warp \d+ lane \d+\)"
     assert re.match(rf"{thread} at sparse24_gemm.cu:{line}: ldmatrix", str(caught.value))
 
@@ -101,14 +82,14 @@ def test_mismatch_names_both_lines(samples: KernelLibrary) -> None:
     with pytest.raises(KernelFault) as caught:
         Gemm.of(64, 64, 64).run(samples, "divergent_warp")
     for text in ("__ballot_sync(0xff", "__shfl_xor_sync(0xff"):
-        assert f"sparse24_gemm.cu:{line_of(text)}" in str(caught.value)
+        assert f"sparse24_gemm.cu:{line_of(SAMPLE_GEMM, text)}" in str(caught.value)
 
 
 def test_deadlock_says_where_every_thread_is(samples: KernelLibrary) -> None:
     with pytest.raises(KernelFault) as caught:
         Gemm.of(64, 64, 64).run(samples, "early_return")
     report = str(caught.value)
-    first_barrier = line_of("threadIdx.x / 32 != 1)) {") + 1
+    first_barrier = line_of(SAMPLE_GEMM, "threadIdx.x / 32 != 1)) {") + 1
     for warp in (0, 1, 2):
         assert (
             f"warp {warp}: all lanes: __syncthreads at sparse24_gemm.cu:{first_barrier}" in report
@@ -144,7 +125,8 @@ def test_overrun_is_reported(
     with contextlib.suppress(KernelFault):
         Gemm.of(64, 64, 128).run(samples, plant)
     assert re.search(
-        rf"AddressSanitizer: .*\n(.*\n){{1,4}}.*sparse24_gemm.cu:{line_of(line)}", sanitizers.take()
+        rf"AddressSanitizer: .*\n(.*\n){{1,4}}.*sparse24_gemm.cu:{line_of(SAMPLE_GEMM, line)}",
+        sanitizers.take(),
     )
 
 

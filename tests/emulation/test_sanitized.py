@@ -31,7 +31,10 @@ def test_under_sanitizers(sanitizers: Sanitizers, tmp_path: Path) -> None:
     options = f"log_path={log}:print_stacktrace=1:halt_on_error=0:suppress_equal_pcs=0"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", f"--sanitize={log}", "-p", "no:cacheprovider"]
-        + [str(HERE / name) for name in ("test_faults.py", "test_sample_gemm.py")],
+        + [
+            str(HERE / name)
+            for name in ("test_faults.py", "test_faults_sm90.py", "test_sample_gemm.py")
+        ],
         capture_output=True,
         text=True,
         timeout=600,

@@ -14,8 +14,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import PRIMITIVES, SAMPLE_GEMM
+from conftest import PRIMITIVES, PRIMITIVES_SM90
 from emulator import nvcc, run_nvcc
+from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 PACKAGED = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
@@ -84,3 +85,40 @@ def test_sample_gemm(tmp_path: Path) -> None:
 def test_primitives(tmp_path: Path) -> None:
     found = opcodes(PRIMITIVES, "89", tmp_path)
     assert missing((*PRIMITIVE_OPCODES, *FP8_OPCODES), found) == []
+
+
+HOPPER_GEMM_OPCODES = (
+    "HGMMA.SP.64x64x32.F32.BF16",
+    "WARPGROUP.ARRIVE",
+    "WARPGROUP.DEPBAR.LE",
+    "UTMALDG.2D",
+    "UTMASTG.2D",
+    "SYNCS.ARRIVE.TRANS64",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT",
+    "FENCE.VIEW.ASYNC",
+    "ELECT",
+)
+HOPPER_PRIMITIVE_OPCODES = (
+    "HGMMA.64x32x16.F32",
+    "HGMMA.64x32x16.F32.BF16",
+    "IGMMA.64x32x32.S8.S8",
+    "QGMMA.64x32x32.F32.E4M3.E4M3",
+    "HGMMA.SP.64x32x32.F32",
+    "HGMMA.SP.64x256x32.F32.BF16",
+    "IGMMA.SP.64x32x64.S8.S8",
+    "QGMMA.SP.64x32x64.F32.E4M3.E4M3",
+    "UTMALDG.3D",
+    "UTMASTG.3D",
+    "UBLKCP.S.G",
+    "STSM.16.M88.4",
+    "STSM.16.MT88.4",
+    "USETMAXREG",
+)
+
+
+def test_sample_gemm_sm90(tmp_path: Path) -> None:
+    assert missing(HOPPER_GEMM_OPCODES, opcodes(SAMPLE_GEMM_SM90, "90a", tmp_path)) == []
+
+
+def test_primitives_sm90(tmp_path: Path) -> None:
+    assert missing(HOPPER_PRIMITIVE_OPCODES, opcodes(PRIMITIVES_SM90, "90a", tmp_path)) == []

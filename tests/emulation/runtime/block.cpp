@@ -11,6 +11,8 @@ struct Cancelled {};  // unwinds the threads that are left after a fault
 // Polls in a row, without anything having changed, that count as a deadlock.
 constexpr int kPatience = 200'000;
 
+constexpr int kWarpsOfGroup = 4;
+
 // In the late schedule, the threads of a warp that run before another warp's turn comes: enough for
 // all of its lanes to get to their next meeting while other warps have not begun.
 constexpr int kTurns = kWarpSize;
@@ -38,6 +40,7 @@ Block::Block(dim3 grid_, dim3 size_, SharedMemory& shared_, const std::function<
       shared(shared_),
       thread_count(static_cast<int>(size_.x * size_.y * size_.z)),
       random(schedule.seed),
+      transactions(*this),
       kernel_(kernel),
       warps_((thread_count + kWarpSize - 1) / kWarpSize) {
   for (int i = 0; i < thread_count; ++i) {
@@ -54,7 +57,9 @@ Block::Block(dim3 grid_, dim3 size_, SharedMemory& shared_, const std::function<
 void Block::run(dim3 block_index) {
   index = block_index;
   shared.begin_block();
+  transactions.begin_block();
   for (Barrier& barrier : barriers_) barrier = {};
+  issues_.assign((warps_.size() + kWarpsOfGroup - 1) / kWarpsOfGroup, {});
   for (Warp& warp : warps_) warp = {};
   unfinished_ = thread_count;
   polls_ = 0;
@@ -69,12 +74,15 @@ void Block::run(dim3 block_index) {
   try {
     while (unfinished_ > 0) {
       Thread* next = pick();
+      if (next == nullptr && transactions.land_one()) continue;
       if (next == nullptr) deadlock("no thread can go on");
       running = next;
       next->fiber.resume();
       running = nullptr;
       if (!failure_.empty()) throw Fault(failure_);
     }
+    transactions.end_block();
+    check_warpgroups();
     shared.end_block();
   } catch (...) {
     cancel_unfinished();
@@ -90,7 +98,9 @@ void Block::make_ready(Thread& thread) {
 }
 
 Thread* Block::pick() {
-  if (polls_ > kPatience) deadlock("threads poll for something that does not come");
+  if (polls_ > kPatience && !transactions.land_one()) {
+    deadlock("threads poll for something that does not come");
+  }
   const int warps = static_cast<int>(warps_.size());
   const bool stay = schedule.early || turns_left_-- > 0;
   if (stay && current_warp_ >= 0 && !warps_[current_warp_].ready.empty())
@@ -127,6 +137,8 @@ void Block::run_thread(Thread& thread) {
   thread.state = Thread::State::kDone;
   thread.open_copies.clear();
   thread.copy_groups.clear();
+  thread.open_stores.clear();
+  thread.store_groups.clear();
   warps_[thread.warp].returned |= 1u << thread.lane;
   --unfinished_;
   changed();
@@ -139,6 +151,50 @@ void Block::finish(Thread& thread) {
   for (const std::vector<Copy>& group : thread.copy_groups) {
     if (group.empty()) continue;
     fault(group[0].site, "a cp.async that no wait covered before its thread ended");
+  }
+  if (!thread.open_stores.empty()) {
+    fault(thread.open_stores[0].site, "a TMA store that was never committed nor waited for");
+  }
+  for (const std::vector<Store>& group : thread.store_groups) {
+    if (group.empty()) continue;
+    fault(group[0].site, "a TMA store that no wait covered before its thread ended");
+  }
+  const Product* pending = warps_[thread.warp].products.first_pending();
+  if (pending != nullptr)
+    fault(pending->site, "a wgmma that no wait covered before its thread ended");
+}
+
+// ---- warpgroups ---------------------------------------------------------------------------------
+
+void Block::check_warpgroup(const char* name, const Site& site) const {
+  const int group = running->warp / kWarpsOfGroup;
+  if (static_cast<int>(warps_.size()) < (group + 1) * kWarpsOfGroup) {
+    fault(site, name, ": needs four warps, and the block's last warpgroup has fewer");
+  }
+}
+
+void Block::check_issue(const Site& site, uint64_t a, uint64_t b) {
+  check_warpgroup("wgmma", site);
+  const int group = running->warp / kWarpsOfGroup;
+  std::vector<Issue>& issues = issues_[group];
+  const size_t next = products().issued();
+  if (next == issues.size()) issues.push_back({site, a, b});
+  const Issue& theirs = issues[next];
+  if (!same_site(theirs.site, site) || theirs.a != a || theirs.b != b) {
+    fault(site, "wgmma number ", next,
+          " of this warp differs from another warp's of the warpgroup, at ",
+          emulation::text_of(theirs.site),
+          same_site(theirs.site, site) ? " (in a descriptor)" : "");
+  }
+}
+
+void Block::check_warpgroups() const {
+  for (size_t warp = 0; warp < warps_.size(); ++warp) {
+    const std::vector<Issue>& issues = issues_[warp / kWarpsOfGroup];
+    const size_t issued = warps_[warp].products.issued();
+    if (issued == issues.size()) continue;
+    fault(issues[issued].site, "wgmma number ", issued, " was not executed by warp ", warp,
+          ", only by others of its warpgroup");
   }
 }
 
@@ -178,6 +234,7 @@ void Block::poll(const char* waits_for, const Site& site) {
 
 void Block::preempt(const char* waits_for, const Site& site) {
   make_ready(*running);
+  if (random.below(2) == 0) turns_left_ = 0;
   suspend(*running, waits_for, site);
 }
 
@@ -209,6 +266,7 @@ void Block::deadlock(const char* reason) {
     text << "  barrier " << id << ": " << barriers_[id].arrived << " of " << barriers_[id].expected
          << " threads are there\n";
   }
+  text << transactions.report();
   throw Fault(text.str());
 }
 

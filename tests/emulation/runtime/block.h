@@ -11,8 +11,10 @@
 
 #include "runtime/fault.h"
 #include "runtime/fiber.h"
+#include "runtime/products.h"
 #include "runtime/schedule.h"
 #include "runtime/shared_memory.h"
+#include "runtime/transactions.h"
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -29,6 +31,12 @@ struct Copy {
   unsigned char* to;
   const unsigned char* from;
   int bytes, valid;  // bytes past `valid` become zero
+  Site site;
+};
+
+// A TMA store that has been issued: it reads shared memory when its thread waits for it.
+struct Store {
+  std::function<void()> land;
   Site site;
 };
 
@@ -53,8 +61,15 @@ struct Thread {
   Meeting meeting;
   std::vector<Copy> open_copies;              // not committed yet
   std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
+  std::vector<Store> open_stores;             // the same for TMA's stores
+  std::deque<std::vector<Store>> store_groups;
   Fiber fiber;
 };
+
+// The block and thread whose code is running; null outside a launch.
+class Block;
+inline Block* block = nullptr;
+inline Thread* running = nullptr;
 
 class Block {
  public:
@@ -88,12 +103,25 @@ class Block {
   int thread_count;
   std::vector<std::unique_ptr<Thread>> threads;
   Random random;
+  Transactions transactions;
+
+  // The products of the running thread's warp. Those of a warpgroup must all be the same:
+  // `check_issue` compares the running warp's next one, by line and descriptors, with that of the
+  // other warps.
+  Products& products() { return warps_[running->warp].products; }
+  void check_warpgroup(const char* name, const Site& site) const;  // that it has four warps
+  void check_issue(const Site& site, uint64_t a, uint64_t b);
 
  private:
   struct Warp {
     std::vector<int> ready;  // lanes, in the order in which they became ready
     uint32_t meeting = 0;    // lanes that wait for others in meet()
     uint32_t returned = 0;   // lanes whose thread has ended
+    Products products;
+  };
+  struct Issue {
+    Site site;
+    uint64_t a, b;
   };
   struct Barrier {
     int expected = 0, arrived = 0;
@@ -107,12 +135,14 @@ class Block {
   void make_ready(Thread& thread);
   void run_thread(Thread& thread);
   void finish(Thread& thread);
+  void check_warpgroups() const;
   void cancel_unfinished();
   void suspend(Thread& thread, const char* waits_for, const Site& site);
   [[noreturn]] void deadlock(const char* reason);
 
   const std::function<void()>& kernel_;
   std::vector<Warp> warps_;
+  std::vector<std::vector<Issue>> issues_;  // by warpgroup, in order
   std::array<Barrier, 16> barriers_;
   int current_warp_ = -1, turns_left_ = 0;
   int unfinished_ = 0;
@@ -120,9 +150,5 @@ class Block {
   bool cancelled_ = false;
   std::string failure_;
 };
-
-// The block and thread whose code is running; null outside a launch.
-inline Block* block = nullptr;
-inline Thread* running = nullptr;
 
 }  // namespace gossamer::emulation

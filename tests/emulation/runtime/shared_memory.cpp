@@ -41,22 +41,65 @@ size_t SharedMemory::check(const void* from, size_t count, size_t alignment, con
 void SharedMemory::begin_block() {
   lift_guards();
   poison(bytes_, size_);
+  poison(view_.data(), view_.size());
 }
+
+// ---- what other units of the processor see ------------------------------------------------------
+
+void SharedMemory::make_view() {
+  if (view_.empty()) view_.assign(size_, kPoison);
+}
+
+void SharedMemory::publish() {
+  make_view();
+  set_guards(false);
+  std::memcpy(view_.data(), bytes_, size_);
+  set_guards(true);
+}
+
+void SharedMemory::async_write(size_t offset, const void* from, size_t count) {
+  make_view();
+  std::memcpy(bytes_ + offset, from, count);
+  std::memcpy(view_.data() + offset, from, count);
+}
+
+const unsigned char* SharedMemory::async_read(size_t offset, size_t count, const char* what,
+                                              const Site& site) {
+  make_view();
+  check(bytes_ + offset, count, 1, what, site);
+  if (std::memcmp(bytes_ + offset, view_.data() + offset, count) != 0) {
+    fault(site, what, ": reads shared memory at offset ", offset,
+          ", where a thread has stored something with no fence_proxy_async after it");
+  }
+  return bytes_ + offset;
+}
+
+// ---- guards -------------------------------------------------------------------------------------
 
 void SharedMemory::guard(unsigned char* from, size_t count) {
   for (const Guard& known : guards_) {
     if (known.from == from) return;
   }
   guards_.push_back({from, count});
+  set_guards(true);
+}
+
+void SharedMemory::set_guards(bool guarded) {
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_poison_memory_region(from, count);
+  for (const Guard& guard : guards_) {
+    if (guarded) {
+      __asan_poison_memory_region(guard.from, guard.count);
+    } else {
+      __asan_unpoison_memory_region(guard.from, guard.count);
+    }
+  }
+#else
+  (void)guarded;
 #endif
 }
 
 void SharedMemory::lift_guards() {
-#if defined(__SANITIZE_ADDRESS__)
-  for (const Guard& guard : guards_) __asan_unpoison_memory_region(guard.from, guard.count);
-#endif
+  set_guards(false);
   guards_.clear();
 }
 

@@ -38,6 +38,12 @@ class SharedMemory {
   size_t check(const void* from, size_t count, size_t alignment, const char* what,
                const Site& site) const;
 
+  // TMA and wgmma reach shared memory by another way: they see what threads have stored there only
+  // after publish(), the fence between the two.
+  void publish();
+  void async_write(size_t offset, const void* from, size_t count);
+  const unsigned char* async_read(size_t offset, size_t count, const char* what, const Site& site);
+
   void begin_block();                             // poison everything
   void end_block();                               // throws if a guard was written to
   void guard(unsigned char* from, size_t count);  // bytes between tiles that nobody may touch
@@ -48,10 +54,13 @@ class SharedMemory {
     size_t count;
   };
   void lift_guards();
+  void set_guards(bool guarded);
+  void make_view();
 
   unsigned char* bytes_;
   size_t size_;
   std::vector<Guard> guards_;
+  std::vector<unsigned char> view_;  // what TMA and wgmma see; empty until they are used
 };
 
 }  // namespace gossamer::emulation
