@@ -41,6 +41,13 @@ enum Plant : int64_t {
   kNarrowMask,
 };
 
+// The kernel is compiled twice: as it should be, and with a fault chosen at run time.
+template <bool kPlanted>
+struct Faults {
+  Plant plant;
+  __device__ bool has(Plant fault) const { return kPlanted && plant == fault; }
+};
+
 constexpr int kTile = 64;  // rows of W, rows of x and columns of a step
 constexpr int kStages = 2;
 constexpr int kThreads = 128;
@@ -63,8 +70,9 @@ struct Args {
   int m, n, k;
 };
 
-template <Plant kPlant>
-__device__ void load_step(Shared& shared, const Args& args, int step) {
+template <bool kPlanted>
+__device__ void load_step(const Faults<kPlanted> faults, Shared& shared, const Args& args,
+                          int step) {
   const int stage = step % kStages;
   const int first_n = blockIdx.x * kTile, first_m = blockIdx.y * kTile;
   for (int i = threadIdx.x; i < kTile * kTile / 2 / 8; i += kThreads) {
@@ -75,9 +83,9 @@ __device__ void load_step(Shared& shared, const Args& args, int step) {
   }
   for (int i = threadIdx.x; i < kTile * kTile / 8; i += kThreads) {
     const int row = i / 8, column = i % 8 * 8, m = first_m + row;
-    const bool inside = kPlant == kCopyPastTensor || m < args.m;
+    const bool inside = faults.has(kCopyPastTensor) || m < args.m;
     const BFloat16* from =
-        args.x + int64_t{kPlant == kCopyPastTensor ? m : min(m, args.m - 1)} * args.k;
+        args.x + int64_t{faults.has(kCopyPastTensor) ? m : min(m, args.m - 1)} * args.k;
     ptx::cp_async16(shared.inputs.data() + (stage * kTile + row) * kInputRow + column,
                     from + step * kTile + column, inside ? 16 : 0);
   }
@@ -89,8 +97,9 @@ __device__ void load_step(Shared& shared, const Args& args, int step) {
   }
 }
 
-template <Plant kPlant>
-__device__ void multiply_step(Shared& shared, int stage, float (&sum)[2][4][4]) {
+template <bool kPlanted>
+__device__ void multiply_step(const Faults<kPlanted> faults, Shared& shared, int stage,
+                              float (&sum)[2][4][4]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_n = warp % 2 * 32, first_m = warp / 2 * 32;
   const BFloat16* weights = shared.weights.data() + stage * kTile * kWeightRow;
@@ -103,9 +112,9 @@ __device__ void multiply_step(Shared& shared, int stage, float (&sum)[2][4][4]) 
     const int row = first_n + 16 * i;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int past = kPlant == kMatrixPastTile ? kTile : 0;  // at the last stage
+      const int past = faults.has(kMatrixPastTile) ? kTile : 0;  // at the last stage
       const BFloat16* matrix = weights + (row + lane % 16 + past) * kWeightRow + 16 * half;
-      ptx::ldmatrix(w[i][half], matrix + lane / 16 * 8 + (kPlant == kMisalignedMatrix ? 1 : 0));
+      ptx::ldmatrix(w[i][half], matrix + lane / 16 * 8 + (faults.has(kMisalignedMatrix) ? 1 : 0));
     }
     // Lanes 4g + t, t = 0 and 1, hold the words of columns 0-31, t = 2 and 3 those of 32-63: one
     // register serves both halves, by the selector.
@@ -113,7 +122,7 @@ __device__ void multiply_step(Shared& shared, int stage, float (&sum)[2][4][4]) 
     const auto* low = reinterpret_cast<const uint32_t*>(indices + (row + g) * kIndexRow);
     const auto* high = reinterpret_cast<const uint32_t*>(indices + (row + g + 8) * kIndexRow);
     metadata[i] = __byte_perm(low[t / 2], high[t / 2], t % 2 == 0 ? 0x5410 : 0x7632);
-    if (kPlant == kIllegalMetadata && lane == 5) metadata[i] &= ~0xf0u;
+    if (faults.has(kIllegalMetadata) && lane == 5) metadata[i] &= ~0xf0u;
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -132,59 +141,65 @@ __device__ void multiply_step(Shared& shared, int stage, float (&sum)[2][4][4]) 
       }
     }
   }
-  if (kPlant == kSharedReadPastTile && threadIdx.x == 0) {
+  if (faults.has(kSharedReadPastTile) && threadIdx.x == 0) {
     sum[0][0][0] += static_cast<float>(indices[kStages * kTile * kIndexRow]);
   }
 }
 
 // Writes past a tile, and warp operations that not all lanes execute.
-template <Plant kPlant>
-__device__ void misbehave(Shared& shared, const Args& args) {
+template <bool kPlanted>
+__device__ void misbehave(const Faults<kPlanted> faults, Shared& shared, const Args& args) {
   const int lane = threadIdx.x % 32;
   float one = 1.0f;
-  if (kPlant == kSharedWritePastTile && threadIdx.x == 0) {
+  if (faults.has(kSharedWritePastTile) && threadIdx.x == 0) {
     shared.indices.data()[kStages * kTile * kIndexRow + 3] = 7;
   }
-  if (kPlant == kDivergentWarp) {
+  if (faults.has(kDivergentWarp)) {
     if (lane < 16) {
       one += static_cast<float>(__ballot_sync(0xffffffffu, 1));
     } else {
       one += __shfl_xor_sync(0xffffffffu, one, 1);
     }
   }
-  if (kPlant == kNarrowMask && lane < 8) one += __shfl_sync(0x00ffu, one, 9);
-  if (kPlant == kGlobalReadPastTensor && threadIdx.x == 0) {
+  if (faults.has(kNarrowMask) && lane < 8) one += __shfl_sync(0x00ffu, one, 9);
+  if (faults.has(kGlobalReadPastTensor) && threadIdx.x == 0) {
     one += ptx::to_float(args.x[int64_t{args.m} * args.k]);
   }
-  if (kPlant == kUnwaitedCopy) {
+  if (faults.has(kUnwaitedCopy)) {
     ptx::cp_async4(shared.indices.data() + 4 * threadIdx.x, args.indices);
     ptx::cp_async_commit();
   }
   if (one < 0.0f) args.y[0] = one;
 }
 
-template <Plant kPlant>
-__global__ void __launch_bounds__(kThreads) sparse24_gemm(const Args args) {
+template <bool kPlanted>
+__global__ void __launch_bounds__(kThreads)
+    sparse24_gemm(const Faults<kPlanted> faults, const Args args) {
   Shared& shared = *shared_memory<Shared>();
   float sum[2][4][4] = {};
   const int steps = args.k / kTile;
-  if (kPlant == kEarlyReturn && threadIdx.x >= 96) return;
+  if (faults.has(kEarlyReturn) && threadIdx.x >= 96) return;
 
-  load_step<kPlant>(shared, args, 0);
+  load_step(faults, shared, args, 0);
   ptx::cp_async_commit();
   for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) load_step<kPlant>(shared, args, step + 1);
-    if (kPlant != kNoCommit) ptx::cp_async_commit();  // also an empty group: waits count groups
-    if (kPlant == kReadBeforeWait) multiply_step<kPlant>(shared, step % kStages, sum);
-    ptx::cp_async_wait<kPlant == kLaxWait ? 2 : 1>();
-    if (kPlant != kNoBarrierAfterWait && (kPlant != kSkippedBarrier || threadIdx.x / 32 != 1)) {
+    if (step + 1 < steps) load_step(faults, shared, args, step + 1);
+    if (!faults.has(kNoCommit)) ptx::cp_async_commit();  // also an empty group: waits count groups
+    if (faults.has(kReadBeforeWait)) multiply_step(faults, shared, step % kStages, sum);
+    if (faults.has(kLaxWait)) {
+      ptx::cp_async_wait<2>();
+    } else {
+      ptx::cp_async_wait<1>();
+    }
+    if (!faults.has(kNoBarrierAfterWait) &&
+        (!faults.has(kSkippedBarrier) || threadIdx.x / 32 != 1)) {
       __syncthreads();
     }
-    if (kPlant != kReadBeforeWait) multiply_step<kPlant>(shared, step % kStages, sum);
-    if (kPlant != kNoBarrierAtLoopEnd) __syncthreads();  // before the next load overwrites it
+    if (!faults.has(kReadBeforeWait)) multiply_step(faults, shared, step % kStages, sum);
+    if (!faults.has(kNoBarrierAtLoopEnd)) __syncthreads();  // before the next load overwrites it
   }
   ptx::cp_async_wait<0>();
-  misbehave<kPlant>(shared, args);
+  misbehave(faults, shared, args);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -201,16 +216,12 @@ __global__ void __launch_bounds__(kThreads) sparse24_gemm(const Args args) {
   }
 }
 
-template <Plant kPlant>
-void run(const Args& args) {
+template <bool kPlanted>
+void run(Plant plant, const Args& args) {
+  const Faults<kPlanted> faults{plant};
   const dim3 grid((args.n + kTile - 1) / kTile, (args.m + kTile - 1) / kTile);
-  const int threads = kPlant == kPartialWarp ? kThreads - 16 : kThreads;
-  launch(sparse24_gemm<kPlant>, grid, threads, sizeof(Shared), nullptr, args);
-}
-
-template <int64_t... kPlants>
-void run_planted(int64_t plant, const Args& args, std::integer_sequence<int64_t, kPlants...>) {
-  ((plant == kPlants ? run<static_cast<Plant>(kPlants)>(args) : void()), ...);
+  const int threads = plant == kPartialWarp ? kThreads - 16 : kThreads;
+  launch(sparse24_gemm<kPlanted>, grid, threads, sizeof(Shared), nullptr, faults, args);
 }
 
 }  // namespace
@@ -228,6 +239,6 @@ GOSSAMER_EXPORT int sparse24_gemm(float* y, const void* x, const void* values,
                     static_cast<int>(m),
                     static_cast<int>(n),
                     static_cast<int>(k)};
-    run_planted(plant, args, std::make_integer_sequence<int64_t, kNarrowMask + 1>());
+    plant == kNone ? run<false>(kNone, args) : run<true>(static_cast<Plant>(plant), args);
   });
 }

@@ -30,6 +30,13 @@ enum Plant : int64_t {
   kNoBarrierBeforeStore,
 };
 
+// The kernel is compiled twice: as it should be, and with a fault chosen at run time.
+template <bool kPlanted>
+struct Faults {
+  Plant plant;
+  __device__ bool has(Plant fault) const { return kPlanted && plant == fault; }
+};
+
 constexpr int kTile = 64;   // rows of W and rows of x
 constexpr int kStep = 128;  // columns
 constexpr int kHalf = 64;   // columns of x in a tile: 128 bytes, the span of the swizzle
@@ -54,16 +61,16 @@ struct Args {
   int n, k;
 };
 
-template <Plant kPlant>
-__device__ void produce(Shared& shared, const Args& args) {
+template <bool kPlanted>
+__device__ void produce(const Faults<kPlanted> faults, Shared& shared, const Args& args) {
   const int first_n = blockIdx.x * kTile, first_m = blockIdx.y * kTile;
   for (int step = 0; step < args.k / kStep; ++step) {
     const int stage = step % kStages, round = step / kStages;
     // The first round finds the stages empty: the phase before the first counts as ended.
-    if (kPlant != kNoWaitForEmpty) ptx::mbarrier_wait(&shared.empty[stage], (round + 1) % 2);
+    if (!faults.has(kNoWaitForEmpty)) ptx::mbarrier_wait(&shared.empty[stage], (round + 1) % 2);
     uint64_t* full = &shared.full[stage];
-    ptx::mbarrier_arrive_expect_tx(full, kStageBytes + (kPlant == kTooManyBytes ? 16 : 0));
-    BFloat16* weights = shared.weights[stage].data() + (kPlant == kMisplacedTile ? 64 : 0);
+    ptx::mbarrier_arrive_expect_tx(full, kStageBytes + (faults.has(kTooManyBytes) ? 16 : 0));
+    BFloat16* weights = shared.weights[stage].data() + (faults.has(kMisplacedTile) ? 64 : 0);
     ptx::tma_load_2d(weights, &args.values, full, step * kStep / 2, first_n);
     for (int half = 0; half < 2; ++half) {
       ptx::tma_load_2d(shared.inputs[stage][half].data(), &args.x, full,
@@ -72,8 +79,8 @@ __device__ void produce(Shared& shared, const Args& args) {
   }
 }
 
-template <Plant kPlant>
-__device__ void consume(Shared& shared, const Args& args) {
+template <bool kPlanted>
+__device__ void consume(const Faults<kPlanted> faults, Shared& shared, const Args& args) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first_n = blockIdx.x * kTile, first_m = blockIdx.y * kTile;
   // Rows past N read the last row's indices: zeros would not be legal metadata.
@@ -91,11 +98,11 @@ __device__ void consume(Shared& shared, const Args& args) {
           __byte_perm(*reinterpret_cast<const uint32_t*>(low + at),
                       *reinterpret_cast<const uint32_t*>(high + at), t % 2 == 0 ? 0x5410 : 0x7632);
     }
-    if (kPlant != kNoWaitForFull) ptx::mbarrier_wait(&shared.full[stage], round % 2);
-    if (kPlant != kNoFence) ptx::wgmma_fence();
+    if (!faults.has(kNoWaitForFull)) ptx::mbarrier_wait(&shared.full[stage], round % 2);
+    if (!faults.has(kNoFence)) ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 32 columns each: 16 stored ones of W
-      if (kPlant == kMissingWarp && i == 3 && warp == 2) continue;
+      if (faults.has(kMissingWarp) && i == 3 && warp == 2) continue;
       const uint64_t w = ptx::matrix_descriptor(shared.weights[stage].data() + 16 * i,
                                                 Swizzle::k128, 16, kEightRows);
       const uint64_t x = ptx::matrix_descriptor(shared.inputs[stage][i / 2].data() + i % 2 * 32,
@@ -106,11 +113,11 @@ __device__ void consume(Shared& shared, const Args& args) {
         ptx::wgmma_sp<BFloat16, kTile, 1>(sum, w, x, metadata[i / 2], true);
       }
     }
-    if (kPlant != kNoCommit) ptx::wgmma_commit();
-    if (kPlant == kLetGoBeforeWait) ptx::mbarrier_arrive(&shared.empty[stage]);
-    if (kPlant == kReadBeforeWait) sum[0] += 1.0f;
+    if (!faults.has(kNoCommit)) ptx::wgmma_commit();
+    if (faults.has(kLetGoBeforeWait)) ptx::mbarrier_arrive(&shared.empty[stage]);
+    if (faults.has(kReadBeforeWait)) sum[0] += 1.0f;
     ptx::wgmma_wait<0>();
-    if (kPlant != kLetGoBeforeWait) ptx::mbarrier_arrive(&shared.empty[stage]);
+    if (!faults.has(kLetGoBeforeWait)) ptx::mbarrier_arrive(&shared.empty[stage]);
   }
 
   // Register 4j + r of D: row g + 8 (r / 2) of this warp's 16, column 8j + 2t + r mod 2.
@@ -120,17 +127,18 @@ __device__ void consume(Shared& shared, const Args& args) {
     const int column = i / 4 * 8 + t * 2 + i % 2;
     result[column * kTile + 16 * warp + g + i % 4 / 2 * 8] = sum[i];
   }
-  if (kPlant != kNoProxyFence) ptx::fence_proxy_async();
-  if (kPlant != kNoBarrierBeforeStore) ptx::barrier_sync(1, kConsumers);
+  if (!faults.has(kNoProxyFence)) ptx::fence_proxy_async();
+  if (!faults.has(kNoBarrierBeforeStore)) ptx::barrier_sync(1, kConsumers);
   if (threadIdx.x == 0) {
     ptx::tma_store_2d(&args.y, result, first_n, first_m);
     ptx::tma_store_commit();
-    if (kPlant != kUnwaitedStore) ptx::tma_store_wait<0>();
+    if (!faults.has(kUnwaitedStore)) ptx::tma_store_wait<0>();
   }
 }
 
-template <Plant kPlant>
-__global__ void __launch_bounds__(kThreads) sparse24_gemm(const __grid_constant__ Args args) {
+template <bool kPlanted>
+__global__ void __launch_bounds__(kThreads)
+    sparse24_gemm(const Faults<kPlanted> faults, const __grid_constant__ Args args) {
   Shared& shared = *shared_memory<Shared>();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -141,22 +149,17 @@ __global__ void __launch_bounds__(kThreads) sparse24_gemm(const __grid_constant_
   }
   __syncthreads();
   if (threadIdx.x < kConsumers) {
-    consume<kPlant>(shared, args);
+    consume(faults, shared, args);
   } else if (ptx::elect_one()) {
-    produce<kPlant>(shared, args);
+    produce(faults, shared, args);
   }
 }
 
-template <Plant kPlant>
-void run(const Args& args, int m) {
+template <bool kPlanted>
+void run(Plant plant, const Args& args, int m) {
   const dim3 grid((args.n + kTile - 1) / kTile, (m + kTile - 1) / kTile);
-  launch(sparse24_gemm<kPlant>, grid, kThreads, sizeof(Shared), nullptr, args);
-}
-
-template <int64_t... kPlants>
-void run_planted(int64_t plant, const Args& args, int m,
-                 std::integer_sequence<int64_t, kPlants...>) {
-  ((plant == kPlants ? run<static_cast<Plant>(kPlants)>(args, m) : void()), ...);
+  launch(sparse24_gemm<kPlanted>, grid, kThreads, sizeof(Shared), nullptr, Faults<kPlanted>{plant},
+         args);
 }
 
 TensorMap matrix_map(const void* data, int element_bytes, int64_t rows, int64_t columns,
@@ -180,7 +183,8 @@ GOSSAMER_EXPORT int sparse24_gemm(float* y, const void* x, const void* values,
                     indices,
                     static_cast<int>(n),
                     static_cast<int>(k)};
-    run_planted(plant, args, static_cast<int>(m),
-                std::make_integer_sequence<int64_t, kNoBarrierBeforeStore + 1>());
+    const int rows = static_cast<int>(m);
+    plant == kNone ? run<false>(kNone, args, rows)
+                   : run<true>(static_cast<Plant>(plant), args, rows);
   });
 }
