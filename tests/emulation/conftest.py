@@ -8,13 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import HERE, Emulator, KernelLibrary, nvcc, run_nvcc
+from devices import DEVICES, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
+from emulator import Emulator, KernelLibrary, nvcc, run_nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
-from torch import Tensor
-
-PRIMITIVES = HERE / "kernels" / "primitives.cu"
-PRIMITIVES_SM90 = HERE / "kernels" / "primitives_sm90.cu"
-SCHEDULES = [(name, seed) for name in ("late", "early") for seed in (0, 1, 2)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,21 +20,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="build kernels with AddressSanitizer and UBSan, which write to LOG.<process> "
         "(test_sanitized.py sets up the environment that this needs)",
     )
-
-
-class Sanitizers:
-    """What AddressSanitizer and UBSan have written to their log; without them, nothing."""
-
-    def __init__(self, base: str | None) -> None:
-        self.on = base is not None
-        self._log = Path(f"{base}.{os.getpid()}")
-        self._taken = 0
-
-    def take(self) -> str:
-        """The reports since the last call."""
-        text = self._log.read_text() if self._log.exists() else ""
-        reports, self._taken = text[self._taken :], len(text)
-        return reports
 
 
 @pytest.fixture(scope="session")
@@ -90,36 +71,11 @@ def sample(request: pytest.FixtureRequest) -> KernelLibrary:
     return library
 
 
-class Device:
-    """Where kernels run: the emulation in one schedule, or a GPU."""
-
-    def __init__(self, library: KernelLibrary, where: str, schedule: tuple[str, int]) -> None:
-        self.library, self.where, self.schedule = library, where, schedule
-
-    def to(self, t: Tensor) -> Tensor:
-        return t.to(self.where).contiguous()
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self.where)
-
-    def call(self, name: str, *arguments: Tensor | int) -> None:
-        """Inputs go to the device by themselves; outputs must be there (``to``, ``empty``)."""
-        moved = [self.to(a) if isinstance(a, Tensor) else int(a) for a in arguments]
-        if self.where == "cuda":
-            self.library.call(name, *moved)
-        else:
-            with self.library.schedule(*self.schedule):
-                self.library.call(name, *moved)
-
-
 def _device(request: pytest.FixtureRequest, library: str) -> Device:
     if request.param == "cuda":
         return Device(request.getfixturevalue(f"gpu_{library}"), "cuda", ("late", 0))
     schedule = ("late", 7) if request.param == "shuffled" else (request.param, 0)
     return Device(request.getfixturevalue(library), "cpu", schedule)
-
-
-DEVICES = ["late", "early", "shuffled", "cuda"]
 
 
 @pytest.fixture(params=DEVICES)

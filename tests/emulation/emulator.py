@@ -34,16 +34,32 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
-def run_nvcc(*arguments: str) -> None:
-    """nvcc on the same sources, with the real common/ptx.cuh and launch.cuh."""
-    command = [str(nvcc()), f"-I{HERE}", f"-I{CSRC}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+def compile_with(compiler: str, *arguments: str) -> None:
+    """Run a compiler; an error or a warning is a RuntimeError with the command and its output."""
+    # Not with the sanitizers preloaded: they would also watch the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [compiler, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0 or "warning" in done.stderr:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
+def run_nvcc(*arguments: str) -> None:
+    """nvcc on the same sources, with the real common/ptx.cuh and launch.cuh."""
+    compile_with(str(nvcc()), f"-I{HERE}", f"-I{CSRC}", *arguments)
+
+
 class KernelFault(RuntimeError):
     """What the emulation, or on a GPU the CUDA runtime, found wrong with a kernel."""
+
+
+def native(argument: Tensor | int | list[int]) -> object:
+    """A pointer to a tensor's data, an int64, or an array of int64 for the host to read."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, list):
+        return (ctypes.c_int64 * len(argument))(*argument)
+    return ctypes.c_int64(argument)
 
 
 class KernelLibrary:
@@ -53,15 +69,11 @@ class KernelLibrary:
         self.source = source
         self._library = ctypes.CDLL(str(path))
 
-    def call(self, name: str, *arguments: Tensor | int) -> None:
+    def call(self, name: str, *arguments: Tensor | int | list[int]) -> None:
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
-        values = [
-            ctypes.c_void_p(argument.data_ptr())
-            if isinstance(argument, Tensor)
-            else ctypes.c_int64(argument)
-            for argument in arguments
-        ]
-        failed = self._library[name](*values, message, ctypes.c_int64(MESSAGE_BYTES))
+        failed = self._library[name](
+            *map(native, arguments), message, ctypes.c_int64(MESSAGE_BYTES)
+        )
         if failed:
             raise KernelFault(message.value.decode())
 
@@ -90,12 +102,7 @@ class Emulator:
         return shutil.which("g++")
 
     def _run(self, *arguments: str) -> None:
-        # Not with the sanitizers preloaded: they would also watch the compiler.
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        command = [str(self.compiler()), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        compile_with(str(self.compiler()), *arguments)
 
     def _object(self, source: Path, *flags: str) -> Path:
         out = self.folder / f"{source.stem}.o"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import Sanitizers
+from devices import Sanitizers
 from emulator import KernelFault, KernelLibrary
 from sample_gemm import SAMPLE_GEMM, Gemm, line_of
 

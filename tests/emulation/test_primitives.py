@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from conftest import Device
+from devices import Device
 from torch import Tensor
 
 LANES = range(32)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import Device
+from devices import Device
 from test_primitives import LEGAL_PAIRS, fragment_a, fragment_d, matrix_d, metadata, random_operand
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def check_wgmma(
     device.call(
         "one_wgmma", d, a_image, b_image,
         torch.cat([fragment_a(rows.contiguous()) for rows in stored.split(16)]), words,
-        torch.tensor([*a_layout, *b_layout, swizzle]),
+        [*a_layout, *b_layout, swizzle],
         WGMMA_DTYPES.index(dtype), n, sparse, registers, selector,
     )  # fmt: skip
     rows = [
@@ -137,9 +137,7 @@ def test_tma_tile(
     raw = device_sm90.empty(tile.nbytes, dtype=torch.uint8)
     out = device_sm90.empty(*padded, dtype=dtype)
     missing = 3 - len(extents)
-    three = torch.tensor(
-        [(*extents, *[1] * missing), (*box, *[1] * missing), (*at, *[0] * missing)]
-    )
+    three = torch.tensor([*extents, *[1] * missing, *box, *[1] * missing, *at, *[0] * missing])
     device_sm90.call(
         "copied_tile", raw, out, whole, three, len(extents), dtype.itemsize,
         pitch, swizzle,
@@ -226,6 +224,6 @@ def test_impossible_tensor_map_is_refused(
     swizzle: int, message: str,
 ) -> None:  # fmt: skip
     data = torch.zeros(4096, dtype=torch.int16)
-    shape = torch.tensor([*extents, 1, *box, 1, 0, 0, 0])
+    shape = [*extents, 1, *box, 1, 0, 0, 0]
     with pytest.raises(RuntimeError, match=message):
         emulated_sm90.call("copied_tile", data, data, data, shape, 2, 2, pitch, swizzle)

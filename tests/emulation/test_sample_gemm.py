@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SCHEDULES, Sanitizers
+from devices import SCHEDULES, Sanitizers
 from emulator import KernelLibrary
 from sample_gemm import Gemm
 

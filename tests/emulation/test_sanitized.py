@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Sanitizers
+from devices import Sanitizers
 from emulator import HERE, Emulator
 
 

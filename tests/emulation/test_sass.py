@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import PRIMITIVES, PRIMITIVES_SM90
+from devices import PRIMITIVES, PRIMITIVES_SM90
 from emulator import nvcc, run_nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 

@@ -120,7 +120,9 @@ struct WarpProduct {
 template <class T, int N, int K, int Stored, int Selector>
 void wgmma(const char* name, ptx::Accumulator<T> (&d)[N / 2], const WgmmaOperands& mine,
            const Site& site) {
-  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  constexpr int kSizes[] = {8, 16, 32, 64, 96, 128, 192, 256};
+  static_assert(std::find(std::begin(kSizes), std::end(kSizes), N) != std::end(kSizes),
+                "csrc/common/ptx_wgmma.cuh has no wgmma of this N");
   whole_warp(
       name, mine, d,
       [&](const auto& in, const auto& out) {
