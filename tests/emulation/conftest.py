@@ -98,31 +98,40 @@ def emulated_sm90(primitives_sm90: KernelLibrary) -> Device:
     return Device(primitives_sm90, "cpu", ("late", 0))
 
 
+# ---- the same kernel files, built by nvcc for the GPU of this machine ----------------------------
+
+
 def _build_for_gpu(
-    source: Path, folder: Path, capability: tuple[int, int], arch: str
+    source: Path, factory: pytest.TempPathFactory, wanted: tuple[int, int], suffix: str = ""
 ) -> KernelLibrary:
+    """For a GPU of at least the ``wanted`` capability, or of just that with the suffix "a"."""
     if not torch.cuda.is_available() or nvcc() is None:
         pytest.skip("no GPU" if nvcc() is not None else "no nvcc")
-    if torch.cuda.get_device_capability() < capability:
-        pytest.skip(f"the GPU is older than sm_{capability[0]}{capability[1]}")
-    path = folder / f"lib{source.stem}.so"
-    flags = ["-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
-    run_nvcc(
-        *flags, "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(path), str(source)
-    )
+    have = torch.cuda.get_device_capability()
+    if have < wanted or (suffix and have != wanted):
+        pytest.skip(f"the GPU is sm_{have[0]}{have[1]}")
+    path = factory.mktemp("gpu") / f"lib{source.stem}.so"
+    arch = f"{have[0]}{have[1]}{suffix}"
+    flags = ["-std=c++17", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cudart=static"]
+    run_nvcc(*flags, "-shared", "-Xcompiler=-fPIC", "-o", str(path), str(source))
     return KernelLibrary(path, source)
 
 
 @pytest.fixture(scope="session")
 def gpu_primitives(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
-    """The same kernel file, built by nvcc for the GPU of this machine."""
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    folder = tmp_path_factory.mktemp("gpu")
-    return _build_for_gpu(PRIMITIVES, folder, (8, 9), f"{major}{minor}")
+    return _build_for_gpu(PRIMITIVES, tmp_path_factory, (8, 9))
 
 
 @pytest.fixture(scope="session")
 def gpu_primitives_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("not a Hopper GPU")
-    return _build_for_gpu(PRIMITIVES_SM90, tmp_path_factory.mktemp("gpu"), (9, 0), "90a")
+    return _build_for_gpu(PRIMITIVES_SM90, tmp_path_factory, (9, 0), "a")
+
+
+@pytest.fixture(scope="session")
+def gpu_samples(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(SAMPLE_GEMM, tmp_path_factory, (8, 0))
+
+
+@pytest.fixture(scope="session")
+def gpu_samples_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(SAMPLE_GEMM_SM90, tmp_path_factory, (9, 0), "a")

@@ -54,6 +54,9 @@ class Gemm:
         )
         return cls(x, weight, expected.float())
 
+    def cuda(self) -> Gemm:
+        return Gemm(self.x.cuda(), self.weight.to("cuda"), self.expected.cuda())
+
     def run(self, library: KernelLibrary, plant: str = "none") -> Tensor:
         (m, k), n = self.x.shape, self.weight.shape[0]
         y = torch.full((m, n), torch.nan, device=self.x.device)

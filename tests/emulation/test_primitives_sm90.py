@@ -137,7 +137,7 @@ def test_tma_tile(
     raw = device_sm90.empty(tile.nbytes, dtype=torch.uint8)
     out = device_sm90.empty(*padded, dtype=dtype)
     missing = 3 - len(extents)
-    three = torch.tensor([*extents, *[1] * missing, *box, *[1] * missing, *at, *[0] * missing])
+    three = [*extents, *[1] * missing, *box, *[1] * missing, *at, *[0] * missing]
     device_sm90.call(
         "copied_tile", raw, out, whole, three, len(extents), dtype.itemsize,
         pitch, swizzle,

@@ -39,3 +39,13 @@ def test_sums_close_to_float64(sample: KernelLibrary) -> None:
     gemm.x = torch.randn(64, 256).bfloat16()
     expected = gemm.x.double() @ gemm.weight.to_dense().double().t()
     torch.testing.assert_close(gemm.run(sample).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("library", ["gpu_samples", "gpu_samples_sm90"])
+def test_matches_dense_on_gpu(
+    request: pytest.FixtureRequest, library: str, m: int, n: int, k: int
+) -> None:
+    built = request.getfixturevalue(library)
+    gemm = Gemm.of(m, n, k).cuda()
+    assert torch.equal(gemm.run(built), gemm.expected)

@@ -11,25 +11,21 @@ TWINS = HERE / "twins"
 
 
 def functions(*paths: Path) -> set[str]:
-    """The functions that namespace gossamer::ptx defines there."""
-    names = set()
+    """The functions that namespace gossamer::ptx defines there: they begin a line."""
+    names: set[str] = set()
     for path in paths:
         for body in re.findall(
             r"^namespace gossamer::ptx \{$(.*?)^\}  // namespace", path.read_text(), re.M | re.S
         ):
-            names |= set(re.findall(r"^(?:__device__|inline|[\w<>:]+) .*?\b(\w+)\($", body, re.M))
-            names |= set(
-                re.findall(r"^(?!return|static_assert|#)[\w<>:][^=;]*?\b(\w+)\(", body, re.M)
-            )
-    return {name for name in names if not name.startswith("GOSSAMER")} - {"asm"}
+            names |= set(re.findall(r"^(?:__device__|inline|\w+) [^(=;]*?\b(\w+)\(", body, re.M))
+    return names
 
 
 def test_twins_name_the_same_functions() -> None:
     real = functions(*(CSRC / "common").glob("ptx*.cuh"))
     twin = functions(*TWINS.rglob("*.h"), *TWINS.rglob("*.cuh"))
-    assert len(real) > 30
-    assert real - twin - {"shared_address"} == set()
-    assert twin - real == set()
+    assert {"ldmatrix", "mma_sp_m16n8k32", "from_float", "wgmma_sp", "tma_load_2d"} <= real
+    assert real - {"shared_address"} == twin  # a pointer is as good on the host
 
 
 def test_inline_assembly_is_in_the_wrappers_only() -> None:
