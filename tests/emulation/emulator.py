@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ INCLUDES = [f"-I{path}" for path in (HERE / "twins", HERE, CSRC)]
 # Hidden, so that each library has a runtime of its own. "#pragma unroll" is nvcc's; a tensor map's
 # alignment draws a note about the ABI of old compilers.
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden"]
-FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 PLAIN = ["-O2"]
 # Reports go to a log and the run goes on, so that one process can hold many tests.
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined"]
@@ -35,12 +36,14 @@ def nvcc() -> str | None:
 
 
 def compile_with(compiler: str, *arguments: str) -> None:
-    """Run a compiler; an error or a warning is a RuntimeError with the command and its output."""
+    """Run a compiler; an error, or in CI a warning, is a RuntimeError with its output."""
     # Not with the sanitizers preloaded: they would also watch the compiler.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [compiler, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0 or "warning" in done.stderr:
+    # A user's compiler may be newer than those that the sources were tried with.
+    warned = "warning" in done.stderr and "CI" in os.environ
+    if done.returncode != 0 or warned:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
@@ -99,7 +102,8 @@ class Emulator:
 
     @staticmethod
     def compiler() -> str | None:
-        return shutil.which("g++")
+        # Elsewhere the name may stand for another compiler.
+        return shutil.which("g++") if sys.platform == "linux" else None
 
     def _run(self, *arguments: str) -> None:
         compile_with(str(self.compiler()), *arguments)

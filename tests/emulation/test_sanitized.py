@@ -31,9 +31,9 @@ def test_under_sanitizers(sanitizers: Sanitizers, tmp_path: Path) -> None:
         pytest.skip("g++ comes without its sanitizers")
     log = tmp_path / "log"
     options = f"log_path={log}:print_stacktrace=1:halt_on_error=0:suppress_equal_pcs=0"
+    pytest_alone = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", f"--sanitize={log}", "-p", "no:cacheprovider"]
-        + ["-k", "not gpu", *(str(HERE / name) for name in TESTS)],
+        [*pytest_alone, f"--sanitize={log}", "-k", "not gpu", *(str(HERE / t) for t in TESTS)],
         capture_output=True,
         text=True,
         timeout=600,

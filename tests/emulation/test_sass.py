@@ -42,8 +42,8 @@ def opcodes(source: Path, architecture: str, folder: Path) -> set[str]:
         pytest.skip("no nvcc")
     cubin = folder / f"{source.stem}.cubin"
     gencode = f"arch=compute_{architecture},code=sm_{architecture}"
-    spills = "-Xptxas=-warn-spills"  # run_nvcc lets no warning pass
-    run_nvcc("-std=c++17", spills, "-gencode", gencode, "-cubin", "-o", str(cubin), str(source))
+    spills = ("-Xptxas=-warn-spills", "-Xptxas=-Werror")
+    run_nvcc("-std=c++17", *spills, "-gencode", gencode, "-cubin", "-o", str(cubin), str(source))
     return set(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", disassemble(cubin)))
 
 

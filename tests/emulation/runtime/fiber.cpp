@@ -44,11 +44,8 @@ extern "C" void gossamer_switch_stacks(void** save, void* load);
 namespace gossamer::emulation {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 256 << 10;  // its redzones make frames several times larger
-#else
-constexpr size_t kStackBytes = 64 << 10;
-#endif
+// Only pages that are touched take memory; AddressSanitizer makes frames several times larger.
+constexpr size_t kStackBytes = 256 << 10;
 
 Fiber* entering = nullptr;  // for the first frame, which takes no argument
 

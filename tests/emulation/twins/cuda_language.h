@@ -19,6 +19,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
+#define __shared__ _Pragma("GCC error \"take shared memory from shared_memory() in launch.cuh\"")
 
 #define threadIdx (::gossamer::emulation::running->index)
 #define blockIdx (::gossamer::emulation::block->index)

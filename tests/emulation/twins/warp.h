@@ -34,6 +34,7 @@ struct Exchange {
 
 template <class T>
 T exchange(const char* name, uint32_t mask, T value, int from, const Site& site) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) >= 4, "CUDA shuffles 4 or 8 bytes");
   const Exchange<T> in{value, from};
   T out;
   block->meet(
