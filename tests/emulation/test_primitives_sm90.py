@@ -32,7 +32,7 @@ def laid_out(matrix: Tensor, swizzle: int) -> tuple[Tensor, list[int]]:
     if span:
         # With room in the span, begin at some other chunk of it, as later steps along K do.
         leading, first = 16, (span - row_bytes) // 32 * 32
-        stride = 8 * span
+        stride = 16 * span  # twice what 8 rows take
     else:
         leading, stride, first = 128, 128 * (row_bytes // 16) + 256, 0
     image = torch.zeros(stride * (matrix.shape[0] // 8), dtype=torch.uint8)
