@@ -1,8 +1,9 @@
 #pragma once
-// Every PTX instruction that the kernels use, one thin named function each; asm is in this file,
-// ptx_sm90.cuh and ptx_wgmma.cuh only. CUDA's own intrinsics (__shfl_sync, atomicAdd, __popc, ...)
-// are used by their names. tests/emulation/twins/common/ptx.cuh is the host twin: the same names
-// and signatures, by definition, so a change here is a change there.
+// Every PTX instruction that the portable kernels use, one thin named function each; Hopper's own
+// are in ptx_sm90.cuh and ptx_wgmma.cuh, and asm is in these three files only. CUDA's intrinsics
+// (__shfl_sync, atomicAdd, __popc, ...) are used by their names. The host twin,
+// tests/emulation/twins/common/ptx.cuh, has the same names and signatures: a change here is a
+// change there.
 #include <cuda_runtime.h>
 
 #include <cstdint>
