@@ -21,7 +21,7 @@ INCLUDES = [f"-I{path}" for path in (HERE / "twins", HERE, CSRC)]
 # alignment draws a note about the ABI of old compilers.
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
-PLAIN = ["-O2"]
+PLAIN = ["-O1"]  # compiles a fifth faster than -O2, and small shapes run in no time either way
 # Reports go to a log and the run goes on, so that one process can hold many tests.
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined"]
 SANITIZED += ["-fsanitize-recover=address,undefined"]
