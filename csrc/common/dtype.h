@@ -33,12 +33,15 @@ static constexpr int64_t size_of(DType t) {
   return 0;
 }
 
-// 16-bit floats as storage: arithmetic happens in float.
+// Small floats as storage: arithmetic happens in float.
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
+};
+struct E4M3 {  // 8-bit float: 4 bits of exponent, 3 of mantissa, no infinity
+  uint8_t bits;
 };
 
 // `static`: units compiled for different instruction sets each keep their own copy.

@@ -1,0 +1,60 @@
+#pragma once
+// What a CUDA file needs around its kernels: the launch itself, and typed dynamic shared memory.
+// With these instead of <<<>>> and __shared__, a kernel file is also plain C++: the tests compile
+// it for the host, against tests/emulation/twins/common/launch.cuh.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+// A failed call of the CUDA runtime becomes a RuntimeError with the call and CUDA's reason.
+#define GOSSAMER_CUDA_CHECK(call)                                                      \
+  do {                                                                                 \
+    const cudaError_t status_ = (call);                                                \
+    if (status_ != cudaSuccess) {                                                      \
+      throw std::runtime_error(std::string(#call ": ") + cudaGetErrorString(status_)); \
+    }                                                                                  \
+  } while (false)
+
+namespace gossamer {
+
+// Shared memory beyond this has to be asked for, kernel by kernel.
+constexpr size_t kDefaultSharedBytes = 48 << 10;
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments&&... arguments) {
+  if (shared_bytes > kDefaultSharedBytes) {
+    GOSSAMER_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes)));
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  GOSSAMER_CUDA_CHECK(cudaGetLastError());
+}
+
+inline void fill_zero(void* global, size_t bytes, cudaStream_t stream) {
+  GOSSAMER_CUDA_CHECK(cudaMemsetAsync(global, 0, bytes, stream));
+}
+
+// The block's dynamic shared memory, which the launch sizes as sizeof(T) or as an array of T.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char gossamer_dynamic_shared_memory[];
+  return reinterpret_cast<T*>(gossamer_dynamic_shared_memory);
+}
+
+// A tile in shared memory, as a member of the struct that shared_memory() returns. On the host the
+// emulation guards the bytes after each tile, so its size there is larger: always use sizeof.
+template <class T, int64_t Count, int Alignment = 16>
+class SharedTile {
+ public:
+  __device__ T* data() { return elements_; }
+  __device__ T& operator[](int64_t i) { return elements_[i]; }
+
+ private:
+  alignas(Alignment) T elements_[Count];
+};
+
+}  // namespace gossamer

@@ -1,0 +1,137 @@
+"""Fixtures: the emulator, its kernel libraries, and the schedules that every kernel has to pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from devices import DEVICES, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
+from emulator import Emulator, KernelLibrary, nvcc, run_nvcc
+from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sanitize",
+        metavar="LOG",
+        help="build kernels with AddressSanitizer and UBSan, which write to LOG.<process> "
+        "(test_sanitized.py sets up the environment that this needs)",
+    )
+
+
+@pytest.fixture(scope="session")
+def _sanitizers(request: pytest.FixtureRequest) -> Sanitizers:
+    # The option is unknown where pytest was not started on this folder.
+    return Sanitizers(request.config.getoption("--sanitize", default=None))
+
+
+@pytest.fixture(autouse=True)
+def sanitizers(_sanitizers: Sanitizers) -> Iterator[Sanitizers]:
+    """Fails a test that leaves a report of theirs untaken."""
+    yield _sanitizers
+    assert _sanitizers.take() == ""
+
+
+@pytest.fixture(scope="session")
+def emulator(_sanitizers: Sanitizers, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    if Emulator.compiler() is None:
+        if "CI" in os.environ:
+            pytest.fail("no g++: the CUDA kernels would go untested")
+        pytest.skip("no g++ to compile the CUDA kernels for the host with")
+    return Emulator(tmp_path_factory.mktemp("emulation"), _sanitizers.on)
+
+
+@pytest.fixture(scope="session")
+def primitives(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(PRIMITIVES)
+
+
+@pytest.fixture(scope="session")
+def primitives_sm90(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(PRIMITIVES_SM90)
+
+
+@pytest.fixture(scope="session")
+def samples(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(SAMPLE_GEMM)
+
+
+@pytest.fixture(scope="session")
+def samples_sm90(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(SAMPLE_GEMM_SM90)
+
+
+@pytest.fixture(params=["samples", "samples_sm90"])
+def sample(request: pytest.FixtureRequest) -> KernelLibrary:
+    """Each sample GEMM in turn."""
+    library: KernelLibrary = request.getfixturevalue(request.param)
+    return library
+
+
+def _device(request: pytest.FixtureRequest, library: str) -> Device:
+    if request.param == "cuda":
+        return Device(request.getfixturevalue(f"gpu_{library}"), "cuda", ("late", 0))
+    schedule = ("late", 7) if request.param == "shuffled" else (request.param, 0)
+    return Device(request.getfixturevalue(library), "cpu", schedule)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Device:
+    return _device(request, "primitives")
+
+
+@pytest.fixture(params=DEVICES)
+def device_sm90(request: pytest.FixtureRequest) -> Device:
+    return _device(request, "primitives_sm90")
+
+
+@pytest.fixture
+def emulated(primitives: KernelLibrary) -> Device:
+    return Device(primitives, "cpu", ("late", 0))
+
+
+@pytest.fixture
+def emulated_sm90(primitives_sm90: KernelLibrary) -> Device:
+    return Device(primitives_sm90, "cpu", ("late", 0))
+
+
+# ---- the same kernel files, built by nvcc for the GPU of this machine ----------------------------
+
+
+def _build_for_gpu(
+    source: Path, factory: pytest.TempPathFactory, wanted: tuple[int, int], suffix: str = ""
+) -> KernelLibrary:
+    """For a GPU of at least the ``wanted`` capability, or of just that with the suffix "a"."""
+    if not torch.cuda.is_available() or nvcc() is None:
+        pytest.skip("no GPU" if nvcc() is not None else "no nvcc")
+    have = torch.cuda.get_device_capability()
+    if have < wanted or (suffix and have != wanted):
+        pytest.skip(f"the GPU is sm_{have[0]}{have[1]}")
+    path = factory.mktemp("gpu") / f"lib{source.stem}.so"
+    arch = f"{have[0]}{have[1]}{suffix}"
+    flags = ["-std=c++17", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cudart=static"]
+    run_nvcc(*flags, "-shared", "-Xcompiler=-fPIC", "-o", str(path), str(source))
+    return KernelLibrary(path, source)
+
+
+@pytest.fixture(scope="session")
+def gpu_primitives(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(PRIMITIVES, tmp_path_factory, (8, 9))
+
+
+@pytest.fixture(scope="session")
+def gpu_primitives_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(PRIMITIVES_SM90, tmp_path_factory, (9, 0), "a")
+
+
+@pytest.fixture(scope="session")
+def gpu_samples(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(SAMPLE_GEMM, tmp_path_factory, (8, 0))
+
+
+@pytest.fixture(scope="session")
+def gpu_samples_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(SAMPLE_GEMM_SM90, tmp_path_factory, (9, 0), "a")

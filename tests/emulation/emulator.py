@@ -1,0 +1,131 @@
+"""Builds CUDA kernel files for the host, against twins of their instructions, and calls them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+# The twins shadow csrc/common/ptx.cuh and launch.cuh, so they come first.
+INCLUDES = [f"-I{path}" for path in (HERE / "twins", HERE, CSRC)]
+# Hidden, so that each library has a runtime of its own. "#pragma unroll" is nvcc's; a tensor map's
+# alignment draws a note about the ABI of old compilers.
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+PLAIN = ["-O1"]  # compiles a fifth faster than -O2, and small shapes run in no time either way
+# Reports go to a log and the run goes on, so that one process can hold many tests.
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined"]
+SANITIZED += ["-fsanitize-recover=address,undefined"]
+
+MESSAGE_BYTES = 1 << 14
+
+
+def nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def compile_with(compiler: str, *arguments: str) -> None:
+    """Run a compiler; an error, or in CI a warning, is a RuntimeError with its output."""
+    # Not with the sanitizers preloaded: they would also watch the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [compiler, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # A user's compiler may be newer than those that the sources were tried with.
+    warned = "warning" in done.stderr and "CI" in os.environ
+    if done.returncode != 0 or warned:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def run_nvcc(*arguments: str) -> None:
+    """nvcc on the same sources, with the real common/ptx.cuh and launch.cuh."""
+    compile_with(str(nvcc()), f"-I{HERE}", f"-I{CSRC}", *arguments)
+
+
+class KernelFault(RuntimeError):
+    """What the emulation, or on a GPU the CUDA runtime, found wrong with a kernel."""
+
+
+def native(argument: Tensor | int | list[int]) -> object:
+    """A pointer to a tensor's data, an int64, or an array of int64 for the host to read."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, list):
+        return (ctypes.c_int64 * len(argument))(*argument)
+    return ctypes.c_int64(argument)
+
+
+class KernelLibrary:
+    """The exported functions of a library of kernels, as ``library.call(name, *arguments)``."""
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self.source = source
+        self._library = ctypes.CDLL(str(path))
+
+    def call(self, name: str, *arguments: Tensor | int | list[int]) -> None:
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        failed = self._library[name](
+            *map(native, arguments), message, ctypes.c_int64(MESSAGE_BYTES)
+        )
+        if failed:
+            raise KernelFault(message.value.decode())
+
+    @contextmanager
+    def schedule(self, name: str, seed: int = 0) -> Iterator[None]:
+        """Launch ``late`` or ``early`` (runtime/schedule.h), in an order drawn by ``seed``."""
+        set_schedule = self._library["set_schedule"]
+        set_schedule(ctypes.c_int64({"late": 0, "early": 1}[name]), ctypes.c_uint64(seed))
+        try:
+            yield
+        finally:
+            set_schedule(ctypes.c_int64(0), ctypes.c_uint64(0))
+
+
+class Emulator:
+    """A compiler for kernel files; the runtime that they are linked with is compiled once."""
+
+    def __init__(self, folder: Path, sanitize: bool = False) -> None:
+        self.folder = folder
+        self.sanitize = sanitize
+        self._libraries: dict[Path, KernelLibrary] = {}
+        self._runtime: Path | None = None
+
+    @staticmethod
+    def compiler() -> str | None:
+        # Elsewhere the name may stand for another compiler.
+        return shutil.which("g++") if sys.platform == "linux" else None
+
+    def _run(self, *arguments: str) -> None:
+        compile_with(str(self.compiler()), *arguments)
+
+    def _object(self, source: Path, *flags: str) -> Path:
+        out = self.folder / f"{source.stem}.o"
+        self._run(*FLAGS, *INCLUDES, *flags, "-x", "c++", "-c", str(source), "-o", str(out))
+        return out
+
+    def build(self, source: Path) -> KernelLibrary:
+        """The library of this kernel file, built at most once."""
+        if source in self._libraries:
+            return self._libraries[source]
+        if self._runtime is None:  # as one unit: most of the time goes into the standard headers
+            unit = self.folder / "runtime.cpp"
+            parts = sorted((HERE / "runtime").glob("*.cpp"))
+            unit.write_text("".join(f'#include "runtime/{part.name}"\n' for part in parts))
+            address = ("-O1", "-g1", "-fsanitize=address") if self.sanitize else ("-O2",)
+            self._runtime = self._object(unit, *address)
+        kernel = self._object(source, *(SANITIZED if self.sanitize else PLAIN))
+        path = self.folder / f"lib{source.stem}.so"
+        sanitizers = SANITIZED if self.sanitize else []
+        self._run("-shared", *sanitizers, str(self._runtime), str(kernel), "-o", str(path))
+        self._libraries[source] = KernelLibrary(path, source)
+        return self._libraries[source]

@@ -1,0 +1,50 @@
+"""The sample kernels and their faults again, compiled with AddressSanitizer and UBSan.
+
+The sanitizers have to be in a process from its start, so this is a pytest of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from devices import Sanitizers
+from emulator import HERE, Emulator
+
+TESTS = ("test_faults.py", "test_faults_sm90.py", "test_sample_gemm.py")
+
+
+def runtime_library(name: str) -> str:
+    command = [str(Emulator.compiler()), f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_under_sanitizers(sanitizers: Sanitizers, tmp_path: Path) -> None:
+    if sanitizers.on or Emulator.compiler() is None:
+        pytest.skip("already under sanitizers" if sanitizers.on else "no g++")
+    # libstdc++ too: AddressSanitizer wants to find __cxa_throw when it starts.
+    preloaded = [runtime_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
+    if not all(Path(library).is_absolute() for library in preloaded):
+        pytest.skip("g++ comes without its sanitizers")
+    log = tmp_path / "log"
+    options = f"log_path={log}:print_stacktrace=1:halt_on_error=0:suppress_equal_pcs=0"
+    pytest_alone = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*pytest_alone, f"--sanitize={log}", "-k", "not gpu", *(str(HERE / t) for t in TESTS)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=HERE.parents[1],
+        env={
+            **os.environ,
+            "LD_PRELOAD": " ".join(preloaded),
+            "ASAN_OPTIONS": f"{options}:detect_leaks=0",
+            "UBSAN_OPTIONS": options,
+        },
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Some of them are for this run only: that none is skipped shows that it was one.
+    assert " skipped" not in done.stdout.splitlines()[-1], done.stdout

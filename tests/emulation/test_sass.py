@@ -1,0 +1,124 @@
+"""The sample kernels as nvcc compiles them: the intended instructions are in the machine code.
+
+Needs nvcc and a disassembler (cuobjdump or nvdisasm, beside nvcc, on PATH, or from a Python package
+that brings one); no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+from devices import PRIMITIVES, PRIMITIVES_SM90
+from emulator import nvcc, run_nvcc
+from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
+
+SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
+PACKAGED = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
+
+
+def disassemble(cubin: Path) -> str:
+    folders = [str(Path(str(nvcc())).resolve().parent), os.environ.get("PATH", "")]
+    folders += [str(SITE_PACKAGES / folder) for folder in PACKAGED]
+    places = os.pathsep.join(folders)
+    for tool, *flags in (("cuobjdump", "--dump-sass"), ("nvdisasm", "--print-code")):
+        if found := shutil.which(tool, path=places):
+            # cuobjdump calls nvdisasm.
+            environment = {**os.environ, "PATH": places}
+            command = [found, *flags, str(cubin)]
+            return subprocess.run(
+                command, check=True, capture_output=True, text=True, env=environment
+            ).stdout
+    pytest.skip("no cuobjdump or nvdisasm")
+
+
+def opcodes(source: Path, architecture: str, folder: Path) -> set[str]:
+    if nvcc() is None:
+        pytest.skip("no nvcc")
+    cubin = folder / f"{source.stem}.cubin"
+    gencode = f"arch=compute_{architecture},code=sm_{architecture}"
+    spills = ("-Xptxas=-warn-spills", "-Xptxas=-Werror")
+    run_nvcc("-std=c++17", *spills, "-gencode", gencode, "-cubin", "-o", str(cubin), str(source))
+    return set(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", disassemble(cubin)))
+
+
+def missing(expected: tuple[str, ...], found: set[str]) -> list[str]:
+    return [name for name in expected if not any(opcode.startswith(name) for opcode in found)]
+
+
+GEMM_OPCODES = (
+    "HMMA.SP.16832.F32.BF16",
+    "LDGSTS.E.BYPASS.LTC128B.128",
+    "LDGDEPBAR",
+    "DEPBAR.LE",
+    "LDSM.16.M88.4",
+)
+PRIMITIVE_OPCODES = (
+    "HMMA.16816.F32",
+    "HMMA.16816.F32.BF16",
+    "HMMA.1688.F32.TF32",
+    "IMMA.16832.S8.S8",
+    "HMMA.SP.16832.F32",
+    "IMMA.SP.16864.S8.S8",
+    "LDSM.16.MT88.4",
+    "BAR.SYNC",
+    "BAR.ARV",
+    "LDG.E.128",
+    "LDG.E.NA",
+    "STG.E.EF.128",
+    "SHFL.BFLY",
+    "MATCH.ANY",
+    "REDUX",
+)
+FP8_OPCODES = ("QMMA.16832.F32.E4M3.E4M3", "QMMA.SP.16864.F32.E4M3.E4M3")
+
+
+def test_sample_gemm(tmp_path: Path) -> None:
+    assert missing(GEMM_OPCODES, opcodes(SAMPLE_GEMM, "80", tmp_path)) == []
+
+
+def test_primitives(tmp_path: Path) -> None:
+    found = opcodes(PRIMITIVES, "89", tmp_path)
+    assert missing((*PRIMITIVE_OPCODES, *FP8_OPCODES), found) == []
+
+
+HOPPER_GEMM_OPCODES = (
+    "HGMMA.SP.64x64x32.F32.BF16",
+    "WARPGROUP.ARRIVE",
+    "WARPGROUP.DEPBAR.LE",
+    "UTMALDG.2D",
+    "UTMASTG.2D",
+    "SYNCS.ARRIVE.TRANS64",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT",
+    "FENCE.VIEW.ASYNC",
+    "ELECT",
+)
+HOPPER_PRIMITIVE_OPCODES = (
+    "HGMMA.64x32x16.F32",
+    "HGMMA.64x32x16.F32.BF16",
+    "IGMMA.64x32x32.S8.S8",
+    "QGMMA.64x32x32.F32.E4M3.E4M3",
+    "HGMMA.SP.64x32x32.F32",
+    "HGMMA.SP.64x256x32.F32.BF16",
+    "IGMMA.SP.64x32x64.S8.S8",
+    "QGMMA.SP.64x32x64.F32.E4M3.E4M3",
+    "UTMALDG.3D",
+    "UTMASTG.3D",
+    "UBLKCP.S.G",
+    "STSM.16.M88.4",
+    "STSM.16.MT88.4",
+    "USETMAXREG",
+)
+
+
+def test_sample_gemm_sm90(tmp_path: Path) -> None:
+    assert missing(HOPPER_GEMM_OPCODES, opcodes(SAMPLE_GEMM_SM90, "90a", tmp_path)) == []
+
+
+def test_primitives_sm90(tmp_path: Path) -> None:
+    assert missing(HOPPER_PRIMITIVE_OPCODES, opcodes(PRIMITIVES_SM90, "90a", tmp_path)) == []

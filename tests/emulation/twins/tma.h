@@ -1,0 +1,184 @@
+#pragma once
+// mbarriers and the copies of the tensor memory accelerator (TMA).
+#include "common/tensor_map.cuh"
+#include "twins/copies.h"
+
+namespace gossamer::emulation {
+
+// Where a swizzle puts the byte at `offset` of shared memory: 16-byte chunks move, by the xor of
+// address bits 4 and up with bits 7 and up.
+inline size_t swizzled(size_t offset, Swizzle swizzle) {
+  const size_t bits = (size_t{1} << static_cast<int>(swizzle)) - 1;
+  return offset ^ ((offset >> 7 & bits) << 4);
+}
+
+// The bytes of a tile that begins at `at` in elements: `row` is called with the offset in the tile
+// and the address in global memory (null: outside the tensor) of each element.
+template <class Element>
+void each_element(const TensorMap& map, const std::array<int, 3>& at, const Element& element) {
+  size_t offset = 0;
+  for (int z = 0; z < (map.rank > 2 ? map.box[2] : 1); ++z) {
+    for (int y = 0; y < (map.rank > 1 ? map.box[1] : 1); ++y) {
+      for (int x = 0; x < map.box[0]; ++x, offset += static_cast<size_t>(map.element_bytes)) {
+        const int64_t where[3] = {int64_t{at[0]} + x, int64_t{at[1]} + y, int64_t{at[2]} + z};
+        unsigned char* global = map.global;
+        for (int i = 0; i < map.rank && global != nullptr; ++i) {
+          const bool inside = where[i] >= 0 && where[i] < map.extents[i];
+          global = inside ? global + where[i] * map.strides[i] : nullptr;
+        }
+        element(offset, global);
+      }
+    }
+  }
+}
+
+inline size_t tile_bytes(const TensorMap& map) {
+  size_t bytes = static_cast<size_t>(map.element_bytes);
+  for (int i = 0; i < map.rank; ++i) bytes *= static_cast<size_t>(map.box[i]);
+  return bytes;
+}
+
+// The tile's offset in shared memory. The swizzle goes by the address, so a tile has to begin where
+// its pattern does.
+inline size_t check_tile(const void* shared, const TensorMap& map, int rank, const char* name,
+                         const Site& site) {
+  if (map.rank != rank) fault(site, name, ": the tensor map has ", map.rank, " dimensions");
+  const size_t alignment =
+      map.swizzle == Swizzle::kNone ? 128 : size_t{128} << static_cast<int>(map.swizzle);
+  return block->shared.check(shared, tile_bytes(map), alignment, name, site);
+}
+
+inline void tma_load(const char* name, void* shared, const TensorMap* map, uint64_t* barrier,
+                     int rank, const std::array<int, 3>& at, const Site& site) {
+  const size_t to = check_tile(shared, *map, rank, name, site);
+  const size_t bytes = tile_bytes(*map);
+  const std::vector<unsigned char> unknown(bytes, kPoison);
+  block->shared.async_write(to, unknown.data(), bytes);
+  block->transactions.submit(
+      barrier, static_cast<int>(bytes),
+      [=, map = *map] {
+        constexpr unsigned char kZeros[8] = {};
+        each_element(map, at, [&](size_t offset, const unsigned char* global) {
+          block->shared.async_write(swizzled(to + offset, map.swizzle),
+                                    global == nullptr ? kZeros : global,
+                                    static_cast<size_t>(map.element_bytes));
+        });
+      },
+      name, site);
+}
+
+inline void tma_store(const char* name, const TensorMap* map, const void* shared, int rank,
+                      const std::array<int, 3>& at, const Site& site) {
+  const size_t from = check_tile(shared, *map, rank, name, site);
+  const auto land = [=, map = *map] {
+    each_element(map, at, [&](size_t offset, unsigned char* global) {
+      const size_t source = swizzled(from + offset, map.swizzle);
+      const auto bytes = static_cast<size_t>(map.element_bytes);
+      const unsigned char* read = block->shared.async_read(source, bytes, name, site);
+      if (global != nullptr) std::memcpy(global, read, bytes);
+    });
+  };
+  if (schedule.early) {
+    land();
+    running->open_stores.push_back({[] {}, site});
+  } else {
+    running->open_stores.push_back({land, site});
+  }
+}
+
+inline void finish_stores(size_t pending) {
+  auto& groups = running->store_groups;
+  while (groups.size() > pending) {
+    const std::vector<Store> group = std::move(groups.front());
+    groups.pop_front();
+    for (const Store& store : group) store.land();
+  }
+}
+
+}  // namespace gossamer::emulation
+
+namespace gossamer::ptx {
+
+// ---- mbarrier -----------------------------------------------------------------------------------
+
+inline void mbarrier_init(uint64_t* barrier, int count, Site site = Site::current()) {
+  emulation::block->transactions.init(barrier, count, site);
+}
+inline void mbarrier_inval(uint64_t* barrier, Site site = Site::current()) {
+  emulation::block->transactions.inval(barrier, site);
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(uint64_t* barrier, Site site = Site::current()) {
+  emulation::block->transactions.arrive(barrier, 0, "mbarrier_arrive", site);
+}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes, Site site = Site::current()) {
+  emulation::block->transactions.arrive(barrier, bytes, "mbarrier_arrive_expect_tx", site);
+}
+// Gives up early now and then in a random schedule, as the hardware may; otherwise waits.
+inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, Site site = Site::current()) {
+  emulation::Block& block = *emulation::block;
+  const char* name = "mbarrier_try_wait";
+  if (block.transactions.ended(barrier, parity, name, site)) return true;
+  if (emulation::schedule.seed != 0 && block.random.below(4) == 0) {
+    block.poll(name, site);
+  } else {
+    block.transactions.wait(barrier, name, site);
+  }
+  return block.transactions.ended(barrier, parity, name, site);
+}
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site = Site::current()) {
+  while (!mbarrier_try_wait(barrier, parity, site)) {
+  }
+}
+
+// ---- copies of tiles ----------------------------------------------------------------------------
+
+inline void prefetch_tensor_map(const TensorMap*) {}
+inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y,
+                        Site site = Site::current()) {
+  emulation::tma_load("tma_load_2d", shared, map, barrier, 2, {x, y, 0}, site);
+}
+inline void tma_load_2d_hint(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y,
+                             uint64_t, Site site = Site::current()) {
+  emulation::tma_load("tma_load_2d_hint", shared, map, barrier, 2, {x, y, 0}, site);
+}
+inline void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z,
+                        Site site = Site::current()) {
+  emulation::tma_load("tma_load_3d", shared, map, barrier, 3, {x, y, z}, site);
+}
+inline void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier,
+                      Site site = Site::current()) {
+  using namespace emulation;
+  if (bytes < 16 || bytes % 16 != 0) fault(site, "bulk_load: ", bytes, " bytes");
+  const auto count = static_cast<size_t>(bytes);
+  const size_t to = block->shared.check(shared, count, 16, "bulk_load", site);
+  check_aligned(global, 16, "bulk_load", site);
+  check_readable(global, count, "bulk_load", site);
+  const std::vector<unsigned char> unknown(count, kPoison);
+  block->shared.async_write(to, unknown.data(), count);
+  block->transactions.submit(
+      barrier, bytes, [=] { block->shared.async_write(to, global, count); }, "bulk_load", site);
+}
+inline void tma_store_2d(const TensorMap* map, const void* shared, int x, int y,
+                         Site site = Site::current()) {
+  emulation::tma_store("tma_store_2d", map, shared, 2, {x, y, 0}, site);
+}
+inline void tma_store_3d(const TensorMap* map, const void* shared, int x, int y, int z,
+                         Site site = Site::current()) {
+  emulation::tma_store("tma_store_3d", map, shared, 3, {x, y, z}, site);
+}
+inline void tma_store_commit() {
+  emulation::Thread& thread = *emulation::running;
+  thread.store_groups.push_back(std::exchange(thread.open_stores, {}));
+}
+template <int Pending>
+void tma_store_wait() {
+  emulation::finish_stores(Pending);
+}
+template <int Pending>
+void tma_store_wait_read() {
+  emulation::finish_stores(Pending);
+}
+inline void fence_proxy_async() { emulation::block->shared.publish(); }
+
+}  // namespace gossamer::ptx
