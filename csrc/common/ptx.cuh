@@ -193,8 +193,7 @@ __device__ __forceinline__ float atomic_max(float* address, float value) {
              : __int_as_float(atomicMax(reinterpret_cast<int*>(address), __float_as_int(value)));
 }
 
-// ---- named barriers: `id` 0 is __syncthreads, `threads` a multiple of 32
-// -------------------------
+// ---- named barriers: `id` 0 is __syncthreads, `threads` a multiple of 32 ------------------------
 
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -203,8 +202,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- ldmatrix: 8 x 8 matrices of 16-bit elements into fragments
-// ----------------------------------
+// ---- ldmatrix: 8 x 8 matrices of 16-bit elements into fragments ---------------------------------
 //
 // Lanes 8m to 8m + 7 point at the rows of matrix m. Lane 4g + t gets in register m the elements 2t
 // and 2t + 1 of its row g; transposed, element g of its rows 2t and 2t + 1.
@@ -246,8 +244,7 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], const void* row
                : "memory");
 }
 
-// ---- tensor cores: D[16][8] += A[16][K] B[K][8] of a warp
-// ----------------------------------------
+// ---- tensor cores: D[16][8] += A[16][K] B[K][8] of a warp ---------------------------------------
 //
 // Lane 4g + t holds, with E elements of T in a register and S columns stored of each row of A:
 //
@@ -302,8 +299,7 @@ __device__ __forceinline__ void mma_m16n8k32(Accumulator<T> (&d)[4], const uint3
 //   16-bit types  lanes 4g + 2F and 4g + 2F + 1 (F the selector) hold columns 0-15 and 16-31, row g
 //                 in the low half of the register and row g + 8 in the high half; others are
 //                 ignored
-//   8-bit types   lane 4g + t holds 32 columns of a row: row g + 8 (t mod 2), columns from 32 (t /
-//   2)
+//   8-bit types   lane 4g + t holds 32 columns of row g + 8 (t mod 2), from column 32 (t / 2) on
 
 template <class T, int Selector>  // Float16 or BFloat16; Selector 0 or 1
 __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4],

@@ -8,8 +8,7 @@
 
 namespace gossamer::ptx {
 
-// ---- mbarrier: a counter in shared memory of arrivals and of bytes to come
-// ------------------------
+// ---- mbarrier: a counter in shared memory of arrivals and of bytes to come ----------------------
 //
 // A phase ends when `count` threads have arrived and as many bytes as were expected have been
 // copied. wait(parity) returns once the phase of that parity has ended: 0 for the first one.
@@ -51,8 +50,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   }
 }
 
-// ---- copies of tiles
-// ------------------------------------------------------------------------------
+// ---- copies of tiles ----------------------------------------------------------------------------
 //
 // One thread asks for a tile; its bytes count towards the barrier's phase. Coordinates are in
 // elements, the contiguous dimension first, and may be negative; what lies outside the tensor is
@@ -128,8 +126,7 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- a warp
-// -----------------------------------------------------------------------------------------
+// ---- a warp -------------------------------------------------------------------------------------
 
 // True for one lane of the warp.
 __device__ __forceinline__ bool elect_one() {
@@ -184,8 +181,7 @@ __device__ __forceinline__ void stmatrix_trans(void* row, const uint32_t (&r)[4]
                : "memory");
 }
 
-// ---- wgmma: D[64][N] += A[64][K] B[K][N] of four warps, asynchronously
-// ----------------------------
+// ---- wgmma: D[64][N] += A[64][K] B[K][N] of four warps, asynchronously --------------------------
 //
 // Warp w of the warpgroup has rows 16w to 16w + 15 of A and D, in the fragments of mma
 // (common/ptx.cuh): d[4j + i] is register i of columns 8j to 8j + 7. K is 32 bytes of a row of B,

@@ -3,8 +3,7 @@
 // instruction, 128 of them at N = 256, so macros write the lists of operands.
 #include "common/ptx.cuh"
 
-// ---- lists: the text "%0, %1, ..." and the constraints of the registers d[0], d[1], ...
-// -----------
+// ---- lists: the text "%0, %1, ..." and the constraints of the registers d[0], d[1], ... ---------
 
 #define GOSSAMER_TEXT_4 "%0, %1, %2, %3"
 #define GOSSAMER_TEXT_8 GOSSAMER_TEXT_4 ", %4, %5, %6, %7"
@@ -34,8 +33,7 @@
 #define GOSSAMER_LIST_96(c, i) GOSSAMER_LIST_64(c, i), GOSSAMER_LIST_32(c, i + 64)
 #define GOSSAMER_LIST_128(c, i) GOSSAMER_LIST_64(c, i), GOSSAMER_LIST_64(c, i + 64)
 
-// ---- the instruction: D registers of type `c`, then `operands`, the predicate, `tail`
-// -------------
+// ---- the instruction: D registers of type `c`, then `operands`, the predicate, `tail` -----------
 
 #define GOSSAMER_ISSUE(instruction, D, c, operands, keep, tail, ...)               \
   asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " keep ", 0;\n" instruction \

@@ -133,8 +133,7 @@ __global__ void wide_copies(uint8_t* out, const uint8_t* in) {
                       ptx::load_nc16_hint(in + 16 * lane(), ptx::l2_evict_last()));
 }
 
-// ---- operations of a warp, each with a row of `out`
-// -----------------------------------------------
+// ---- operations of a warp, each with a row of `out` ---------------------------------------------
 
 __global__ void shuffles(int* out, const int* in, int width, int by) {
   const int value = in[lane()];
@@ -176,8 +175,7 @@ __global__ void bits(unsigned* out, const unsigned* in, int count) {
   }
 }
 
-// ---- operations of a block and of all blocks
-// ------------------------------------------------------
+// ---- operations of a block and of all blocks ----------------------------------------------------
 
 struct Totals {
   int32_t sum, largest, smallest, lock, locked_sum, ticket;
