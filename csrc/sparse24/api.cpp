@@ -195,7 +195,8 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
 }
 
 py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int threads) {
-  GOSSAMER_CHECK(m >= 1, "sparse24_choose: m is ", m, ", expected at least 1");
+  GOSSAMER_CHECK(m >= 1 && m <= int64_t{1} << 40, "sparse24_choose: m is ", m,
+                 ", expected 1 to 2**40");
   check_size("sparse24_choose", n, k);
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error("sparse24_choose: no kernels for " + dtype);

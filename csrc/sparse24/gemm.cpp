@@ -46,15 +46,6 @@ struct Scratch {
 
 thread_local Scratch packed_x, many_rows_scratch, packed_weight;
 
-// The panels of the blocks [begin, end): where they lie, or made from the portable form.
-const uint32_t* panels_of(const Weight& w, int64_t begin, int64_t end) {
-  if (w.panels != nullptr) return w.panels + begin * w.block_words();
-  auto* panels =
-      static_cast<uint32_t*>(packed_weight.at_least(4 * (end - begin) * w.block_words()));
-  to_panels(w, begin, end, panels);
-  return panels;
-}
-
 Epilogue epilogue_at(const GemmArgs& args, int64_t row, int64_t output) {
   const int64_t size = size_of(args.weight.dtype), n = args.weight.n;
   const auto* bias = static_cast<const char*>(args.bias);
@@ -68,8 +59,14 @@ XRows rows_at(const GemmArgs& args, int64_t row, int64_t rows) {
           rows, args.weight.k};
 }
 
-// Blocks converted at once when the weight comes in its portable form: what stays in L2.
-constexpr int64_t kConvertedBytes = 512 << 10;
+// Of a weight that comes in its portable form, what is converted at once: by each thread of
+// few_rows for itself (it stays in L2), by the team of many_rows together (it stays in L3).
+constexpr int64_t kConvertedBytes = 512 << 10, kConvertedTogetherBytes = 8 << 20;
+
+int64_t blocks_within(const Weight& w, int64_t bytes) {
+  if (w.panels != nullptr) return w.blocks();
+  return std::clamp<int64_t>(bytes / (4 * w.block_words()), 1, w.blocks());
+}
 
 void gemm_few_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config) {
   const Weight& w = args.weight;
@@ -83,44 +80,49 @@ void gemm_few_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& con
     unit.pack_few(rows, config.tile, packed);
     x = packed;
   }
-  const int64_t chunk = w.panels != nullptr
-                            ? w.blocks()
-                            : std::max<int64_t>(1, kConvertedBytes / (4 * w.block_words()));
+  const int64_t chunk = blocks_within(w, kConvertedBytes);
   parallel_ranges(config.threads, w.blocks(), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block += chunk) {
       const int64_t blocks = std::min(chunk, end - block);
-      unit.few_rows({panels_of(w, block, block + blocks), blocks, w.records(), x, config.tile,
-                     args.m, epilogue_at(args, 0, block * kBlockN)});
+      const uint32_t* panels = w.panels;
+      if (panels != nullptr) {
+        panels += block * w.block_words();
+      } else {
+        auto* converted =
+            static_cast<uint32_t*>(packed_weight.at_least(4 * chunk * w.block_words()));
+        to_panels(w, block, block + blocks, converted);
+        panels = converted;
+      }
+      unit.few_rows({panels, blocks, w.records(), x, config.tile, args.m,
+                     epilogue_at(args, 0, block * kBlockN)});
     }
   });
 }
 
-void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config, int lanes) {
+// The outputs of `all_blocks` blocks from `first_block` on; `panels` are theirs.
+void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config, int lanes,
+                    const uint32_t* panels, int64_t first_block, int64_t all_blocks) {
   const Weight& w = args.weight;
   const int64_t tile_rows = static_cast<int64_t>(config.tile) * lanes;
   const int64_t panel_words = config.records_per_pass * unit.panel_rows * tile_rows;
   // The epilogue reads, and ignores, up to a block past the last one.
   const int64_t sum_words = (config.blocks_per_task + 1) * kBlockN * tile_rows;
-  const int64_t chunks = ceil_div(w.blocks(), config.blocks_per_task);
-  const int64_t tasks = chunks * config.tiles;
+  const int64_t tasks = ceil_div(all_blocks, config.blocks_per_task) * config.tiles;
   // The team goes through the weight together, chunk by chunk, each thread with tiles of its own:
   // what one of them reads from memory the others find in the shared cache.
   const auto run_tasks = [&](int thread, int team) {
     auto* scratch =
         static_cast<uint32_t*>(many_rows_scratch.at_least(4 * (panel_words + sum_words)));
-    const uint32_t* panels = nullptr;
-    int64_t chunk = -1;
     for (int64_t task = thread; task < tasks; task += team) {
       const int64_t block = task / config.tiles * config.blocks_per_task;
-      const int64_t blocks = std::min(config.blocks_per_task, w.blocks() - block);
-      if (task / config.tiles != chunk) panels = panels_of(w, block, block + blocks);
-      chunk = task / config.tiles;
       const int64_t row = task % config.tiles * tile_rows;
       const int64_t rows = std::min(tile_rows, args.m - row);
-      unit.many_rows({panels, blocks, w.records(), config.records_per_pass,
-                      rows_at(args, row, rows), static_cast<int>(ceil_div(rows, lanes)), scratch,
+      unit.many_rows({panels + block * w.block_words(),
+                      std::min(config.blocks_per_task, all_blocks - block), w.records(),
+                      config.records_per_pass, rows_at(args, row, rows),
+                      static_cast<int>(ceil_div(rows, lanes)), scratch,
                       reinterpret_cast<float*>(scratch + panel_words),
-                      epilogue_at(args, row, block * kBlockN)});
+                      epilogue_at(args, row, (first_block + block) * kBlockN)});
     }
   };
   parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)), run_tasks);
@@ -150,7 +152,21 @@ void gemm(const GemmArgs& args) {
   const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target, w.dtype);
   if (unit == nullptr) return gemm_serial_any(args);
   if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);
-  gemm_many_rows(args, *unit, config, traits(target).lanes);
+  const int lanes = traits(target).lanes;
+  if (w.panels != nullptr) {
+    return gemm_many_rows(args, *unit, config, lanes, w.panels, 0, w.blocks());
+  }
+  const int64_t chunk = blocks_within(w, kConvertedTogetherBytes);
+  for (int64_t first = 0; first < w.blocks(); first += chunk) {
+    const int64_t blocks = std::min(chunk, w.blocks() - first);
+    auto* panels = static_cast<uint32_t*>(packed_weight.at_least(4 * chunk * w.block_words()));
+    parallel_ranges(config.threads, blocks, [&](int64_t begin, int64_t end) {
+      to_panels(w, first + begin, first + end, panels + begin * w.block_words());
+    });
+    gemm_many_rows(args, *unit,
+                   many_rows_config(args.m, blocks * kBlockN, w.dtype, target, config.threads),
+                   lanes, panels, first, blocks);
+  }
 }
 
 }  // namespace gossamer::sparse24

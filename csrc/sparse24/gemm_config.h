@@ -67,7 +67,7 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
   constexpr int64_t kPackLoads = 300, kOutputLoads = 8;
 
   GemmConfig best{};
-  int64_t least = 0;
+  double least = 0;
   for (int64_t tiles = ceil_div(vectors, max_many_vectors(lanes)); tiles <= vectors; ++tiles) {
     const int64_t tile = ceil_div(vectors, tiles);
     const int64_t depth =
@@ -79,7 +79,7 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
       const int64_t tasks = ceil_div(blocks, task_blocks) * tiles;
       const int64_t output_loads = weights * (tile + 1) + 2 * tile / depth + kOutputLoads;
       const int64_t task_loads = task_blocks * kBlockN * output_loads + kPackLoads * tile;
-      const int64_t loads = ceil_div(tasks, team) * task_loads;
+      const double loads = static_cast<double>(ceil_div(tasks, team)) * task_loads;
       if (least == 0 || loads < least) {
         least = loads;
         best = {Kernel::kManyRows, static_cast<int>(tile), tiles, depth, task_blocks, team};
@@ -93,9 +93,9 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
 inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
                                      int threads) {
   const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
-  const int64_t work = m * blocks * kBlockN * records * (kRecordK / 2);
-  const int64_t useful = work / kWorkPerThread < 1 ? 1 : work / kWorkPerThread;
-  const int team = threads < 1 ? 1 : static_cast<int>(threads < useful ? threads : useful);
+  const double work = static_cast<double>(m) * (blocks * kBlockN * records * (kRecordK / 2));
+  const int team =
+      static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(threads, 1)));
   if (target == Target::kSerial || dtype == DType::kFloat64) {
     return {Kernel::kSerial, 1, m, records, blocks, 1};
   }
