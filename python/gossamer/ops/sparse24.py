@@ -138,7 +138,7 @@ def _linear_native(
     dims = x.dim()
     _check_features(x, dims, in_features)
     rows = x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
-    if rows.stride(1) != 1:  # the kernels would gather its columns anew for each part of the outputs
+    if rows.stride(1) != 1:  # each task of the kernels would gather its columns anew
         rows = rows.contiguous()
     out = x.new_empty((rows.shape[0], out_features))
     _C.sparse24_linear(
