@@ -103,6 +103,15 @@ def test_many_features_or_rows(target: str, shape: tuple[int, int, int]) -> None
         oracle.check(sparse24_linear(x, weight))
 
 
+def test_weight_larger_than_what_is_converted_at_once() -> None:
+    # On the best target: 9 MB of panels against the 8 MiB that many rows convert together.
+    sparse, x, bias = sparse_24(531, 8200), torch.randn(70, 8200), torch.randn(531)
+    oracle = Oracle(x, sparse, bias)
+    results = [sparse24_linear(x, weight, bias) for weight in both_layouts(sparse)]
+    oracle.check(results[0])
+    assert torch.equal(*results)
+
+
 def test_many_outputs(target: str) -> None:
     dense = torch.zeros(20_001, 6)
     dense[:, 1], dense[:, 5] = 2.0, torch.arange(20_001) % 7
