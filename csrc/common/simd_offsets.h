@@ -1,6 +1,6 @@
 #pragma once
-// Sixteen 16-bit lanes, for offsets: what the vocabularies of simd_avx2.h and simd_avx512.h share.
-// In the unnamed namespace, as they are.
+// Addresses: sixteen 16-bit lanes of offsets, and a base for constant ones. What the vocabularies
+// of simd_avx2.h and simd_avx512.h share. In the unnamed namespace, as they are.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -9,6 +9,13 @@ namespace gossamer {
 namespace {
 
 struct SimdOffsets {
+  // A base whose constant offsets stay in the instructions that read there. Otherwise gcc adds each
+  // of them up outside the loop and, having no register left for the sums, spills them.
+  static const uint32_t* opaque(const uint32_t* p) {
+    asm("" : "+r"(p));
+    return p;
+  }
+
   using H = __m256i;
   static H add16(H a, H b) { return _mm256_add_epi16(a, b); }
   static H mul16(H a, H b) { return _mm256_mullo_epi16(a, b); }

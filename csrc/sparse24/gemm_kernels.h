@@ -221,8 +221,7 @@ struct Kernels {
         }
       }
       for (int64_t record = 0; record < records; ++record) {
-        const uint32_t* weight = weights + record * Multiply::kWeightWords + first;
-        asm("" : "+r"(weight));  // or gcc adds the constant offsets first, outside, and spills them
+        const uint32_t* weight = S::opaque(weights + record * Multiply::kWeightWords + first);
         const bool last = record + 1 == records;
         const int64_t next = last ? 0 : record + 1;
         const uint32_t* next_words =
