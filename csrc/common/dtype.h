@@ -5,7 +5,17 @@
 
 namespace gossamer {
 
-enum class DType : uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kUInt8, kInt32, kInt64 };
+enum class DType : uint8_t {
+  kFloat64,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kE4M3,
+  kInt8,
+  kUInt8,
+  kInt32,
+  kInt64
+};
 
 static constexpr const char* name(DType t) {
   switch (t) {
@@ -13,6 +23,8 @@ static constexpr const char* name(DType t) {
     case DType::kFloat32: return "float32";
     case DType::kBFloat16: return "bfloat16";
     case DType::kFloat16: return "float16";
+    case DType::kE4M3: return "float8_e4m3fn";
+    case DType::kInt8: return "int8";
     case DType::kUInt8: return "uint8";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
@@ -28,6 +40,8 @@ static constexpr int64_t size_of(DType t) {
     case DType::kInt32: return 4;
     case DType::kBFloat16:
     case DType::kFloat16: return 2;
+    case DType::kE4M3:
+    case DType::kInt8:
     case DType::kUInt8: return 1;
   }
   return 0;

@@ -55,11 +55,13 @@ inline void initialise() {
 }
 
 inline DType dtype_from_code(uint8_t code, uint8_t bits) {
-  constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4;
+  constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kE4M3 = 10;
   if (code == kFloat && bits == 64) return DType::kFloat64;
   if (code == kFloat && bits == 32) return DType::kFloat32;
   if (code == kFloat && bits == 16) return DType::kFloat16;
   if (code == kBFloat && bits == 16) return DType::kBFloat16;
+  if (code == kE4M3 && bits == 8) return DType::kE4M3;
+  if (code == kInt && bits == 8) return DType::kInt8;
   if (code == kUInt && bits == 8) return DType::kUInt8;
   if (code == kInt && bits == 32) return DType::kInt32;
   if (code == kInt && bits == 64) return DType::kInt64;
@@ -69,8 +71,8 @@ inline DType dtype_from_code(uint8_t code, uint8_t bits) {
 
 inline DType dtype_from_name(const std::string& text) {
   const std::string bare = text.substr(text.rfind('.') + 1);
-  for (DType t : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16,
-                  DType::kUInt8, DType::kInt32, DType::kInt64}) {
+  for (DType t : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kE4M3,
+                  DType::kInt8, DType::kUInt8, DType::kInt32, DType::kInt64}) {
     if (bare == name(t)) return t;
   }
   throw pybind11::type_error("gossamer: unsupported dtype " + text);
