@@ -1,10 +1,13 @@
-// The CUDA half of gossamer: for now it answers which devices are here. It links cudart statically
-// and loads on machines without a GPU or a driver, where it answers that there is none.
+// The CUDA half of gossamer: its kernels, handed to _C as a table, and which devices are here. It
+// links cudart statically and loads on machines without a GPU or a driver, where it answers that
+// there is none.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "sparse24/cuda_kernels.h"
 
 namespace py = pybind11;
 
@@ -51,5 +54,9 @@ std::string driver_status() {
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("devices", &devices,
         "A dict a GPU: name, compute_capability, memory in bytes, multiprocessors.");
+  m.def(
+      "sparse24_kernels",
+      [] { return reinterpret_cast<uintptr_t>(gossamer::sparse24::cuda_kernel_table()); },
+      "The address of the table of kernels that _C.sparse24_attach_cuda takes.");
   m.def("driver_status", &driver_status, "What the driver says when asked for its devices.");
 }

@@ -108,7 +108,7 @@ def test_layer_called_repeatedly_counts_every_call(monkeypatch: pytest.MonkeyPat
 
     rows = []
 
-    def medians(functions: list[Callable[[], Tensor]]) -> list[float]:
+    def medians(functions: list[Callable[[], Tensor]], clock: object) -> list[float]:
         rows.append(functions[1]().shape[0])
         return [20.0 * rows[-1], 10.0 * rows[-1]]
 

@@ -2,7 +2,8 @@
 // pybind11 caster torch.Tensor -> TensorView. Included by api.cpp files only.
 //
 // Newer torch hands out a C table (`torch.Tensor.__dlpack_c_exchange_api__`, DLPack 1.3) that fills
-// a DLTensor in a tenth of a microsecond; older torch is asked through its Python attributes.
+// a DLTensor in a tenth of a microsecond; older torch is asked through its Python attributes. The
+// view of a CUDA tensor also carries the stream that torch would use on its device now.
 // The structs below are the part of DLPack's ABI that this needs.
 #include <pybind11/pybind11.h>
 
@@ -94,12 +95,22 @@ inline void view_through_table(PyObject* object, TensorView& out) {
   out.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   out.dtype = dtype_from_code(t.code, t.bits);
   out.device = t.device_type == kCUDA ? Device::kCUDA : Device::kCPU;
-  out.device_index = t.device_id;
+  out.device_index = out.device == Device::kCPU ? 0 : t.device_id;
   out.ndim = t.ndim;
   for (int d = 0; d < t.ndim; ++d) {
     out.shape[d] = t.shape[d];
     out.strides[d] = t.strides[d];
   }
+  if (out.device == Device::kCUDA &&
+      torch().api->current_stream(t.device_type, t.device_id, &out.stream) != 0) {
+    throw pybind11::error_already_set();
+  }
+}
+
+inline void* current_stream(int device_index) {
+  const auto torch_c = pybind11::module_::import("torch._C");
+  return reinterpret_cast<void*>(
+      torch_c.attr("_cuda_getCurrentRawStream")(device_index).cast<uintptr_t>());
 }
 
 inline void view_through_attributes(PyObject* object, TensorView& out) {
@@ -121,6 +132,7 @@ inline void view_through_attributes(PyObject* object, TensorView& out) {
     out.shape[d] = shape[d].cast<int64_t>();
     out.strides[d] = strides[d].cast<int64_t>();
   }
+  if (out.device == Device::kCUDA) out.stream = current_stream(out.device_index);
 }
 
 }  // namespace gossamer::dlpack

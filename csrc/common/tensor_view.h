@@ -19,6 +19,7 @@ struct TensorView {
   int ndim = 0;
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};  // in elements
+  void* stream = nullptr;          // of a CUDA tensor's device, the current one (a cudaStream_t)
 
   int64_t numel() const {
     int64_t n = 1;

@@ -9,7 +9,7 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
   switch (activation) {
     case Activation::kNone: return y;
     case Activation::kReLU: return y < 0.0f ? 0.0f : y;  // NaN stays
-    case Activation::kGELU: return 0.5f * y * (1.0f + erff(y * 0.70710678f));
+    case Activation::kGELU: return 0.5f * y * erfcf(-0.70710678f * y);
     case Activation::kSiLU: return y / (1.0f + expf(-y));
   }
   return y;

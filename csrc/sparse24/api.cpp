@@ -1,52 +1,19 @@
-// The border: what Python hands over is checked here, once; inside, pointers are trusted.
-#include <pybind11/pybind11.h>
+// The border of the layouts and of the CPU's product: what Python hands over is checked here, once.
+#include "sparse24/api.h"
+
 #include <pybind11/stl.h>
 
-#include <optional>
-#include <string>
-
-#include "common/check.h"
 #include "common/parallel.h"
 #include "common/py_tensor.h"
 #include "sparse24/gemm_config.h"
-#include "sparse24/sparse24.h"
 
 namespace py = pybind11;
 
 namespace gossamer::sparse24 {
-namespace {
 
 bool is_weight_dtype(DType t) {
   return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16 ||
          t == DType::kFloat64;
-}
-
-void check_cpu(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what,
-                 " is on a CUDA device, the kernels of this build run on the CPU");
-}
-
-void check_matrix(const char* op, const char* what, const TensorView& t) {
-  check_cpu(op, what, t);
-  GOSSAMER_CHECK(t.ndim == 2, op, ": ", what, " has ", t.ndim, " dimensions, expected 2");
-}
-
-void check_contiguous(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.is_contiguous(), op, ": ", what, " of shape ", shape_text(t),
-                 " must be contiguous");
-}
-
-void check_dtype(const char* op, const char* what, const TensorView& t, DType expected) {
-  if (t.dtype != expected) {
-    throw py::type_error(std::string(op) + ": " + what + " is " + name(t.dtype) + ", expected " +
-                         name(expected));
-  }
-}
-
-void check_shape(const char* op, const char* what, const TensorView& t, int64_t rows,
-                 int64_t columns) {
-  GOSSAMER_CHECK(t.shape[0] == rows && t.shape[1] == columns, op, ": ", what, " has shape ",
-                 shape_text(t), ", expected [", rows, ", ", columns, "]");
 }
 
 void check_size(const char* op, int64_t n, int64_t k) {
@@ -54,7 +21,6 @@ void check_size(const char* op, int64_t n, int64_t k) {
                  "], expected at least [1, 1]");
 }
 
-// The portable weight [n, k] behind (values, indices), both checked against it.
 Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
                 int64_t k) {
   check_matrix(op, "values", values);
@@ -64,6 +30,7 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
                          ", expected float32, bfloat16, float16 or float64");
   }
   check_dtype(op, "indices", indices, DType::kUInt8);
+  check_device(op, "indices", indices, "values", values);
   check_size(op, n, k);
   Weight w{values.dtype, n, k, values.data, indices.as<const uint8_t>(), nullptr};
   check_shape(op, "values", values, n, 2 * w.groups());
@@ -71,15 +38,6 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
   check_contiguous(op, "values", values);
   check_contiguous(op, "indices", indices);
   return w;
-}
-
-// The dense twin [n, k] of a portable weight.
-Weight with_dense(const char* op, const TensorView& dense, const TensorView& values,
-                  const TensorView& indices) {
-  check_matrix(op, "dense", dense);
-  check_contiguous(op, "dense", dense);
-  check_dtype(op, "values", values, dense.dtype);
-  return portable(op, values, indices, dense.shape[0], dense.shape[1]);
 }
 
 DType panel_dtype(const std::string& dtype) {
@@ -91,18 +49,25 @@ DType panel_dtype(const std::string& dtype) {
   return t;
 }
 
+std::vector<int64_t> panels_shape(bool gpu, int64_t n, int64_t k, DType dtype) {
+  const Weight w{dtype, n, k, nullptr, nullptr, nullptr};
+  if (gpu && dtype != DType::kFloat32) {
+    return {(n + kFragmentRows - 1) / kFragmentRows, (k + kFragmentColumns - 1) / kFragmentColumns,
+            fragment_words(dtype)};
+  }
+  return {w.blocks(), w.records(), 1 + w.value_words(), kBlockN};
+}
+
 Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64_t k) {
-  check_cpu(op, "panels", t);
   check_dtype(op, "panels", t, DType::kInt32);
   check_size(op, n, k);
-  Weight w{dtype, n, k, nullptr, nullptr, t.as<const uint32_t>()};
-  GOSSAMER_CHECK(t.ndim == 4 && t.shape[0] == w.blocks() && t.shape[1] == w.records() &&
-                     t.shape[2] == 1 + w.value_words() && t.shape[3] == kBlockN,
-                 op, ": panels have shape ", shape_text(t), ", expected [", w.blocks(), ", ",
-                 w.records(), ", ", 1 + w.value_words(), ", ", kBlockN, "] for a ", name(dtype),
-                 " weight [", n, ", ", k, "]");
+  TensorView expected;
+  for (int64_t size : panels_shape(on_gpu(t), n, k, dtype)) expected.shape[expected.ndim++] = size;
+  GOSSAMER_CHECK(shape_text(t) == shape_text(expected), op, ": panels have shape ", shape_text(t),
+                 ", expected ", shape_text(expected), " for a ", name(dtype), " weight [", n, ", ",
+                 k, "] on ", device_text(t));
   check_contiguous(op, "panels", t);
-  return w;
+  return {dtype, n, k, nullptr, nullptr, t.as<const uint32_t>()};
 }
 
 Activation activation_of(const std::string& text) {
@@ -113,41 +78,89 @@ Activation activation_of(const std::string& text) {
   fail("sparse24_linear: activation '", text, "' is unknown; none, relu, gelu or silu");
 }
 
+const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64_t n, DType dtype,
+                    const TensorView& x) {
+  if (!bias) return nullptr;
+  check_device(op, "bias", *bias, "x", x);
+  check_dtype(op, "bias", *bias, dtype);
+  GOSSAMER_CHECK(bias->ndim == 1 && bias->shape[0] == n, op, ": bias has shape ", shape_text(*bias),
+                 ", expected [", n, "]");
+  check_contiguous(op, "bias", *bias);
+  return bias->data;
+}
+
+namespace {
+
+// The dense twin [n, k] of a portable weight.
+Weight with_dense(const char* op, const TensorView& dense, const TensorView& values,
+                  const TensorView& indices) {
+  check_matrix(op, "dense", dense);
+  check_contiguous(op, "dense", dense);
+  check_dtype(op, "values", values, dense.dtype);
+  check_device(op, "values", values, "dense", dense);
+  return portable(op, values, indices, dense.shape[0], dense.shape[1]);
+}
+
+// Two numbers in the GPU's memory, in which a kernel reports what it found wrong.
+int64_t* status_of(const char* op, const std::optional<TensorView>& status, const TensorView& t) {
+  GOSSAMER_CHECK(status, op, ": a CUDA tensor needs a status");
+  check_dtype(op, "status", *status, DType::kInt64);
+  check_device(op, "status", *status, "the weight", t);
+  GOSSAMER_CHECK(status->numel() == 2 && status->is_contiguous(), op, ": status has shape ",
+                 shape_text(*status), ", expected [2]");
+  return status->as<int64_t>();
+}
+
 void bind_from_dense(const TensorView& dense, const TensorView& values, const TensorView& indices,
-                     int threads) {
-  const Weight w = with_dense("sparse24_from_dense", dense, values, indices);
-  from_dense(dense.data, w, values.data, indices.as<uint8_t>(), threads);
+                     int threads, const std::optional<TensorView>& status) {
+  constexpr const char* op = "sparse24_from_dense";
+  const Weight w = with_dense(op, dense, values, indices);
+  if (!on_gpu(dense)) {
+    return from_dense(dense.data, w, values.data, indices.as<uint8_t>(), threads);
+  }
+  const Misfits found =
+      cuda_kernels(op, dense).from_dense(dense.data, w, values.data, indices.as<uint8_t>(),
+                                         status_of(op, status, dense), stream_of(dense));
+  if (found.count > 0) fail_not_24(w, found.count, found.first);
 }
 
 void bind_gather(const TensorView& dense, const TensorView& indices, const TensorView& values,
                  int threads) {
-  const Weight w = with_dense("sparse24_gather", dense, values, indices);
-  gather(dense.data, w, values.data, threads);
+  constexpr const char* op = "sparse24_gather";
+  const Weight w = with_dense(op, dense, values, indices);
+  if (!on_gpu(dense)) return gather(dense.data, w, values.data, threads);
+  cuda_kernels(op, dense).gather(dense.data, w, values.data, stream_of(dense));
 }
 
 void bind_to_dense(const TensorView& values, const TensorView& indices, const TensorView& dense,
                    int threads) {
-  to_dense(with_dense("sparse24_to_dense", dense, values, indices), dense.data, threads);
+  constexpr const char* op = "sparse24_to_dense";
+  const Weight w = with_dense(op, dense, values, indices);
+  if (!on_gpu(dense)) return to_dense(w, dense.data, threads);
+  cuda_kernels(op, dense).to_dense(w, dense.data, stream_of(dense));
 }
 
 void bind_validate(const TensorView& values, const TensorView& indices, int64_t in_features,
-                   int threads) {
-  check_matrix("Sparse24", "values", values);
-  validate(portable("Sparse24", values, indices, values.shape[0], in_features), threads);
-}
-
-std::vector<int64_t> panels_shape(int64_t out_features, int64_t in_features,
-                                  const std::string& dtype) {
-  const Weight w{panel_dtype(dtype), out_features, in_features, nullptr, nullptr, nullptr};
-  return {w.blocks(), w.records(), 1 + w.value_words(), kBlockN};
+                   int threads, const std::optional<TensorView>& status) {
+  constexpr const char* op = "Sparse24";
+  check_matrix(op, "values", values);
+  const Weight w = portable(op, values, indices, values.shape[0], in_features);
+  if (!on_gpu(values)) return validate(w, threads);
+  const Misfits found =
+      cuda_kernels(op, values).validate(w, status_of(op, status, values), stream_of(values));
+  if (found.count > 0) fail_indices(w, found.first, found.byte);
 }
 
 void bind_to_panels(const TensorView& values, const TensorView& indices, int64_t in_features,
                     const TensorView& out, int threads) {
   constexpr const char* op = "sparse24_to_panels";
   check_matrix(op, "values", values);
+  check_device(op, "panels", out, "values", values);
   const Weight w = portable(op, values, indices, values.shape[0], in_features);
   panels(op, out, panel_dtype(name(w.dtype)), w.n, w.k);
+  if (on_gpu(values)) {
+    return cuda_kernels(op, values).to_panels(w, out.as<uint32_t>(), stream_of(values));
+  }
   const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
   parallel_ranges(team, w.blocks(), [&](int64_t begin, int64_t end) {
     to_panels(w, begin, end, out.as<uint32_t>() + begin * w.block_words());
@@ -158,8 +171,12 @@ void bind_from_panels(const TensorView& in, const TensorView& values, const Tens
                       int64_t in_features, int threads) {
   constexpr const char* op = "sparse24_from_panels";
   check_matrix(op, "values", values);
+  check_device(op, "values", values, "panels", in);
   const Weight shape = portable(op, values, indices, values.shape[0], in_features);
   const Weight w = panels(op, in, panel_dtype(name(shape.dtype)), shape.n, shape.k);
+  if (on_gpu(in)) {
+    return cuda_kernels(op, in).from_panels(w, values.data, indices.as<uint8_t>(), stream_of(in));
+  }
   const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
   parallel_ranges(team, w.blocks(), [&](int64_t begin, int64_t end) {
     from_panels(w, begin, end, values.data, indices.as<uint8_t>());
@@ -176,6 +193,10 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
     throw py::type_error(std::string(op) + ": x is " + name(x.dtype) +
                          ", expected float32, bfloat16, float16 or float64");
   }
+  GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
+                 ", this is the CPU's product");
+  check_device(op, "out", out, "x", x);
+  check_device(op, "the weight", weight, "x", x);
   const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
   if (indices) check_dtype(op, "the weight", weight, x.dtype);
   const Weight w = indices ? portable(op, weight, *indices, n, k)
@@ -183,14 +204,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_dtype(op, "out", out, x.dtype);
   check_shape(op, "out", out, m, n);
   check_contiguous(op, "out", out);
-  if (bias) {
-    check_cpu(op, "bias", *bias);
-    check_dtype(op, "bias", *bias, x.dtype);
-    GOSSAMER_CHECK(bias->ndim == 1 && bias->shape[0] == n, op, ": bias has shape ",
-                   shape_text(*bias), ", expected [", n, "]");
-    check_contiguous(op, "bias", *bias);
-  }
-  gemm({w, m, x.data, x.strides[0], x.strides[1], bias ? bias->data : nullptr,
+  gemm({w, m, x.data, x.strides[0], x.strides[1], bias_of(op, bias, n, x.dtype, x),
         activation_of(activation), out.data, threads});
 }
 
@@ -231,15 +245,19 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int t
 void bind(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("sparse24_from_dense", &bind_from_dense, py::arg("dense"), py::arg("values"),
-        py::arg("indices"), py::arg("threads"), release());
+        py::arg("indices"), py::arg("threads"), py::arg("status") = py::none(), release());
   m.def("sparse24_gather", &bind_gather, py::arg("dense"), py::arg("indices"), py::arg("values"),
         py::arg("threads"), release());
   m.def("sparse24_to_dense", &bind_to_dense, py::arg("values"), py::arg("indices"),
         py::arg("dense"), py::arg("threads"), release());
   m.def("sparse24_validate", &bind_validate, py::arg("values"), py::arg("indices"),
-        py::arg("in_features"), py::arg("threads"), release());
-  m.def("sparse24_panels_shape", &panels_shape, py::arg("out_features"), py::arg("in_features"),
-        py::arg("dtype"));
+        py::arg("in_features"), py::arg("threads"), py::arg("status") = py::none(), release());
+  m.def(
+      "sparse24_panels_shape",
+      [](int64_t n, int64_t k, const std::string& dtype, bool cuda) {
+        return panels_shape(cuda, n, k, panel_dtype(dtype));
+      },
+      py::arg("out_features"), py::arg("in_features"), py::arg("dtype"), py::arg("cuda") = false);
   m.def("sparse24_to_panels", &bind_to_panels, py::arg("values"), py::arg("indices"),
         py::arg("in_features"), py::arg("panels"), py::arg("threads"), release());
   m.def("sparse24_from_panels", &bind_from_panels, py::arg("panels"), py::arg("values"),
@@ -248,6 +266,7 @@ void bind(py::module_& m) {
         py::arg("indices"), py::arg("bias"), py::arg("activation"), py::arg("threads"), release());
   m.def("sparse24_choose", &choose, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
         py::arg("threads"));
+  bind_cuda(m);
 }
 
 }  // namespace gossamer::sparse24

@@ -58,6 +58,8 @@ struct Misfits {
 
 // All asynchronous on the stream, except where a result comes back.
 struct CudaKernels {
+  // The kernels are emulated: what the CPU's tensors hold is their device memory.
+  bool host_memory;
   CudaDevice (*device)(int index);
   void (*gemm)(const CudaGemmArgs& args, CudaStream stream);
   // `status`: two int64 in device memory. Groups with more than two non-zeros are cut down to the
@@ -69,6 +71,8 @@ struct CudaKernels {
   Misfits (*validate)(const Weight& weight, int64_t* status, CudaStream stream);
   void (*to_panels)(const Weight& weight, uint32_t* panels, CudaStream stream);
   void (*from_panels)(const Weight& panels, void* values, uint8_t* indices, CudaStream stream);
+  // Which graph capture the stream is in; 0 outside one.
+  uint64_t (*capture)(CudaStream stream);
 };
 
 }  // namespace gossamer::sparse24

@@ -31,4 +31,11 @@ struct CudaGemmConfig {
 // Tiles whose blocks along K wait for each other, at most.
 constexpr int kCudaCounters = 4096;
 
+inline const char* name(CudaKernel) { return "STUB"; }
+inline const char* reason(CudaKernel) { return "STUB"; }
+inline CudaGemmConfig choose_cuda_gemm_config(int64_t, int64_t, int64_t, DType, const CudaDevice&) {
+  return {CudaKernel::kDecode, 128, 8, 1, 1};
+}
+inline int64_t workspace_bytes(const CudaGemmConfig&, int64_t, int64_t) { return 0; }
+
 }  // namespace gossamer::sparse24

@@ -137,14 +137,26 @@ void report_misfits(const T* dense, const Weight& w) {
       if (count++ == 0) row = n, group = g;
     }
   }
-  fail("Sparse24.from_dense: the weight is not 2:4: ", count, " of ", w.n * w.groups(),
-       " groups of 4 hold more than 2 non-zeros, the first at row ", row, ", columns ", 4 * group,
-       " to ", 4 * group + 3, "; prune it first (gossamer.prune.magnitude_24)");
+  fail_not_24(w, count, row * w.groups() + group);
 }
 
 }  // namespace
 
 constinit const PackTables kPackTables = make_tables();
+
+void fail_not_24(const Weight& w, int64_t count, int64_t first) {
+  const int64_t row = first / w.groups(), column = 4 * (first % w.groups());
+  fail("Sparse24.from_dense: the weight is not 2:4: ", count, " of ", w.n * w.groups(),
+       " groups of 4 hold more than 2 non-zeros, the first at row ", row, ", columns ", column,
+       " to ", column + 3, "; prune it first (gossamer.prune.magnitude_24)");
+}
+
+void fail_indices(const Weight& w, int64_t first, int byte) {
+  fail("Sparse24: invalid indices at row ", first / w.groups(), ", group ", first % w.groups(),
+       " (byte ", byte,
+       "): a nibble is idx0 | idx1 << 2 with idx0 < idx1 < 4, an index past the last column holds "
+       "the value 0, and an unused nibble is 0");
+}
 
 void from_dense(const void* dense, const Weight& w, void* values, uint8_t* indices, int threads) {
   visit_storage(w.dtype, [&]<class T>(T) {
@@ -244,10 +256,7 @@ void validate(const Weight& w, int threads) {
   const int64_t position = first.load();
   if (position == w.n * w.groups()) return;
   const int64_t row = position / w.groups(), group = position % w.groups();
-  const int byte = w.indices[row * w.index_bytes() + group / 2];
-  fail("Sparse24: invalid indices at row ", row, ", group ", group, " (byte ", byte,
-       "): a nibble is idx0 | idx1 << 2 with idx0 < idx1 < 4, an index past the last column holds "
-       "the value 0, and an unused nibble is 0");
+  fail_indices(w, position, w.indices[row * w.index_bytes() + group / 2]);
 }
 
 // A row of the portable format is, per record, one index word and value_words() value words; the

@@ -75,6 +75,9 @@ void from_dense(const void* dense, const Weight& shape, void* values, uint8_t* i
 void gather(const void* dense, const Weight& pattern, void* values, int threads);
 void to_dense(const Weight& weight, void* dense, int threads);
 void validate(const Weight& weight, int threads);
+// The errors of the two, by the first offending row * groups + group.
+[[noreturn]] void fail_not_24(const Weight& weight, int64_t count, int64_t first);
+[[noreturn]] void fail_indices(const Weight& weight, int64_t first, int byte);
 // Portable -> panels of the blocks [begin, end), written from `panels` on; and back.
 void to_panels(const Weight& weight, int64_t begin, int64_t end, uint32_t* panels);
 void from_panels(const Weight& panels, int64_t begin, int64_t end, void* values, uint8_t* indices);

@@ -1,7 +1,7 @@
 """The sparse weight formats: frozen dataclasses of tensors that validate themselves.
 
 ``Sparse24`` is the open format: what a state_dict, a pickle and an optimizer see.
-``Sparse24Panels`` is the layout that the CPU kernels read fastest; it is never saved.
+``Sparse24Panels`` is the layout that the kernels read fastest; it is never saved.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ def sparse24_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int
 
 
 def sparse24_panels_shape(
-    out_features: int, in_features: int, dtype: torch.dtype
-) -> tuple[int, int, int, int]:
-    """The shape of ``Sparse24Panels.panels`` for a [N, K] weight."""
+    out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, ...]:
+    """The shape of ``Sparse24Panels.panels`` for a [N, K] weight on a device."""
+    if device.type == "cuda" and dtype != torch.float32:
+        words = 16 * 128 * dtype.itemsize // 4 + 128
+        return (out_features + 15) // 16, (in_features + 255) // 256, words
     word_rows = 1 + 16 * dtype.itemsize // 4
     return (out_features + 15) // 16, (in_features + 31) // 32, word_rows, 16
 
@@ -216,16 +219,21 @@ class Sparse24:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sparse24Panels:
-    """The CPU kernels' private layout of a ``Sparse24``: 32-bit words of 16 rows side by side.
+    """The private layout of a ``Sparse24`` that the kernels of its device read fastest.
 
-    A record covers 16 rows x 32 columns. Its first word row holds the index bytes of those 32
-    columns for each of the 16 rows; the others hold the kept values, one (float32) or one pair
-    (16-bit types, slot 0 in the low half) a word. N and K are padded with zero words.
+    On the CPU, and in float32, 32-bit words of 16 rows lie side by side: a record covers 16 rows x
+    32 columns, its first word row holds the index bytes of those 32 columns for each of the 16
+    rows, and the others hold the kept values, one (float32) or one pair (16-bit types, slot 0 in
+    the low half) a word. N and K are padded with zero words.
+
+    On a GPU, 16-bit values lie as the operands of its sparse matrix products: a record covers 16
+    rows x 256 columns, values before metadata (``csrc/sparse24/cuda.h``).
 
     Parameters
     ----------
     panels : Tensor
-        int32 [ceil(N / 16), ceil(K / 32), 17 for float32 or 9 for bfloat16 and float16, 16].
+        int32 [ceil(N / 16), ceil(K / 32), 17 for float32 or 9 for bfloat16 and float16, 16]; of
+        16-bit values on a GPU [ceil(N / 16), ceil(K / 256), 1152].
     shape : tuple of int
         (N, K), both at least 1.
     dtype : torch.dtype
@@ -248,7 +256,7 @@ class Sparse24Panels:
                 "int32 panels of float32, bfloat16 or float16 values"
             )
         _check_weight_shape(self.shape)
-        expected = sparse24_panels_shape(*self.shape, self.dtype)
+        expected = sparse24_panels_shape(*self.shape, self.dtype, self.panels.device)
         if self.panels.shape != expected:
             raise ValueError(
                 f"Sparse24Panels: panels have shape {list(self.panels.shape)}, a "

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import _C
+from ._cuda_module import has_kernels, load_cuda
 
 # (m, n, k, where it occurs): the regimes of the kernels, on shapes that somebody would recognise.
 _TYPICAL_SHAPES = (
@@ -116,7 +114,7 @@ def info() -> Info:
     Info
         A page of text when printed, attributes otherwise.
     """
-    cuda, status = _load_cuda()
+    cuda, status = load_cuda()
     warnings = []
     if cuda is None and torch.cuda.is_available():
         warnings.append(
@@ -124,6 +122,15 @@ def info() -> Info:
             "runs. Install from source where nvcc is found (PATH, CUDA_HOME or /usr/local/cuda); "
             "-C cmake.define.GOSSAMER_CUDA=ON makes a missing nvcc an error."
         )
+    lowest = _C.cuda_lowest_capability
+    devices = () if cuda is None else tuple(cuda.devices())
+    for device in devices:
+        major, minor = device["compute_capability"]
+        if 10 * major + minor < lowest:
+            warnings.append(
+                f"{device['name']} has compute capability {major}.{minor}; the kernels need "
+                f"{lowest // 10}.{lowest % 10} or newer, so layers on it stay dense."
+            )
     threads = torch.get_num_threads()
     return Info(
         version=version("gossamer"),
@@ -135,14 +142,32 @@ def info() -> Info:
         target=_C.target(),
         threads=threads,
         cuda=status,
-        cuda_devices=() if cuda is None else tuple(cuda.devices()),
+        cuda_devices=devices,
         choices=tuple(
             _sparse24_choice(shape, dtype, threads)
             for dtype in _DTYPES
             for shape in _TYPICAL_SHAPES
-        ),
+        )
+        + _cuda_choices(devices),
         warnings=tuple(warnings),
     )
+
+
+def _cuda_choices(devices: tuple[dict[str, Any], ...]) -> tuple[Choice, ...]:
+    """The kernels for the current GPU, where torch has one too."""
+    if not devices or not torch.cuda.is_available():
+        return ()
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not has_kernels(device):
+        return ()
+    choices = []
+    for dtype in _DTYPES[:3]:
+        for m, n, k, example in _TYPICAL_SHAPES:
+            chosen = _C.sparse24_choose_cuda(m, n, k, dtype, device.index)
+            target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
+            where = f"sparse24_linear on {device}"
+            choices.append(Choice(where, example, m, n, k, dtype, target, kernel, why))
+    return tuple(choices)
 
 
 def _sparse24_choice(shape: tuple[int, int, int, str], dtype: str, threads: int) -> Choice:
@@ -150,17 +175,3 @@ def _sparse24_choice(shape: tuple[int, int, int, str], dtype: str, threads: int)
     chosen = _C.sparse24_choose(m, n, k, dtype, threads)
     target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
     return Choice("sparse24_linear", example, m, n, k, dtype, target, kernel, why)
-
-
-def _load_cuda() -> tuple[ModuleType | None, str]:
-    """The CUDA module, where there is one that loads, and its state in words."""
-    if importlib.util.find_spec(f"{__package__}._cuda") is None:
-        return None, "not built (no nvcc was found, or GOSSAMER_CUDA=OFF)"
-    try:
-        module = importlib.import_module(f"{__package__}._cuda")
-    except ImportError as error:
-        return None, f"built, but does not load: {error}"
-    devices = module.devices()
-    if not devices:
-        return module, f"built, no GPU here ({module.driver_status()})"
-    return module, f"built, {len(devices)} GPU(s); the kernels so far are for the CPU"

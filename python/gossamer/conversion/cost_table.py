@@ -24,8 +24,11 @@ def worth_swapping(
 ) -> tuple[bool, str]:
     """The verdict of the cost table, and the reason for it.
 
-    A pure function of the weight and of the target in force (``gossamer.info().target``).
+    A pure function of the weight and of the target in force (``gossamer.info().target``), or
+    "cuda" for a layer on a GPU.
     """
+    if target == "cuda":
+        return False, "cost table: no figures for GPUs; with a sample_input it is measured"
     smallest = _SMALLEST_WEIGHT.get((target, dtype))
     if smallest is None:
         return False, f"cost table: {dtype} on {target} does not gain at every number of rows"

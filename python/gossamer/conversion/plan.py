@@ -100,7 +100,7 @@ def _gain(
     """Whether to swap, why, and the measurement, which layers of one shape share in ``speeds``."""
     if calls is None:
         dtype = dtype_name(layer.weight.dtype)
-        verdict = worth_swapping(layer.out_features, layer.in_features, dtype, _C.target())
+        verdict = worth_swapping(layer.out_features, layer.in_features, dtype, _target(layer))
         return (*verdict, {})
     if not calls.rows:
         return False, "the sample does not reach it", {}
@@ -123,12 +123,15 @@ def _gain(
 def _kernel(layer: nn.Linear, rows: int | None) -> str:
     """``target/kernel``; the kernel depends on the rows, which only a sample tells."""
     if rows is None:
-        return _C.target()
-    chosen = _C.sparse24_choose(
-        rows,
-        layer.out_features,
-        layer.in_features,
-        dtype_name(layer.weight.dtype),
-        torch.get_num_threads(),
-    )
+        return _target(layer)
+    shape = (rows, layer.out_features, layer.in_features)
+    dtype = dtype_name(layer.weight.dtype)
+    if layer.weight.is_cuda:
+        chosen = _C.sparse24_choose_cuda(*shape, dtype, layer.weight.get_device())
+    else:
+        chosen = _C.sparse24_choose(*shape, dtype, torch.get_num_threads())
     return f"{chosen['target']}/{chosen['kernel']}"
+
+
+def _target(layer: nn.Linear) -> str:
+    return "cuda" if layer.weight.is_cuda else _C.target()

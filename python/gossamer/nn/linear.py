@@ -20,10 +20,10 @@ class SparseLinear(PackableModule):
     """``y = x Wᵀ + b`` where W is 2:4: at most two non-zeros in every four columns of a row.
 
     A layer has two states. While it is *trainable* its weight is the Parameter ``values`` under
-    the fixed pattern ``indices``. ``pack()`` replaces both by ``panels``, the layout that the CPU
-    kernels read fastest, for inference; ``unpack()`` brings them back. A ``state_dict``, a pickle
-    and a deep copy hold the portable form in either state, and all of them are validated before
-    a layer takes them over.
+    the fixed pattern ``indices``. ``pack()`` replaces both by ``panels``, the layout that the
+    kernels of its device read fastest, for inference; ``unpack()`` brings them back. A
+    ``state_dict``, a pickle and a deep copy hold the portable form in either state, and all of them
+    are validated before a layer takes them over.
 
     Parameters
     ----------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._cuda_module import has_kernels
 from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels
 from .checkpoint import check_sparse24
 
@@ -50,7 +51,7 @@ class PackableModule(nn.Module):
         return Sparse24(self.values, self.indices, shape)
 
     def pack(self) -> Self:
-        """Hold the weight in the layout that the CPU kernels read fastest, for inference only.
+        """Hold the weight in the layout that its device reads fastest, for inference only.
 
         ``values`` and ``indices`` are None from here on, so an optimizer made before no longer
         reaches the weight. Nothing happens to a packed layer.
@@ -108,7 +109,7 @@ class PackableModule(nn.Module):
 
     def _pack_where_possible(self) -> None:
         weight = self._portable()
-        if weight.dtype in PANEL_DTYPES and weight.device.type == "cpu":
+        if weight.dtype in PANEL_DTYPES and has_kernels(weight.device):
             self.pack()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

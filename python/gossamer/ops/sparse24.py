@@ -1,11 +1,12 @@
 """sparse24_linear: y[m, n] = act(sum_k x[m, k] W[n, k] + b[n]) for a 2:4 weight W [N, K].
 
 ``sparse24_linear_tensors`` applies autocast, ``_linear_autograd`` picks the gradient or goes below
-it, ``_linear_native`` allocates the result and crosses into C++.
+it, ``_linear_native`` or ``_linear_native_cuda`` allocates the result and crosses into C++.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C
+from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import Sparse24, Sparse24Panels
+from .cuda_workspace import workspace
 from .sparse24_layout import Gather, ToDense
 
 _ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -86,8 +89,9 @@ def sparse24_linear_tensors(
 ) -> Tensor:
     """``sparse24_linear`` on a format's tensors: values and indices, or panels and None."""
     autocast = None
-    if torch.is_autocast_enabled("cpu") and x.is_cpu:
-        autocast = torch.get_autocast_dtype("cpu")
+    device = "cpu" if x.is_cpu else "cuda"
+    if torch.is_autocast_enabled(device) and (x.is_cpu or x.is_cuda):
+        autocast = torch.get_autocast_dtype(device)
         if indices is not None:
             stored = _autocast_to(stored, autocast)
             dtype = stored.dtype
@@ -124,6 +128,7 @@ library.define(
 )
 _linear = torch.ops.gossamer.sparse24_linear.default
 _from_panels = torch.ops.gossamer.sparse24_from_panels.default
+_to_panels = torch.ops.gossamer.sparse24_to_panels.default
 
 
 def _linear_native(
@@ -136,8 +141,7 @@ def _linear_native(
     activation: str,
 ) -> Tensor:
     dims = x.dim()
-    _check_features(x, dims, in_features)
-    rows = x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
+    rows = _rows(x, dims, in_features)
     if rows.stride(1) != 1:  # each task of the kernels would gather its columns anew
         rows = rows.contiguous()
     out = x.new_empty((rows.shape[0], out_features))
@@ -151,6 +155,63 @@ def _linear_native(
         torch.get_num_threads(),
     )
     return out if dims == 2 else out.view(*x.shape[:-1], out_features)
+
+
+def _linear_native_cuda(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    dims = x.dim()
+    rows = _aligned(_rows(x, dims, in_features))
+    if indices is not None:
+        if x.dtype == torch.float64:
+            raise TypeError("sparse24_linear: float64 has a kernel on the CPU only")
+        # One pass over the weight, for which a product of many rows has time.
+        values = _to_panels(values.detach(), indices, in_features)
+    count = rows.shape[0]
+    out = x.new_empty((count, out_features))
+    nbytes = 0
+    if count > 0:
+        device = x.get_device()
+        nbytes = _workspace_bytes(count, out_features, in_features, x.dtype, device)
+    _C.sparse24_linear_cuda(
+        out,
+        rows,
+        values.contiguous(),
+        None if bias is None else bias.contiguous(),
+        activation,
+        *workspace(x, nbytes),
+    )
+    return out if dims == 2 else out.view(*x.shape[:-1], out_features)
+
+
+@lru_cache(maxsize=1 << 14)
+def _workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype, device: int) -> int:
+    nbytes: int = _C.sparse24_choose_cuda(m, n, k, str(dtype), device)["workspace_bytes"]
+    return nbytes
+
+
+def _rows(x: Tensor, dims: int, in_features: int) -> Tensor:
+    """x as a matrix; a view where its strides allow."""
+    _check_features(x, dims, in_features)
+    return x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """The same matrix with each row at a multiple of 16 bytes, which asynchronous copies need."""
+    size, columns = rows.element_size(), rows.shape[1]
+    pitch_fits = rows.stride(0) * size % 16 == 0 or rows.shape[0] <= 1
+    columns_fit = rows.stride(1) == 1 or columns == 1
+    if pitch_fits and columns_fit and rows.data_ptr() % 16 == 0:
+        return rows
+    multiple = 16 // size
+    padded = rows.new_empty((rows.shape[0], (columns + multiple - 1) // multiple * multiple))
+    return padded[:, :columns].copy_(rows)
 
 
 def _linear_fake(
@@ -209,6 +270,7 @@ def _linear_autograd(
 
 
 library.impl("sparse24_linear", _linear_native, "CPU")
+library.impl("sparse24_linear", on_cuda("sparse24_linear", _linear_native_cuda), "CUDA")
 library.impl("sparse24_linear", _linear_autograd, "Autograd")
 torch.library.register_fake("gossamer::sparse24_linear", _linear_fake, lib=library)
 

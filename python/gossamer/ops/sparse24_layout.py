@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import sparse24_panels_shape, sparse24_shapes
 
@@ -23,10 +24,16 @@ def refuse_gradient(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"gossamer::{op} has no gradient of its own: call gossamer.{op}")
 
 
+def _status(t: Tensor) -> Tensor | None:
+    """Where a kernel on a GPU reports what is wrong with a weight."""
+    return torch.empty(2, dtype=torch.int64, device=t.device) if t.is_cuda else None
+
+
 def _from_dense_native(dense: Tensor) -> tuple[Tensor, Tensor]:
     refuse_gradient("formats.Sparse24.from_dense", dense)
     values, indices = _from_dense_fake(dense)
-    _C.sparse24_from_dense(dense.contiguous(), values, indices, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.sparse24_from_dense(dense.contiguous(), values, indices, threads, _status(dense))
     return values, indices
 
 
@@ -57,7 +64,8 @@ def _gather_fake(dense: Tensor, indices: Tensor) -> Tensor:
 
 def _validate_native(values: Tensor, indices: Tensor, in_features: int) -> None:
     threads = torch.get_num_threads()
-    _C.sparse24_validate(values.contiguous(), indices.contiguous(), in_features, threads)
+    status = _status(values)
+    _C.sparse24_validate(values.contiguous(), indices.contiguous(), in_features, threads, status)
 
 
 def _validate_fake(values: Tensor, indices: Tensor, in_features: int) -> None:
@@ -74,7 +82,7 @@ def _to_panels_native(values: Tensor, indices: Tensor, in_features: int) -> Tens
 
 
 def _to_panels_fake(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
-    shape = sparse24_panels_shape(values.shape[0], in_features, values.dtype)
+    shape = sparse24_panels_shape(values.shape[0], in_features, values.dtype, values.device)
     return values.new_empty(shape, dtype=torch.int32)
 
 
@@ -129,6 +137,7 @@ for _schema, (_native, _fake) in _OPS.items():
     library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
     _name = _schema.partition("(")[0]
     library.impl(_name, _native, "CPU")
+    library.impl(_name, on_cuda(_name, _native), "CUDA")
     torch.library.register_fake(f"gossamer::{_name}", _fake, lib=library)
 
 _to_dense = torch.ops.gossamer.sparse24_to_dense.default

@@ -1,0 +1,154 @@
+// The border of the product on a GPU, and the kernels that the CUDA module attaches.
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <variant>
+
+#include "common/py_tensor.h"
+#include "sparse24/api.h"
+
+namespace py = pybind11;
+
+namespace gossamer::sparse24 {
+namespace {
+
+std::atomic<const CudaKernels*> attached{nullptr};
+
+// The tensor cores have sparse products from here on.
+constexpr int kLowestCapability = 80;
+
+const CudaKernels& kernels_or_fail(const char* op) {
+  const CudaKernels* kernels = attached;
+  GOSSAMER_CHECK(kernels != nullptr, op,
+                 ": the CUDA module is not loaded; python -m gossamer info says why");
+  return *kernels;
+}
+
+void check_capability(const char* op, const CudaDevice& device) {
+  const int has = device.capability;
+  GOSSAMER_CHECK(has >= kLowestCapability, op, ": a GPU of compute capability ", has / 10, ".",
+                 has % 10, ", the kernels need ", kLowestCapability / 10, ".",
+                 kLowestCapability % 10, " or newer");
+}
+
+}  // namespace
+
+bool on_gpu(const TensorView& t) {
+  if (t.device == Device::kCUDA) return true;
+  const CudaKernels* kernels = attached;
+  return kernels != nullptr && kernels->host_memory;
+}
+
+const CudaKernels& cuda_kernels(const char* op, const TensorView& t) {
+  const CudaKernels& kernels = kernels_or_fail(op);
+  check_capability(op, kernels.device(t.device_index));
+  return kernels;
+}
+
+CudaStream stream_of(const TensorView& t) { return {t.device_index, t.stream}; }
+
+namespace {
+
+void bind_linear(const TensorView& out, const TensorView& x, const TensorView& weight,
+                 const std::optional<TensorView>& bias, const std::string& activation,
+                 const std::optional<TensorView>& workspace,
+                 const std::optional<TensorView>& counters) {
+  constexpr const char* op = "sparse24_linear";
+  const CudaKernels& kernels = cuda_kernels(op, x);
+  check_matrix(op, "x", x);
+  check_matrix(op, "out", out);
+  check_device(op, "out", out, "x", x);
+  check_device(op, "the weight", weight, "x", x);
+  const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
+  const Weight w = panels(op, weight, panel_dtype(name(x.dtype)), n, k);
+  check_dtype(op, "out", out, x.dtype);
+  check_shape(op, "out", out, m, n);
+  check_contiguous(op, "out", out);
+  const int64_t row_bytes = x.strides[0] * size_of(x.dtype);
+  GOSSAMER_CHECK((k == 1 || x.strides[1] == 1) && (m == 1 || row_bytes % 16 == 0) &&
+                     reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
+                 op, ": x with strides [", x.strides[0], ", ", x.strides[1],
+                 "] does not begin each row at a multiple of 16 bytes");
+  CudaGemmArgs args{};
+  args.dtype = args.out_dtype = x.dtype;
+  args.m = m, args.n = n, args.k = k;
+  args.panels = w.panels;
+  args.x = x.data;
+  args.x_stride = x.strides[0];
+  args.bias = bias_of(op, bias, n, x.dtype, x);
+  args.activation = activation_of(activation);
+  args.out = out.data;
+  if (m == 0) return;
+  const CudaDevice device = kernels.device(x.device_index);
+  args.config = choose_cuda_gemm_config(m, n, k, x.dtype, device);
+  const int64_t bytes = workspace_bytes(args.config, m, n);
+  if (bytes > 0) {
+    GOSSAMER_CHECK(workspace && counters, op, ": ", bytes, " bytes of workspace are needed");
+    check_device(op, "workspace", *workspace, "x", x);
+    check_device(op, "counters", *counters, "x", x);
+    check_dtype(op, "counters", *counters, DType::kInt32);
+    const int64_t given = workspace->numel() * size_of(workspace->dtype);
+    GOSSAMER_CHECK(given >= bytes && counters->numel() >= kCudaCounters, op, ": ", given,
+                   " bytes of workspace and ", counters->numel(), " counters, expected ", bytes,
+                   " and ", kCudaCounters);
+    args.workspace = workspace->data;
+    args.counters = counters->as<int32_t>();
+  }
+  kernels.gemm(args, stream_of(x));
+}
+
+// The device that a choice is asked for: one that is here, or a description of any other.
+CudaDevice device_of(const char* op, const std::variant<int, py::dict>& device) {
+  if (const int* index = std::get_if<int>(&device)) return kernels_or_fail(op).device(*index);
+  const auto& description = std::get<py::dict>(device);
+  return {description["capability"].cast<int>(), description["multiprocessors"].cast<int>(),
+          description["shared_bytes"].cast<int64_t>(), description["l2_bytes"].cast<int64_t>()};
+}
+
+py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
+                const std::variant<int, py::dict>& device) {
+  constexpr const char* op = "sparse24_choose_cuda";
+  GOSSAMER_CHECK(m >= 1 && m <= int64_t{1} << 40, op, ": m is ", m, ", expected 1 to 2**40");
+  check_size(op, n, k);
+  const DType type = panel_dtype(dtype);
+  const CudaDevice traits = device_of(op, device);
+  check_capability(op, traits);
+  const CudaGemmConfig config = choose_cuda_gemm_config(m, n, k, type, traits);
+  py::dict report;
+  report["target"] = "sm_" + std::to_string(config.kernel == CudaKernel::kWgmma ? 90 : 80);
+  report["kernel"] = name(config.kernel);
+  report["tile_n"] = config.tile_n;
+  report["tile_m"] = config.tile_m;
+  report["warps_k"] = config.warps_k;
+  report["split_k"] = config.split_k;
+  report["workspace_bytes"] = workspace_bytes(config, m, n);
+  report["why"] = reason(config.kernel);
+  return report;
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  m.attr("cuda_counters") = kCudaCounters;
+  m.attr("cuda_lowest_capability") = kLowestCapability;
+  // The kernels live in the CUDA module, or 0: none from here on.
+  m.def(
+      "sparse24_attach_cuda",
+      [](uintptr_t kernels) { attached = reinterpret_cast<const CudaKernels*>(kernels); },
+      py::arg("kernels"));
+  // The current stream of a CUDA tensor's device, and which graph capture it is in (0: none).
+  m.def(
+      "cuda_stream",
+      [](const TensorView& t) {
+        const uint64_t capture = kernels_or_fail("cuda_stream").capture(stream_of(t));
+        return std::pair(reinterpret_cast<uintptr_t>(t.stream), capture);
+      },
+      py::arg("tensor"));
+  m.def("sparse24_linear_cuda", &bind_linear, py::arg("out"), py::arg("x"), py::arg("panels"),
+        py::arg("bias"), py::arg("activation"), py::arg("workspace"), py::arg("counters"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("sparse24_choose_cuda", &choose, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
+        py::arg("device"));
+}
+
+}  // namespace gossamer::sparse24
