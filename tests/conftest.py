@@ -24,10 +24,17 @@ def _forced(name: str) -> Iterator[str]:
     _C.force_target(before)
 
 
-@pytest.fixture(params=_C.machine_targets())
+GPU = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=[*_C.machine_targets(), *GPU])
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each target in turn, in force for one test."""
-    yield from _forced(request.param)
+    """Each target in turn, in force for one test; "cuda" is where it makes its tensors."""
+    if request.param == "cuda":
+        with torch.device("cuda"):
+            yield "cuda"
+    else:
+        yield from _forced(request.param)
 
 
 @pytest.fixture
