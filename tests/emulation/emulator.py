@@ -113,8 +113,8 @@ class Emulator:
         self._run(*FLAGS, *INCLUDES, *flags, "-x", "c++", "-c", str(source), "-o", str(out))
         return out
 
-    def build(self, source: Path) -> KernelLibrary:
-        """The library of this kernel file, built at most once."""
+    def build(self, source: Path, *parts: Path) -> KernelLibrary:
+        """The library of this kernel file and others it calls, built at most once."""
         if source in self._libraries:
             return self._libraries[source]
         if self._runtime is None:  # as one unit: most of the time goes into the standard headers
@@ -123,9 +123,10 @@ class Emulator:
             unit.write_text("".join(f'#include "runtime/{part.name}"\n' for part in parts))
             address = ("-O1", "-g1", "-fsanitize=address") if self.sanitize else ("-O2",)
             self._runtime = self._object(unit, *address)
-        kernel = self._object(source, *(SANITIZED if self.sanitize else PLAIN))
+        flags = SANITIZED if self.sanitize else PLAIN
+        kernels = [str(self._object(file, *flags)) for file in (source, *parts)]
         path = self.folder / f"lib{source.stem}.so"
         sanitizers = SANITIZED if self.sanitize else []
-        self._run("-shared", *sanitizers, str(self._runtime), str(kernel), "-o", str(path))
+        self._run("-shared", *sanitizers, str(self._runtime), *kernels, "-o", str(path))
         self._libraries[source] = KernelLibrary(path, source)
         return self._libraries[source]

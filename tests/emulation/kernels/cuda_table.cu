@@ -1,0 +1,70 @@
+// The table that the CUDA module hands to _C, with emulated kernels: what _C then does with tensors
+// in host memory is what it does with a GPU's.
+#include "kernels/exports.h"
+#include "sparse24/gemm_cuda.h"
+#include "sparse24/pack_cuda.h"
+
+namespace gossamer::sparse24 {
+namespace {
+
+CudaDevice described;
+uint64_t capture_id = 0;
+int last_kernel = -1;
+
+cudaStream_t stream_of(CudaStream stream) { return static_cast<cudaStream_t>(stream.stream); }
+
+void gemm(const CudaGemmArgs& args, CudaStream stream) {
+  last_kernel = static_cast<int>(args.config.kernel);
+  switch (args.config.kernel) {
+    case CudaKernel::kDecode:
+    case CudaKernel::kPrefill: return gemm_sm80(args, stream_of(stream));
+    case CudaKernel::kWgmma: return gemm_sm90(args, stream_of(stream));
+    case CudaKernel::kFloat32: return gemm_float32(args, stream_of(stream));
+  }
+}
+
+constexpr CudaKernels kKernels = {
+    /*host_memory=*/true,
+    [](int) { return described; },
+    gemm,
+    [](const void* dense, const Weight& shape, void* values, uint8_t* indices, int64_t* status,
+       CudaStream stream) {
+      return cuda::from_dense(dense, shape, values, indices, status, stream_of(stream));
+    },
+    [](const void* dense, const Weight& pattern, void* values, CudaStream stream) {
+      cuda::gather(dense, pattern, values, stream_of(stream));
+    },
+    [](const Weight& weight, void* dense, CudaStream stream) {
+      cuda::to_dense(weight, dense, stream_of(stream));
+    },
+    [](const Weight& weight, int64_t* status, CudaStream stream) {
+      return cuda::validate(weight, status, stream_of(stream));
+    },
+    [](const Weight& weight, uint32_t* panels, CudaStream stream) {
+      cuda::to_panels(weight, panels, stream_of(stream));
+    },
+    [](const Weight& panels, void* values, uint8_t* indices, CudaStream stream) {
+      cuda::from_panels(panels, values, indices, stream_of(stream));
+    },
+    [](CudaStream) { return capture_id; },
+};
+
+}  // namespace
+}  // namespace gossamer::sparse24
+
+// The device that the kernels are chosen for, and the capture that its stream is in.
+GOSSAMER_EXPORT int describe_device(int64_t capability, int64_t multiprocessors, int64_t capture,
+                                    int64_t* table, char* text, int64_t text_bytes) {
+  using namespace gossamer::sparse24;
+  return gossamer::report(text, text_bytes, [&] {
+    described = {static_cast<int>(capability), static_cast<int>(multiprocessors), 227 << 10,
+                 50 << 20};
+    capture_id = static_cast<uint64_t>(capture);
+    *table = reinterpret_cast<int64_t>(&kKernels);
+  });
+}
+
+GOSSAMER_EXPORT int kernel_that_ran(int64_t* kernel, char* text, int64_t text_bytes) {
+  return gossamer::report(text, text_bytes,
+                          [&] { *kernel = gossamer::sparse24::last_kernel; });
+}

@@ -1,0 +1,161 @@
+"""From gossamer.sparse24_linear down to the kernels, as on a GPU, with the kernels emulated.
+
+Tensors in host memory stand for those of a GPU: ``_C`` takes the CUDA way where the table of
+kernels says so, and the fixture makes Python do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Oracle, sparse_24
+from emulator import CSRC, HERE, Emulator, KernelLibrary
+from gossamer import _C, formats, sparse24_linear
+from gossamer.formats import Sparse24, Sparse24Panels
+from gossamer.ops import cuda_workspace, sparse24, sparse24_layout
+
+SPARSE24 = CSRC / "sparse24"
+PARTS = [SPARSE24 / name for name in ("gemm_sm80.cu", "gemm_sm90.cu", "gemm_float32.cu", "pack.cu")]
+DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
+
+
+class Gpu:
+    """The emulated device, as ``_C`` sees it."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self.library = library
+        self.describe()
+
+    def describe(self, capability: int = 80, multiprocessors: int = 4, capture: int = 0) -> None:
+        table = torch.zeros(1, dtype=torch.int64)
+        self.library.call("describe_device", capability, multiprocessors, capture, table)
+        _C.sparse24_attach_cuda(int(table))
+
+    @property
+    def kernel(self) -> int:
+        """Which one ran last."""
+        kernel = torch.zeros(1, dtype=torch.int64)
+        self.library.call("kernel_that_ran", kernel)
+        return int(kernel)
+
+
+@pytest.fixture(scope="module")
+def table(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(HERE / "kernels" / "cuda_table.cu", *PARTS)
+
+
+@pytest.fixture
+def gpu(table: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    shape_on = formats.sparse24_panels_shape
+    for module in (formats, sparse24_layout):
+        monkeypatch.setattr(
+            module,
+            "sparse24_panels_shape",
+            lambda n, k, dtype, device: shape_on(n, k, dtype, torch.device("cuda")),
+        )
+    monkeypatch.setattr(sparse24_layout, "_status", lambda t: torch.empty(2, dtype=torch.int64))
+    monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
+    monkeypatch.setattr(cuda_workspace, "_counters", {})
+    sparse24._workspace_bytes.cache_clear()
+    yield Gpu(table)
+    sparse24._workspace_bytes.cache_clear()
+    _C.sparse24_attach_cuda(0)
+
+
+def check(m: int, n: int, k: int, dtype: torch.dtype, activation: str | None = "silu") -> None:
+    weight = sparse_24(n, k, dtype)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    oracle = Oracle(x, weight, bias, activation)
+    for layout in (weight, Sparse24Panels.from_sparse24(weight)):
+        oracle.check(sparse24_linear(x, layout, bias, activation))
+
+
+@pytest.mark.parametrize(
+    ("capability", "m", "dtype", "kernel"),
+    [
+        (80, 1, torch.bfloat16, DECODE),
+        (90, 20, torch.float16, DECODE),
+        (80, 70, torch.bfloat16, PREFILL),
+        (90, 130, torch.bfloat16, WGMMA),
+        (100, 70, torch.float16, PREFILL),
+        (80, 5, torch.float32, FLOAT32),
+        (90, 70, torch.float32, FLOAT32),
+    ],
+    ids=str,
+)
+def test_matches_dense(gpu: Gpu, capability: int, m: int, dtype: torch.dtype, kernel: int) -> None:
+    gpu.describe(capability)
+    check(m, 50, 300, dtype)
+    assert gpu.kernel == kernel
+
+
+def test_blocks_that_share_a_tile_leave_their_counters_as_zeros(gpu: Gpu) -> None:
+    gpu.describe(multiprocessors=64)
+    chosen = _C.sparse24_choose_cuda(3, 16, 8000, "bfloat16", 0)
+    assert chosen["split_k"] > 1
+    assert chosen["workspace_bytes"] > 0
+    check(3, 16, 8000, torch.bfloat16)
+    check(2, 16, 8000, torch.bfloat16)  # the same counters again
+    ((made_in, counters),) = cuda_workspace._counters.values()
+    assert made_in == 0
+    assert not counters.any()
+
+
+def test_each_graph_counts_at_its_own_counters(gpu: Gpu) -> None:
+    seen = []
+    for capture in (0, 7, 7, 8, 0):
+        gpu.describe(multiprocessors=64, capture=capture)
+        check(3, 16, 8000, torch.bfloat16)
+        ((made_in, counters),) = cuda_workspace._counters.values()
+        assert made_in == capture
+        seen.append(counters)
+    assert seen[1] is seen[2]
+    assert len({id(counters) for counters in seen}) == 4
+
+
+@pytest.mark.parametrize("k", [1, 5, 63, 300])
+def test_rows_of_any_stride(gpu: Gpu, k: int) -> None:
+    weight, wide = sparse_24(33, k, torch.bfloat16), torch.randn(9, k + 5).bfloat16()
+    for x in (
+        wide[:, 1 : k + 1],
+        wide[:, :k],
+        wide.t()[:k].t(),
+        wide[::2, :k],
+        wide[:1, 3 : k + 3],
+    ):
+        Oracle(x, weight).check(sparse24_linear(x, weight))
+    same = wide[0, :k].expand(4, k)
+    Oracle(same, weight).check(sparse24_linear(same, weight))
+
+
+def test_layouts_are_those_of_the_cpu(gpu: Gpu) -> None:
+    dense = sparse_24(33, 70).to_dense()
+    weight = Sparse24.from_dense(dense).validate()
+    assert torch.equal(weight.to_dense(), dense)
+    back = Sparse24Panels.from_sparse24(weight).to_sparse24()
+    assert torch.equal(back.values, weight.values)
+    assert torch.equal(back.indices, weight.indices)
+
+
+def test_bad_weights_are_reported_as_on_the_cpu(gpu: Gpu) -> None:
+    dense = torch.zeros(3, 12)
+    dense[1, 4:7] = 1.0
+    with pytest.raises(ValueError, match=r"1 of 9 groups.*row 1, columns 4 to 7"):
+        Sparse24.from_dense(dense)
+    weight = sparse_24(20, 64)
+    weight.indices[3, 2] = 0xFF
+    with pytest.raises(ValueError, match=r"row 3, group 4 \(byte 255\)"):
+        weight.validate()
+
+
+def test_gpu_too_old_is_named(gpu: Gpu) -> None:
+    gpu.describe(capability=75)
+    with pytest.raises(ValueError, match=r"compute capability 7\.5, the kernels need 8\.0"):
+        check(1, 16, 32, torch.bfloat16)
+
+
+def test_cuda_tensors_without_the_module_are_named() -> None:
+    with pytest.raises(ValueError, match="the CUDA module is not loaded"):
+        _C.sparse24_choose_cuda(1, 16, 32, "bfloat16", 0)
