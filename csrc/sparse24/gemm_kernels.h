@@ -67,12 +67,10 @@ struct Kernels {
   // ---- x, a record of a row at a time -----------------------------------------------------------
 
   static void fetch(const XRows& x, int64_t row, int64_t k, X (&columns)[kRecordK]) {
-    const T* from = static_cast<const T*>(x.data) + row * x.stride_m + k * x.stride_k;
-    if (row < x.rows && x.stride_k == 1 && k + kRecordK <= x.k) return convert(from, columns);
+    const T* from = static_cast<const T*>(x.data) + row * x.stride + k;
+    if (row < x.rows && k + kRecordK <= x.k) return convert(from, columns);
     T padded[kRecordK] = {};
-    for (int64_t i = 0; row < x.rows && i < kRecordK && k + i < x.k; ++i) {
-      padded[i] = from[i * x.stride_k];
-    }
+    for (int64_t i = 0; row < x.rows && i < kRecordK && k + i < x.k; ++i) padded[i] = from[i];
     convert(padded, columns);
   }
   static void convert(const T* from, X (&columns)[kRecordK]) {
@@ -179,9 +177,9 @@ struct Kernels {
       for (int vector = 0; vector < Vectors; ++vector, panel += S::kLanes) {
         const int64_t row = vector * S::kLanes, k = record * kRecordK;
         if constexpr (sizeof(X) == sizeof(T)) {
-          if (row + S::kLanes <= x.rows && x.stride_k == 1 && k + kRecordK <= x.k) {
-            const X* rows = static_cast<const X*>(x.data) + row * x.stride_m + k;
-            Multiply::pack_record(rows, x.stride_m, stride, panel);
+          if (row + S::kLanes <= x.rows && k + kRecordK <= x.k) {
+            const X* rows = static_cast<const X*>(x.data) + row * x.stride + k;
+            Multiply::pack_record(rows, x.stride, stride, panel);
             continue;
           }
         }
@@ -290,13 +288,11 @@ struct Kernels {
           __builtin_prefetch(next + word, 0, 3);
         }
         // This block's share of the rows of x that the next pass packs.
-        if (task.x.stride_k == 1) {
-          const T* x = static_cast<const T*>(task.x.data) + (begin + records) * kRecordK;
-          for (int64_t row = task.x.rows * block / task.blocks;
-               row < task.x.rows * (block + 1) / task.blocks; ++row) {
-            for (int64_t k = 0; k < records * kRecordK; k += 64 / sizeof(T)) {
-              __builtin_prefetch(x + row * task.x.stride_m + k, 0, 2);
-            }
+        const T* x = static_cast<const T*>(task.x.data) + (begin + records) * kRecordK;
+        for (int64_t row = task.x.rows * block / task.blocks;
+             row < task.x.rows * (block + 1) / task.blocks; ++row) {
+          for (int64_t k = 0; k < records * kRecordK; k += 64 / sizeof(T)) {
+            __builtin_prefetch(x + row * task.x.stride + k, 0, 2);
           }
         }
         multiply_block<Vectors, kOutputs>(words, weights, records, panel, begin == 0,
