@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,12 @@ from devices import PRIMITIVES, PRIMITIVES_SM90
 from emulator import nvcc, run_nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
-SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 PACKAGED = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
 
 
 def disassemble(cubin: Path) -> str:
     folders = [str(Path(str(nvcc())).resolve().parent), os.environ.get("PATH", "")]
-    folders += [str(SITE_PACKAGES / folder) for folder in PACKAGED]
+    folders += [str(Path(site) / folder) for site in sys.path for folder in PACKAGED]
     places = os.pathsep.join(folders)
     for tool, *flags in (("cuobjdump", "--dump-sass"), ("nvdisasm", "--print-code")):
         if found := shutil.which(tool, path=places):
