@@ -135,7 +135,9 @@ def run_case(weight: Weight, rows: int, plan: Plan, limits: Limits) -> Case:
     flops = 2 * rows * shape.out_features * shape.in_features
     kept = 2 * math.ceil(shape.in_features / 4)
     real_flops = 2 * rows * shape.out_features * kept
-    nbytes = weight.packed[0].nbytes + x.nbytes + rows * shape.out_features * dtype.itemsize
+    activations = x.nbytes + rows * shape.out_features * dtype.itemsize
+    nbytes = weight.packed[0].nbytes + activations
+    dense_nbytes = weight.dense[0].nbytes + activations
     choice = _C.sparse24_choose(
         rows, shape.out_features, shape.in_features, weight.dtype, limits.threads
     )
@@ -153,6 +155,7 @@ def run_case(weight: Weight, rows: int, plan: Plan, limits: Limits) -> Case:
         nbytes=nbytes,
         peak_flops=limits.flops[weight.dtype],
         limit_seconds=limits.seconds(weight.dtype, real_flops, nbytes, cold=plan.cold),
+        dense_limit_seconds=limits.seconds(weight.dtype, flops, dense_nbytes, cold=plan.cold),
     )
 
 

@@ -50,6 +50,7 @@ class Case:
     nbytes: int  # weights as stored, inputs and outputs, each once
     peak_flops: float  # FLOP/s measured in the same run
     limit_seconds: float  # what the measured peak and read bandwidth allow at best
+    dense_limit_seconds: float  # the same for the dense layer
 
     @property
     def name(self) -> str:
@@ -90,6 +91,11 @@ class Case:
         """The least possible time over the time taken."""
         return self.limit_seconds / self.ours.median
 
+    @property
+    def ratio_of_limits(self) -> float:
+        """How many times faster than dense the machine allows, were both as fast as it allows."""
+        return self.dense_limit_seconds / self.limit_seconds
+
     def entries(self) -> list[dict[str, Any]]:
         """The case for the record: one entry a contender, the finding with our own."""
         finding = {
@@ -107,6 +113,9 @@ class Case:
             "gigabytes_per_second": self.gigabytes_per_second,
             "share_of_peak": self.share_of_peak,
             "share_of_limit": self.share_of_limit,
+            "limit_seconds": self.limit_seconds,
+            "dense_limit_seconds": self.dense_limit_seconds,
+            "ratio_of_limits": self.ratio_of_limits,
         }
         params = {
             "shape": self.shape.name,

@@ -94,8 +94,8 @@ def print_cases(console: Console, cases: Sequence[Case]) -> None:
     console.print(table)
 
 
-def _mean_of(cases: Iterable[Case], ratio: Callable[[Case], Ratio]) -> str:
-    mean = geometric_mean(ratio(case).median for case in cases)
+def _mean_of(cases: Iterable[Case], ratio: Callable[[Case], float]) -> str:
+    mean = geometric_mean(ratio(case) for case in cases)
     return "-" if mean != mean else _ratio(mean)
 
 
@@ -106,6 +106,7 @@ def _print_cases_summary(console: Console, cases: Sequence[Case]) -> None:
     console.print("[bold]2:4 layers: times faster than dense, geometric mean over all shapes[/]")
     table = _table(
         *("dtype", f"best dense,\n{few}", f"best dense,\n{many}"),
+        *(f"limits allow,\n{few}", f"limits allow,\n{many}"),
         *(f"{today},\n{few}", f"{today},\n{many}", "slower than\nbest dense"),
     )
     for dtype in dict.fromkeys(case.dtype for case in cases):
@@ -117,8 +118,9 @@ def _print_cases_summary(console: Console, cases: Sequence[Case]) -> None:
         slower = sum(case.against_best.median < LOSS for case in mine)
         table.add_row(
             dtype,
-            *(_mean_of(group, lambda case: case.against_best) for group in groups),
-            *(_mean_of(group, lambda case: case.against_default) for group in groups),
+            *(_mean_of(group, lambda case: case.against_best.median) for group in groups),
+            *(_mean_of(group, lambda case: case.ratio_of_limits) for group in groups),
+            *(_mean_of(group, lambda case: case.against_default.median) for group in groups),
             f"{slower} of {len(mine)} cases",
         )
     console.print(table)

@@ -110,6 +110,22 @@ def test_case_is_right_and_complete(dtype: str) -> None:
     assert case.limit_seconds == pytest.approx(LIMITS.seconds(dtype, 6144, case.nbytes))
 
 
+def test_limits_of_both_sides() -> None:
+    # Bound by bytes, then by arithmetic. 32 x 64 weights of 4 bytes are 8192, packed 17/32 of that.
+    slow_reads = replace(LIMITS, read={1: 1e9})
+    slow_adds = replace(LIMITS, flops={"float32": 1e6})
+    with torch.no_grad():
+        weight = Weight(TINY, "float32", cold=False)
+        bytes_bound = run_case(weight, 3, _plan(), slow_reads)
+        flops_bound = run_case(weight, 3, _plan(), slow_adds)
+    around = 4 * 3 * (32 + 64)
+    assert bytes_bound.limit_seconds == pytest.approx((4352 + around) / 1e9)
+    assert bytes_bound.dense_limit_seconds == pytest.approx((8192 + around) / 1e9)
+    assert bytes_bound.ratio_of_limits == pytest.approx((8192 + around) / (4352 + around))
+    assert flops_bound.dense_limit_seconds == pytest.approx(2 * 3 * 32 * 64 / 1e6)
+    assert flops_bound.ratio_of_limits == pytest.approx(2.0)
+
+
 def test_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gossamer.sparse24_linear
     monkeypatch.setattr(gossamer, "sparse24_linear", lambda x, weight: right(x, weight) * 1.01)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,11 @@ import models
 import pytest
 import run
 import torch
-from bench_sparse24 import Plan, Weight
+from bench_sparse24 import Plan, Weight, run_case
 from machine import Limits
 from record import OURS, Case, Check
 from shapes import DTYPES, QUICK_ROWS, ROWS, SHAPES
-from tiny_bench import HASTE, LIMITS
+from tiny_bench import HASTE, LIMITS, TINY
 
 
 def test_command_line_defaults() -> None:
@@ -95,6 +97,9 @@ def test_run_leaves_record_and_picture(tiny_run: list[str], tmp_path: Path) -> N
     for entry in ours:
         assert entry["extra_info"]["check"]["passed"]
         assert entry["extra_info"]["against_best_dense"]["median"] > 0
+        finding = entry["extra_info"]
+        limits = finding["dense_limit_seconds"] / finding["limit_seconds"]
+        assert finding["ratio_of_limits"] == pytest.approx(limits, rel=1e-5)
         assert len(entry["stats"]["data"]) == entry["stats"]["rounds"] == 2
 
 
@@ -113,6 +118,19 @@ def test_wrong_answer_fails_the_run(
     out = capsys.readouterr().out
     assert "1 of 2 cases" in out
     assert "sparse24/float32/32x64/m3" in out
+
+
+def test_summary_has_the_mean_ratio_of_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    console = pytest.importorskip("rich.console").Console(width=200)
+    report = importlib.import_module("report")
+    plan = Plan((TINY,), (1,), ("float32",), HASTE)
+    case = run_case(Weight(TINY, "float32", cold=False), 1, plan, LIMITS)
+    cases = [
+        replace(case, rows=rows, limit_seconds=1.0, dense_limit_seconds=ratio)
+        for rows, ratio in ((1, 2.0), (16, 8.0), (64, 3.0))
+    ]
+    report.print_summary(console, cases, [])
+    assert re.search(r"float32( +\S+){2} +4.00x +3.00x", capsys.readouterr().out)
 
 
 def test_sentences_are_varied() -> None:

@@ -190,6 +190,28 @@ def test_any_strides(target: str, dtype: torch.dtype, kind: str, batch: int) -> 
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+def test_strides_of_one_column_or_no_row(target: str, batch: int) -> None:
+    """torch calls these contiguous, whatever the stride of a column is."""
+    column, no_rows = torch.randn(1, batch).t(), torch.randn(8, batch + 1)[:, :0].t()
+    assert column.stride(1) == batch
+    assert no_rows.stride(1) == batch + 1
+    for x in (column, no_rows):
+        sparse = sparse_24(20, x.shape[1])
+        oracle = Oracle(x, sparse)
+        for weight in both_layouts(sparse):
+            oracle.check(sparse24_linear(x, weight))
+
+
+def test_strided_columns_are_refused_at_the_border() -> None:
+    sparse, out = sparse_24(6, 12), torch.full((3, 6), 7.0)
+    with pytest.raises(ValueError, match=r"x has strides \[1, 3\]"):
+        _C.sparse24_linear(
+            out, torch.randn(12, 3).t(), sparse.values, sparse.indices, None, "none", 1
+        )
+    assert out.eq(7.0).all()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("in_features", [1, 2, 3, 5, 30, 37])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

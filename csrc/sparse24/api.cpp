@@ -198,14 +198,17 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_device(op, "out", out, "x", x);
   check_device(op, "the weight", weight, "x", x);
   const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
+  // The stride of a dimension nobody walks along may be anything.
+  GOSSAMER_CHECK(x.strides[1] == 1 || k <= 1 || m == 0, op, ": x has strides [", x.strides[0], ", ",
+                 x.strides[1], "], its columns must be contiguous");
   if (indices) check_dtype(op, "the weight", weight, x.dtype);
   const Weight w = indices ? portable(op, weight, *indices, n, k)
                            : panels(op, weight, panel_dtype(name(x.dtype)), n, k);
   check_dtype(op, "out", out, x.dtype);
   check_shape(op, "out", out, m, n);
   check_contiguous(op, "out", out);
-  gemm({w, m, x.data, x.strides[0], x.strides[1], bias_of(op, bias, n, x.dtype, x),
-        activation_of(activation), out.data, threads});
+  gemm({w, m, x.data, x.strides[0], bias_of(op, bias, n, x.dtype, x), activation_of(activation),
+        out.data, threads});
 }
 
 py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int threads) {

@@ -55,8 +55,7 @@ Epilogue epilogue_at(const GemmArgs& args, int64_t row, int64_t output) {
 
 XRows rows_at(const GemmArgs& args, int64_t row, int64_t rows) {
   const auto* x = static_cast<const char*>(args.x);
-  return {x + row * args.x_stride_m * size_of(args.weight.dtype), args.x_stride_m, args.x_stride_k,
-          rows, args.weight.k};
+  return {x + row * args.x_stride * size_of(args.weight.dtype), args.x_stride, rows, args.weight.k};
 }
 
 // Of a weight that comes in its portable form, what is converted at once: by each thread of
@@ -73,8 +72,8 @@ void gemm_few_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& con
   const XRows rows = rows_at(args, 0, args.m);
   const void* x = args.x;
   const int64_t row_bytes = w.records() * kRecordK * unit.few_rows_element_bytes;
-  const bool in_place = args.m == 1 && args.x_stride_k == 1 && w.k % kRecordK == 0 &&
-                        unit.few_rows_element_bytes == size_of(w.dtype);
+  const bool in_place =
+      args.m == 1 && w.k % kRecordK == 0 && unit.few_rows_element_bytes == size_of(w.dtype);
   if (!in_place) {
     void* packed = packed_x.at_least(config.tiles * config.tile * row_bytes);
     unit.pack_few(rows, config.tile, packed);

@@ -34,7 +34,7 @@ void gemm_rows(const GemmArgs& args) {
           const int64_t k = 4 * g + (nibble >> (2 * slot) & 3);
           if (k >= w.k) continue;
           sum += to_float(values[(n * w.groups() + g) * 2 + slot]) *
-                 to_float(x[m * args.x_stride_m + k * args.x_stride_k]);
+                 to_float(x[m * args.x_stride + k]);
         }
       }
       if (bias != nullptr) sum += to_float(bias[n]);

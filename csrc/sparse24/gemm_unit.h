@@ -13,10 +13,10 @@ constexpr int max_few_rows(int lanes) { return lanes == 16 ? 16 : 4; }
 constexpr int max_many_vectors(int lanes) { return lanes == 16 ? 12 : 10; }
 constexpr int kMaxRecordsPerPass = 8;
 
-// Rows of x, and where they end: rows and columns past the end read as zero.
+// Rows of x, each contiguous, and where they end: rows and columns past the end read as zero.
 struct XRows {
   const void* data;
-  int64_t stride_m, stride_k;  // in elements
+  int64_t stride;  // between rows, in elements
   int64_t rows, k;
 };
 

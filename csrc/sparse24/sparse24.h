@@ -57,8 +57,8 @@ struct Weight {
 struct GemmArgs {
   Weight weight;
   int64_t m;
-  const void* x;  // [m, k] in the weight's dtype, any strides (in elements)
-  int64_t x_stride_m, x_stride_k;
+  const void* x;     // [m, k] in the weight's dtype, columns contiguous
+  int64_t x_stride;  // between rows, in elements
   const void* bias;  // [n] or null
   Activation activation;
   void* out;  // [m, n], row-major

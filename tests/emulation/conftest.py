@@ -35,6 +35,12 @@ def sanitizers(_sanitizers: Sanitizers) -> Iterator[Sanitizers]:
     assert _sanitizers.take() == ""
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads: int) -> None:
+    """The emulation has one, and torch's others would spin beside it after every small sum."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def emulator(_sanitizers: Sanitizers, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     if Emulator.compiler() is None:

@@ -1,4 +1,4 @@
-"""Every wrapper in common/ptx_sm90.cuh against its definition, as test_primitives.py does."""
+"""Every wrapper in common/ptx_sm90.cuh against its definition, as in test_primitives_mma.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from devices import Device
-from test_primitives import LEGAL_PAIRS, fragment_a, fragment_d, matrix_d, metadata, random_operand
+from fragments import LEGAL_PAIRS, fragment_a, fragment_d, matrix_d, metadata, random_operand
 from torch import Tensor
 
 SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes, by the number of `enum class Swizzle`

@@ -1,0 +1,205 @@
+#pragma once
+// many_rows: y[m, n] = act(sum_k x[m, k] W[n, k] + b[n]), as many rows at a time as the registers
+// of a tile have lanes.
+//
+//   panel of x, in L1     column 0 | x[m, 0] | x[m+1, 0] | ...   transposed by pack()
+//                         column 1 | x[m, 1] | x[m+1, 1] | ...
+//   a kept weight         | W[n, k] | W[n, k] | ...              broadcast; k names the panel's row
+//   sums                  | y[m, n] | y[m+1, n] | ...            of each register of the tile
+#include "sparse24/gemm_ends.h"
+
+namespace gossamer::sparse24 {
+
+template <class S, class T, class Multiply>
+struct ManyRows {
+  using Ends = GemmEnds<S, T, Multiply>;
+  using F = typename Ends::F;
+  using X = typename Ends::X;
+
+  template <int Vectors>
+  static void pack(const XRows& x, int64_t begin, int64_t end, uint32_t* packed) {
+    constexpr int64_t stride = Vectors * S::kLanes;
+    for (int64_t record = begin; record < end; ++record) {
+      uint32_t* panel = packed + (record - begin) * Multiply::kPanelRows * stride;
+      for (int vector = 0; vector < Vectors; ++vector, panel += S::kLanes) {
+        const int64_t row = vector * S::kLanes, k = record * kRecordK;
+        if constexpr (sizeof(X) == sizeof(T)) {
+          if (row + S::kLanes <= x.rows && k + kRecordK <= x.k) {
+            const X* rows = static_cast<const X*>(x.data) + row * x.stride + k;
+            Multiply::pack_record(rows, x.stride, stride, panel);
+            continue;
+          }
+        }
+        alignas(64) X rows[S::kLanes][kRecordK];
+        for (int i = 0; i < S::kLanes; ++i) Ends::fetch(x, row + i, k, rows[i]);
+        Multiply::pack_record(rows[0], kRecordK, stride, panel);
+      }
+    }
+  }
+
+  // One pass: 16 outputs of a block against all rows of the tile, over `records` records of K.
+  //
+  // A multiply-add reads x from memory, so the loads are the limit: (Vectors + 1) of them for
+  // Vectors multiply-adds. Their addresses must never be late, and must not come through integer
+  // loads, which take the same ports: the offsets of an output's next record are computed in vector
+  // registers while this one is multiplied, and move to integer registers four at a time, four
+  // steps ahead.
+  template <int Vectors, int Outputs>
+  static void multiply_block(const uint32_t* words, const uint32_t* weights, int64_t records,
+                             const char* panel, bool first_pass, float* sums) {
+    constexpr int kRowBytes = Vectors * S::kLanes * sizeof(float);
+    constexpr int kQuads = Multiply::kSteps / 4;
+    typename S::H offsets[Outputs], next_offsets[Outputs];
+    uint64_t quad[Outputs], next_quad[Outputs];
+#pragma GCC unroll 8
+    for (int o = 0; o < Outputs; ++o) {
+      offsets[o] = Multiply::template offsets<kRowBytes>(words + o, 0);
+      quad[o] = S::quad(offsets[o], 0);
+    }
+    for (int first = 0; first < kBlockN; first += Outputs, sums += Outputs * Vectors * S::kLanes) {
+      F sum[Outputs][Vectors];
+#pragma GCC unroll 8
+      for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 16
+        for (int v = 0; v < Vectors; ++v) {
+          sum[o][v] = first_pass ? S::zero() : S::load(sums + (o * Vectors + v) * S::kLanes);
+        }
+      }
+      for (int64_t record = 0; record < records; ++record) {
+        const uint32_t* weight = S::opaque(weights + record * Multiply::kWeightWords + first);
+        const bool last = record + 1 == records;
+        const int64_t next = last ? 0 : record + 1;
+        const uint32_t* next_words =
+            words + next * Ends::kRecordWords + (last ? (first + Outputs) % kBlockN : first);
+#pragma GCC unroll 8
+        for (int o = 0; o < Outputs; ++o) {
+          next_offsets[o] = Multiply::template offsets<kRowBytes>(
+              next_words + o, next * Multiply::kPanelRows * kRowBytes);
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < kQuads; ++q) {
+#pragma GCC unroll 8
+          for (int o = 0; o < Outputs; ++o) {
+            next_quad[o] =
+                q + 1 < kQuads ? S::quad(offsets[o], q + 1) : S::quad(next_offsets[o], 0);
+          }
+#pragma GCC unroll 4
+          for (int step = 0; step < 4; ++step) {
+#pragma GCC unroll 8
+            for (int o = 0; o < Outputs; ++o) {
+              const F broadcast = S::broadcast(weight + (4 * q + step) * kBlockN + o);
+              const char* x = panel + static_cast<uint16_t>(quad[o] >> (16 * step));
+#pragma GCC unroll 16
+              for (int v = 0; v < Vectors; ++v) {
+                sum[o][v] =
+                    Multiply::multiply(broadcast, x + v * S::kLanes * sizeof(float), sum[o][v]);
+              }
+            }
+          }
+#pragma GCC unroll 8
+          for (int o = 0; o < Outputs; ++o) quad[o] = next_quad[o];
+        }
+#pragma GCC unroll 8
+        for (int o = 0; o < Outputs; ++o) offsets[o] = next_offsets[o];
+      }
+#pragma GCC unroll 8
+      for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 16
+        for (int v = 0; v < Vectors; ++v) S::store(sums + (o * Vectors + v) * S::kLanes, sum[o][v]);
+      }
+    }
+  }
+
+  template <int Vectors>
+  static void run_tile(const ManyRowsTask& task) {
+    // About eight sums in flight hide the latency of a multiply-add.
+    constexpr int kOutputs = Vectors >= 7 ? 1 : Vectors >= 4 ? 2 : 4;
+    constexpr int64_t kTileRows = Vectors * S::kLanes;
+    constexpr int64_t kPanelBytes = Multiply::kPanelRows * kTileRows * sizeof(float);
+    static_assert(kPanelBytes < 1 << 16, "offsets into the panel are 16 bits");
+    alignas(64) uint32_t expanded[kMaxRecordsPerPass * Multiply::kSteps * kBlockN];
+    for (int64_t begin = 0; begin < task.records; begin += task.records_per_pass) {
+      const int64_t left = task.records - begin;
+      const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
+      pack<Vectors>(task.x, begin, begin + records, task.panel);
+      const auto* panel = reinterpret_cast<const char*>(task.panel);
+      for (int64_t block = 0; block < task.blocks; ++block) {
+        const uint32_t* words = task.panels + (block * task.records + begin) * Ends::kRecordWords;
+        const uint32_t* weights = Multiply::weights(words, records, expanded);
+        // Two blocks ahead: a block's first output already reads all of its weights.
+        const int64_t next_block = (block + 2) % task.blocks;
+        const int64_t next_begin = block + 2 < task.blocks ? begin : begin + records;
+        const uint32_t* next =
+            task.panels + (next_block * task.records + next_begin) * Ends::kRecordWords;
+        for (int64_t word = 0; word < records * Ends::kRecordWords; word += kBlockN) {
+          __builtin_prefetch(next + word, 0, 3);
+        }
+        // This block's share of the rows of x that the next pass packs.
+        const T* x = static_cast<const T*>(task.x.data) + (begin + records) * kRecordK;
+        for (int64_t row = task.x.rows * block / task.blocks;
+             row < task.x.rows * (block + 1) / task.blocks; ++row) {
+          for (int64_t k = 0; k < records * kRecordK; k += 64 / sizeof(T)) {
+            __builtin_prefetch(x + row * task.x.stride + k, 0, 2);
+          }
+        }
+        multiply_block<Vectors, kOutputs>(words, weights, records, panel, begin == 0,
+                                          task.sums + block * kBlockN * kTileRows);
+      }
+    }
+    // Rows outside, so that neighbouring outputs of a row are written soon after each other.
+    const int64_t padded = task.blocks * kBlockN;
+    const int64_t outputs = task.epilogue.n < padded ? task.epilogue.n : padded;
+    for (int64_t row = 0; row < task.x.rows; row += S::kLanes) {
+      for (int64_t first = 0; first < outputs; first += kSquare) {
+        finish_square<kTileRows>(task, row, first, outputs - first);
+      }
+    }
+  }
+
+  // The sums lie output by output, y row by row: a square of kLanes rows by as many words of y is
+  // finished, rounded and then transposed. Where the task's outputs end inside the square, the sums
+  // past them are whatever the memory holds, and are not written.
+  static constexpr int kPerWord = 4 / sizeof(T);
+  static constexpr int kSquare = S::kLanes * kPerWord;  // outputs
+
+  template <int64_t kTileRows>
+  static void finish_square(const ManyRowsTask& task, int64_t row, int64_t first, int64_t outputs) {
+    const Epilogue& e = task.epilogue;
+    const float* sums = task.sums + first * kTileRows + row;
+    float bias[kSquare];
+    Ends::load_bias(e, first, bias);
+    const auto finished = [&](int output) {
+      const F sum = S::load(sums + output * kTileRows);
+      return Ends::activate(S::add(sum, S::set1(bias[output])), e.activation);
+    };
+    typename S::I words[S::kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kLanes; ++i) {
+      if constexpr (kPerWord == 1) {
+        words[i] = S::as_int(finished(i));
+      } else {
+        words[i] = S::pair(finished(2 * i), finished(2 * i + 1), T{});
+      }
+    }
+    T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
+    const int64_t rows = task.x.rows - row;
+    if (outputs >= kSquare && rows >= S::kLanes) {
+      return S::transpose(words, out, e.out_stride * sizeof(T));
+    }
+    alignas(64) T square[S::kLanes][kSquare];
+    S::transpose(words, square, sizeof square[0]);
+    for (int64_t i = 0; i < rows && i < S::kLanes; ++i) {
+      __builtin_memcpy(out + i * e.out_stride, square[i],
+                       (outputs < kSquare ? outputs : kSquare) * sizeof(T));
+    }
+  }
+
+  template <int Vectors>
+  static void run_up_to(const ManyRowsTask& task) {
+    if (task.tile == Vectors) return run_tile<Vectors>(task);
+    if constexpr (Vectors > 1) run_up_to<Vectors - 1>(task);
+  }
+  static void run(const ManyRowsTask& task) { run_up_to<max_many_vectors(S::kLanes)>(task); }
+};
+
+}  // namespace gossamer::sparse24
