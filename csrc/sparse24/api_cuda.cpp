@@ -65,7 +65,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_shape(op, "out", out, m, n);
   check_contiguous(op, "out", out);
   const int64_t row_bytes = x.strides[0] * size_of(x.dtype);
-  GOSSAMER_CHECK((k == 1 || x.strides[1] == 1) && (m == 1 || row_bytes % 16 == 0) &&
+  GOSSAMER_CHECK((k <= 1 || m == 0 || x.strides[1] == 1) && (m <= 1 || row_bytes % 16 == 0) &&
                      reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
                  op, ": x with strides [", x.strides[0], ", ", x.strides[1],
                  "] does not begin each row at a multiple of 16 bytes");
