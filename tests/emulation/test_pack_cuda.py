@@ -305,15 +305,13 @@ def test_panels_at_any_alignment(
         assert torch.equal(again[1], indices), (n, k)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_more_records_than_the_grid(pack_panels: KernelLibrary, dtype: torch.dtype) -> None:
+def test_more_records_than_the_grid(pack_panels: KernelLibrary) -> None:
     n, k = 16 * 8 * 2048 + 17, 4  # eight records a block, at most 2048 blocks
-    values = torch.arange(2 * n, dtype=torch.int32).view(n, 2)
-    values = values.view(dtype) if dtype.itemsize == 4 else values.to(torch.int16).view(dtype)
+    values = torch.arange(2.0 * n).view(n, 2)
     indices = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)[torch.arange(n) % 6].view(n, 1)
     panels = to_panels(pack_panels, values, indices, k)
     assert torch.equal(panels, expected_panels(values, indices, k))
-    again = from_panels(pack_panels, panels, n, k, dtype)
+    again = from_panels(pack_panels, panels, n, k, torch.float32)
     assert same(again[0], values)
     assert torch.equal(again[1], indices)
 
