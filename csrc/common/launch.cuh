@@ -38,6 +38,12 @@ inline void fill_zero(void* global, size_t bytes, cudaStream_t stream) {
   GOSSAMER_CUDA_CHECK(cudaMemsetAsync(global, 0, bytes, stream));
 }
 
+// Waits for what the stream has been given so far.
+inline void copy_to_host(void* host, const void* global, size_t bytes, cudaStream_t stream) {
+  GOSSAMER_CUDA_CHECK(cudaMemcpyAsync(host, global, bytes, cudaMemcpyDeviceToHost, stream));
+  GOSSAMER_CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
 // The block's dynamic shared memory, which the launch sizes as sizeof(T) or as an array of T.
 template <class T>
 __device__ T* shared_memory() {

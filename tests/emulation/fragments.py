@@ -1,73 +1,85 @@
-"""How the lanes of a warp hold the operands of mma and mma.sp, written anew in torch."""
+"""The fragments of csrc/sparse24/cuda.h, element by element from what common/ptx.cuh says of the
+operands of mma.sp: the oracle for the kernels that write and read them."""
 
 from __future__ import annotations
 
-import itertools
-
 import torch
+import torch.nn.functional as F
+from gossamer.formats import Sparse24
 from torch import Tensor
 
-LEGAL_PAIRS = torch.tensor(list(itertools.combinations(range(4), 2)))
+ROWS, COLUMNS = 16, 256  # of a record
+GROUPS = COLUMNS // 4
+LANES = torch.arange(32)
+G, T = LANES // 4, LANES % 4
 
 
-def int_bits(t: Tensor) -> Tensor:
-    """The registers that hold ``t`` [..., elements of one register or more], as int32."""
-    return t.contiguous().view(torch.int32)
+def fragments(weight: Sparse24) -> Tensor:
+    """[tiles, records, words] int32 of a weight with 16-bit values."""
+    return fragments_of(weight.values, weight.indices, weight.in_features)
 
 
-def random_operand(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Whole numbers, so that every order of summation gives the same result."""
-    return torch.randint(-8, 9, (rows, columns)).to(dtype)
+def fragments_of(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """The same of its parts, for values of 1 or 2 bytes of any dtype."""
+    rows, records = values.shape[0], -(-in_features // COLUMNS)
+    tiles = -(-rows // ROWS)
+    raw = {1: torch.int8, 2: torch.int16}[values.itemsize]
+    stored = values.contiguous().view(raw)
+    padding = (0, records * 2 * GROUPS - stored.shape[1], 0, tiles * ROWS - rows)
+    stored = F.pad(stored, padding).view(tiles, ROWS, records, 2 * GROUPS)
+    return torch.cat(
+        [
+            _registers(stored).flatten(2).view(torch.int32),
+            _metadata(_nibbles(indices, in_features, tiles, records), values.itemsize),
+        ],
+        dim=2,
+    )
 
 
-def fragment_a(a: Tensor) -> Tensor:
-    """[32 lanes, 4] registers of a [16, S] operand (PTX: mma.m16n8k*, multiplicand A).
-
-    A warp's lanes are eight groups of four. Registers 0 and 2 hold row `group`, 1 and 3 row
-    `group + 8`; 0 and 1 the first half of the columns, 2 and 3 the second; a lane's place in its
-    group says which 4 bytes of that half.
-    """
-    halves = a.view(2, 8, 2, 4, a.shape[1] // 8)  # row half, group, column half, lane, elements
-    registers = int_bits(halves)[..., 0].permute(1, 3, 2, 0)  # group, lane, column half, row half
-    return registers.reshape(32, 4)
-
-
-def fragment_b(b: Tensor) -> Tensor:
-    """[32 lanes, R] registers of a [K, 8] operand: column `group`, 4 bytes of K for each lane."""
-    per_register = 4 // b.itemsize
-    k = b.shape[0] // (4 * per_register)
-    columns = b.t().contiguous().view(8, k, 4, per_register)  # group, register, lane, elements
-    return int_bits(columns)[..., 0].permute(0, 2, 1).reshape(32, k)
+def _registers(stored: Tensor) -> Tensor:
+    """[tiles, records, steps, lanes, registers, elements] of [tiles, rows, records, slots]."""
+    elements = 4 // stored.itemsize  # E
+    steps = 4 * stored.itemsize
+    step = torch.arange(steps).view(-1, 1, 1, 1)
+    g, t = G.view(-1, 1, 1), T.view(-1, 1, 1)
+    i = torch.arange(4).view(-1, 1)
+    e = torch.arange(elements)
+    # "register i, element e: row g + 8 (i mod 2), column E t + 4E (i / 2) + e"
+    row = g + 8 * (i % 2)
+    column = 8 * elements * step + elements * t + 4 * elements * (i // 2) + e
+    row, column = torch.broadcast_tensors(row, column)
+    return stored.transpose(1, 2)[:, :, row, column].contiguous()
 
 
-def matrix_d(d: Tensor) -> Tensor:
-    """The [16, 8] result of [32 lanes, 4] registers; its own inverse is ``fragment_d``."""
-    return d.view(8, 4, 2, 2).permute(2, 0, 1, 3).reshape(16, 8)
+def _nibbles(indices: Tensor, in_features: int, tiles: int, records: int) -> Tensor:
+    """[tiles, rows, records, groups] int64; padding, and what is not legal, is the pair 0, 1."""
+    groups = (in_features + 3) // 4
+    nibbles = torch.stack([indices & 15, indices >> 4], dim=-1).flatten(1)[:, :groups].long()
+    nibbles = torch.where((nibbles & 3) < (nibbles >> 2), nibbles, 4)
+    padding = (0, records * GROUPS - groups, 0, tiles * ROWS - indices.shape[0])
+    return F.pad(nibbles, padding, value=4).view(tiles, ROWS, records, GROUPS)
 
 
-def fragment_d(d: Tensor) -> Tensor:
-    return d.view(2, 8, 4, 2).permute(1, 2, 0, 3).reshape(32, 4)
-
-
-def metadata(pairs: Tensor, selector: int, bits: int) -> Tensor:
-    """[32] registers for the kept columns ``pairs`` [16, groups, 2] of a 16-row sparse operand.
-
-    16-bit types: the two lanes of a group of four that `selector` names share the K columns; each
-    holds 16 of them for row `group` in the low half and for row `group + 8` in the high half. The
-    other two lanes hold garbage. 8-bit types: all four lanes, each 32 columns of one row.
-    """
-    nibbles = (pairs[..., 0] + 4 * pairs[..., 1]).to(torch.int64)
-    if bits == 16:
-        words = torch.randint(0, 2**32, (8, 4))
-        for group, half in itertools.product(range(8), range(2)):
-            sixteen = [
-                sum(int(nibbles[row, 4 * half + q]) << (4 * q) for q in range(4))
-                for row in (group, group + 8)
-            ]
-            words[group, 2 * selector + half] = sixteen[0] | sixteen[1] << 16
+def _metadata(nibbles: Tensor, itemsize: int) -> Tensor:
+    """[tiles, records, 32 lanes x 4 words] int32."""
+    tiles, _, records, _ = nibbles.shape
+    words = torch.zeros(tiles, records, 32, 4, dtype=torch.int64)
+    by_row = nibbles.transpose(1, 2)  # [tiles, records, rows, groups]
+    if itemsize == 2:
+        # Step s reads word s / 2 with selector s mod 2. "lanes 4g + 2F and 4g + 2F + 1 hold columns
+        # 0-15 and 16-31, row g in the low half of the register and row g + 8 in the high half"
+        g = torch.arange(8)
+        for step in range(8):
+            for half in range(2):
+                lanes = 4 * g + 2 * (step % 2) + half
+                for q in range(4):
+                    for high in range(2):
+                        nibble = by_row[:, :, g + 8 * high, 8 * step + 4 * half + q]
+                        words[:, :, lanes, step // 2] |= nibble << (16 * high + 4 * q)
     else:
-        words = torch.empty(8, 4, dtype=torch.int64)
-        for group, lower, half in itertools.product(range(8), range(2), range(2)):
-            row = nibbles[group + 8 * lower, 8 * half : 8 * half + 8]
-            words[group, lower + 2 * half] = sum(int(row[q]) << (4 * q) for q in range(8))
-    return words.view(32).to(torch.uint32).view(torch.int32)
+        # "lane 4g + t holds 32 columns of row g + 8 (t mod 2), from column 32 (t / 2) on"
+        for step in range(4):
+            for q in range(8):
+                nibble = by_row[:, :, G + 8 * (T % 2), 16 * step + 8 * (T // 2) + q]
+                words[:, :, LANES, step] |= nibble << (4 * q)
+    return words.flatten(2).to(torch.uint32).view(torch.int32)

@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 from devices import Device
-from fragments import (
+from mma_operands import (
     LEGAL_PAIRS,
     fragment_a,
     fragment_b,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from devices import Device
-from fragments import LEGAL_PAIRS, fragment_a, fragment_d, matrix_d, metadata, random_operand
+from mma_operands import LEGAL_PAIRS, fragment_a, fragment_d, matrix_d, metadata, random_operand
 from torch import Tensor
 
 SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes, by the number of `enum class Swizzle`

@@ -1,4 +1,4 @@
-"""The sample kernels and their faults again, compiled with AddressSanitizer and UBSan.
+"""The kernels, and the faults of the samples, again, compiled with AddressSanitizer and UBSan.
 
 The sanitizers have to be in a process from its start, so this is a pytest of its own.
 """
@@ -14,7 +14,12 @@ import pytest
 from devices import Sanitizers
 from emulator import HERE, Emulator
 
-TESTS = ("test_faults.py", "test_sample_gemm.py")
+TESTS = (
+    "test_faults.py",
+    "test_sample_gemm.py",
+    "test_pack_cuda.py",
+    "test_gemm_float32.py",
+)
 
 
 def runtime_library(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The sample kernels as nvcc compiles them: the intended instructions are in the machine code.
+"""The kernels as nvcc compiles them: the intended instructions are in the machine code.
 
 Needs nvcc and a disassembler (cuobjdump or nvdisasm, beside nvcc, on PATH, or from a Python package
 that brings one, as the extra `dev` does); no GPU.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from devices import PRIMITIVES, PRIMITIVES_SM90
-from emulator import nvcc, run_nvcc
+from emulator import CSRC, nvcc, run_nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
 PACKAGED = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
@@ -123,3 +123,21 @@ def test_sample_gemm_sm90(tmp_path: Path) -> None:
 
 def test_primitives_sm90(tmp_path: Path) -> None:
     assert missing(HOPPER_PRIMITIVE_OPCODES, opcodes(PRIMITIVES_SM90, "90a", tmp_path)) == []
+
+
+# Both build without spills; what moves 16 bytes a lane is named.
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("pack.cu", ("LDG.E.128.CONSTANT", "STG.E.128")),
+        ("pack_panels.cu", ("LDG.E.NA.LTC128B.128", "STG.E.EF.128", "STG.E.128", "SHFL.BFLY")),
+        ("gemm_float32.cu", ("FFMA", "LDG.E.128.CONSTANT", "STS.128", "LDS.128", "LDS.64")),
+    ],
+)
+def test_portable_kernels(
+    tmp_path: Path, source: str, expected: tuple[str, ...], architecture: str
+) -> None:
+    found = opcodes(CSRC / "sparse24" / source, architecture, tmp_path)
+    assert missing(expected, found) == []
+    assert missing(("HMMA", "LDL", "STL"), found) == ["HMMA", "LDL", "STL"]

@@ -21,6 +21,10 @@ inline void fill_zero(void* global, size_t bytes, cudaStream_t /*stream*/) {
   std::memset(global, 0, bytes);
 }
 
+inline void copy_to_host(void* host, const void* global, size_t bytes, cudaStream_t /*stream*/) {
+  std::memcpy(host, global, bytes);
+}
+
 template <class T>
 T* shared_memory(emulation::Site site = emulation::Site::current()) {
   emulation::SharedMemory& shared = emulation::block->shared;
