@@ -5,9 +5,8 @@
 #include <optional>
 #include <string>
 
-#include "common/check.h"
 #include "common/parallel.h"
-#include "common/py_tensor.h"
+#include "sparse24/checks.h"
 #include "sparse24/gemm_config.h"
 #include "sparse24/sparse24.h"
 
@@ -19,39 +18,6 @@ namespace {
 bool is_weight_dtype(DType t) {
   return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16 ||
          t == DType::kFloat64;
-}
-
-void check_cpu(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what,
-                 " is on a CUDA device, the kernels of this build run on the CPU");
-}
-
-void check_matrix(const char* op, const char* what, const TensorView& t) {
-  check_cpu(op, what, t);
-  GOSSAMER_CHECK(t.ndim == 2, op, ": ", what, " has ", t.ndim, " dimensions, expected 2");
-}
-
-void check_contiguous(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.is_contiguous(), op, ": ", what, " of shape ", shape_text(t),
-                 " must be contiguous");
-}
-
-void check_dtype(const char* op, const char* what, const TensorView& t, DType expected) {
-  if (t.dtype != expected) {
-    throw py::type_error(std::string(op) + ": " + what + " is " + name(t.dtype) + ", expected " +
-                         name(expected));
-  }
-}
-
-void check_shape(const char* op, const char* what, const TensorView& t, int64_t rows,
-                 int64_t columns) {
-  GOSSAMER_CHECK(t.shape[0] == rows && t.shape[1] == columns, op, ": ", what, " has shape ",
-                 shape_text(t), ", expected [", rows, ", ", columns, "]");
-}
-
-void check_size(const char* op, int64_t n, int64_t k) {
-  GOSSAMER_CHECK(n >= 1 && k >= 1, op, ": the weight is [", n, ", ", k,
-                 "], expected at least [1, 1]");
 }
 
 // The portable weight [n, k] behind (values, indices), both checked against it.
@@ -103,14 +69,6 @@ Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64
                  " weight [", n, ", ", k, "]");
   check_contiguous(op, "panels", t);
   return w;
-}
-
-Activation activation_of(const std::string& text) {
-  if (text == "none") return Activation::kNone;
-  if (text == "relu") return Activation::kReLU;
-  if (text == "gelu") return Activation::kGELU;
-  if (text == "silu") return Activation::kSiLU;
-  fail("sparse24_linear: activation '", text, "' is unknown; none, relu, gelu or silu");
 }
 
 void bind_from_dense(const TensorView& dense, const TensorView& values, const TensorView& indices,
@@ -184,14 +142,11 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_shape(op, "out", out, m, n);
   check_contiguous(op, "out", out);
   if (bias) {
-    check_cpu(op, "bias", *bias);
     check_dtype(op, "bias", *bias, x.dtype);
-    GOSSAMER_CHECK(bias->ndim == 1 && bias->shape[0] == n, op, ": bias has shape ",
-                   shape_text(*bias), ", expected [", n, "]");
-    check_contiguous(op, "bias", *bias);
+    check_vector(op, "bias", *bias, n);
   }
   gemm({w, m, x.data, x.strides[0], x.strides[1], bias ? bias->data : nullptr,
-        activation_of(activation), out.data, threads});
+        activation_of(op, activation), out.data, threads});
 }
 
 py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int threads) {
