@@ -5,6 +5,7 @@
 #include "common/py_tensor.h"
 #include "common/target.h"
 #include "probe/probe.h"
+#include "sparse24/quantized.h"
 #include "sparse24/sparse24.h"
 
 namespace py = pybind11;
@@ -32,4 +33,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
+  gossamer::sparse24::bind_quantized(m);
 }

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from gossamer import reference
-from gossamer.formats import Sparse24
+from gossamer.formats import Sparse24, Sparse24Quantized
 from gossamer.prune import magnitude_24
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VALUE_TYPES = ("int8", "float8_e4m3fn", "int4")
 
 # (M, N, K), by what a kernel has to get right.
 SHAPES = (
@@ -99,6 +100,42 @@ class Oracle:
         )
 
 
+class QuantizedOracle(Oracle):
+    """The same for ``sparse24_linear_quantized``, of the x that is multiplied.
+
+    Where the weight has 8 bits, that is what ``reference.quantize_rows`` makes of a floating x.
+    Sums of int8 are exact, which leaves the roundings of the scales.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Sparse24Quantized,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        x_scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = x.dtype if out_dtype is None else out_dtype
+        if x_scale is None and weight.value_type != "int4":
+            x, x_scale = reference.quantize_rows(x, weight.values.dtype)
+        x = x.double() if x_scale is None else x.double() * x_scale.double().unsqueeze(-1)
+        numbers, scales = weight.numbers(), weight.scales.double()
+        bias = None if bias is None else bias.double()
+        shape = (weight.in_features, weight.group)
+        with _one_thread():
+            self.y = reference.sparse24_linear_quantized(
+                x, None, numbers, weight.indices, scales, bias, *shape, activation
+            )
+            size = reference.sparse24_linear_quantized(
+                _finite_abs(x), None, numbers.double().abs(), weight.indices, scales, None, *shape
+            )
+        size = size if bias is None else size + _finite_abs(bias)
+        products = 0 if weight.value_type == "int8" else numbers.shape[1]
+        self.limit = (8 + math.sqrt(products)) * _ROUNDOFF[torch.float32][0] * size
+        self.limit += _ROUNDOFF[self.dtype][1] * self.y.abs() + _STEP[self.dtype]
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """The reference is a long row of small products: on a busy machine, teams wait at each."""
@@ -127,3 +164,21 @@ def sparse_24(out_features: int, in_features: int, dtype: torch.dtype = torch.fl
 def integers(*shape: int, limit: int, dtype: torch.dtype) -> Tensor:
     """Whole numbers of at most ``limit``: every sum of a few thousand products of them is exact."""
     return torch.randint(-limit, limit + 1, shape).to(dtype)
+
+
+def quantized_24(
+    out_features: int, in_features: int, value_type: str, group: int | None = None
+) -> Sparse24Quantized:
+    return Sparse24Quantized.from_sparse24(sparse_24(out_features, in_features), value_type, group)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bytes themselves, flat: tells -0.0 from 0.0, and torch compares no float8 tensors."""
+    return t.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two state_dicts hold the same bytes under the same names."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    equal = (torch.equal(bits(ours[key]), bits(theirs[key])) for key in ours)
+    return list(ours) == list(theirs) and all(equal)

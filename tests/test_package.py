@@ -76,9 +76,16 @@ def test_version_has_one_source() -> None:
 
 def test_public_names_exist_and_are_listed() -> None:
     assert all(hasattr(gossamer, name) for name in gossamer.__all__)
-    assert {"convert", "info", "formats", "nn", "prune", "ops", "sparse24_linear"} <= set(
-        gossamer.__all__
-    )
+    assert {
+        "convert",
+        "info",
+        "formats",
+        "nn",
+        "prune",
+        "ops",
+        "quantize",
+        "sparse24_linear",
+    } <= set(gossamer.__all__)
 
 
 def test_native_code_includes_no_torch_header() -> None:

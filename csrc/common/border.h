@@ -36,6 +36,12 @@ inline void check_shape(const char* op, const char* what, const TensorView& t, i
                  shape_text(t), ", expected [", rows, ", ", columns, "]");
 }
 
+inline void check_vector(const char* op, const char* what, const TensorView& t, int64_t length) {
+  GOSSAMER_CHECK(t.ndim == 1 && t.shape[0] == length, op, ": ", what, " has shape ", shape_text(t),
+                 ", expected [", length, "]");
+  check_contiguous(op, what, t);
+}
+
 // Two tensors of one call lie on the same device.
 inline void check_device(const char* op, const char* what, const TensorView& t,
                          const char* first_name, const TensorView& first) {

@@ -83,6 +83,14 @@ static inline float to_float(Float16 x) {
   const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
   return bits_to_float(sign | float_to_bits(subnormal));
 }
+static inline float to_float(E4M3 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x80u) << 24;
+  const uint32_t magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7fu) return bits_to_float(0x7fffffffu);  // the one NaN
+  if (magnitude >= 0x08u) return bits_to_float(sign | ((magnitude << 20) + (120u << 23)));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
+  return bits_to_float(sign | float_to_bits(subnormal));
+}
 
 // Round to nearest even, as torch does.
 static inline void round_to(double x, double& out) { out = x; }

@@ -70,12 +70,12 @@ Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64
   return {dtype, n, k, nullptr, nullptr, t.as<const uint32_t>()};
 }
 
-Activation activation_of(const std::string& text) {
+Activation activation_of(const char* op, const std::string& text) {
   if (text == "none") return Activation::kNone;
   if (text == "relu") return Activation::kReLU;
   if (text == "gelu") return Activation::kGELU;
   if (text == "silu") return Activation::kSiLU;
-  fail("sparse24_linear: activation '", text, "' is unknown; none, relu, gelu or silu");
+  fail(op, ": activation '", text, "' is unknown; none, relu, gelu or silu");
 }
 
 const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64_t n, DType dtype,
@@ -83,9 +83,7 @@ const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64
   if (!bias) return nullptr;
   check_device(op, "bias", *bias, "x", x);
   check_dtype(op, "bias", *bias, dtype);
-  GOSSAMER_CHECK(bias->ndim == 1 && bias->shape[0] == n, op, ": bias has shape ", shape_text(*bias),
-                 ", expected [", n, "]");
-  check_contiguous(op, "bias", *bias);
+  check_vector(op, "bias", *bias, n);
   return bias->data;
 }
 
@@ -207,7 +205,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_dtype(op, "out", out, x.dtype);
   check_shape(op, "out", out, m, n);
   check_contiguous(op, "out", out);
-  gemm({w, m, x.data, x.strides[0], bias_of(op, bias, n, x.dtype, x), activation_of(activation),
+  gemm({w, m, x.data, x.strides[0], bias_of(op, bias, n, x.dtype, x), activation_of(op, activation),
         out.data, threads});
 }
 

@@ -24,7 +24,7 @@ Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64
 std::vector<int64_t> panels_shape(bool on_gpu, int64_t n, int64_t k, DType dtype);
 DType panel_dtype(const std::string& dtype);
 
-Activation activation_of(const std::string& text);
+Activation activation_of(const char* op, const std::string& text);
 // [n] of this dtype on the device of x, or null where there is none.
 const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64_t n, DType dtype,
                     const TensorView& x);

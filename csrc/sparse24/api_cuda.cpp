@@ -76,7 +76,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   args.x = x.data;
   args.x_stride = x.strides[0];
   args.bias = bias_of(op, bias, n, x.dtype, x);
-  args.activation = activation_of(activation);
+  args.activation = activation_of(op, activation);
   args.out = out.data;
   if (m == 0) return;
   const CudaDevice device = kernels.device(x.device_index);

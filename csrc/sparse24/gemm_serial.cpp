@@ -1,21 +1,9 @@
 // The readable definition, for every dtype and any machine.
-#include <cmath>
-
+#include "sparse24/activation.h"
 #include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {
 namespace {
-
-template <class Real>
-Real activate(Real z, Activation activation) {
-  switch (activation) {
-    case Activation::kNone: return z;
-    case Activation::kReLU: return z < 0 ? Real(0) : z;  // a NaN stays
-    case Activation::kGELU: return z * Real(0.5) * std::erfc(-z * Real(0.70710678118654752440));
-    case Activation::kSiLU: return z / (1 + std::exp(-z));
-  }
-  return z;
-}
 
 template <class T>
 void gemm_rows(const GemmArgs& args) {

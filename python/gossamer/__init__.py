@@ -8,7 +8,19 @@ from importlib.metadata import version as _version
 from . import formats, nn, ops, prune
 from .convert import convert
 from .info import info
-from .ops import sparse24_linear
+from .ops import sparse24_linear, sparse24_linear_quantized
+from .quantize import quantize
 
 __version__ = _version("gossamer")
-__all__ = ["__version__", "convert", "formats", "info", "nn", "ops", "prune", "sparse24_linear"]
+__all__ = [
+    "__version__",
+    "convert",
+    "formats",
+    "info",
+    "nn",
+    "ops",
+    "prune",
+    "quantize",
+    "sparse24_linear",
+    "sparse24_linear_quantized",
+]

@@ -112,3 +112,79 @@ def sparse24_linear(
     if bias is not None:
         y = y + bias
     return activate(y, activation).view(*x.shape[:-1], values.shape[0])
+
+
+def absmax_scales(x: Tensor, largest: float) -> Tensor:
+    """By what to divide the last dimension for its largest magnitude to become ``largest``.
+
+    float32. 1 where all entries are 0, at least the smallest normal float32, and NaN where an
+    entry is not finite.
+    """
+    absmax = _for_division(x).abs().amax(-1)
+    scales = (absmax / largest).float().clamp(min=torch.finfo(torch.float32).tiny)
+    scales = torch.where(absmax == 0, 1.0, scales)
+    return torch.where(absmax.isfinite() & scales.isfinite(), scales, torch.nan)
+
+
+def round_scaled(x: Tensor, scales: Tensor, largest: float, dtype: torch.dtype) -> Tensor:
+    """x / scales in ``dtype``, to nearest even and clamped to +-``largest``; 0 where it is NaN.
+
+    With ``absmax_scales`` an entry is off by at most half a scale (whole numbers), or by the
+    larger of 2^-4 of itself and 2^-10 scales (float8_e4m3fn), and a few roundings of float32.
+    """
+    scaled = (_for_division(x) / scales.unsqueeze(-1)).nan_to_num(nan=0.0)
+    scaled = scaled if dtype.is_floating_point else scaled.round()
+    return scaled.clamp(-largest, largest).to(dtype)
+
+
+def _for_division(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., K] as int8 or float8_e4m3fn numbers and their float32 scales [...], by absmax."""
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scales = absmax_scales(x, largest)
+    return round_scaled(x, scales, largest, dtype), scales
+
+
+def pack_int4(numbers: Tensor) -> Tensor:
+    """int8 [N, 2G] of -7 to 7 -> uint8 [N, G]: slot 0 of a pair in the low four bits."""
+    nibbles = numbers.view(torch.uint8) & 15
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def unpack_int4(pairs: Tensor) -> Tensor:
+    """The inverse of ``pack_int4``: the four bits are a number in two's complement."""
+    nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
+    return (nibbles ^ 8).to(torch.int8) - 8
+
+
+def sparse24_slot_scales(scales: Tensor, slots: int, group: int) -> Tensor:
+    """The scale of every stored slot, [N, 2G], where one serves ``group`` columns of W."""
+    columns = 4 * (torch.arange(slots, device=scales.device) // 2)
+    return scales[:, columns // group]
+
+
+def sparse24_linear_quantized(
+    x: Tensor,
+    x_scale: Tensor | None,
+    numbers: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group: int,
+    activation: str | None = None,
+) -> Tensor:
+    """y = act(x_scale * (x Wᵀ) + b) with W = numbers * scales, in the dtype of ``scales``.
+
+    ``numbers`` [N, 2G] are the stored values, one a slot; x may be quantised itself.
+    """
+    weight = numbers.to(scales.dtype) * sparse24_slot_scales(scales, numbers.shape[1], group)
+    y = sparse24_linear(x.to(scales.dtype), weight, indices, None, in_features)
+    if x_scale is not None:
+        y = y * x_scale.to(y.dtype).unsqueeze(-1)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return activate(y, activation)

@@ -140,11 +140,16 @@ def _unreadable(layer: nn.Module) -> str | None:
     return None
 
 
+def hooks_of(layer: nn.Module) -> list[str]:
+    """The kinds of hooks on a layer, in words."""
+    tables = [table for table in _HOOK_TABLES if layer.__dict__.get(table)]
+    return [table.strip("_").replace("_", " ") for table in tables]
+
+
 def _would_be_lost(layer: nn.Module) -> str | None:
     """What hangs on the layer and would not survive its replacement."""
-    hooks = [table.strip("_") for table in _HOOK_TABLES if layer.__dict__.get(table)]
-    if hooks:
-        return f"has {' and '.join(hooks).replace('_', ' ')}"
+    if hooks := hooks_of(layer):
+        return f"has {' and '.join(hooks)}"
     more = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
     return f"holds more than weight and bias: {', '.join(sorted(more))}" if more else None
 

@@ -1,5 +1,6 @@
 """Layers that take the place of torch's own."""
 
 from .linear import SparseLinear
+from .linear_quantized import SparseLinearQuantized
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "SparseLinearQuantized"]

@@ -6,15 +6,72 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..formats import VALUE_DTYPES, Sparse24
+from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Quantized
 
-WEIGHT_KEYS = ("values", "indices", "format")
+
+class CheckedModule(nn.Module):
+    """A module whose checkpoints are looked at as a whole before it takes any of them over."""
+
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        """Raise TypeError or ValueError where loading the module's own entries would break it."""
+        raise NotImplementedError
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``torch.nn.Module``'s, but a load that fails leaves the layer as it was.
+
+        Raises
+        ------
+        RuntimeError
+            If an entry is no valid part of a 2:4 weight or, when ``strict``, if keys are missing
+            or unexpected.
+        """
+        # Torch reports wrong keys after it has loaded the others.
+        if strict and not self._modules and not self._load_state_dict_pre_hooks:
+            own = self.state_dict().keys()
+            missing = [key for key in own if key not in state_dict]
+            unexpected = [key for key in state_dict if key not in own]
+            if missing or unexpected:
+                raise RuntimeError(
+                    f"Error(s) in loading state_dict for {type(self).__name__}: "
+                    f"missing key(s) {missing}, unexpected key(s) {unexpected}"
+                )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {k[len(prefix) :]: t for k, t in state_dict.items() if k.startswith(prefix)}
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        try:
+            self.check_state(given, assign)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f'While loading "{prefix}": {error}')
+            return
+        self._load_checked_state(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_checked_state(self, *args: Any) -> None:
+        """Take over what was checked, with the arguments of ``_load_from_state_dict``."""
+        super()._load_from_state_dict(*args)
 
 
 def check_sparse24(
-    given: Mapping[str, Any], weight: Sparse24, bias: Tensor | None, assign: bool
+    given: Mapping[str, Any],
+    weight: Sparse24 | Sparse24Quantized,
+    bias: Tensor | None,
+    assign: bool,
 ) -> None:
     """Raise where loading ``given`` into a layer of ``weight`` and ``bias`` would break the layer.
 
@@ -32,13 +89,12 @@ def check_sparse24(
     TypeError, ValueError
         If an entry has the wrong kind, dtype or shape, or the indices are not valid.
     """
-    loaded = weight
-    if any(key in given for key in WEIGHT_KEYS):
-        loaded = Sparse24.from_state({**weight.state(), **given})
-        if loaded.shape != weight.shape:
+    loaded, held = weight, weight.state()
+    if any(key in given for key in held):
+        loaded = type(weight).from_state({**held, **given})
+        if _kind(loaded) != _kind(weight):
             raise ValueError(
-                f"the checkpoint holds a {list(loaded.shape)} weight, the layer is "
-                f"{list(weight.shape)}"
+                f"the checkpoint holds a {_kind(loaded)} weight, the layer is {_kind(weight)}"
             )
         _check_content("values", loaded.values, weight.values, assign)
     if bias is None or "bias" not in given:
@@ -53,8 +109,18 @@ def check_sparse24(
             f"expected {list(bias.shape)}, strided"
         )
     _check_content("bias", loaded_bias, bias, assign)
-    if assign and loaded_bias.dtype != loaded.dtype:
+    if not assign:
+        return
+    if isinstance(loaded, Sparse24) and loaded_bias.dtype != loaded.dtype:
         raise TypeError(f"'bias' is {loaded_bias.dtype}, the values are {loaded.dtype}")
+    if loaded_bias.dtype not in PANEL_DTYPES and not isinstance(loaded, Sparse24):
+        raise TypeError(f"'bias' is {loaded_bias.dtype}, expected float32, bfloat16 or float16")
+
+
+def _kind(weight: Sparse24 | Sparse24Quantized) -> str:
+    if isinstance(weight, Sparse24):
+        return str(list(weight.shape))
+    return f"{list(weight.shape)} {weight.value_type} (group {weight.group})"
 
 
 def _check_content(key: str, given: Tensor, held: Tensor, assign: bool) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .._cuda_module import has_kernels
 from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels
-from .checkpoint import check_sparse24
+from .checkpoint import CheckedModule, check_sparse24
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PackableModule(nn.Module):
+class PackableModule(CheckedModule):
     """A layer with one copy of a [out_features, in_features] 2:4 weight.
 
     Trainable, it holds the Parameter ``values`` and the buffer ``indices``; packed, the buffer
@@ -142,51 +142,13 @@ class PackableModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "format"] = state["format"]  # the buffer is empty after to_empty()
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As ``torch.nn.Module``'s, but a load that fails leaves the layer as it was.
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        check_sparse24(given, self._portable(), self.bias, assign)
 
-        Raises
-        ------
-        RuntimeError
-            If an entry is no valid part of a 2:4 weight or, when ``strict``, if keys are missing
-            or unexpected.
-        """
-        # Torch reports wrong keys after it has loaded the others.
-        if strict and not self._modules and not self._load_state_dict_pre_hooks:
-            own = self.state_dict().keys()
-            missing = [key for key in own if key not in state_dict]
-            unexpected = [key for key in state_dict if key not in own]
-            if missing or unexpected:
-                raise RuntimeError(
-                    f"Error(s) in loading state_dict for {type(self).__name__}: "
-                    f"missing key(s) {missing}, unexpected key(s) {unexpected}"
-                )
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        given = {k[len(prefix) :]: t for k, t in state_dict.items() if k.startswith(prefix)}
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        try:
-            check_sparse24(given, self._portable(), self.bias, assign)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f'While loading "{prefix}": {error}')
-            return
+    def _load_checked_state(self, *args: Any) -> None:
         packed = self.packed
         self.unpack()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_checked_state(*args)
         if packed:
             self._pack_where_possible()
 

@@ -1,5 +1,7 @@
 """The ops: of each its schema, native implementation, fake, gradient and public function."""
 
+from .quantize_rows import quantize_rows
 from .sparse24 import sparse24_linear
+from .sparse24_quantized import sparse24_linear_quantized
 
-__all__ = ["sparse24_linear"]
+__all__ = ["quantize_rows", "sparse24_linear", "sparse24_linear_quantized"]

@@ -12,15 +12,7 @@ using Accumulator = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return gossamer::to_float(x); }
 inline float to_float(Float16 x) { return gossamer::to_float(x); }
-inline float to_float(E4M3 x) {
-  const int sign = x.bits >> 7, exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-  if ((x.bits & 0x7f) == 0x7f)
-    return std::bit_cast<float>(0x7fffffffu);  // the one NaN; no infinity
-  const float magnitude = exponent == 0
-                              ? std::ldexp(static_cast<float>(mantissa), -9)
-                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-  return sign ? -magnitude : magnitude;
-}
+inline float to_float(E4M3 x) { return gossamer::to_float(x); }
 
 template <class T>
 T from_float(float x);

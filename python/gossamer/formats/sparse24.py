@@ -1,8 +1,4 @@
-"""The sparse weight formats: frozen dataclasses of tensors that validate themselves.
-
-``Sparse24`` is the open format: what a state_dict, a pickle and an optimizer see.
-``Sparse24Panels`` is the layout that the kernels read fastest; it is never saved.
-"""
+"""2:4 weights with floating-point values: the open format, and the kernels' private layouts."""
 
 from __future__ import annotations
 
@@ -12,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .state import read_header
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PANEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +32,7 @@ def sparse24_panels_shape(
     return (out_features + 15) // 16, (in_features + 31) // 32, word_rows, 16
 
 
-def _check_weight_shape(shape: tuple[int, int]) -> None:
+def check_weight_shape(shape: tuple[int, int]) -> None:
     if shape[0] < 1 or shape[1] < 1:
         raise ValueError(f"a 2:4 weight of shape {list(shape)}: both must be at least 1")
 
@@ -80,7 +78,7 @@ class Sparse24:
                 f"Sparse24: values are {values.dtype} and indices {indices.dtype}, expected "
                 "float32, bfloat16, float16 or float64, and uint8"
             )
-        _check_weight_shape(self.shape)
+        check_weight_shape(self.shape)
         value_shape, index_shape = sparse24_shapes(*self.shape)
         if values.shape != value_shape or indices.shape != index_shape:
             raise ValueError(
@@ -121,7 +119,7 @@ class Sparse24:
                 f"Sparse24.from_dense: weight has shape {list(weight.shape)}, expected [N, K]"
             )
         out_features, in_features = weight.shape
-        _check_weight_shape((out_features, in_features))
+        check_weight_shape((out_features, in_features))
         values, indices = torch.ops.gossamer.sparse24_from_dense(weight.detach())
         return cls(values, indices, (out_features, in_features))
 
@@ -167,24 +165,10 @@ class Sparse24:
         TypeError, ValueError
             If an entry is missing or not what the format, version 1, asks for.
         """
-        for key in ("values", "indices", "format"):
-            if key not in state:
-                raise ValueError(f"Sparse24: {key!r} is missing")
-            if not isinstance(state[key], Tensor):
-                raise TypeError(f"Sparse24: {key!r} is {type(state[key]).__name__}, not a tensor")
-            if state[key].layout != torch.strided:
-                raise TypeError(f"Sparse24: {key!r} has layout {state[key].layout}")
-        header = state["format"]
-        if header.dtype != torch.int64 or header.shape != (3,) or header.is_meta:
-            raise ValueError(
-                f"Sparse24: 'format' is {header.dtype} of shape {list(header.shape)} on "
-                f"{header.device}, expected int64 of shape [3]: version, N, K"
-            )
-        version, out_features, in_features = header.tolist()
-        if version != cls.version:
-            raise ValueError(
-                f"Sparse24: format version {version}, this release reads version {cls.version}"
-            )
+        keys = ("values", "indices", "format")
+        out_features, in_features = read_header(
+            "Sparse24", state, keys, "version, N, K", cls.version
+        )
         return cls(state["values"], state["indices"], (out_features, in_features)).validate()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -255,7 +239,7 @@ class Sparse24Panels:
                 f"Sparse24Panels: {self.panels.dtype} panels of {self.dtype} values, expected "
                 "int32 panels of float32, bfloat16 or float16 values"
             )
-        _check_weight_shape(self.shape)
+        check_weight_shape(self.shape)
         expected = sparse24_panels_shape(*self.shape, self.dtype, self.panels.device)
         if self.panels.shape != expected:
             raise ValueError(

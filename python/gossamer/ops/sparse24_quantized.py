@@ -1,0 +1,254 @@
+"""sparse24_linear_quantized: the linear layer with an 8-bit or 4-bit 2:4 weight W [N, K].
+
+``sparse24_linear_quantized_tensors`` applies autocast and settles the result's dtype; ``_native``
+quantises x where the weight asks for it, allocates the result and crosses into C++.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._library import library
+from ..formats import Sparse24Quantized
+from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only
+
+_OP = "sparse24_linear_quantized"
+_ACTIVATIONS = ("none", "relu", "gelu", "silu")
+
+
+def sparse24_linear_quantized(
+    x: Tensor,
+    weight: Sparse24Quantized,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Linear layer with a quantised 2:4 weight: ``act(x @ W.T + bias)``, for inference.
+
+    A weight of int8 or float8_e4m3fn is multiplied in that type. A floating-point ``x`` is
+    quantised first, row by row (``gossamer.ops.quantize_rows``), which changes the answer; a row
+    with a NaN or an infinity gives a row of NaN. Products of int8 are summed exactly, those of
+    float8_e4m3fn in float32; the sum is then scaled in float32 by ``x_scale[m]`` and the weight's
+    scale of the row.
+
+    A weight of int4 is widened instead: ``x`` stays as it is, and sums run in float32 over the
+    stored slots only.
+
+    Parameters
+    ----------
+    x : Tensor
+        [..., K] float32, bfloat16 or float16, of any strides; leading dimensions may be empty. Or
+        for a weight of int8 or float8_e4m3fn, in that type already and with ``x_scale``.
+    weight : Sparse24Quantized
+        The [N, K] weight.
+    bias : Tensor, optional
+        [N] in the dtype of the result.
+    activation : {None, "relu", "gelu", "silu"}
+        Applied to the sum; "gelu" is the exact one, by erf.
+    x_scale : Tensor, optional
+        [...] float32: what each row of a quantised ``x`` is to be multiplied by.
+    out_dtype : torch.dtype, optional
+        float32, bfloat16 or float16. By default the dtype of ``x``; a quantised ``x`` has no such
+        default, so that nothing is rounded further than was asked for.
+
+    Returns
+    -------
+    Tensor
+        [..., N] in ``out_dtype``, contiguous. Under autocast a floating-point x is cast to
+        autocast's dtype first, and bias to the result's.
+
+    Raises
+    ------
+    TypeError
+        If ``weight`` is no ``Sparse24Quantized``, or dtypes do not go together.
+    ValueError
+        If shapes or devices do not match, or the activation is unknown.
+    RuntimeError
+        If a gradient is wanted of x, bias or scales: there is none.
+
+    References
+    ----------
+    Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (arXiv:2104.08378);
+    Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), for scales by row.
+    """
+    if not isinstance(weight, Sparse24Quantized):
+        raise TypeError(
+            f"{_OP}: weight is {type(weight).__name__}, expected Sparse24Quantized "
+            "(gossamer.formats.Sparse24Quantized.from_sparse24 makes one)"
+        )
+    tensors = (weight.values, weight.indices, weight.scales)
+    activation = "none" if activation is None else activation
+    return sparse24_linear_quantized_tensors(
+        x, *tensors, bias, weight.shape, weight.group, activation, x_scale, out_dtype
+    )
+
+
+def sparse24_linear_quantized_tensors(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    group: int,
+    activation: str = "none",
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``sparse24_linear_quantized`` on the tensors of the format."""
+    device = x.device.type
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if autocast and x.dtype in FLOAT_DTYPES:
+        x = x.to(torch.get_autocast_dtype(device))
+    if out_dtype is None:
+        if x.dtype in ROW_DTYPES and x.dtype == values.dtype:
+            raise TypeError(
+                f"{_OP}: x is {x.dtype}, so out_dtype has to say what comes out: float32, "
+                "bfloat16 or float16"
+            )
+        out_dtype = x.dtype
+    if autocast and bias is not None and bias.dtype in FLOAT_DTYPES:
+        bias = bias.to(out_dtype)
+    out_features, in_features = shape
+    weight, sizes = (values, indices, scales), (in_features, out_features, group)
+    y: Tensor = torch.ops.gossamer.sparse24_linear_quantized(
+        x, x_scale, *weight, bias, *sizes, activation, out_dtype
+    )
+    return y
+
+
+# x is quantised inside the op, so that a kernel for another device may do that on its way.
+library.define(
+    f"{_OP}(Tensor x, Tensor? x_scale, Tensor values, Tensor indices, Tensor scales, "
+    "Tensor? bias, SymInt in_features, SymInt out_features, SymInt group, str activation, "
+    "ScalarType out_dtype) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def check_operands(
+    x: Tensor,
+    x_scale: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
+    """Raise on what a user can get wrong, with or without content; the border checks the rest."""
+    if x.dim() == 0:
+        raise ValueError(f"{_OP}: x is 0-d, it needs at least one dimension")
+    if x.shape[-1] != in_features:
+        raise ValueError(f"{_OP}: x has {x.shape[-1]} features, the weight expects {in_features}")
+    four_bit = values.dtype == torch.uint8
+    if x.dtype not in FLOAT_DTYPES and (four_bit or x.dtype != values.dtype):
+        also = "" if four_bit else f" or {values.dtype}, as the weight"
+        raise TypeError(f"{_OP}: x is {x.dtype}, expected float32, bfloat16, float16{also}")
+    if (x_scale is None) != (x.dtype in FLOAT_DTYPES):
+        given = "no x_scale" if x_scale is None else "an x_scale"
+        raise ValueError(
+            f"{_OP}: x is {x.dtype} with {given}; a quantised x has one, any other x has none"
+        )
+    if x_scale is not None and x_scale.dtype != torch.float32:
+        raise TypeError(f"{_OP}: x_scale is {x_scale.dtype}, expected float32")
+    if x_scale is not None and x_scale.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{_OP}: x_scale has shape {list(x_scale.shape)}, expected {list(x.shape[:-1])}"
+        )
+    if out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{_OP}: out_dtype is {out_dtype}, expected float32, bfloat16 or float16")
+    if bias is not None and bias.dtype != out_dtype:
+        raise TypeError(f"{_OP}: bias is {bias.dtype}, the result {out_dtype}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"{_OP}: bias has shape {list(bias.shape)}, expected [{out_features}]")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"{_OP}: activation {activation!r}, expected None, 'relu', 'gelu' or 'silu'"
+        )
+    others = {"weight": values, "indices": indices, "scales": scales, "bias": bias}
+    for name, operand in {"x_scale": x_scale, **others}.items():
+        if operand is not None and operand.device != x.device:
+            raise ValueError(f"{_OP}: x is on {x.device}, {name} on {operand.device}")
+
+
+def _native(
+    x: Tensor,
+    x_scale: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    weight, sizes = (values, indices, scales), (in_features, out_features)
+    check_operands(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
+    rows = x.reshape(-1, in_features)
+    if x_scale is None and values.dtype != torch.uint8:
+        rows, x_scale = torch.ops.gossamer.quantize_rows(rows, values.dtype)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = x.new_empty((rows.shape[0], out_features), dtype=out_dtype)
+    _C.sparse24_linear_quantized(
+        out,
+        rows,
+        None if x_scale is None else x_scale.reshape(-1).contiguous(),
+        values.contiguous(),
+        indices.contiguous(),
+        scales.contiguous(),
+        None if bias is None else bias.contiguous(),
+        group,
+        activation,
+        torch.get_num_threads(),
+    )
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _fake(
+    x: Tensor,
+    x_scale: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    weight, sizes = (values, indices, scales), (in_features, out_features)
+    check_operands(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+
+
+def _autograd(
+    x: Tensor,
+    x_scale: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    *rest: int | str | torch.dtype,
+) -> Tensor:
+    inference_only(_OP, x=x, x_scale=x_scale, values=values, scales=scales, bias=bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        y: Tensor = torch.ops.gossamer.sparse24_linear_quantized(
+            x, x_scale, values, indices, scales, bias, *rest
+        )
+    return y
+
+
+library.impl(_OP, _native, "CPU")
+library.impl(_OP, _autograd, "Autograd")
+torch.library.register_fake(f"gossamer::{_OP}", _fake, lib=library)

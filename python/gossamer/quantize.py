@@ -1,0 +1,80 @@
+"""``quantize`` rounds the sparse layers of a model: all are made first, then the model changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from .conversion.eligibility import hooks_of
+from .nn import SparseLinear, SparseLinearQuantized
+
+
+def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) -> nn.Module:
+    """Replace ``gossamer.nn.SparseLinear`` by ``SparseLinearQuantized``, for inference.
+
+    Rounding changes a model's answers; nothing is calibrated or retrained. A layer is rounded on
+    its own, so the result does not depend on the machine or on what else is in the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ``SparseLinear``, packed or not, which stays as it is; or a model that holds some, which
+        are replaced in place, at the very end: an error leaves it as it was.
+    dtype : {"int8", "float8_e4m3fn", "int4"}
+        int8 and float8_e4m3fn quantise x row by row at run time and multiply in that type, with
+        one scale a row of W. int4 keeps x as it is.
+    group : int, optional
+        Columns of W that share a scale, for int4: a multiple of 4, by default 128. From K on, and
+        always for the other types, there is one scale a row.
+
+    Returns
+    -------
+    nn.Module
+        The quantised layer, or ``model`` itself.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module, or a layer is float64.
+    ValueError
+        If there is nothing to quantise, a layer could not be replaced without loss (it has hooks
+        or a forward of its own), or as ``Sparse24Quantized.from_sparse24`` says.
+
+    References
+    ----------
+    Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), for scales by row.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize: model is {type(model).__name__}, expected torch.nn.Module")
+    if isinstance(model, SparseLinear):
+        return _quantized("the layer", model, dtype, group)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    if not layers:
+        held = Counter(type(m).__name__ for m in model.modules() if not m._modules)
+        found = ", ".join(f"{count} {kind}" for kind, count in held.most_common())
+        raise ValueError(
+            f"quantize: {type(model).__name__} holds no SparseLinear, but {found}; "
+            "gossamer.convert makes linear layers sparse"
+        )
+    made = {m: _quantized(repr(name), m, dtype, group) for name, m in layers.items()}
+    # A layer may be held under several names.
+    for holder in list(model.modules()):
+        for attribute, child in holder._modules.items():
+            if isinstance(child, SparseLinear):
+                setattr(holder, attribute, made[child])
+    return model
+
+
+def _quantized(
+    name: str, layer: SparseLinear, dtype: str, group: int | None
+) -> SparseLinearQuantized:
+    hooks = hooks_of(layer)
+    if hooks:
+        raise ValueError(f"quantize: {name} has {' and '.join(hooks)}, which would be lost")
+    if type(layer).forward is not SparseLinear.forward or "forward" in layer.__dict__:
+        raise ValueError(f"quantize: {name} ({type(layer).__name__}) has a forward of its own")
+    try:
+        return SparseLinearQuantized.from_sparse(layer, dtype, group)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"quantize: {name}: {error}") from error
