@@ -113,7 +113,7 @@ class Emulator:
         self._run(*FLAGS, *INCLUDES, *flags, "-x", "c++", "-c", str(source), "-o", str(out))
         return out
 
-    def build(self, source: Path, *parts: Path) -> KernelLibrary:
+    def build(self, source: Path, *more: Path) -> KernelLibrary:
         """The library of this kernel file and others it calls, built at most once."""
         if source in self._libraries:
             return self._libraries[source]
@@ -124,7 +124,7 @@ class Emulator:
             address = ("-O1", "-g1", "-fsanitize=address") if self.sanitize else ("-O2",)
             self._runtime = self._object(unit, *address)
         flags = SANITIZED if self.sanitize else PLAIN
-        kernels = [str(self._object(file, *flags)) for file in (source, *parts)]
+        kernels = [str(self._object(file, *flags)) for file in (source, *more)]
         path = self.folder / f"lib{source.stem}.so"
         sanitizers = SANITIZED if self.sanitize else []
         self._run("-shared", *sanitizers, str(self._runtime), *kernels, "-o", str(path))
