@@ -64,8 +64,8 @@ constexpr int kDecodeRows = 64;  // of x, at most
 constexpr int kDecodeWarps = 8;
 // Stages of x: while one is read, two are on their way, which covers the latency of the L2.
 constexpr int kDecodeStages = 3;
-// Two blocks of 96 KB fit an A100's or a Hopper's multiprocessor, one any other's.
-constexpr int64_t kDecodeStageBudget = 96 << 10;
+// All stages together take 96 KB: two such blocks fit a Hopper's multiprocessor, one any other's.
+constexpr int64_t kDecodeStageBytes = 32 << 10;
 
 constexpr int decode_tile_m(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
 
@@ -78,11 +78,13 @@ constexpr int decode_tile_n(int tile_m, int warps_k) {
   return kFragmentRows * decode_row_tiles(tile_m) * kDecodeWarps / warps_k;
 }
 
-// A stage holds, for every row of x and each of the warps_k records in work, this much: the whole
-// record, or its half or quarter if that is what fits. 128 bytes are what a swizzled row needs.
+// A stage holds, for every row of x and each of the warps_k warps along K, this much: what the warp
+// multiplies with a whole record, or as much of it as fits, 128 bytes at least; with few rows it is
+// up to four records, because at every new stage the warps of a block wait for each other.
 constexpr int decode_slice_bytes(int64_t m, DType dtype, int warps_k) {
-  int slice = static_cast<int>(kFragmentColumns * size_of(dtype));
-  while (slice > 128 && kDecodeStages * m * warps_k * slice > kDecodeStageBudget) slice /= 2;
+  const int record = static_cast<int>(kFragmentColumns * size_of(dtype));
+  int slice = 4 * record;
+  while (slice > 128 && m * warps_k * slice > kDecodeStageBytes) slice /= 2;
   return slice;
 }
 
@@ -108,7 +110,7 @@ constexpr int64_t decode_shared_bytes(int64_t m, DType dtype, int tile_m, int wa
 // flight: each has one record of each of its row tiles on its way.
 struct DecodeModel {
   static constexpr double kL2Rate = 1.5;
-  static constexpr double kInFlight = 24 << 10;  // bytes for a rate of one share: 0.7 us of latency
+  static constexpr double kInFlight = 32 << 10;  // bytes for a rate of one share: 0.9 us of latency
   static constexpr double kBlockCost = 4 << 10;  // to start a block and fill its pipeline
   static constexpr double kMeetingCost = 32 << 10;  // a fence and an atomic: about 1 us
 

@@ -24,19 +24,22 @@
 // and with split_k > 1 several blocks share the rows, each with consecutive records. All sums are
 // added in a fixed order: the same operands give the same bits in every run.
 //
-// A stage of x, in 16-byte pieces: row r of x has warps_k slices, one of each record in work; piece
-// p of the row lies at p xor (r mod 8), so that the eight rows ldmatrix reads at one p, whose
-// distance is a multiple of 128 bytes, lie in different banks.
+// A stage of x, in 16-byte pieces: row r of x has a slice for each warp along K, of what that warp
+// multiplies with its records: a part of one or up to four. Piece p of the row lies at p xor (r mod
+// 8), so that the eight rows ldmatrix reads at one p, whose distance is a multiple of 128 bytes,
+// lie in different banks.
 //
-//   row 0  | slice of warp 0's record | slice of warp 1's record | ...
-//   row 1  |                          |                          | ...
+//   row 0  | slice of warp 0's records | slice of warp 1's records | ...
+//   row 1  |                           |                           | ...
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/gemm_sm80.cuh"
 
 namespace gossamer::sparse24 {
 namespace {
 
-constexpr int kDecodeThreads = kDecodeWarps * kWarp;
+constexpr int kDecodeThreadsShift = 8;
+constexpr int kDecodeThreads = 1 << kDecodeThreadsShift;
+static_assert(kDecodeThreads == kDecodeWarps * kWarp);
 
 struct DecodeArgs {
   Epilogue epilogue;
@@ -50,8 +53,7 @@ struct DecodeArgs {
   int32_t* counters;
 };
 
-// The pieces of x that a block multiplies, stage after stage: slice after slice of the records of a
-// round, then the next warps_k records.
+// The x that a block multiplies, stage after stage.
 struct XStages {
   unsigned char* shared;
   int first_record;
@@ -65,20 +67,24 @@ struct XStages {
   template <class T>
   __device__ void load(const DecodeArgs& args, int stage) const {
     if (stage < count) {
-      constexpr int kPieces = Record<T>::kXBytes / 16;
-      const int slices = kPieces >> args.slice_shift;
-      const int round = stage / slices, slice = stage % slices;
-      const int64_t record = first_record + round * args.warps_k;
+      constexpr int kPieces = Record<T>::kXBytes / 16;  // for a record
       unsigned char* to = at(args, stage);
-      for (int i = threadIdx.x; i < args.m << args.row_shift; i += kDecodeThreads) {
-        const int row = i >> args.row_shift, piece = i & ((1 << args.row_shift) - 1);
-        const int64_t column =
-            ((record + (piece >> args.slice_shift)) * kPieces + (slice << args.slice_shift) +
-             (piece & ((1 << args.slice_shift) - 1))) *
-            16;
+      // All are powers of two, so a thread copies the same pieces of several rows.
+      const int pass_shift = min(args.row_shift, kDecodeThreadsShift);
+      for (int piece = threadIdx.x & ((1 << pass_shift) - 1); piece < 1 << args.row_shift;
+           piece += kDecodeThreads) {
+        const int warp_k = piece >> args.slice_shift;
+        const int place =  // in what this warp multiplies
+            (stage << args.slice_shift) + (piece & ((1 << args.slice_shift) - 1));
+        const int64_t record = first_record + place / kPieces * args.warps_k + warp_k;
+        const int64_t column = (record * kPieces + place % kPieces) * 16;
         const auto valid = static_cast<int>(min(max(end - column, int64_t{0}), int64_t{16}));
-        ptx::cp_async16(to + ((row << args.row_shift) + (piece ^ (row % 8))) * 16,
-                        args.x + row * args.x_stride + (valid > 0 ? column : 0), valid);
+        const char* from = args.x + (valid > 0 ? column : 0);
+        for (int row = threadIdx.x >> pass_shift; row < args.m;
+             row += kDecodeThreads >> pass_shift) {
+          ptx::cp_async16(to + ((row << args.row_shift) + (piece ^ (row % 8))) * 16,
+                          from + row * args.x_stride, valid);
+        }
       }
     }
     ptx::cp_async_commit();  // also an empty group: waits count groups
@@ -151,7 +157,7 @@ __device__ __forceinline__ void load_weights(uint32_t (&registers)[4], const cha
   to_registers(registers, ptx::load_nc16_hint(global, evict_first));
 }
 
-// With 64 rows of x a warp's sums and two records take about 190 registers: one block is resident,
+// With 64 rows of x a warp's sums and two records take about 230 registers: one block is resident,
 // and the second row tile keeps as many bytes on their way as a second block would.
 template <class T, int kTokenTiles, int kRowTiles>
 __global__ void __launch_bounds__(kDecodeThreads, kTokenTiles == 8 ? 1 : 2)
@@ -159,7 +165,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kTokenTiles == 8 ? 1 : 2)
   using R = Record<T>;
   using Sum = ptx::Accumulator<T>;
   constexpr int kTileM = 8 * kTokenTiles;
-  constexpr int kPairs = R::kSteps / 2;  // of steps: 128 bytes of x, the least that a slice holds
+  constexpr int kPairs = R::kSteps / 2;  // of steps: 128 bytes of x, the least that a slice has
   unsigned char* shared = shared_memory<unsigned char>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_k = warp % args.warps_k, warp_n = warp / args.warps_k;
@@ -170,7 +176,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kTokenTiles == 8 ? 1 : 2)
   const int rounds = (end - begin + args.warps_k - 1) / args.warps_k;
   const int pairs_per_slice = 1 << (args.slice_shift - 3);
   const XStages stages{shared, begin, min(args.x_bytes, int64_t{end} * R::kXBytes),
-                       rounds * (kPairs / pairs_per_slice)};
+                       (rounds * kPairs + pairs_per_slice - 1) / pairs_per_slice};
 
   // Rows past the last tile of W: a warp that has none does nothing, a second tile that is not
   // there is the last one again.
@@ -209,6 +215,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kTokenTiles == 8 ? 1 : 2)
 
   Sum sum[kRowTiles][kTokenTiles][4] = {};
   int stage = 0;
+  const unsigned char* x = shared;
   for (int round = 0; round < rounds; ++round) {
     const bool is_active = record < last;
     record += args.warps_k;
@@ -220,10 +227,9 @@ __global__ void __launch_bounds__(kDecodeThreads, kTokenTiles == 8 ? 1 : 2)
         load_weights(next_metadata[i], weights[i] + R::kMetadata, evict_first);
       }
     }
-    const unsigned char* x = shared;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const int pair_of_slice = pair & (pairs_per_slice - 1);
+      const int pair_of_slice = (round * kPairs + pair) & (pairs_per_slice - 1);
       if (pair_of_slice == 0) {
         ptx::cp_async_wait<kDecodeStages - 2>();
         __syncthreads();  // this stage is there, and nobody reads the one before it any more

@@ -33,11 +33,14 @@ __host__ __device__ constexpr int metadata_word(int step) {
   return sizeof(T) == 2 ? step / 2 : step;
 }
 
-// D[16 rows of W][8 rows of x] += the products of one step.
+// D[16 rows of W][8 rows of x] += the products of one step. Where T has no mma.sp, none: so that
+// the file compiles, and check_architecture() keeps such code from being launched.
 template <class T>
 __device__ __forceinline__ void multiply_step(ptx::Accumulator<T> (&d)[4], const uint32_t (&a)[4],
                                               const uint32_t (&b)[4], uint32_t metadata, int step) {
-  if constexpr (sizeof(T) == 1) {
+  if constexpr (!ptx::kHasMmaSp<T>) {
+    return;
+  } else if constexpr (sizeof(T) == 1) {
     ptx::mma_sp_m16n8k64<T>(d, a, b, metadata);
   } else if (step % 2 == 0) {  // known where the loop over steps is unrolled
     ptx::mma_sp_m16n8k32<T, 0>(d, a, b, metadata);
@@ -69,10 +72,8 @@ inline Epilogue epilogue_of(const CudaGemmArgs& args) {
           args.m,   args.n,    args.out_dtype, args.activation};
 }
 
-template <class S>
-struct alignas(16) Four {
-  S at[4];
-};
+template <class S>  // float or int32_t
+using Four = std::conditional_t<std::is_same_v<S, float>, float4, int4>;
 
 template <class S>
 __device__ __forceinline__ void load_run(S (&run)[kRun], const S* from) {  // 16-byte aligned
@@ -80,8 +81,8 @@ __device__ __forceinline__ void load_run(S (&run)[kRun], const S* from) {  // 16
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Four<S> v = four[half];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) run[4 * half + i] = v.at[i];
+    run[4 * half] = v.x, run[4 * half + 1] = v.y;
+    run[4 * half + 2] = v.z, run[4 * half + 3] = v.w;
   }
 }
 template <class S>
@@ -173,9 +174,10 @@ void with_type(DType dtype, const F& launch_of) {
 template <class T, class... Parameters>
 void check_architecture(void (*kernel)(Parameters...)) {
   if constexpr (std::is_same_v<T, E4M3>) {
-    const int have = compiled_architecture(kernel);
-    GOSSAMER_CHECK(have >= 89, "sparse24: float8_e4m3fn needs code for sm_89 or newer, and this ",
-                   "device runs code for sm_", have);
+    const int architecture = compiled_architecture(kernel);
+    GOSSAMER_CHECK(ptx::has_mma_sp<T>(architecture),
+                   "sparse24: this GPU runs the kernel's code for sm_", architecture,
+                   ", where mma.sp does not take float8_e4m3fn (sm_89 and sm_120 have it)");
   }
 }
 

@@ -164,7 +164,8 @@ def test_not_finite_goes_through_stored_positions_only(
     gemm.x[3, 7], gemm.x[4, 8], gemm.x[19, 259] = torch.inf, -torch.inf, torch.nan
     gemm.values[5, :] = 0  # times an infinity: NaN where it is stored, 0 elsewhere
     actual, expected = gemm.run(kernels, config), gemm.expected()
-    assert expected[:, 5].isnan().any() and (expected[:, 5] == 0).any()
+    assert expected[:, 5].isnan().any()
+    assert (expected[:, 5] == 0).any()
     assert expected.isinf().any()
     torch.testing.assert_close(actual, expected.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
@@ -188,6 +189,12 @@ def test_refuses_types_without_a_kernel(kernels: KernelLibrary) -> None:
 
 # ---- the choice ---------------------------------------------------------------------------------
 
+
+def busy(config: Config, n: int, multiprocessors: int = 132) -> float:
+    """The share of the multiprocessors that have a block, at best."""
+    return min(1.0, -(-n // config.tile_n) * config.split_k / multiprocessors)
+
+
 DEVICES = ((132, 227 << 10), (108, 163 << 10), (84, 99 << 10), (1, 99 << 10))
 SIZES = (1, 16, 33, 257, 1024, 4096, 14336, 57344)
 
@@ -207,7 +214,8 @@ def test_choice_is_legal(
                 assert shared <= shared_bytes, (shape, config)
                 assert workspace <= 32 << 20, (shape, config)
                 if config.kernel == PREFILL:
-                    assert m > 64 and config in (Config.prefill(128), Config.prefill(256))
+                    assert m > 64
+                    assert config in (Config.prefill(128), Config.prefill(256))
                     continue
                 assert config == Config.decode(m, config.warps_k, config.split_k), shape
                 assert config.split_k <= -(-k // 256), (shape, config)
@@ -222,8 +230,18 @@ def test_choice_is_legal(
 def test_choice_keeps_multiprocessors_busy(
     kernels: KernelLibrary, m: int, dtype: torch.dtype
 ) -> None:
-    for n, k in ((1024, 4096), (4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096)):
-        config = choose(kernels, m, n, k, dtype)[0]
-        blocks = -(-n // config.tile_n) * config.split_k
-        busy = blocks / (132 * -(-blocks // 132))
-        assert busy >= 0.75, (n, k, config, busy)
+    # Weights of at least 4 MB; all the blocks of few and of many rows, of little and of much depth.
+    for n, k in ((1024, 8192), (4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096)):
+        assert busy(choose(kernels, m, n, k, dtype)[0], n) >= 0.7, (n, k)
+    for n, k in ((16, 65536), (512, 65536), (57344, 8192)):
+        assert busy(choose(kernels, m, n, k, dtype)[0], n) >= 0.84, (n, k)
+
+
+@pytest.mark.parametrize("m", [65, 128, 129, 1000, 8192])
+def test_choice_prefers_tiles_that_fill(kernels: KernelLibrary, m: int) -> None:
+    # The smaller tile only where it ends sooner, counting it as a fifth dearer.
+    for n in (128, 4096, 8192, 57344):
+        tile_m = choose(kernels, m, n, 4096, torch.bfloat16)[0].tile_m
+        ends = {t: t * -(-(-(-n // 128) * -(-m // t)) // 132) for t in (128, 256)}
+        assert tile_m == (128 if 1.2 * ends[128] < ends[256] else 256)
+        assert choose(kernels, m, n, 4096, torch.bfloat16, 84, 99 << 10)[0].tile_m == 128

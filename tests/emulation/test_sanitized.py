@@ -14,7 +14,7 @@ import pytest
 from devices import Sanitizers
 from emulator import HERE, Emulator
 
-TESTS = ("test_faults.py", "test_faults_sm90.py", "test_sample_gemm.py")
+TESTS = ("test_faults.py", "test_faults_sm90.py", "test_sample_gemm.py", "test_gemm_sm80.py")
 
 
 def runtime_library(name: str) -> str:
