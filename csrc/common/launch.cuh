@@ -34,6 +34,15 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   GOSSAMER_CUDA_CHECK(cudaGetLastError());
 }
 
+// The architecture, as 10 * major + minor, that the code of this kernel which the current device
+// runs was compiled for.
+template <class... Parameters>
+int compiled_architecture(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  GOSSAMER_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes.ptxVersion;
+}
+
 inline void fill_zero(void* global, size_t bytes, cudaStream_t stream) {
   GOSSAMER_CUDA_CHECK(cudaMemsetAsync(global, 0, bytes, stream));
 }

@@ -301,6 +301,21 @@ __device__ __forceinline__ void mma_m16n8k32(Accumulator<T> (&d)[4], const uint3
 //                 ignored
 //   8-bit types   lane 4g + t holds 32 columns of row g + 8 (t mod 2), from column 32 (t / 2) on
 
+// Whether the tensor cores of an architecture (10 * major + minor) take T in mma.sp. Before sm_89
+// there is no such instruction for E4M3, and datacenter GPUs after it emulate it with Float16 at
+// many times the instructions and registers (wgmma, on sm_90, has it).
+template <class T>
+__host__ __device__ constexpr bool has_mma_sp(int architecture) {
+  return !std::is_same_v<T, E4M3> || architecture == 89 || architecture >= 120;
+}
+// For the code that is being compiled.
+template <class T>
+#ifdef __CUDA_ARCH__
+constexpr bool kHasMmaSp = has_mma_sp<T>(__CUDA_ARCH__ / 10);
+#else
+constexpr bool kHasMmaSp = true;
+#endif
+
 template <class T, int Selector>  // Float16 or BFloat16; Selector 0 or 1
 __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4],
                                                 const uint32_t (&b)[4], uint32_t metadata) {

@@ -6,6 +6,7 @@
 
 #include "common/py_tensor.h"
 #include "sparse24/api.h"
+#include "sparse24/choose_gemm_cuda.h"
 
 namespace py = pybind11;
 

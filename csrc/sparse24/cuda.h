@@ -20,13 +20,6 @@
 
 namespace gossamer::sparse24 {
 
-constexpr int kFragmentRows = 16;
-constexpr int kFragmentColumns = 256;
-
-constexpr int64_t fragment_words(DType dtype) {  // of one record
-  return (kFragmentRows * kFragmentColumns / 2 * size_of(dtype) + 32 * 16) / 4;
-}
-
 struct CudaStream {
   int device;
   void* stream;  // a cudaStream_t

@@ -65,14 +65,7 @@ CudaDevice device(int index) {
 }
 
 void gemm(const CudaGemmArgs& args, CudaStream stream) {
-  on(stream, [&](cudaStream_t s) {
-    switch (args.config.kernel) {
-      case CudaKernel::kDecode:
-      case CudaKernel::kPrefill: return gemm_sm80(args, s);
-      case CudaKernel::kWgmma: return gemm_sm90(args, s);
-      case CudaKernel::kFloat32: return gemm_float32(args, s);
-    }
-  });
+  on(stream, [&](cudaStream_t s) { run_gemm(args, s); });
 }
 
 Misfits from_dense(const void* dense, const Weight& shape, void* values, uint8_t* indices,

@@ -6,8 +6,18 @@
 
 namespace gossamer::sparse24 {
 
-void gemm_sm80(const CudaGemmArgs& args, cudaStream_t stream);     // decode and prefill
-void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream);     // wgmma
-void gemm_float32(const CudaGemmArgs& args, cudaStream_t stream);  // float32
+void gemm_decode_sm80(const CudaGemmArgs& args, cudaStream_t stream);
+void gemm_prefill_sm80(const CudaGemmArgs& args, cudaStream_t stream);
+void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream);
+void gemm_float32(const CudaGemmArgs& args, cudaStream_t stream);
+
+inline void run_gemm(const CudaGemmArgs& args, cudaStream_t stream) {
+  switch (args.config.kernel) {
+    case CudaKernel::kDecode: return gemm_decode_sm80(args, stream);
+    case CudaKernel::kPrefill: return gemm_prefill_sm80(args, stream);
+    case CudaKernel::kWgmma: return gemm_sm90(args, stream);
+    case CudaKernel::kFloat32: return gemm_float32(args, stream);
+  }
+}
 
 }  // namespace gossamer::sparse24

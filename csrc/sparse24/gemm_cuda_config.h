@@ -1,10 +1,20 @@
 #pragma once
-// How a GEMM on a GPU is cut up: a pure function of shape, dtype and device.
+// How a GEMM on a GPU may be cut up, and the best way to for the tensor-core kernels with portable
+// instructions: pure functions of shape, dtype and device.
+#include <algorithm>
 #include <cstdint>
 
 #include "common/dtype.h"
 
 namespace gossamer::sparse24 {
+
+// A record of Fragments (cuda.h).
+constexpr int kFragmentRows = 16;
+constexpr int kFragmentColumns = 256;
+
+constexpr int64_t fragment_words(DType dtype) {  // of one record
+  return (kFragmentRows * kFragmentColumns / 2 * size_of(dtype) + 32 * 16) / 4;
+}
 
 struct CudaDevice {
   int capability;  // 10 * major + minor
@@ -20,22 +30,188 @@ struct CudaDevice {
 // float32: exact, without tensor cores.
 enum class CudaKernel : uint8_t { kDecode, kPrefill, kWgmma, kFloat32 };
 
+static constexpr const char* name(CudaKernel kernel) {
+  switch (kernel) {
+    case CudaKernel::kDecode: return "decode";
+    case CudaKernel::kPrefill: return "prefill";
+    case CudaKernel::kWgmma: return "wgmma";
+    case CudaKernel::kFloat32: return "float32";
+  }
+  return "?";
+}
+
+constexpr int64_t cuda_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct CudaGemmConfig {
   CudaKernel kernel;
   int tile_n;   // rows of the weight a block computes
   int tile_m;   // rows of x a block computes
   int warps_k;  // decode: warps of a block that share rows, each with records of its own
   int split_k;  // blocks that share a tile; above 1 their sums meet in the workspace
+
+  // [tile of n][split][m][tile_n] sums of 4 bytes; rows past n of the last tile are not touched.
+  int64_t workspace_bytes(int64_t m, int64_t n) const {
+    return split_k == 1 ? 0 : cuda_ceil_div(n, tile_n) * split_k * m * tile_n * 4;
+  }
 };
 
 // Tiles whose blocks along K wait for each other, at most.
 constexpr int kCudaCounters = 4096;
+constexpr int64_t kMaxWorkspaceBytes = int64_t{32} << 20;
 
-inline const char* name(CudaKernel) { return "STUB"; }
-inline const char* reason(CudaKernel) { return "STUB"; }
-inline CudaGemmConfig choose_cuda_gemm_config(int64_t, int64_t, int64_t, DType, const CudaDevice&) {
-  return {CudaKernel::kDecode, 128, 8, 1, 1};
+// ---- decode -------------------------------------------------------------------------------------
+
+constexpr int kDecodeRows = 64;  // of x, at most
+constexpr int kDecodeWarps = 8;
+// Stages of x: while one is read, two are on their way, which covers the latency of the L2.
+constexpr int kDecodeStages = 3;
+// All stages together take 96 KB: two such blocks fit a Hopper's multiprocessor, one any other's.
+constexpr int64_t kDecodeStageBytes = 32 << 10;
+
+constexpr int decode_tile_m(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+
+// Tiles of 16 rows of a warp. At 64 rows of x a warp with one tile would read 32 KB of x from
+// shared memory for each 4.5 KB of weights, more than the multiprocessor's 128 bytes a cycle allow
+// while the weights come at full speed; two tiles use what is read twice.
+constexpr int decode_row_tiles(int tile_m) { return tile_m == 64 ? 2 : 1; }
+
+constexpr int decode_tile_n(int tile_m, int warps_k) {
+  return kFragmentRows * decode_row_tiles(tile_m) * kDecodeWarps / warps_k;
 }
-inline int64_t workspace_bytes(const CudaGemmConfig&, int64_t, int64_t) { return 0; }
+
+// A stage holds, for every row of x and each of the warps_k warps along K, this much: what the warp
+// multiplies with a whole record, or as much of it as fits, 128 bytes at least; with few rows it is
+// up to four records, because at every new stage the warps of a block wait for each other.
+constexpr int decode_slice_bytes(int64_t m, DType dtype, int warps_k) {
+  const int record = static_cast<int>(kFragmentColumns * size_of(dtype));
+  int slice = 4 * record;
+  while (slice > 128 && m * warps_k * slice > kDecodeStageBytes) slice /= 2;
+  return slice;
+}
+
+// Sums are stored as [row of x][row of W], and each row is padded by 16 bytes so that the lanes of
+// a fragment write to different banks.
+constexpr int kSumPadding = 4;
+
+constexpr int64_t decode_shared_bytes(int64_t m, DType dtype, int tile_m, int warps_k) {
+  const int64_t x = kDecodeStages * m * warps_k * decode_slice_bytes(m, dtype, warps_k);
+  const int64_t sums =
+      int64_t{warps_k} * tile_m * (decode_tile_n(tile_m, warps_k) + kSumPadding) * 4;
+  return std::max(x, sums);
+}
+
+// A model of the time, in bytes at a multiprocessor's share of the DRAM bandwidth (36 KB are about
+// 1 us on an H200):
+//
+//   the longer of  all weights, spread evenly                          the DRAM's time,
+//             and  what the busiest multiprocessor reads and writes    its own time, at its rate,
+//   plus, with split_k > 1, a fence and the last block's sum of all partial sums of its tile
+//
+// A multiprocessor's rate is bounded by the L2 (kL2Rate shares) and by what its warps have in
+// flight: each has one record of each of its row tiles on its way.
+struct DecodeModel {
+  static constexpr double kL2Rate = 1.5;
+  static constexpr double kInFlight = 32 << 10;  // bytes for a rate of one share: 0.9 us of latency
+  static constexpr double kBlockCost = 4 << 10;  // to start a block and fill its pipeline
+  static constexpr double kMeetingCost = 32 << 10;  // a fence and an atomic: about 1 us
+
+  int64_t m, n, k;
+  DType dtype;
+  const CudaDevice& device;
+
+  int64_t records() const { return cuda_ceil_div(k, kFragmentColumns); }
+
+  int resident_blocks(int tile_m, int warps_k) const {
+    const int by_registers = tile_m == 64 ? 1 : 2;
+    const int64_t bytes = decode_shared_bytes(m, dtype, tile_m, warps_k) + 1024;  // CUDA's own
+    return static_cast<int>(
+        std::clamp<int64_t>((device.shared_bytes + 1024) / bytes, 1, by_registers));
+  }
+
+  double cost(const CudaGemmConfig& config) const {
+    const double record_bytes = 4.0 * static_cast<double>(fragment_words(dtype));
+    const int64_t tiles = cuda_ceil_div(n, config.tile_n), blocks = tiles * config.split_k;
+    const int64_t row_tiles = cuda_ceil_div(std::min<int64_t>(n, config.tile_n), kFragmentRows);
+    const int64_t depth = cuda_ceil_div(records(), config.split_k);
+    const int64_t waves = cuda_ceil_div(blocks, device.multiprocessors);
+
+    const auto weights = static_cast<double>(row_tiles * depth) * record_bytes;
+    const auto x = static_cast<double>(m * depth * kFragmentColumns * size_of(dtype));
+    const auto partial = static_cast<double>(config.split_k > 1 ? m * config.tile_n * 4 : 0);
+    const auto in_flight =
+        static_cast<double>(
+            std::min<int64_t>(waves, resident_blocks(config.tile_m, config.warps_k)) * row_tiles *
+            std::min<int64_t>(config.warps_k, depth)) *
+        record_bytes;
+    const double rate = std::min(kL2Rate, in_flight / kInFlight);
+    const double busiest =
+        static_cast<double>(waves) * ((weights + x + partial) / rate + kBlockCost);
+    const double dram = static_cast<double>(cuda_ceil_div(n, kFragmentRows) * records()) *
+                        record_bytes / device.multiprocessors;
+    const double meeting =
+        config.split_k > 1 ? kMeetingCost + config.split_k * partial / kL2Rate : 0.0;
+    return std::max(dram, busiest) + meeting;
+  }
+
+  bool is_legal(const CudaGemmConfig& config) const {
+    return decode_shared_bytes(m, dtype, config.tile_m, config.warps_k) <= device.shared_bytes &&
+           (config.split_k == 1 || (cuda_ceil_div(n, config.tile_n) <= kCudaCounters &&
+                                    config.workspace_bytes(m, n) <= kMaxWorkspaceBytes));
+  }
+};
+
+// The cheapest by the model. Of the ways to split K only those are tried that fill the
+// multiprocessors one to four times: the model is called about 20 times, well under a microsecond.
+inline CudaGemmConfig decode_config(int64_t m, int64_t n, int64_t k, DType dtype,
+                                    const CudaDevice& device) {
+  const DecodeModel model{m, n, k, dtype, device};
+  const int tile_m = decode_tile_m(m);
+  // One warp along K and no split needs the least shared memory, and every device has it.
+  CudaGemmConfig best{CudaKernel::kDecode, decode_tile_n(tile_m, 1), tile_m, 1, 1};
+  double best_cost = model.cost(best);
+  for (int warps_k = 1; warps_k <= kDecodeWarps; warps_k *= 2) {
+    const int tile_n = decode_tile_n(tile_m, warps_k);
+    const int64_t tiles = cuda_ceil_div(n, tile_n), records = model.records();
+    for (int fill = 0; fill <= 4; ++fill) {
+      const int64_t wanted = int64_t{fill} * device.multiprocessors / tiles;
+      const int64_t split = std::clamp<int64_t>(wanted, 1, records);
+      const int64_t depth = cuda_ceil_div(records, split);
+      const CudaGemmConfig config{CudaKernel::kDecode, tile_n, tile_m, warps_k,
+                                  static_cast<int>(cuda_ceil_div(records, depth))};
+      if (!model.is_legal(config)) continue;
+      const double cost = model.cost(config);
+      if (cost < best_cost) {
+        best = config;
+        best_cost = cost;
+      }
+    }
+  }
+  return best;
+}
+
+// ---- prefill ------------------------------------------------------------------------------------
+
+constexpr int kPrefillTileN = 128;
+constexpr int kPrefillStages = 4;
+constexpr int kPrefillStepBytes = 128;  // of a row of x: two steps of mma.sp
+
+constexpr int64_t prefill_shared_bytes(int tile_m) {  // a stage: a step of x and of the weights
+  return int64_t{kPrefillStages} * (tile_m + kPrefillTileN / 2) * kPrefillStepBytes;
+}
+
+// A tile of 256 rows of x reads a quarter less from shared memory for each product than one of 128,
+// so it is taken unless the smaller one leaves fewer multiprocessors idle by more than that.
+inline CudaGemmConfig prefill_config(int64_t m, int64_t n, const CudaDevice& device) {
+  constexpr double kSmallTileCost = 1.2;
+  const auto config = [](int tile_m) {
+    return CudaGemmConfig{CudaKernel::kPrefill, kPrefillTileN, tile_m, 1, 1};
+  };
+  if (prefill_shared_bytes(256) > device.shared_bytes) return config(128);
+  const auto waves = [&](int tile_m) {
+    const int64_t blocks = cuda_ceil_div(n, kPrefillTileN) * cuda_ceil_div(m, tile_m);
+    return static_cast<double>(cuda_ceil_div(blocks, device.multiprocessors));
+  };
+  return config(128 * kSmallTileCost * waves(128) < 256 * waves(256) ? 128 : 256);
+}
 
 }  // namespace gossamer::sparse24

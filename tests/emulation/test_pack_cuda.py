@@ -105,7 +105,9 @@ def validate(library: KernelLibrary, values: Tensor, indices: Tensor, k: int) ->
 def to_panels(library: KernelLibrary, values: Tensor, indices: Tensor, k: int) -> Tensor:
     n = values.shape[0]
     if values.dtype == torch.float32:
-        panels = torch.empty(sparse24_panels_shape(n, k, values.dtype, values.device), dtype=torch.int32)
+        panels = torch.empty(
+            sparse24_panels_shape(n, k, values.dtype, values.device), dtype=torch.int32
+        )
     else:
         words = 16 * 256 // 2 * values.itemsize // 4 + 32 * 4
         panels = torch.empty((n + 15) // 16, (k + 255) // 256, words, dtype=torch.int32)

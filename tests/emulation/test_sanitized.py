@@ -19,6 +19,7 @@ TESTS = (
     "test_sample_gemm.py",
     "test_pack_cuda.py",
     "test_gemm_float32.py",
+    "test_gemm_sm80.py",
 )
 
 

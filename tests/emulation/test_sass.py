@@ -88,6 +88,23 @@ def test_primitives(tmp_path: Path) -> None:
     assert missing((*PRIMITIVE_OPCODES, *FP8_OPCODES), found) == []
 
 
+# Weights by 16 bytes past the L1 (prefill: only metadata), x by cp.async, and the products of each
+# dtype; to spill would be an error. Of these architectures only sm_89 has mma.sp for E4M3.
+MMA_SP = {"HMMA.SP.16832.F32.BF16", "HMMA.SP.16832.F32", "IMMA.SP.16864.S8.S8"}
+MMA_SP_E4M3 = {"QMMA.SP.16864.F32.E4M3.E4M3"}
+WEIGHT_LOADS = {"decode": "LDG.E.NA.128.CONSTANT", "prefill": "LDG.E.NA.LTC128B.128.CONSTANT"}
+
+
+@pytest.mark.parametrize("architecture", ["80", "89", "90"])
+@pytest.mark.parametrize("kernel", WEIGHT_LOADS)
+def test_gemm_sm80(tmp_path: Path, kernel: str, architecture: str) -> None:
+    found = opcodes(CSRC / "sparse24" / f"gemm_{kernel}_sm80.cu", architecture, tmp_path)
+    products = {opcode for opcode in found if "MMA.SP" in opcode}
+    assert products == (MMA_SP | MMA_SP_E4M3 if architecture == "89" else MMA_SP)
+    copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", WEIGHT_LOADS[kernel])
+    assert missing(copies, found) == []
+
+
 HOPPER_GEMM_OPCODES = (
     "HGMMA.SP.64x64x32.F32.BF16",
     "WARPGROUP.ARRIVE",

@@ -15,12 +15,7 @@ cudaStream_t stream_of(CudaStream stream) { return static_cast<cudaStream_t>(str
 
 void gemm(const CudaGemmArgs& args, CudaStream stream) {
   last_kernel = static_cast<int>(args.config.kernel);
-  switch (args.config.kernel) {
-    case CudaKernel::kDecode:
-    case CudaKernel::kPrefill: return gemm_sm80(args, stream_of(stream));
-    case CudaKernel::kWgmma: return gemm_sm90(args, stream_of(stream));
-    case CudaKernel::kFloat32: return gemm_float32(args, stream_of(stream));
-  }
+  run_gemm(args, stream_of(stream));
 }
 
 constexpr CudaKernels kKernels = {
@@ -65,6 +60,5 @@ GOSSAMER_EXPORT int describe_device(int64_t capability, int64_t multiprocessors,
 }
 
 GOSSAMER_EXPORT int kernel_that_ran(int64_t* kernel, char* text, int64_t text_bytes) {
-  return gossamer::report(text, text_bytes,
-                          [&] { *kernel = gossamer::sparse24::last_kernel; });
+  return gossamer::report(text, text_bytes, [&] { *kernel = gossamer::sparse24::last_kernel; });
 }

@@ -153,6 +153,13 @@ void mma_m16n8k32(Accumulator<T> (&d)[4], const uint32_t (&a)[4], const uint32_t
   static_assert(sizeof(T) == 1);
   emulation::mma<T, 32>("mma_m16n8k32", d, a, b, site);
 }
+template <class T>
+constexpr bool has_mma_sp(int /*architecture*/) {
+  return true;
+}
+template <class T>
+constexpr bool kHasMmaSp = true;
+
 template <class T, int Selector>  // Float16 or BFloat16; Selector 0 or 1
 void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                      uint32_t metadata, Site site = Site::current()) {

@@ -17,6 +17,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
       emulation::Site::current());
 }
 
+template <class... Parameters>
+int compiled_architecture(void (*)(Parameters...)) {
+  return 90;  // the twins have every instruction
+}
+
 inline void fill_zero(void* global, size_t bytes, cudaStream_t /*stream*/) {
   std::memset(global, 0, bytes);
 }
