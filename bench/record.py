@@ -182,8 +182,12 @@ def default_path(path: Path, device: str, commit: dict[str, Any], suffix: str) -
     if not path.is_dir():
         return path
     name = f"{now()[:10]}-{device}-{commit['id'][:7]}{'-dirty' if commit['dirty'] else ''}"
-    names = (f"{name}{number}" for number in ("", *(f"-{n}" for n in itertools.count(2))))
-    return next(found for n in names if not (found := path / f"{n}{suffix}").exists())
+    found = path / f"{name}{suffix}"
+    for number in itertools.count(2):
+        if not found.exists():
+            break
+        found = path / f"{name}-{number}{suffix}"
+    return found
 
 
 def _rounded(value: Any) -> Any:
