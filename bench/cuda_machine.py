@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from cuda_rivals import Operands, Rivals, add_cusparselt, add_dense
 from cuda_shapes import DTYPES, GpuDtype
-from cuda_timing import Contender, GraphStopwatch, Rounds, graph_stopwatch, measure
+from cuda_timing import (
+    Contender,
+    GraphStopwatch,
+    Rounds,
+    first_line,
+    graph_stopwatch,
+    measure,
+)
 from gossamer.prune import magnitude_24
 from machine import slug
 from torch import Tensor
@@ -130,8 +137,12 @@ def measure_limits(device: torch.device, dtypes: list[str]) -> GpuLimits:
         probes = _memory_probes(device, stopwatch)
     limits = GpuLimits(l2_bytes(device), max(probes.values()), probes)
     for name in dtypes:
-        with torch.no_grad(), graph_stopwatch(device) as stopwatch:
-            dense, sparse = _peaks(device, DTYPES[name], stopwatch)
+        try:
+            with torch.no_grad(), graph_stopwatch(device) as stopwatch:
+                dense, sparse = _peaks(device, DTYPES[name], stopwatch)
+        except RuntimeError as error:
+            print(f"no peak of {name}: {first_line(error)}")
+            continue
         if dense:
             limits.dense_flops[name] = dense
         if sparse:

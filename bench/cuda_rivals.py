@@ -24,6 +24,7 @@ CUSPARSELT = "cusparselt"
 DEFAULT = "F.linear"
 LEAST_ROWS = {2: 8, 1: 16, 4: 4}  # of x for cuSPARSELt, by bytes of an element; fewer are padded
 INT_MM_ROWS = 32  # torch._int_mm wants more than 16
+BRIEF = 2e-3  # s of a replay: a shorter one is timed thrice in the sweep
 MOST_ALGORITHMS = 64  # tried where cuSPARSELt does not say how many it has
 
 
@@ -232,7 +233,10 @@ def sweep(
                 trials.append(Trial(algorithm, None, "wrong result"))
                 continue
             replay = stopwatch.prepare(contender, repeats)
-            seconds = min(stopwatch.seconds([(replay, 1)] * 3)) / replay.calls
+            seconds = min(stopwatch.seconds([(replay, 1)]))
+            if seconds < BRIEF:
+                seconds = min(seconds, *stopwatch.seconds([(replay, 1)] * 2))
+            seconds /= replay.calls
             drop(replay)
         except Exception as error:
             trials.append(Trial(algorithm, None, first_line(error)))

@@ -121,7 +121,7 @@ class GraphStopwatch:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: list[torch.cuda.CUDAGraph] = []
         # A pool lives as long as one of its graphs does: this one makes it outlive the others.
-        number = torch.zeros(1, device=device)
+        number = torch.zeros(1, device=device).add_(1)  # which loads the kernel: not in a capture
         self._capture(lambda: number.add_(1))
 
     def _capture(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -257,6 +257,26 @@ def test_cases_past_the_time_limit_are_named() -> None:
     assert "1 cases from sparse24/bf16/tiny.up/m2 on: left out" in summary_text([first, second])
 
 
+def test_case_that_breaks_down_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(bench_sparse24_cuda, "run_case", broken)
+    plan = replace(PLAN, cases=[("bf16", TINY, 1), ("bf16", TINY, 2)])
+    found = list(bench_sparse24_cuda.run(plan, bench()))
+    assert [case.rows for case in found] == [1, 2]
+    assert not any(case.passed for case in found)
+
+
+def test_tables_come_shape_by_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    other = LinearShape("tiny.down", 64, 32)
+    cases = [case(1, 1e-6, 2e-6), case(2, 1e-6, 2e-6), case(1, 1e-6, 2e-6, other)]
+    assert run_cuda.print_cases(iter(cases), LIMITS) == cases
+    out = capsys.readouterr().out
+    assert out.count("sparse24 bf16 tiny.") == 2
+    assert out.count("2.00x") == 3
+
+
 # ---- cuSPARSELt ----------------------------------------------------------------------------------
 
 
