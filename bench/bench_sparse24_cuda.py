@@ -19,6 +19,7 @@ from cuda_record import CudaCase
 from cuda_rivals import (
     DEFAULT,
     DENSE,
+    WRONG,
     Operands,
     Rivals,
     add_csr,
@@ -276,7 +277,7 @@ def _timed(
             # The call by itself was right: the replay computes something else.
             case = dataclasses.replace(case, check=Check(math.inf, math.inf))
         elif not answer_is_right:
-            rivals.missing[contender.name] = "wrong result"
+            rivals.missing[contender.name] = WRONG
             continue
         replays[contender.name] = replay
     if OURS not in replays:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cuda_machine import GpuLimits
-from cuda_rivals import CUSPARSELT, DENSE, Trial
+from cuda_rivals import CUSPARSELT, DENSE, Trial, summarise
 from cuda_shapes import DECODE_ROWS, LARGE_WEIGHT, PREFILL_ROWS
 from record import OURS, Check
 from shapes import LinearShape
@@ -100,7 +100,7 @@ class CudaCase:
             "eager_us": {name: 1e6 * value for name, value in self.eager.items()},
             "not_graphs": self.not_graphs,
             "missing": self.missing,
-            "cusparselt_trials": [trial.as_dict() for trial in self.trials],
+            "cusparselt_algorithms": summarise(self.trials),
             "sensors": self.sensors,
         }
 

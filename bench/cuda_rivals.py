@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch import Tensor
 DENSE = "dense"
 CUSPARSELT = "cusparselt"
 DEFAULT = "F.linear"
+WRONG = "wrong result"
 LEAST_ROWS = {2: 8, 1: 16, 4: 4}  # of x for cuSPARSELt, by bytes of an element; fewer are padded
 INT_MM_ROWS = 32  # torch._int_mm wants more than 16
 BRIEF = 2e-3  # s of a replay: a shorter one is timed thrice in the sweep
@@ -209,8 +211,17 @@ class Trial:
     seconds: float | None
     failure: str | None = None
 
-    def as_dict(self) -> dict[str, object]:
-        return {**self.algorithm.as_dict(), "seconds": self.seconds, "failure": self.failure}
+
+def summarise(trials: Sequence[Trial]) -> dict[str, object]:
+    """What a sweep found: how many were tried, which were wrong or refused, the five fastest."""
+    failures = Counter(trial.failure for trial in trials if trial.failure)
+    fast = sorted((t for t in trials if t.seconds is not None), key=lambda t: t.seconds or 0.0)
+    return {
+        "tried": len(trials),
+        "failures": dict(failures),
+        "wrong": [t.algorithm.as_dict() for t in trials if t.failure == WRONG],
+        "fastest": [{**t.algorithm.as_dict(), "us": 1e6 * (t.seconds or 0.0)} for t in fast[:5]],
+    }
 
 
 def sweep(
@@ -230,7 +241,7 @@ def sweep(
         contender = library.contender("cuSPARSELt", algorithm)
         try:
             if not right(contender.answer(contender.calls[0]())):
-                trials.append(Trial(algorithm, None, "wrong result"))
+                trials.append(Trial(algorithm, None, WRONG))
                 continue
             replay = stopwatch.prepare(contender, repeats)
             seconds = min(stopwatch.seconds([(replay, 1)]))

@@ -27,6 +27,7 @@ CACHES_FULL = 3.0  # times the L2 that the copies take up: its replacement is no
 MOST_COPIES = 64
 SLICE = 400e-6  # s of calls in a graph: beside it the gap between two replays is lost
 MOST_CALLS = 96  # in a graph
+MOST_REASON = 200  # letters: some of torch's messages list every backend there is
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class GraphStopwatch:
                     for call in contender.calls:
                         results.append(call())
 
+        torch.cuda.synchronize(self.device)  # the operands come from another stream
         with torch.cuda.stream(self.stream), contender.session():
             last = contender.calls[0]()  # handles, workspaces and modules are made here
         torch.cuda.synchronize(self.device)
@@ -279,4 +281,4 @@ def eager_seconds(
 def first_line(error: BaseException) -> str:
     """An error for the record: its type and the first line of its text."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:MOST_REASON]

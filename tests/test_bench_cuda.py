@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import bench_sparse24_cuda
 import cuda_rivals
+import cuda_timing
 import gossamer
 import pytest
 import run
@@ -131,6 +133,97 @@ def test_eager_time_is_the_least_round() -> None:
         return torch.zeros(1)
 
     assert eager_seconds(call, lambda: None, 2, 2, lambda: now[0]) == 3.0
+
+
+class FakeGraph:
+    """Runs nothing at a replay; refuses the captures whose number is in ``refused``."""
+
+    made = 0
+    refused: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        FakeGraph.made += 1
+        self.number, self.replays = FakeGraph.made, 0
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert (pool, capture_error_mode) == ("pool", "relaxed")
+
+    def capture_end(self) -> None:
+        if self.number in self.refused:
+            raise RuntimeError("the capture is void\nmore")
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def reset(self) -> None:
+        self.replays = -1
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: object) -> None:
+        self.stream = stream
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end.stream is self.stream
+        return 6.0
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> cuda_timing.GraphStopwatch:
+    monkeypatch.setattr(FakeGraph, "made", 0)
+    for name, fake in {
+        "Stream": lambda device: object(), "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": FakeGraph, "Event": FakeEvent, "stream": nullcontext,
+        "synchronize": lambda device: None, "empty_cache": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return cuda_timing.GraphStopwatch(CPU)
+
+
+def test_graph_holds_every_copy_and_is_replayed(graphs: cuda_timing.GraphStopwatch) -> None:
+    ran: list[int] = []
+
+    def call(copy: int) -> Tensor:
+        ran.append(copy)
+        return torch.tensor(copy)
+
+    contender = Contender("a", "dense", [partial(call, 0), partial(call, 1)])
+    replay = graphs.prepare(contender, 2)
+    assert ran == [0, 0, 1, 0, 1]  # the first one outside, to warm up
+    assert (replay.calls, int(replay.last), replay.eager) == (4, 1, None)
+    assert graphs.seconds([(replay, 3), (replay, 1)]) == pytest.approx([2e-3, 6e-3])
+    assert replay.graph.replays == 1 + 3 + 1 + 1
+    assert len(ran) == 5
+    graphs.drop(replay)
+    graphs.close()
+    assert replay.graph.replays == -1
+
+
+@pytest.mark.parametrize("where", ["call", "end"])
+def test_what_cannot_be_captured_is_timed_by_calls(
+    graphs: cuda_timing.GraphStopwatch, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    ran = 0
+
+    def call() -> Tensor:
+        nonlocal ran
+        ran += 1
+        if where == "call" and ran == 2:
+            raise RuntimeError("not while capturing")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(FakeGraph, "refused", (2,) if where == "end" else ())
+    stream = graphs.stream
+    replay = graphs.prepare(Contender("a", "dense", [call]), 3)
+    reason = "not while capturing" if where == "call" else "the capture is void"
+    assert replay.eager == f"RuntimeError: {reason}"
+    assert graphs.stream is not stream
+    before = ran
+    graphs.seconds([(replay, 2)])
+    assert ran - before == 3 * (1 + 2)
 
 
 # ---- numbers and checks --------------------------------------------------------------------------
@@ -328,7 +421,11 @@ def test_cusparselt_best_is_the_fastest_that_is_right(monkeypatch: pytest.Monkey
     assert by_name["cuSPARSELt default"] == Algorithm().as_dict()
     assert by_name["cuSPARSELt search"] == Algorithm(0, 2, 0).as_dict()
     failures = {trial.algorithm.alg_id: trial.failure for trial in trials if trial.failure}
-    assert failures[1] == "wrong result"
+    assert failures[1] == cuda_rivals.WRONG
+    summary = cuda_rivals.summarise(trials)
+    assert summary["tried"] == 12
+    assert summary["failures"] == {cuda_rivals.WRONG: 2, "RuntimeError: invalid value": 4}
+    assert summary["fastest"][0]["alg_id"] == 2
     assert failures[3] == failures[4] == "RuntimeError: invalid value"
     assert len(trials) == 12  # five ids in both orders and the search's two splits
     for contender in rivals.contenders:
