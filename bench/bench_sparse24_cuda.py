@@ -238,7 +238,9 @@ def run_case(weight: Weight, rows: int, plan: CudaPlan, bench: Bench, known: dic
         case = _timed(case, rivals, stopwatch, plan, right)
     eager = {}
     if rows <= EAGER_ROWS:
-        wanted = (OURS, _default(rivals), "cuSPARSELt default")
+        names = [c.name for c in rivals.contenders]
+        library = "default" if "cuSPARSELt default" in names else "best"
+        wanted = (OURS, _default(names), f"cuSPARSELt {library}")
         eager = {
             c.name: eager_seconds(c.calls[0], bench.synchronise)
             for c in rivals.contenders
@@ -250,9 +252,9 @@ def run_case(weight: Weight, rows: int, plan: CudaPlan, bench: Bench, known: dic
     )  # fmt: skip
 
 
-def _default(rivals: Rivals) -> str:
-    names = [c.name for c in rivals.contenders if c.family == DENSE]
-    return DEFAULT if DEFAULT in names else names[0] if names else ""
+def _default(names: Sequence[str]) -> str:
+    """The dense product that a user of torch would call."""
+    return next((name for name in (DEFAULT, "_scaled_mm", "_int_mm") if name in names), "")
 
 
 def _timed(

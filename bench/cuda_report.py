@@ -12,7 +12,7 @@ from timing import Ratio
 
 COLUMNS = (
     "rows", "ours us", "spread", "dense us", "best dense", "vs dense", "(quartiles)", "cslt us",
-    "vs cslt", "of DRAM", "TFLOP/s", "of limit", "eager us", "right",
+    "vs cslt", "of DRAM", "TFLOP/s", "of limit", "eager us: ours/dense/cslt", "right",
 )  # fmt: skip
 
 

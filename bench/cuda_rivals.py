@@ -194,9 +194,13 @@ class CusparseLt:
         packed, x = self.packed[0], self.xs[0].t()
         native = getattr(torch._C, "_cusparselt", None)
         if hasattr(native, "mm_search"):  # which also tells the split of K and the last id
-            found = native.mm_search(packed, x, None, None, self.out_dtype, transposed)
-            alg_id, split_k, mode, last = (int(value) for value in found)
-            return Algorithm(alg_id, split_k, mode, transposed), last + 1
+            try:
+                found = native.mm_search(packed, x, None, None, self.out_dtype, transposed)
+                alg_id, split_k, mode, last = (int(value) for value in found)
+            except (TypeError, ValueError):
+                pass  # another torch's: the public one will do
+            else:
+                return Algorithm(alg_id, split_k, mode, transposed), last + 1
         alg_id = torch._cslt_sparse_mm_search(
             packed, x, out_dtype=self.out_dtype, transpose_result=transposed
         )

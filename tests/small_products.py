@@ -18,7 +18,7 @@ from torch import Tensor
 SHAPES = ((1, 16, 64), (7, 33, 100), (17, 129, 260), (70, 72, 640), (200, 300, 512))
 # What the largest error may be, of the largest entry.
 DTYPES = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
-QUANTISED = {torch.int8: 1e-2, torch.float8_e4m3fn: 3e-2}
+QUANTISED = {torch.int8: 3e-2, torch.float8_e4m3fn: 1e-1}  # which is mostly the quantisation
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
