@@ -23,7 +23,6 @@ from cuda_rivals import (
     Operands,
     Rivals,
     add_csr,
-    add_cusparselt,
     add_cutlass,
     add_dense,
     clones,
@@ -39,6 +38,7 @@ from cuda_timing import (
     measure,
     repeats_for,
 )
+from cusparselt import add_cusparselt
 from gossamer.formats import Sparse24, Sparse24Panels
 from record import OURS, Check
 from shapes import LinearShape

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from cuda_rivals import Operands, Rivals, add_cusparselt, add_dense
+from cuda_rivals import Operands, Rivals, add_dense
 from cuda_shapes import DTYPES, GpuDtype
 from cuda_timing import (
     Contender,
@@ -20,6 +20,7 @@ from cuda_timing import (
     graph_stopwatch,
     measure,
 )
+from cusparselt import add_cusparselt
 from gossamer.prune import magnitude_24
 from machine import slug
 from torch import Tensor

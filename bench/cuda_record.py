@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cuda_machine import GpuLimits
-from cuda_rivals import CUSPARSELT, DENSE, Trial, summarise
+from cuda_rivals import CUSPARSELT, DENSE
 from cuda_shapes import DECODE_ROWS, LARGE_WEIGHT, PREFILL_ROWS
+from cusparselt import Trial, summarise
 from record import OURS, Check
 from shapes import LinearShape
 from timing import Ratio, Timing, geometric_mean, speedup

@@ -13,6 +13,7 @@ from pathlib import Path
 import bench_sparse24_cuda
 import cuda_rivals
 import cuda_timing
+import cusparselt
 import gossamer
 import pytest
 import run
@@ -22,7 +23,7 @@ from bench_sparse24_cuda import Bench, CudaPlan, Weight, raw_numbers, reference,
 from cuda_machine import GpuLimits, Sensors, gpu_name
 from cuda_record import CudaCase, goals
 from cuda_report import cases_table, summary_text
-from cuda_rivals import Algorithm, CusparseLt, Operands, Rivals, add_cusparselt, sweep
+from cuda_rivals import Operands, Rivals
 from cuda_shapes import DTYPES, QUICK_OTHER_SHAPES, QUICK_SHAPES, ROWS, SHAPES
 from cuda_timing import (
     CACHES_FULL,
@@ -34,6 +35,7 @@ from cuda_timing import (
     measure,
     repeats_for,
 )
+from cusparselt import Algorithm, CusparseLt, add_cusparselt, sweep
 from machine import cpu_name, describe_commit
 from record import OURS, Check, default_path
 from shapes import LinearShape
@@ -412,7 +414,7 @@ def fake_lt_operands() -> tuple[Operands, Callable[[Tensor], bool]]:
 
 
 def test_cusparselt_best_is_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_rivals, "CusparseLt", FakeLt)
+    monkeypatch.setattr(cusparselt, "CusparseLt", FakeLt)
     operands, right = fake_lt_operands()
     rivals = Rivals()
     trials = add_cusparselt(rivals, operands, 2, right, AlgorithmStopwatch(), 1)
@@ -422,7 +424,7 @@ def test_cusparselt_best_is_the_fastest_that_is_right(monkeypatch: pytest.Monkey
     assert by_name["cuSPARSELt search"] == Algorithm(0, 2, 0).as_dict()
     failures = {trial.algorithm.alg_id: trial.failure for trial in trials if trial.failure}
     assert failures[1] == cuda_rivals.WRONG
-    summary = cuda_rivals.summarise(trials)
+    summary = cusparselt.summarise(trials)
     assert summary["tried"] == 12
     assert summary["failures"] == {cuda_rivals.WRONG: 2, "RuntimeError: invalid value": 4}
     assert summary["fastest"][0]["alg_id"] == 2
@@ -442,7 +444,7 @@ def test_sweep_stops_when_out_of_time() -> None:
 
 
 def test_cusparselt_without_a_right_algorithm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_rivals, "CusparseLt", FakeLt)
+    monkeypatch.setattr(cusparselt, "CusparseLt", FakeLt)
     operands, _ = fake_lt_operands()
     rivals = Rivals()
     add_cusparselt(rivals, operands, 1, lambda y: False, AlgorithmStopwatch(), 1)
