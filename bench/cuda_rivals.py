@@ -1,4 +1,4 @@
-"""What a 2:4 layer has to beat on a GPU: cuBLAS, torch's CUTLASS kernels, cuSPARSE (and cusparselt.py).
+"""A 2:4 layer's rivals on a GPU: cuBLAS, CUTLASS, cuSPARSE; cuSPARSELt is in cusparselt.py.
 
 A rival that cannot run is not left out in silence: what it said is part of the record.
 """
