@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 KIB, MIB = 1024, 1024**2
+CORES = {("AuthenticAMD", 26): "zen5"}  # vendor and family, where the brand does not tell
 UNKNOWN_CACHE = 32 * MIB  # bytes taken for the last-level cache where the system does not say
 BUFFERS = (256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 
@@ -81,6 +83,17 @@ def describe_versions() -> dict[str, str]:
             name = "mkl" if "Math Kernel Library" in line else "onednn"
             found[name] = line.strip(" -")
     return found
+
+
+def cpu_name(cpu: dict[str, Any]) -> str:
+    """A short name for records: the core's where it is known, else the vendor's name for it."""
+    known = CORES.get((cpu.get("vendor_id_raw"), cpu.get("family")))
+    return f"cpu-{known or slug(cpu.get('brand_raw', 'unknown'))}"
+
+
+def slug(text: str) -> str:
+    """Lower case, with a hyphen for everything that is no letter or digit."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def describe_commit(folder: Path = ROOT) -> dict[str, Any]:

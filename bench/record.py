@@ -6,13 +6,14 @@ everything that is only known here under ``extra_info`` and ``gossamer``.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import Limits, describe_commit, describe_versions, now
+from machine import Limits, describe_versions, now
 from pytest_benchmark import __version__ as layout_version
 from rivals import CSR, DEFAULT
 from shapes import LinearShape
@@ -144,6 +145,7 @@ def write_record(
     path: Path,
     command: Sequence[str],
     machine: dict[str, Any],
+    commit: dict[str, Any],
     cold: bool,
     limits: Limits,
     cases: Sequence[Case],
@@ -157,16 +159,44 @@ def write_record(
         "limits": limits.as_dict(),
         "models": list(models),
     }
+    entries = [entry for case in cases for entry in case.entries()]
+    write_entries(path, machine, commit, gossamer, entries)
+
+
+def write_entries(
+    path: Path,
+    machine: dict[str, Any],
+    commit: dict[str, Any],
+    gossamer: dict[str, Any],
+    entries: Sequence[dict[str, Any]],
+) -> None:
+    """The layout that records of every device share."""
     record = {
         "machine_info": machine,
-        "commit_info": describe_commit(),
+        "commit_info": commit,
         "datetime": now(),
         "version": layout_version,
         "gossamer": gossamer,
-        "benchmarks": [entry for case in cases for entry in case.entries()],
+        "benchmarks": list(entries),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_to_json(_rounded(record)) + "\n")
+
+
+def default_path(path: Path, device: str, commit: dict[str, Any], suffix: str) -> Path:
+    """``path``, or in a folder ``<date>-<device>-<commit>``: so records sort and speak.
+
+    A record that has the name already is not written over: the next one gets a number.
+    """
+    if not path.is_dir():
+        return path
+    name = f"{now()[:10]}-{device}-{commit['id'][:7]}{'-dirty' if commit['dirty'] else ''}"
+    found = path / f"{name}{suffix}"
+    for number in itertools.count(2):
+        if not found.exists():
+            break
+        found = path / f"{name}-{number}{suffix}"
+    return found
 
 
 def _rounded(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
     python bench/run.py --quick          about three minutes: layers and a whole model
     python bench/run.py --json --plot    everything, kept under bench/results
+    python bench/run.py --device cuda    on a GPU, against cuBLAS and cuSPARSELt
 
 Every case is checked against dense before it is timed; a wrong answer makes the exit status 1.
 """
@@ -18,7 +19,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
-from shapes import DTYPES, QUICK_ROWS, ROWS, LinearShape, find_shapes
+from shapes import DTYPES, QUICK_ROWS, ROWS, SHAPES, LinearShape, find_shapes
 from timing import Effort
 
 if TYPE_CHECKING:
@@ -41,6 +42,31 @@ LEAST_WIDTH = 140  # of the tables: better wrapped by a narrow terminal than cut
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What a device's bench offers, and what it runs where the command line says nothing."""
+
+    features: tuple[str, ...]
+    shapes: tuple[LinearShape, ...]
+    rows: tuple[int, ...]
+    quick_rows: tuple[int, ...]
+    known_dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    quick_dtypes: tuple[str, ...]
+
+
+def choices_of(device: str) -> Choices:
+    if device == "cpu":
+        every = tuple(DTYPES)
+        return Choices(FEATURES, SHAPES, ROWS, QUICK_ROWS, every, every, ("float32", "bfloat16"))
+    import cuda_shapes as gpu
+
+    default = gpu.DEFAULT_DTYPES
+    return Choices(
+        ("sparse24",), gpu.SHAPES, gpu.ROWS, gpu.QUICK_ROWS, tuple(gpu.DTYPES), default, default
+    )
+
+
+@dataclass(frozen=True)
 class Options:
     """The command line, with its defaults worked out."""
 
@@ -54,6 +80,11 @@ class Options:
     cold: bool
     json: Path | None
     plot: Path | None
+    device: str = "cpu"
+    commit: str | None = None
+    shapes_given: bool = False  # not a default
+    rows_given: bool = False
+    seconds: float | None = None
 
 
 def _comma_list(text: str) -> list[str]:
@@ -83,11 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="fewer rows and rounds: about three minutes")
     add("--feature", type=_comma_list, metavar="A,B", help=f"of {', '.join(FEATURES)}; default all")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}")
+    on_gpu = "on a GPU bf16, fp16, fp8, int8, fp32"
+    add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
     add("--m", type=_rows, metavar="1,16,...", help="rows of input")
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
+    add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
+    add("--commit", help="for the record, where git does not tell it")
     for kind in ("json", "plot"):
         add(
             f"--{kind}",
@@ -95,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
             nargs="?",
             const=RESULTS,
             metavar="PATH",
-            help="write the record" if kind == "json" else "draw a PNG",
+            help=("write the record" if kind == "json" else "draw a PNG")
+            + "; without PATH under bench/results, by date, device and commit",
         )
     return parser
 
@@ -112,14 +147,14 @@ def parse(arguments: Sequence[str]) -> Options:
     """The command line as options; argparse's own exit (status 2) on a mistake."""
     parser = _parser()
     given = parser.parse_args(arguments)
-    if given.device == "cuda":
-        parser.error("argument --device: there are no CUDA kernels to measure yet")
-    features = given.feature or list(FEATURES)
-    dtypes = given.dtype or (["float32", "bfloat16"] if given.quick else list(DTYPES))
-    _check_names(parser, "--feature", features, FEATURES)
-    _check_names(parser, "--dtype", dtypes, tuple(DTYPES))
+    choices = choices_of(given.device)
+    features = given.feature or list(choices.features)
+    defaults = choices.quick_dtypes if given.quick else choices.dtypes
+    dtypes = given.dtype or list(defaults)
+    _check_names(parser, "--feature", features, choices.features)
+    _check_names(parser, "--dtype", dtypes, choices.known_dtypes)
     try:
-        shapes = find_shapes(given.shapes)
+        shapes = find_shapes(given.shapes, choices.shapes)
     except ValueError as error:
         parser.error(f"argument --shapes: {error}")
     model_dtypes = (
@@ -131,11 +166,16 @@ def parse(arguments: Sequence[str]) -> Options:
         dtypes=tuple(dtypes),
         model_dtypes=tuple(model_dtypes),
         shapes=shapes,
-        rows=given.m or (QUICK_ROWS if given.quick else ROWS),
+        rows=given.m or (choices.quick_rows if given.quick else choices.rows),
         threads=given.threads or torch.get_num_threads(),
         cold=given.cold,
         json=given.json,
         plot=given.plot,
+        device=given.device,
+        commit=given.commit,
+        shapes_given=bool(given.shapes),
+        rows_given=bool(given.m),
+        seconds=given.seconds,
     )
 
 
@@ -189,23 +229,20 @@ def _run_models(console: Console, options: Options) -> list[ModelResult]:
     return results
 
 
-def _in_results(path: Path, suffix: str) -> Path:
-    """A file for this run: the path itself, or a name by date if the path is a folder."""
-    from machine import now
-
-    return path / f"{now()[:16].replace(':', '')}{suffix}" if path.is_dir() else path
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; 0 if every answer was right."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(arguments)
+    if options.device == "cuda":
+        import run_cuda
+
+        return run_cuda.main(options, arguments)
     torch.set_num_threads(options.threads)
 
     import plots
     import report
-    from machine import Limits, describe_machine, describe_versions
-    from record import write_record
+    from machine import Limits, cpu_name, describe_commit, describe_machine, describe_versions
+    from record import default_path, write_record
     from rich.console import Console
 
     begin = perf_counter()
@@ -221,13 +258,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = _run_models(console, options) if "model" in options.features else []
     report.print_summary(console, cases, results)
 
+    commit = describe_commit()
+    if options.commit:
+        commit["id"] = options.commit
+    device = cpu_name(machine["cpu"])
     if options.json:
-        path = _in_results(options.json, ".json")
+        path = default_path(options.json, device, commit, ".json")
         models = [result.as_dict() for result in results]
-        write_record(path, arguments, machine, options.cold, limits, cases, models)
+        write_record(path, arguments, machine, commit, options.cold, limits, cases, models)
         console.print(f"record: {path}")
     if options.plot and cases:
-        path = _in_results(options.plot, ".png")
+        path = default_path(options.plot, device, commit, ".png")
         name = machine["cpu"].get("brand_raw", machine["machine"])
         plots.draw(path, cases, limits, f"2:4 layers on {name}, {limits.threads} threads")
         console.print(f"plot: {path}")

@@ -74,7 +74,9 @@ TOLERANCES = {
 }
 
 
-def find_shapes(names: list[str] | None) -> tuple[LinearShape, ...]:
+def find_shapes(
+    names: list[str] | None, known: tuple[LinearShape, ...] = SHAPES
+) -> tuple[LinearShape, ...]:
     """The shapes that the names mean: a shape, a model (all its shapes) or ``NxK``; None means all.
 
     Raises
@@ -83,14 +85,14 @@ def find_shapes(names: list[str] | None) -> tuple[LinearShape, ...]:
         If a name is none of those.
     """
     if names is None:
-        return SHAPES
+        return known
     found: list[LinearShape] = []
     for name in names:
-        matches = [s for s in SHAPES if name in (s.name, s.model)]
+        matches = [s for s in known if name in (s.name, s.model)]
         if size := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
             matches = [LinearShape(name, int(size[1]), int(size[2]))]
         if not matches:
-            known = ", ".join(s.name for s in SHAPES)
-            raise ValueError(f"no shape is called {name!r}; there are {known}, or give NxK")
+            there = ", ".join(s.name for s in known)
+            raise ValueError(f"no shape is called {name!r}; there are {there}, or give NxK")
         found += [s for s in matches if s not in found]
     return tuple(found)

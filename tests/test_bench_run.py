@@ -55,7 +55,6 @@ def test_command_line_choices() -> None:
         (["--shapes", "gpt5"], "gpt5"),
         (["--m", "0"], "rows"),
         (["--threads", "0"], "thread"),
-        (["--device", "cuda"], "CUDA"),
     ],
 )
 def test_command_line_mistakes(

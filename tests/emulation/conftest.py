@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import DEVICES, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
-from emulator import Emulator, KernelLibrary, nvcc, run_nvcc
+from emulator import Emulator, KernelLibrary, build_for_gpu, nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
 
@@ -116,11 +116,7 @@ def _build_for_gpu(
     have = torch.cuda.get_device_capability()
     if have < wanted or (suffix and have != wanted):
         pytest.skip(f"the GPU is sm_{have[0]}{have[1]}")
-    path = factory.mktemp("gpu") / f"lib{source.stem}.so"
-    arch = f"{have[0]}{have[1]}{suffix}"
-    flags = ["-std=c++17", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cudart=static"]
-    run_nvcc(*flags, "-shared", "-Xcompiler=-fPIC", "-o", str(path), str(source))
-    return KernelLibrary(path, source)
+    return build_for_gpu(source, factory.mktemp("gpu"), f"{have[0]}{have[1]}{suffix}")
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,15 @@ def run_nvcc(*arguments: str) -> None:
     compile_with(str(nvcc()), f"-I{HERE}", f"-I{CSRC}", *arguments)
 
 
+def build_for_gpu(source: Path, folder: Path, architecture: str) -> KernelLibrary:
+    """The library of a kernel file for GPUs of one architecture, such as "90a"."""
+    path = folder / f"lib{source.stem}.so"
+    gencode = f"arch=compute_{architecture},code=sm_{architecture}"
+    flags = ["-std=c++17", "-gencode", gencode, "-cudart=static"]
+    run_nvcc(*flags, "-shared", "-Xcompiler=-fPIC", "-o", str(path), str(source))
+    return KernelLibrary(path, source)
+
+
 class KernelFault(RuntimeError):
     """What the emulation, or on a GPU the CUDA runtime, found wrong with a kernel."""
 

@@ -1,0 +1,131 @@
+"""The bench on a GPU: what ``run.py --device cuda`` runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bench_sparse24_cuda import Bench, CudaPlan, run
+from cuda_machine import GpuLimits, Sensors, describe_gpu, gpu_name, measure_limits
+from cuda_record import CudaCase, goals
+from cuda_report import cases_table, machine_text, summary_text
+from cuda_shapes import QUICK_OTHER_ROWS, QUICK_OTHER_SHAPES, QUICK_SHAPES
+from cuda_timing import Rounds, graph_stopwatch
+from machine import describe_commit, describe_versions
+from record import default_path, write_entries
+from shapes import LinearShape
+
+if TYPE_CHECKING:
+    from run import Options
+
+QUICK_ROUNDS = Rounds(budget=0.2, least=7, most=21)
+QUICK_SWEEP_SECONDS = 0.7
+QUICK_SECONDS = 140.0  # with probes; after it only the case that has begun, and the record
+FULL_ROUNDS = Rounds(budget=0.6, least=11, most=41)
+
+
+def plan_of(options: Options) -> CudaPlan:
+    """The cases in order: those of bf16, which the goals speak of, come first."""
+    cases = [
+        (dtype, shape, rows)
+        for dtype in options.dtypes
+        for shape, rows in _problems(options, first=dtype == options.dtypes[0])
+    ]
+    if options.quick:
+        return CudaPlan(
+            cases, QUICK_ROUNDS, QUICK_SWEEP_SECONDS, 1, options.seconds or QUICK_SECONDS
+        )
+    return CudaPlan(cases, FULL_ROUNDS, most_seconds=options.seconds or math.inf)
+
+
+def _problems(options: Options, first: bool) -> list[tuple[LinearShape, int]]:
+    shapes: Sequence[LinearShape] = options.shapes
+    rows: Sequence[int] = options.rows
+    if options.quick and not options.shapes_given:
+        wanted = QUICK_SHAPES if first else QUICK_OTHER_SHAPES
+        shapes = [shape for shape in shapes if shape.name in wanted]
+    if options.quick and not options.rows_given and not first:
+        rows = QUICK_OTHER_ROWS
+    return [(shape, m) for shape in shapes for m in rows]
+
+
+def print_cases(cases: Iterable[CudaCase], limits: GpuLimits, out: Any = None) -> list[CudaCase]:
+    """Each shape's table as soon as its last case is there; all the cases."""
+    every = []
+    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
+        table = list(group)
+        print(cases_table(table, limits), file=out or sys.stdout, flush=True)
+        every += table
+    return every
+
+
+def main(options: Options, arguments: Sequence[str]) -> int:
+    """Probe, run, print, keep; 0 if nothing was wrong or failed, 2 without a GPU."""
+    if not torch.cuda.is_available():
+        print("bench/run.py: --device cuda: torch sees no GPU here", file=sys.stderr)
+        return 2
+    begin = perf_counter()
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = describe_gpu(device)
+    limits = measure_limits(device, list(options.dtypes))
+    print(machine_text(gpu, describe_versions(), limits), flush=True)
+    bench = Bench(
+        device,
+        limits,
+        partial(graph_stopwatch, device),
+        Sensors(device.index),
+        partial(torch.cuda.synchronize, device),
+    )
+    plan = plan_of(options)
+    plan = replace(plan, most_seconds=plan.most_seconds - (perf_counter() - begin))
+    cases = print_cases(run(plan, bench), limits)
+    print(summary_text(cases))
+    keep(options, arguments, gpu, limits, cases)
+    print(f"took {perf_counter() - begin:.0f} s")
+    return 0 if all(case.passed for case in cases) else 1
+
+
+def keep(
+    options: Options,
+    arguments: Sequence[str],
+    gpu: dict[str, Any],
+    limits: GpuLimits,
+    cases: Sequence[CudaCase],
+) -> None:
+    """Write the record and the picture that were asked for."""
+    commit = describe_commit()
+    if options.commit:
+        commit["id"] = options.commit
+    device = gpu_name(gpu["name"])
+    if options.json:
+        path = default_path(options.json, device, commit, ".json")
+        gossamer = {
+            "command": list(arguments),
+            "caches": "cold",
+            "versions": describe_versions(),
+            "limits": limits.as_dict(),
+            "goals": goals(cases),
+            "not_available": [
+                {"case": case.name} | case.finding(limits) for case in cases if not case.timings
+            ],
+        }
+        entries = [entry for case in cases for entry in case.entries(limits)]
+        write_entries(path, {"gpu": gpu}, commit, gossamer, entries)
+        print(f"record: {path}")
+    if options.plot and any(case.timings for case in cases):
+        path = default_path(options.plot, device, commit, ".png")
+        try:
+            import cuda_plots
+
+            cuda_plots.draw(path, cases, f"2:4 layers on {gpu['name']}")
+        except ImportError as error:
+            print(f"no plot: {error}")
+        else:
+            print(f"plot: {path}")

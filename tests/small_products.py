@@ -1,0 +1,77 @@
+"""Every 2:4 product on a GPU at small shapes, for compute-sanitizer: python tests/small_products.py
+
+Prints a line a dtype; the exit status is 1 for a wrong answer, 3 without a GPU. With
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor has memory of its own, so that an access past its end
+is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import gossamer
+import torch
+from gossamer.formats import Sparse24, Sparse24Panels
+from torch import Tensor
+
+# (M, N, K): one of everything, tails of every tile, several blocks, more K steps than stages.
+SHAPES = ((1, 16, 64), (7, 33, 100), (17, 129, 260), (70, 72, 640), (200, 300, 512))
+# What the largest error may be, of the largest entry.
+DTYPES = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+QUANTISED = {torch.int8: 3e-2, torch.float8_e4m3fn: 1e-1}  # which is mostly the quantisation
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer, and what it should be, of operands on the GPU."""
+    panels = Sparse24Panels.from_sparse24(Sparse24.from_dense(weight))
+    y = gossamer.sparse24_linear(x, panels, bias, "relu").cpu().double()
+    want = x.cpu().double() @ weight.cpu().double().t() + bias.cpu().double()
+    return y, want.relu()
+
+
+def quantised_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same of a weight that is quantised, and an x that the layer quantises."""
+    if not hasattr(gossamer.formats, "Sparse24Quantized"):
+        raise NotImplementedError("this gossamer has no quantised layers")
+    name = str(dtype).removeprefix("torch.")
+    sparse = Sparse24.from_dense(weight)
+    quantised = gossamer.formats.Sparse24Quantized.from_sparse24(sparse, name)
+    y = gossamer.sparse24_linear_quantized(x, quantised).cpu().double()
+    return y, x.cpu().double() @ weight.cpu().double().t()
+
+
+def largest_error(dtype: torch.dtype) -> float:
+    """Over the shapes, of the largest entry."""
+    worst = 0.0
+    for m, n, k in SHAPES:
+        kind = torch.bfloat16 if dtype in QUANTISED else dtype
+        weight = gossamer.prune.magnitude_24(torch.randn(n, k)).to("cuda", kind)
+        x = torch.randn(m, k).to("cuda", kind)
+        if dtype in QUANTISED:
+            y, want = quantised_product(x, weight, dtype)
+        else:
+            y, want = product(x, weight, torch.randn(n).to("cuda", kind))
+        error = (y - want).abs().max() / want.abs().max()
+        worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no GPU here")
+        return 3
+    wrong = ran = 0
+    for dtype, allowed in {**DTYPES, **QUANTISED}.items():
+        try:
+            error = largest_error(dtype)
+        except NotImplementedError as reason:
+            print(f"{dtype}: not available: {str(reason).splitlines()[0]}")
+            continue
+        print(f"{dtype}: largest error {error:.1e}, allowed {allowed:.0e}")
+        ran += 1
+        wrong += not error <= allowed
+    return 1 if wrong or not ran else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
