@@ -15,10 +15,7 @@ from gossamer.nn import SparseLinear
 from gossamer.ops.cuda_workspace import _counters
 from torch import Tensor, nn
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.cuda
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One shape a kernel: decode alone and with several blocks a tile, and prefill.
 SHAPES = ((1, 300, 520), (8, 64, 8200), (40, 300, 2060), (300, 200, 516))

@@ -11,10 +11,17 @@
 //   32 lanes x 16 bytes           metadata, four words a lane. 16-bit: word j serves the steps 2j
 //                                 (selector 0) and 2j + 1 (selector 1); 8-bit: word j serves step j
 //
+// 4-bit values, which are widened to the 16-bit type of x on their way to mma.sp, take 32 bits a
+// lane and step of 32 columns instead, and four steps make 16 bytes:
+//
+//   2 x 32 lanes x 16 bytes       word j of half h: step 4h + j. Its nibble i holds the first
+//                                 element of A register i, nibble 4 + i the second: value + 8
+//   32 lanes x 16 bytes           metadata as for 16-bit values
+//
 // (which element is where in a fragment: common/ptx.cuh). Records of 16 rows follow each other
 // along K, tiles of 16 rows along N. Padding has value 0 and the legal indices 0 and 1. That is
-// 9/16 (16-bit) or 10/16 (8-bit) of the dense bytes. float32 has no tensor-core kernel that is
-// exact: its kernel reads the panels of sparse24.h.
+// 9/16 (16-bit), 10/16 (8-bit) or 12/16 (4-bit) of the dense bytes. float32 has no tensor-core
+// kernel that is exact: its kernel reads the panels of sparse24.h.
 #include "sparse24/gemm_cuda_config.h"
 #include "sparse24/sparse24.h"
 
@@ -26,21 +33,24 @@ struct CudaStream {
 };
 
 struct CudaGemmArgs {
-  DType dtype;  // of x and the weight's values
+  DType dtype;  // of x, and of the weight's values unless they are int4
   int64_t m, n, k;
   const uint32_t* panels;  // fragments; float32: panels
   const void* x;           // [m, k], columns contiguous; rows begin at multiples of 16 bytes
   int64_t x_stride;        // between rows, in elements
   const void* bias;        // [n] or null
   Activation activation;
-  void* out;  // [m, n] row-major, any alignment of its rows
-  // The values of the operation are x * x_scales[m] and weight * row_scales[n]; null means 1.
+  void* out;        // [m, n] row-major, any alignment of its rows
   DType out_dtype;  // of out and bias
+  // The values of the operation are x * x_scales[m] and weight * row_scales[n]; null means 1.
   const float* x_scales;
   const float* row_scales;
   CudaGemmConfig config;
   void* workspace;    // config.workspace_bytes(m, n) bytes of any content
   int32_t* counters;  // kCudaCounters zeros, which the kernel leaves as zeros
+  // int4 weights: row_scales is [n, ceil(k / group)], one for each `group` columns of a row. Of
+  // other weights 0.
+  int64_t group = 0;
 };
 
 struct Misfits {

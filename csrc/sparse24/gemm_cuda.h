@@ -8,10 +8,12 @@ namespace gossamer::sparse24 {
 
 void gemm_decode_sm80(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_prefill_sm80(const CudaGemmArgs& args, cudaStream_t stream);
+void gemm_int4_sm80(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_float32(const CudaGemmArgs& args, cudaStream_t stream);
 
 inline void run_gemm(const CudaGemmArgs& args, cudaStream_t stream) {
+  if (args.group > 0) return gemm_int4_sm80(args, stream);
   switch (args.config.kernel) {
     case CudaKernel::kDecode: return gemm_decode_sm80(args, stream);
     case CudaKernel::kPrefill: return gemm_prefill_sm80(args, stream);

@@ -12,8 +12,9 @@ namespace gossamer::sparse24 {
 constexpr int kFragmentRows = 16;
 constexpr int kFragmentColumns = 256;
 
-constexpr int64_t fragment_words(DType dtype) {  // of one record
-  return (kFragmentRows * kFragmentColumns / 2 * size_of(dtype) + 32 * 16) / 4;
+constexpr int64_t fragment_words(DType dtype) {  // of one record; kUInt8: int4
+  const int64_t bits = dtype == DType::kUInt8 ? 4 : 8 * size_of(dtype);
+  return (kFragmentRows * kFragmentColumns / 2 * bits / 8 + 32 * 16) / 4;
 }
 
 struct CudaDevice {
