@@ -26,6 +26,7 @@ struct CudaGemmConfig {
   int tile_m;   // rows of x a block computes
   int warps_k;  // decode: warps of a block that share rows, each with records of its own
   int split_k;  // blocks that share a tile; above 1 their sums meet in the workspace
+  int blocks;   // wgmma: at most that many, each for one tile after another; 0: one for each tile
 };
 
 // Tiles whose blocks along K wait for each other, at most.

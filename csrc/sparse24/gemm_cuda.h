@@ -1,0 +1,13 @@
+#pragma once
+// The launchers of the 2:4 GEMM on a GPU, one for each CudaKernel.
+#include <cuda_runtime_api.h>
+
+#include "sparse24/cuda.h"
+
+namespace gossamer::sparse24 {
+
+// Many rows of x on Hopper (CudaKernel::kWgmma). Tiles (tile_n x tile_m): 128 x 256, 256 x 128 and
+// 128 x 128. Needs no workspace and no counters.
+void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream);
+
+}  // namespace gossamer::sparse24
