@@ -1,7 +1,6 @@
 #pragma once
 // The launchers of the 2:4 GEMM on a GPU, one for each CudaKernel.
-#include <cuda_runtime_api.h>
-
+#include "common/launch.cuh"
 #include "sparse24/cuda.h"
 
 namespace gossamer::sparse24 {

@@ -24,6 +24,8 @@
 //
 // A grid is persistent: a block goes from tile to tile, and its producer fills the ring for the
 // next one, and its consumers load the first weights, while the result of this one is stored.
+#include <algorithm>
+
 #include "common/check.h"
 #include "common/launch.cuh"
 #include "common/ptx_sm90.cuh"
@@ -484,7 +486,8 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
   of.activation = args.activation;
 
   const int64_t tiles = tiles_m * tiles_n;
-  const int64_t blocks = args.config.blocks == 0 ? tiles : min(tiles, int64_t{args.config.blocks});
+  const int64_t blocks =
+      args.config.blocks == 0 ? tiles : std::min<int64_t>(tiles, args.config.blocks);
   launch(sparse24_gemm<T, Out, kSlices, kTokens>, dim3(static_cast<unsigned>(blocks)), kThreads,
          sizeof(Shared<T, Out, kSlices, kTokens>), stream, of);
 }
