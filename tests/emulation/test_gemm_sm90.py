@@ -170,3 +170,71 @@ def test_propagates_what_is_not_finite(library: KernelLibrary) -> None:
 def test_refuses_other_tiles(library: KernelLibrary) -> None:
     with pytest.raises(KernelFault, match="no tiles of 64 x 96"):
         check_whole_numbers(library, 65, 16, 16, Call((64, 96)))
+
+
+# ---- 8-bit types --------------------------------------------------------------------------------
+
+
+@dataclass
+class Quantized:
+    """x and a 2:4 weight of an 8-bit dtype, with scales, and the float64 result."""
+
+    x: Tensor
+    values: Tensor
+    indices: Tensor
+    call: Call
+    y: Tensor
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int, dtype: torch.dtype, call: Call) -> Quantized:
+        weight = sparse_24(n, k, torch.float32)
+        limit = 127 if dtype == torch.int8 else 16  # in E4M3, the whole numbers to 16
+        values = integers(*weight.values.shape, limit=limit, dtype=torch.float32)
+        values[reference.sparse24_columns(weight.indices, k) >= k] = 0
+        x = integers(m, k, limit=limit, dtype=torch.float32)
+        y = reference.sparse24_linear(x.double(), values.double(), weight.indices, None, k, None)
+        if call.x_scales is not None:
+            y = y * call.x_scales.double().view(-1, 1)
+        if call.row_scales is not None:
+            y = y * call.row_scales.double()
+        if call.bias is not None:
+            y = y + call.bias.double()
+        y = reference.activate(y, call.activation)
+        return cls(x.to(dtype), values.to(dtype), weight.indices, call, y)
+
+    def run(self, library: KernelLibrary) -> Tensor:
+        return self.call.run(library, self.x, self.values, self.indices)
+
+
+# One to five records of two steps: the pipelined loop runs from three on.
+SHAPES_8BIT = ((65, 16, 128), (130, 100, 1), (70, 130, 257), (260, 40, 640), (66, 16, 1100))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES_8BIT)
+def test_8_bit_types(
+    library: KernelLibrary, m: int, n: int, k: int, tile: tuple[int, int], dtype: torch.dtype
+) -> None:
+    for seed, schedule in enumerate(("late", "early")):
+        with library.schedule(schedule, seed):
+            call = Call(tile, blocks=2, gap=16, out_dtype=torch.float32)
+            quantized = Quantized.of(m, n, k, dtype, call)
+            assert torch.equal(quantized.run(library), quantized.y.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tile", TILES)
+def test_8_bit_types_with_scales(
+    library: KernelLibrary, dtype: torch.dtype, out_dtype: torch.dtype, tile: tuple[int, int]
+) -> None:
+    m, n, k = 132, 72, 300
+    call = Call(tile, blocks=1, bias=torch.randn(n).to(out_dtype), activation="silu")
+    call.out_dtype = out_dtype
+    call.x_scales, call.row_scales = torch.rand(m) / 100, torch.rand(n) / 10
+    quantized = Quantized.of(m, n, k, dtype, call)
+    half_ulp = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
+    torch.testing.assert_close(
+        quantized.run(library).double(), quantized.y, rtol=half_ulp[out_dtype] * 1.01, atol=1e-5
+    )

@@ -1,6 +1,7 @@
 // The Hopper GEMM's launcher, as Python calls it.
 #include "kernels/exports.h"
 #include "sparse24/gemm_sm90.cu"
+#include "sparse24/gemm_sm90_8bit.cu"
 
 // `settings`: dtype, out_dtype (of common/dtype.h), activation, m, n, k, x_stride, tile_n, tile_m
 // and blocks. `has`: whether bias, x_scales and row_scales are given; otherwise any pointers.
