@@ -14,17 +14,22 @@
 //   warpgroup 1, slices 0..  |                           |     of 128 bytes (a step)
 //                            +---------------------------+
 //
-// What bounds it is shared memory: wgmma.sp consumes 128 bytes of x a cycle, all that an SM can
-// read, whatever kTokens is. So everything else has to stay out of its way:
+// wgmma.sp takes 128 bytes of x a cycle at its full rate, all that an SM reads from shared memory,
+// whatever kTokens is. So all else has to stay out of its way, and out of the way to the L2:
 //
 //   - W never goes there. Fragments holds the operand registers as they are, so a warp loads those
-//     of its 16 rows by 16 bytes a lane, a record ahead of their use.
-//   - The copies of x cost 64 bytes a cycle at kRows = 128, 32 at kRows = 256: each tile of x that
-//     arrives serves all rows of the block. At 256 x 128 these are 4/5 of the peak, at 128 x 256
-//     2/3; the block reads 68 and 82 bytes of L2 a cycle. (The accumulators are as many.)
+//     of its 16 rows by 16 bytes a lane, ahead of their use.
+//   - Each tile of x serves all rows of the block. These are the bytes a cycle at the full rate of
+//     16-bit and 8-bit types, and the share of it that shared memory leaves if it counts reads and
+//     writes alike:
 //
-// A grid is persistent: a block goes from tile to tile, and its producer fills the ring for the
-// next one, and its consumers load the first weights, while the result of this one is stored.
+//       kRows x kTokens   x, written   W    from the L2   share
+//          128 x 256          64       18       82         2/3
+//          256 x 128          32       36       68         4/5    as many accumulators
+//          128 x 128          64       36      100         2/3    for few tiles
+//
+// A grid is persistent: a block goes from tile to tile, and while the result of one is stored, its
+// producer fills the ring for the next and its consumers have the first weights on the way.
 #include <algorithm>
 
 #include "common/check.h"

@@ -14,7 +14,13 @@ import pytest
 from devices import Sanitizers
 from emulator import HERE, Emulator
 
-TESTS = ("test_faults.py", "test_faults_sm90.py", "test_sample_gemm.py")
+TESTS = (
+    "test_faults.py",
+    "test_faults_sm90.py",
+    "test_sample_gemm.py",
+    "test_gemm_sm90.py::test_any_alignment_of_the_result",
+    "test_gemm_sm90.py::test_reads_no_x_between_rows",
+)
 
 
 def runtime_library(name: str) -> str:

@@ -50,7 +50,7 @@ def machine_code(source: Path, architecture: str, folder: Path) -> tuple[str, st
     return disassemble(cubin), said
 
 
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)(.*)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+) *([^;]*)")
 
 
 def opcodes(source: Path, architecture: str, folder: Path) -> set[str]:
@@ -166,20 +166,34 @@ def test_gemm_sm90(source: Path, products: tuple[str, ...], tmp_path: Path) -> N
     # Waits that leave a group of products running.
     assert any(op == "WARPGROUP.DEPBAR.LE" and ", 0x1" in rest for op, rest in code)
 
-    # The weights and their metadata are used where the loads have put them.
-    loaded_by: dict[int, str] = {}
-    checked = 0
+    check_operands_in_registers(code)
+
+
+def check_operands_in_registers(code: list[tuple[str, str]]) -> None:
+    """wgmma's A and metadata stay where a load has put them, until a wait says they are read.
+
+    In the order of the listing, in which the body of a loop stands once.
+    """
+    writer: dict[int, str] = {}
+    read_by: dict[int, int] = {}  # the group of products that reads a register
+    groups = done = products = 0
     for opcode, operands in code:
         registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
         if re.match("[HIQ]GMMA.SP", opcode):
             _, a, _, metadata = registers  # D, A, D, metadata; B is a descriptor
             for register in (*range(a, a + 4), metadata):
-                assert loaded_by[register] == "LDG.E.NA.LTC128B.128", (opcode, operands)
-            checked += 1
-        elif registers:
+                assert writer[register] == "LDG.E.NA.LTC128B.128", (opcode, operands)
+                read_by[register] = groups
+            groups += "gsb0" in operands
+            products += 1
+        elif opcode == "WARPGROUP.DEPBAR.LE":
+            pending = int(operands.split(",")[1], 16)
+            done = max(done, groups - pending)
+        elif re.match(r"R\d", operands):  # the register that is written
             for register in range(registers[0], registers[0] + (4 if ".128" in opcode else 1)):
-                loaded_by[register] = opcode
-    assert checked > 0
+                assert read_by.get(register, -1) < done, (opcode, operands)
+                writer[register] = opcode
+    assert products > 0
 
 
 def test_primitives_sm90(tmp_path: Path) -> None:
