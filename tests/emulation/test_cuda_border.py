@@ -17,7 +17,7 @@ from gossamer.formats import Sparse24, Sparse24Panels
 from gossamer.ops import cuda_workspace, sparse24, sparse24_layout
 
 SPARSE24 = CSRC / "sparse24"
-KERNELS = ("gemm_decode_sm80", "gemm_prefill_sm80", "gemm_sm90", "gemm_float32")
+KERNELS = ("gemm_decode_sm80", "gemm_prefill_sm80", "gemm_sm90", "gemm_sm90_8bit", "gemm_float32")
 PARTS = [SPARSE24 / f"{name}.cu" for name in (*KERNELS, "pack", "pack_panels")]
 DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
 
