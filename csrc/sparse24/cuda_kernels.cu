@@ -105,6 +105,7 @@ uint64_t capture(CudaStream stream) {
 }
 
 constexpr CudaKernels kKernels = {
+    sizeof(CudaGemmArgs),
     /*host_memory=*/false,
     device,
     gemm,

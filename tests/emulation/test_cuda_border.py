@@ -12,12 +12,20 @@ import pytest
 import torch
 from cases import Oracle, sparse_24
 from emulator import CSRC, HERE, Emulator, KernelLibrary
-from gossamer import _C, formats, sparse24_linear
-from gossamer.formats import Sparse24, Sparse24Panels
+from gossamer import _C, sparse24_linear
+from gossamer.formats import Sparse24, Sparse24Panels, sparse24_panels_shape
+from gossamer.formats import sparse24 as sparse24_format
 from gossamer.ops import cuda_workspace, sparse24, sparse24_layout
 
 SPARSE24 = CSRC / "sparse24"
-KERNELS = ("gemm_decode_sm80", "gemm_prefill_sm80", "gemm_sm90", "gemm_sm90_8bit", "gemm_float32")
+KERNELS = (
+    "gemm_decode_sm80",
+    "gemm_prefill_sm80",
+    "gemm_int4_sm80",
+    "gemm_sm90",
+    "gemm_sm90_8bit",
+    "gemm_float32",
+)
 PARTS = [SPARSE24 / f"{name}.cu" for name in (*KERNELS, "pack", "pack_panels")]
 DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
 
@@ -49,12 +57,11 @@ def table(emulator: Emulator) -> KernelLibrary:
 
 @pytest.fixture
 def gpu(table: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    shape_on = formats.sparse24_panels_shape
-    for module in (formats, sparse24_layout):
+    for module in (sparse24_format, sparse24_layout):
         monkeypatch.setattr(
             module,
             "sparse24_panels_shape",
-            lambda n, k, dtype, device: shape_on(n, k, dtype, torch.device("cuda")),
+            lambda n, k, dtype, device: sparse24_panels_shape(n, k, dtype, torch.device("cuda")),
         )
     monkeypatch.setattr(sparse24_layout, "_status", lambda t: torch.empty(2, dtype=torch.int64))
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
