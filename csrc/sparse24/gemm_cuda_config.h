@@ -213,8 +213,8 @@ inline CudaGemmConfig prefill_config(int64_t m, int64_t n, const CudaDevice& dev
   return config(128 * kSmallTileCost * waves(128) < 256 * waves(256) ? 128 : 256);
 }
 
-// `dtype` is that of x and the weight's values, all of m, n and k are at least 1. For E4M3 the device
-// must be one whose mma.sp takes it (ptx::has_mma_sp), or the launcher refuses.
+// `dtype` is that of x and the weight's values, all of m, n and k are at least 1. For E4M3 the
+// device must be one whose mma.sp takes it (ptx::has_mma_sp), or the launcher refuses.
 inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype,
                                               const CudaDevice& device) {
   if (dtype == DType::kFloat32) return {CudaKernel::kFloat32, 0, 0, 1, 1};
