@@ -106,16 +106,8 @@ uint64_t capture(CudaStream stream) {
 
 constexpr CudaKernels kKernels = {
     sizeof(CudaGemmArgs),
-    /*host_memory=*/false,
-    device,
-    gemm,
-    from_dense,
-    gather,
-    to_dense,
-    validate,
-    to_panels,
-    from_panels,
-    capture,
+    /*host_memory=*/false, device,  gemm, from_dense, gather, to_dense, validate, to_panels,
+    from_panels,           capture,
 };
 
 }  // namespace

@@ -10,6 +10,7 @@ import pytest
 import torch
 from devices import DEVICES, GEMM_SM90, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
 from emulator import Emulator, KernelLibrary, build_for_gpu, nvcc
+from fragment_gemm import GEMM_SM80
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
 
@@ -147,3 +148,8 @@ def gpu_samples_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
 @pytest.fixture(scope="session")
 def gpu_gemm_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     return _build_for_gpu(GEMM_SM90, tmp_path_factory, (9, 0), "a")
+
+
+@pytest.fixture(scope="session")
+def gpu_gemm_sm80(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(GEMM_SM80, tmp_path_factory, (8, 0))
