@@ -19,9 +19,9 @@
 //
 //   - W never goes there. Fragments holds the operand registers as they are, so a warp loads those
 //     of its 16 rows by 16 bytes a lane, ahead of their use.
-//   - Each tile of x serves all rows of the block. These are the bytes a cycle at the full rate of
-//     16-bit and 8-bit types, and the share of it that shared memory leaves if it counts reads and
-//     writes alike:
+//   - Each tile of x serves all rows of the block. By arithmetic, not measured, these are the bytes
+//     a cycle at the full rate (of W for 16-bit types; 8-bit ones have 10/9 of it), and the share
+//     of it that is left if shared memory counts reads and writes alike:
 //
 //       kRows x kTokens   x, written   W    from the L2   share
 //          128 x 256          64       18       82         2/3
@@ -473,7 +473,7 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
   of.x = tensor_map(args.x, sizeof(T), 2, x_extents, x_pitch, x_box, Swizzle::k128);
   const int64_t out_pitch[] = {args.n * static_cast<int64_t>(sizeof(Out))};
   of.out_by_tma =
-      sizeof(Out) == 2 && out_pitch[0] % 16 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+      kStaged<Out> && out_pitch[0] % 16 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   if (of.out_by_tma) {
     const int64_t out_extents[] = {args.n, args.m};
     const int out_box[] = {kSliceRows, kTokens};

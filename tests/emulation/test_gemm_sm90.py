@@ -167,6 +167,11 @@ def test_refuses_other_tiles(gemm_sm90: KernelLibrary) -> None:
         check_whole_numbers(gemm_sm90, 65, 16, 16, Call((64, 96)))
 
 
+def test_refuses_scales_of_16_bit_types(gemm_sm90: KernelLibrary) -> None:
+    with pytest.raises(KernelFault, match="scales with bfloat16"):
+        check_whole_numbers(gemm_sm90, 65, 16, 16, Call(row_scales=torch.ones(16)))
+
+
 # ---- 8-bit types --------------------------------------------------------------------------------
 
 
