@@ -152,7 +152,7 @@ def choose(
     """What ``choose_cuda_gemm_config`` says, the bytes of its workspace and of shared memory."""
     chosen = torch.zeros(7, dtype=torch.int64)  # in host memory, also where the kernels are not
     library.call(
-        "choose_gemm", DTYPE_CODES[dtype], m, n, k, 90, multiprocessors, shared_bytes, chosen
+        "choose_gemm", DTYPE_CODES[dtype], m, n, k, 80, multiprocessors, shared_bytes, chosen
     )
     kernel, tile_n, tile_m, warps_k, split_k, workspace, shared = chosen.tolist()
     return Config(kernel, tile_n, tile_m, warps_k, split_k), workspace, shared
