@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._cuda_module import has_kernels
+from .._cuda_module import obstacle
 from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels
 from .checkpoint import CheckedModule, check_sparse24
 
@@ -109,7 +109,7 @@ class PackableModule(CheckedModule):
 
     def _pack_where_possible(self) -> None:
         weight = self._portable()
-        if weight.dtype in PANEL_DTYPES and has_kernels(weight.device):
+        if weight.dtype in PANEL_DTYPES and obstacle(weight.device) is None:
             self.pack()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
