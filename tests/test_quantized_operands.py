@@ -171,8 +171,8 @@ def test_forward_derivatives_are_refused_and_not_dropped() -> None:
             sparse24_linear_quantized(forward_ad.make_dual(x, x), INT8)
 
 
-def parts(weight: Sparse24Quantized) -> tuple[Tensor, Tensor, Tensor]:
-    return weight.values, weight.indices, weight.scales
+def parts(weight: Sparse24Quantized) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    return weight.values, weight.indices, weight.scales, weight.values.dtype
 
 
 OPCHECKS = {

@@ -6,10 +6,23 @@
 
 namespace gossamer::sparse24 {
 
-// `dtype` is that of x and the weight's values, all of m, n and k are at least 1.
+constexpr int kWgmmaTile = 128;  // rows of the weight and of x
+
+// mma.sp multiplies float8_e4m3fn on 8.9 and from 12.0 on, wgmma.sp on 9.0. Before 8.9 there is no
+// such instruction, and the others emulate it with float16.
+constexpr bool has_float8(int capability) {
+  return capability == 89 || capability == 90 || capability >= 120;
+}
+
+// `dtype` is that of the weight's values (kUInt8: int4), which the device has a product of; all of
+// m, n and k are at least 1.
 inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype,
                                               const CudaDevice& device) {
   if (dtype == DType::kFloat32) return choose_float32_config(m, n, k, device);
+  // Also for few rows of x, which leave most of a tile empty: nothing else multiplies it there.
+  if (dtype == DType::kE4M3 && device.capability == 90) {
+    return {CudaKernel::kWgmma, kWgmmaTile, kWgmmaTile, 1, 1};
+  }
   if (m <= kDecodeRows) return decode_config(m, n, k, dtype, device);
   return prefill_config(m, n, device);
 }
@@ -19,11 +32,13 @@ inline int64_t workspace_bytes(const CudaGemmConfig& config, int64_t m, int64_t 
   return config.workspace_bytes(m, n);
 }
 
-constexpr const char* reason(CudaKernel kernel) {
+constexpr const char* reason(CudaKernel kernel, int64_t m) {
   switch (kernel) {
     case CudaKernel::kDecode: return "up to 64 rows: bound by reading the weights once";
     case CudaKernel::kPrefill: return "above 64 rows: bound by arithmetic";
-    case CudaKernel::kWgmma: return "above 64 rows on Hopper: bound by arithmetic";
+    case CudaKernel::kWgmma:
+      return m > kDecodeRows ? "above 64 rows on Hopper: bound by arithmetic"
+                             : "the only sparse product of float8 that Hopper has";
     case CudaKernel::kFloat32: return "exact float32, which tensor cores do not multiply";
   }
   return "?";
