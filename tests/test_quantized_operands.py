@@ -12,13 +12,16 @@ from cases import (
     sparse_24,
 )
 from gossamer import _C, sparse24_linear_quantized
-from gossamer.formats import Sparse24Quantized
+from gossamer.formats import Sparse24Quantized, Sparse24QuantizedPanels
 from torch import Tensor
 from torch.autograd import forward_ad
 
 KINDS = [(value_type, None) for value_type in VALUE_TYPES] + [("int4", 4), ("int4", 32)]
 op = torch.ops.gossamer.sparse24_linear_quantized
 INT8, FLOAT8, INT4 = (quantized_24(6, 12, value_type) for value_type in VALUE_TYPES)
+PACKED = Sparse24QuantizedPanels(
+    torch.zeros(1, 1, 640).int(), INT8.scales, INT8.shape, INT8.group, "int8"
+)
 X, Q, ONES = torch.ones(3, 12), torch.ones(3, 12).to(torch.int8), torch.ones(3)
 F32 = torch.float32
 
@@ -62,6 +65,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Any]] = {
     "length of bias": (ValueError, r"\[5\].*\[6\]", run(X, INT4, torch.ones(5))),
     "activation": (ValueError, "tanh", run(X, INT8, activation="tanh")),
     "dense weight": (TypeError, "Tensor.*Sparse24Quantized", run(X, torch.ones(6, 12))),
+    "panels": (ValueError, "panels are read on a GPU only", run(X, PACKED)),
     "unquantised weight": (TypeError, "Sparse24,.*from_sparse24", run(X, sparse_24(6, 12))),
     "device of x": (ValueError, "meta.*cpu", run(X.to("meta"), INT8)),
     "device of the weight": (ValueError, "cpu.*meta", run(X, INT8.to("meta"))),

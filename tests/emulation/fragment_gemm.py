@@ -141,10 +141,13 @@ def choose(
     multiprocessors: int = 132,
     shared_bytes: int = 227 << 10,
 ) -> tuple[Config, int, int]:
-    """What ``choose_cuda_gemm_config`` says, the bytes of its workspace and of shared memory."""
+    """What ``choose_cuda_gemm_config`` says, the bytes of its workspace and of shared memory.
+
+    For compute capability 8.9, where portable instructions multiply every type.
+    """
     chosen = torch.zeros(7, dtype=torch.int64)
     library.call(
-        "choose_gemm", DTYPE_CODES[dtype], m, n, k, 90, multiprocessors, shared_bytes, chosen
+        "choose_gemm", DTYPE_CODES[dtype], m, n, k, 89, multiprocessors, shared_bytes, chosen
     )
     kernel, tile_n, tile_m, warps_k, split_k, workspace, shared = chosen.tolist()
     return Config(kernel, tile_n, tile_m, warps_k, split_k), workspace, shared

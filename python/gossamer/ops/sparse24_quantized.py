@@ -43,8 +43,9 @@ def sparse24_linear_quantized(
 
     A GPU reads ``Sparse24QuantizedPanels``; a portable weight is turned into them at each call,
     which takes longer than the product of a few rows. It needs compute capability 8.0, for
-    float8_e4m3fn 8.9, 9.0 or 12.x; int4 wants x in bfloat16 or float16 there and groups of a
-    multiple of 32 columns, int8 at most 2^18 columns.
+    float8_e4m3fn 8.9, 9.0 or 12.x, of whose sums tensor cores may keep as few as 14 bits; int4
+    wants x in bfloat16 or float16 there and groups of a multiple of 32 columns, int8 at most 2^18
+    columns.
 
     Parameters
     ----------
