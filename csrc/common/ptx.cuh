@@ -159,6 +159,16 @@ __device__ __forceinline__ uint4 load_nc16_hint(const void* global, uint64_t l2_
       : "l"(global), "l"(l2_policy));
   return v;
 }
+// The same for a load that should be issued where it stands: ptxas moves the others down to their
+// use, past waits and barriers.
+__device__ __forceinline__ uint4 load16(const void* global) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(global)
+               : "memory");
+  return v;
+}
 __device__ __forceinline__ void store16(void* global, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)

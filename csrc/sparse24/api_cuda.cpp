@@ -160,7 +160,13 @@ void bind_cuda(py::module_& m) {
   // The kernels live in the CUDA module, or 0: none from here on.
   m.def(
       "sparse24_attach_cuda",
-      [](uintptr_t kernels) { attached = reinterpret_cast<const CudaKernels*>(kernels); },
+      [](uintptr_t address) {
+        const auto* kernels = reinterpret_cast<const CudaKernels*>(address);
+        GOSSAMER_CHECK(kernels == nullptr || kernels->args_bytes == sizeof(CudaGemmArgs),
+                       "gossamer: the CUDA module and the CPU module are not of one build; install "
+                       "again");
+        attached = kernels;
+      },
       py::arg("kernels"));
   // The current stream of a CUDA tensor's device, and which graph capture it is in (0: none).
   m.def(

@@ -6,7 +6,27 @@
 
 namespace gossamer::sparse24 {
 
-constexpr int kWgmmaTile = 128;  // rows of the weight and of x
+// The kernel has tiles of 128 x 256, 256 x 128 and 128 x 128 (rows of W x rows of x), one block a
+// multiprocessor that computes tile after tile. A small tile reads a third more x and weights for
+// each product than a large one, so it is taken where it leaves fewer multiprocessors idle by more.
+inline CudaGemmConfig wgmma_config(int64_t m, int64_t n, const CudaDevice& device) {
+  constexpr struct {
+    int n, m;
+    double cost;
+  } kTiles[] = {{128, 256, 2.0}, {256, 128, 2.0}, {128, 128, 1.3}};
+  CudaGemmConfig best{};
+  double least = 0;
+  for (const auto& tile : kTiles) {
+    const int64_t tiles = cuda_ceil_div(n, tile.n) * cuda_ceil_div(m, tile.m);
+    const int64_t rounds = cuda_ceil_div(tiles, device.multiprocessors);
+    const double cost = static_cast<double>(rounds) * tile.cost;
+    if (best.tile_n != 0 && cost >= least) continue;
+    const auto blocks = static_cast<int>(cuda_ceil_div(tiles, rounds));
+    best = {CudaKernel::kWgmma, tile.n, tile.m, 1, 1, blocks};
+    least = cost;
+  }
+  return best;
+}
 
 // mma.sp multiplies float8_e4m3fn on 8.9 and from 12.0 on, wgmma.sp on 9.0. Before 8.9 there is no
 // such instruction, and the others emulate it with float16.
@@ -15,15 +35,14 @@ constexpr bool has_float8(int capability) {
 }
 
 // `dtype` is that of the weight's values (kUInt8: int4), which the device has a product of; all of
-// m, n and k are at least 1.
+// m, n and k are at least 1. There is no prefill kernel for int4 weights: decode's takes any m.
 inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype,
                                               const CudaDevice& device) {
   if (dtype == DType::kFloat32) return choose_float32_config(m, n, k, device);
   // Also for few rows of x, which leave most of a tile empty: nothing else multiplies it there.
-  if (dtype == DType::kE4M3 && device.capability == 90) {
-    return {CudaKernel::kWgmma, kWgmmaTile, kWgmmaTile, 1, 1};
-  }
-  if (m <= kDecodeRows) return decode_config(m, n, k, dtype, device);
+  if (dtype == DType::kE4M3 && device.capability == 90) return wgmma_config(m, n, device);
+  if (m <= kDecodeRows || dtype == DType::kUInt8) return decode_config(m, n, k, dtype, device);
+  if (device.capability == 90) return wgmma_config(m, n, device);
   return prefill_config(m, n, device);
 }
 

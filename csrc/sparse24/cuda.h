@@ -61,6 +61,8 @@ struct Misfits {
 
 // All asynchronous on the stream, except where a result comes back.
 struct CudaKernels {
+  // sizeof(CudaGemmArgs) where the table was compiled: both modules must be of one build.
+  size_t args_bytes;
   // The kernels are emulated: what the CPU's tensors hold is their device memory.
   bool host_memory;
   CudaDevice (*device)(int index);

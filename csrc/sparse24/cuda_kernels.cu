@@ -105,16 +105,9 @@ uint64_t capture(CudaStream stream) {
 }
 
 constexpr CudaKernels kKernels = {
-    /*host_memory=*/false,
-    device,
-    gemm,
-    from_dense,
-    gather,
-    to_dense,
-    validate,
-    to_panels,
-    from_panels,
-    capture,
+    sizeof(CudaGemmArgs),
+    /*host_memory=*/false, device,  gemm, from_dense, gather, to_dense, validate, to_panels,
+    from_panels,           capture,
 };
 
 }  // namespace

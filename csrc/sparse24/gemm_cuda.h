@@ -10,6 +10,7 @@ void gemm_decode_sm80(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_prefill_sm80(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_int4_sm80(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream);
+void gemm_sm90_8bit(const CudaGemmArgs& args, cudaStream_t stream);  // its part for E4M3 and int8
 void gemm_float32(const CudaGemmArgs& args, cudaStream_t stream);
 
 inline void run_gemm(const CudaGemmArgs& args, cudaStream_t stream) {

@@ -49,6 +49,8 @@ struct CudaGemmConfig {
   int tile_m;   // rows of x a block computes
   int warps_k;  // decode: warps of a block that share rows, each with records of its own
   int split_k;  // blocks that share a tile; above 1 their sums meet in the workspace
+  int blocks =
+      0;  // wgmma: at most that many, each for one tile after another; 0: one for each tile
 
   // [tile of n][split][m][tile_n] sums of 4 bytes; rows past n of the last tile are not touched.
   int64_t workspace_bytes(int64_t m, int64_t n) const {

@@ -4,7 +4,7 @@
 //
 // Each weight is used for a handful of rows only, so the time is that of reading the weights from
 // DRAM once, and everything serves to keep those reads going: at 36 GB/s a multiprocessor (H200)
-// and about 0.7 us of latency, 24 KB must be on their way all the time.
+// and about 0.9 us of latency under load, 32 KB must be on their way all the time.
 //
 //   weights   global memory -> registers, in fragment order: 16 bytes a lane are the A operand of a
 //             step. The registers of a step are refilled from the warp's next record as soon as its

@@ -38,14 +38,51 @@ def _attached() -> str | None:
     return None
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether tensors on this device can be computed with."""
+def obstacle(device: torch.device) -> str | None:
+    """Why tensors on this device cannot be computed with; None if they can."""
+    if device.type == "cpu":
+        return None
     if device.type != "cuda":
-        return device.type == "cpu"
-    if _attached() is not None:
-        return False
+        return "there are no kernels for it"
+    if (missing := _attached()) is not None:
+        return f"the CUDA module is {missing}"
+    lowest = _C.cuda_lowest_capability
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor >= _C.cuda_lowest_capability
+    if 10 * major + minor < lowest:
+        needed = f"{lowest // 10}.{lowest % 10}"
+        return f"it has compute capability {major}.{minor}, the kernels need {needed} or newer"
+    # Asked while a graph is captured, the question has to wait: its answer needs the GPU's.
+    return None if torch.cuda.is_current_stream_capturing() else wrong_results(device)
+
+
+@cache
+def wrong_results(device: torch.device) -> str | None:
+    """Which kernels answer a small product wrongly on this device, if any.
+
+    Nobody has every GPU, and wrong numbers are worse than none: so each one is asked once, in whole
+    numbers whose sums are exact.
+    """
+    from .formats import PANEL_DTYPES, Sparse24, Sparse24Panels
+    from .ops.sparse24 import sparse24_linear
+    from .prune import magnitude_24
+
+    def integers(rows: int) -> torch.Tensor:
+        return torch.randint(-4, 5, (rows, 300), generator=generator).float()
+
+    wrong = []
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for dtype in PANEL_DTYPES:
+            dense = magnitude_24(integers(48))
+            weight = Sparse24.from_dense(dense.to(device, dtype))
+            for rows in (3, 80):
+                x = integers(rows)
+                layouts = (weight, Sparse24Panels.from_sparse24(weight))
+                found = [sparse24_linear(x.to(device, dtype), layout) for layout in layouts]
+                expected = (x @ dense.t()).to(dtype)
+                if not all(torch.equal(y.cpu(), expected) for y in found):
+                    wrong.append(f"{dtype} of {rows} rows")
+    return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None
 
 
 def on_cuda(op: str, native: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import _C
-from ._cuda_module import has_kernels, load_cuda
+from ._cuda_module import load_cuda, obstacle
 
 # (m, n, k, where it occurs): the regimes of the kernels, on shapes that somebody would recognise.
 _TYPICAL_SHAPES = (
@@ -122,15 +122,12 @@ def info() -> Info:
             "runs. Install from source where nvcc is found (PATH, CUDA_HOME or /usr/local/cuda); "
             "-C cmake.define.GOSSAMER_CUDA=ON makes a missing nvcc an error."
         )
-    lowest = _C.cuda_lowest_capability
     devices = () if cuda is None else tuple(cuda.devices())
-    for device in devices:
-        major, minor = device["compute_capability"]
-        if 10 * major + minor < lowest:
-            warnings.append(
-                f"{device['name']} has compute capability {major}.{minor}; the kernels need "
-                f"{lowest // 10}.{lowest % 10} or newer, so layers on it stay dense."
-            )
+    if torch.cuda.is_available():
+        for index, device in enumerate(devices):
+            reason = obstacle(torch.device("cuda", index))
+            if reason is not None:
+                warnings.append(f"layers on cuda:{index} ({device['name']}) stay dense: {reason}")
     threads = torch.get_num_threads()
     return Info(
         version=version("gossamer"),
@@ -158,7 +155,7 @@ def _cuda_choices(devices: tuple[dict[str, Any], ...]) -> tuple[Choice, ...]:
     if not devices or not torch.cuda.is_available():
         return ()
     device = torch.device("cuda", torch.cuda.current_device())
-    if not has_kernels(device):
+    if obstacle(device) is not None:
         return ()
     choices = []
     for dtype in _DTYPES[:3]:

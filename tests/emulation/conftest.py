@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import DEVICES, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
+from devices import DEVICES, GEMM_SM90, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
 from emulated_gpu import PARTS, TABLE, Gpu, as_on_a_gpu
 from emulator import Emulator, KernelLibrary, build_for_gpu, nvcc
+from fragment_gemm import GEMM_SM80
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
 
@@ -69,6 +70,11 @@ def samples(emulator: Emulator) -> KernelLibrary:
 @pytest.fixture(scope="session")
 def samples_sm90(emulator: Emulator) -> KernelLibrary:
     return emulator.build(SAMPLE_GEMM_SM90)
+
+
+@pytest.fixture(scope="session")
+def gemm_sm90(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(GEMM_SM90)
 
 
 @pytest.fixture(params=["samples", "samples_sm90"])
@@ -150,3 +156,13 @@ def gpu_samples(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
 @pytest.fixture(scope="session")
 def gpu_samples_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     return _build_for_gpu(SAMPLE_GEMM_SM90, tmp_path_factory, (9, 0), "a")
+
+
+@pytest.fixture(scope="session")
+def gpu_gemm_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(GEMM_SM90, tmp_path_factory, (9, 0), "a")
+
+
+@pytest.fixture(scope="session")
+def gpu_gemm_sm80(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(GEMM_SM80, tmp_path_factory, (8, 0))

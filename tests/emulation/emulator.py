@@ -35,8 +35,8 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
-def compile_with(compiler: str, *arguments: str) -> None:
-    """Run a compiler; an error, or in CI a warning, is a RuntimeError with its output."""
+def compile_with(compiler: str, *arguments: str) -> str:
+    """What a compiler says; an error, or in CI a warning, is a RuntimeError with it."""
     # Not with the sanitizers preloaded: they would also watch the compiler.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [compiler, *arguments]
@@ -45,11 +45,12 @@ def compile_with(compiler: str, *arguments: str) -> None:
     warned = "warning" in done.stderr and "CI" in os.environ
     if done.returncode != 0 or warned:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout + done.stderr
 
 
-def run_nvcc(*arguments: str) -> None:
+def run_nvcc(*arguments: str) -> str:
     """nvcc on the same sources, with the real common/ptx.cuh and launch.cuh."""
-    compile_with(str(nvcc()), f"-I{HERE}", f"-I{CSRC}", *arguments)
+    return compile_with(str(nvcc()), f"-I{HERE}", f"-I{CSRC}", *arguments)
 
 
 def build_for_gpu(source: Path, folder: Path, architecture: str) -> KernelLibrary:

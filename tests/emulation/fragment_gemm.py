@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from cases import integers
-from emulator import KernelLibrary
+from emulator import HERE, KernelLibrary
 from fragments import fragments_of
 from gossamer import reference
 from torch import Tensor
+
+GEMM_SM80 = HERE / "kernels" / "gemm_sm80.cu"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 # The values of enum DType, enum Activation and enum CudaKernel.
@@ -80,6 +82,10 @@ class FragmentGemm:
             gemm.row_scales = 2.0 ** integers(n, limit=3, dtype=torch.float32)
         return gemm
 
+    def cuda(self) -> FragmentGemm:
+        moved = {name: part.cuda() for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **{**moved, "x": with_poison(moved["x"])})
+
     @property
     def indices(self) -> Tensor:
         padded = F.pad(self.nibbles, (0, self.nibbles.shape[1] % 2))
@@ -102,8 +108,10 @@ class FragmentGemm:
         """The kernel's result. Around it, and in the counters, nothing must have changed."""
         (m, k), n = self.x.shape, self.values.shape[0]
         tiles = -(-n // config.tile_n)
-        workspace = torch.full((tiles * config.split_k * m * config.tile_n,), torch.nan)
-        out = torch.full((out_offset + m * n + 16,), 77.0, dtype=self.out_dtype)
+        device = self.x.device
+        workspace_size = tiles * config.split_k * m * config.tile_n
+        workspace = torch.full((workspace_size,), torch.nan, device=device)
+        out = torch.full((out_offset + m * n + 16,), 77.0, dtype=self.out_dtype, device=device)
         panels = fragments_of(self.values, self.indices, k)
         library.call(
             "gemm_sm80",
@@ -127,7 +135,7 @@ def with_poison(x: Tensor) -> Tensor:
     stride = (-(-k // granule) + 1) * granule
     poison = 127 if x.dtype == torch.int8 else torch.nan
     # float8 tensors cannot be filled everywhere: through float32.
-    memory = torch.full((m + 1, stride), poison).to(x.dtype)
+    memory = torch.full((m + 1, stride), poison, device=x.device).to(x.dtype)
     memory[:m, :k] = x
     return memory[:m, :k]
 
@@ -141,13 +149,10 @@ def choose(
     multiprocessors: int = 132,
     shared_bytes: int = 227 << 10,
 ) -> tuple[Config, int, int]:
-    """What ``choose_cuda_gemm_config`` says, the bytes of its workspace and of shared memory.
-
-    For compute capability 8.9, where portable instructions multiply every type.
-    """
-    chosen = torch.zeros(7, dtype=torch.int64)
+    """What ``choose_cuda_gemm_config`` says, the bytes of its workspace and of shared memory."""
+    chosen = torch.zeros(7, dtype=torch.int64)  # in host memory, also where the kernels are not
     library.call(
-        "choose_gemm", DTYPE_CODES[dtype], m, n, k, 89, multiprocessors, shared_bytes, chosen
+        "choose_gemm", DTYPE_CODES[dtype], m, n, k, 80, multiprocessors, shared_bytes, chosen
     )
     kernel, tile_n, tile_m, warps_k, split_k, workspace, shared = chosen.tolist()
     return Config(kernel, tile_n, tile_m, warps_k, split_k), workspace, shared

@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import Oracle, sparse_24
 from emulated_gpu import DECODE, FLOAT32, PREFILL, WGMMA, Gpu
-from gossamer import _C, sparse24_linear
+from gossamer import _C, _cuda_module, sparse24_linear
 from gossamer.formats import Sparse24, Sparse24Panels
-from gossamer.ops import cuda_workspace
+from gossamer.ops import cuda_workspace, sparse24
 
 
 def check(m: int, n: int, k: int, dtype: torch.dtype, activation: str | None = "silu") -> None:
@@ -106,3 +106,19 @@ def test_gpu_too_old_is_named(gpu: Gpu) -> None:
 def test_cuda_tensors_without_the_module_are_named() -> None:
     with pytest.raises(ValueError, match="the CUDA module is not loaded"):
         _C.sparse24_choose_cuda(1, 16, 32, "bfloat16", 0)
+
+
+def test_kernels_are_checked_on_each_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability in (80, 90):
+        gpu.describe(capability)
+        assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
+    right = sparse24._linear_native_cuda
+
+    def wrong_for_many_rows(x: torch.Tensor, *args: object) -> torch.Tensor:
+        y: torch.Tensor = right(x, *args)  # type: ignore[arg-type]
+        return y if x.dtype == torch.float32 or x.shape[0] < 64 else -y
+
+    monkeypatch.setattr(sparse24, "_linear", wrong_for_many_rows)
+    fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
+    assert fault is not None
+    assert "(torch.bfloat16 of 80 rows, torch.float16 of 80 rows)" in fault

@@ -6,12 +6,20 @@ import pytest
 import torch
 from cases import Oracle, sparse_24
 from devices import SCHEDULES, Sanitizers
-from emulator import HERE, Emulator, KernelLibrary
-from fragment_gemm import DECODE, DTYPES, PREFILL, Config, FragmentGemm, choose, with_poison
+from emulator import Emulator, KernelLibrary
+from fragment_gemm import (
+    DECODE,
+    DTYPES,
+    GEMM_SM80,
+    PREFILL,
+    Config,
+    FragmentGemm,
+    choose,
+    with_poison,
+)
 from gossamer.formats import Sparse24
 from torch import Tensor
 
-KERNELS = HERE / "kernels" / "sparse24_gemm_sm80.cu"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 # (M, N, K), by what a kernel has to get right.
@@ -43,7 +51,7 @@ PREFILL_SHAPES = (
 
 @pytest.fixture(scope="module")
 def kernels(emulator: Emulator) -> KernelLibrary:
-    return emulator.build(KERNELS)
+    return emulator.build(GEMM_SM80)
 
 
 def check_exact(actual: Tensor, expected: Tensor) -> None:
@@ -67,6 +75,22 @@ def test_decode_matches_dense(
     for schedule, seed in schedules(sanitizers):
         with kernels.schedule(schedule, seed):
             check_exact(gemm.run(kernels, config), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [*DECODE_SHAPES, *PREFILL_SHAPES, (64, 4096, 4096)])
+def test_matches_dense_on_gpu(
+    gpu_gemm_sm80: KernelLibrary, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    if dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() == (9, 0):
+        pytest.skip("mma.sp does not take float8_e4m3fn on sm_90")
+    gemm = FragmentGemm.of(m, n, k, dtype).cuda()
+    properties = torch.cuda.get_device_properties(0)
+    device = (properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    config = choose(gpu_gemm_sm80, m, n, k, dtype, *device)[0]
+    actual = gemm.run(gpu_gemm_sm80, config)
+    check_exact(actual, gemm.expected())
+    assert torch.equal(gemm.run(gpu_gemm_sm80, config), actual)
 
 
 @pytest.mark.parametrize("warps_k", [1, 2, 4, 8])

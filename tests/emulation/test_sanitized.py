@@ -20,6 +20,8 @@ TESTS = (
     "test_pack_cuda.py",
     "test_gemm_float32.py",
     "test_gemm_sm80.py",
+    "test_gemm_sm90.py::test_any_alignment_of_the_result",
+    "test_gemm_sm90.py::test_reads_no_x_between_rows",
 )
 
 

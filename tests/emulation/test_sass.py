@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from devices import PRIMITIVES, PRIMITIVES_SM90
-from emulator import CSRC, nvcc, run_nvcc
+from emulator import CSRC, HERE, nvcc, run_nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
 PACKAGED = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
@@ -38,14 +38,25 @@ def disassemble(cubin: Path) -> str:
     pytest.skip("no cuobjdump or nvdisasm")
 
 
-def opcodes(source: Path, architecture: str, folder: Path) -> set[str]:
+def machine_code(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
+    """The disassembly and what ptxas says; a spilled register is an error."""
     if nvcc() is None:
         pytest.skip("no nvcc")
     cubin = folder / f"{source.stem}.cubin"
     gencode = f"arch=compute_{architecture},code=sm_{architecture}"
     spills = ("-Xptxas=-warn-spills", "-Xptxas=-Werror")
-    run_nvcc("-std=c++17", *spills, "-gencode", gencode, "-cubin", "-o", str(cubin), str(source))
-    return set(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", disassemble(cubin)))
+    said = run_nvcc(
+        "-std=c++17", *spills, "-gencode", gencode, "-cubin", "-o", str(cubin), str(source)
+    )
+    return disassemble(cubin), said
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+) *([^;]*)")
+
+
+def opcodes(source: Path, architecture: str, folder: Path) -> set[str]:
+    code, _ = machine_code(source, architecture, folder)
+    return {opcode for opcode, _ in INSTRUCTION.findall(code)}
 
 
 def missing(expected: tuple[str, ...], found: set[str]) -> list[str]:
@@ -116,6 +127,14 @@ HOPPER_GEMM_OPCODES = (
     "FENCE.VIEW.ASYNC",
     "ELECT",
 )
+GEMM_SM90_OPCODES = (
+    "LDG.E.NA.LTC128B.128",
+    "UTMALDG.2D",
+    "UTMASTG.2D",
+    "STSM.16.MT88.4",
+    "USETMAXREG.TRY_ALLOC",
+    "USETMAXREG.DEALLOC",
+)
 HOPPER_PRIMITIVE_OPCODES = (
     "HGMMA.64x32x16.F32",
     "HGMMA.64x32x16.F32.BF16",
@@ -136,6 +155,63 @@ HOPPER_PRIMITIVE_OPCODES = (
 
 def test_sample_gemm_sm90(tmp_path: Path) -> None:
     assert missing(HOPPER_GEMM_OPCODES, opcodes(SAMPLE_GEMM_SM90, "90a", tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "products"),
+    [
+        (
+            CSRC / "sparse24" / "gemm_sm90.cu",
+            (
+                "HGMMA.SP.64x256x32.F32.BF16",
+                "HGMMA.SP.64x128x32.F32.BF16",
+                "HGMMA.SP.64x256x32.F32",
+            ),
+        ),
+        (
+            HERE / "kernels" / "gemm_sm90_8bit.cu",
+            ("QGMMA.SP.64x128x64.F32.E4M3.E4M3", "IGMMA.SP.64x256x64.S8.S8"),
+        ),
+    ],
+)
+def test_gemm_sm90(source: Path, products: tuple[str, ...], tmp_path: Path) -> None:
+    text, said = machine_code(source, "90a", tmp_path)
+    assert "Potential Performance Loss" not in said, said  # products that run one by one
+    code = INSTRUCTION.findall(text)
+    found = {opcode for opcode, _ in code}
+    assert set(products) <= found  # for float16 the name ends at F32
+    assert missing(GEMM_SM90_OPCODES, found) == []
+    # Waits that leave a group of products running.
+    assert any(op == "WARPGROUP.DEPBAR.LE" and ", 0x1" in rest for op, rest in code)
+
+    check_operands_in_registers(code)
+
+
+def check_operands_in_registers(code: list[tuple[str, str]]) -> None:
+    """wgmma's A and metadata stay where a load has put them, until a wait says they are read.
+
+    In the order of the listing, in which the body of a loop stands once.
+    """
+    writer: dict[int, str] = {}
+    read_by: dict[int, int] = {}  # the group of products that reads a register
+    groups = done = products = 0
+    for opcode, operands in code:
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        if re.match("[HIQ]GMMA.SP", opcode):
+            _, a, _, metadata = registers  # D, A, D, metadata; B is a descriptor
+            for register in (*range(a, a + 4), metadata):
+                assert writer[register] == "LDG.E.NA.LTC128B.128", (opcode, operands)
+                read_by[register] = groups
+            groups += "gsb0" in operands
+            products += 1
+        elif opcode == "WARPGROUP.DEPBAR.LE":
+            pending = int(operands.split(",")[1], 16)
+            done = max(done, groups - pending)
+        elif re.match(r"R\d", operands):  # the register that is written
+            for register in range(registers[0], registers[0] + (4 if ".128" in opcode else 1)):
+                assert read_by.get(register, -1) < done, (opcode, operands)
+                writer[register] = opcode
+    assert products > 0
 
 
 def test_primitives_sm90(tmp_path: Path) -> None:

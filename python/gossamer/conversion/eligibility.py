@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from .._cuda_module import has_kernels
+from .._cuda_module import obstacle
 from ..nn import SparseLinear
 from .selection import LinearSite
 
@@ -157,8 +157,8 @@ def _would_be_lost(layer: nn.Module) -> str | None:
 def _unsupported(layer: nn.Module) -> str | None:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
-    if not has_kernels(weight.device):
-        return f"weight is on {weight.device}, for which there are no kernels here"
+    if (reason := obstacle(weight.device)) is not None:
+        return f"weight is on {weight.device}: {reason}"
     if weight.dtype not in KERNEL_DTYPES:
         return f"no fast kernel for {dtype_name(weight.dtype)}"
     if bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device):

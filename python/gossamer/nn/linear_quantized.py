@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._cuda_module import has_kernels
+from .._cuda_module import obstacle
 from ..formats import Sparse24, Sparse24Quantized, Sparse24QuantizedPanels
 from ..formats.sparse24_quantized import resolve_group, sparse24_quantized_shapes, value_type_of
 from ..ops.quantize_rows import FLOAT_DTYPES
@@ -272,7 +272,7 @@ class SparseLinearQuantized(PackableModule):
 
     def _can_pack(self) -> bool:
         device = self.scales.device
-        return device.type == "cuda" and has_kernels(device)
+        return device.type == "cuda" and obstacle(device) is None
 
     def _wants_panels(self) -> bool:
         return not self._keep_portable

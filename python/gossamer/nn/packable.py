@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._cuda_module import has_kernels
+from .._cuda_module import obstacle
 from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels, Sparse24Quantized
 from .checkpoint import CheckedModule, check_sparse24
 
@@ -205,7 +205,7 @@ class TrainableModule(PackableModule):
 
     def _can_pack(self) -> bool:
         weight = self.weight
-        return weight.dtype in PANEL_DTYPES and has_kernels(weight.device)
+        return weight.dtype in PANEL_DTYPES and obstacle(weight.device) is None
 
     def _wants_panels(self) -> bool:
         return self.packed

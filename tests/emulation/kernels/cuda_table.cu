@@ -19,6 +19,7 @@ void gemm(const CudaGemmArgs& args, CudaStream stream) {
 }
 
 constexpr CudaKernels kKernels = {
+    sizeof(CudaGemmArgs),
     /*host_memory=*/true,
     [](int) { return described; },
     gemm,

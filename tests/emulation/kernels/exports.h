@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <exception>
 
+#include "common/launch.cuh"
+
 #define GOSSAMER_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace gossamer {

@@ -132,6 +132,10 @@ inline uint4 load_nc16_hint(const void* global, uint64_t, Site site = Site::curr
   emulation::check_aligned(global, 16, "load_nc16_hint", site);
   return *static_cast<const uint4*>(global);
 }
+inline uint4 load16(const void* global, Site site = Site::current()) {
+  emulation::check_aligned(global, 16, "load16", site);
+  return *static_cast<const uint4*>(global);
+}
 inline void store16(void* global, uint4 value, Site site = Site::current()) {
   emulation::check_aligned(global, 16, "store16", site);
   *static_cast<uint4*>(global) = value;

@@ -1,4 +1,5 @@
 // The GEMM kernels with portable instructions and the choice between them, for the tests.
+#include "common/launch.cuh"
 #include "kernels/exports.h"
 #include "sparse24/choose_gemm_cuda.h"
 #include "sparse24/gemm_decode_sm80.cu"
