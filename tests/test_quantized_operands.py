@@ -14,6 +14,7 @@ from cases import (
 from gossamer import _C, sparse24_linear_quantized
 from gossamer.formats import Sparse24Quantized, Sparse24QuantizedPanels
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 KINDS = [(value_type, None) for value_type in VALUE_TYPES] + [("int4", 4), ("int4", 32)]
@@ -202,6 +203,21 @@ def test_meta_gives_the_shape(value_type: str) -> None:
     y = sparse24_linear_quantized(x, weight, activation="gelu", out_dtype=torch.bfloat16)
     assert y.is_meta
     assert (y.shape, y.dtype) == ((2, 3, 6), torch.bfloat16)
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_compilers_see_the_layouts_of_a_gpu(value_type: str) -> None:
+    kind = quantized_24(50, 300, value_type)
+    with FakeTensorMode():  # tensors of a GPU that nobody has to have
+        tensors = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in parts(kind)[:3]]
+        weight = Sparse24Quantized(*tensors, kind.shape, kind.group)
+        packed = Sparse24QuantizedPanels.from_quantized(weight)
+        assert packed.panels.shape == (4, 2, 384 if value_type == "int4" else 640)
+        assert packed.to_quantized().values.shape == weight.values.shape
+        x = torch.empty(2, 3, 300, dtype=torch.bfloat16, device="cuda")
+        for layout in (weight, packed):
+            y = sparse24_linear_quantized(x, layout)
+            assert (y.shape, y.dtype, y.device) == ((2, 3, 50), x.dtype, x.device)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
