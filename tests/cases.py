@@ -132,7 +132,11 @@ class QuantizedOracle(Oracle):
             )
         size = size if bias is None else size + _finite_abs(bias)
         products = 0 if weight.value_type == "int8" else numbers.shape[1]
-        self.limit = (8 + math.sqrt(products)) * _ROUNDOFF[torch.float32][0] * size
+        sum_roundoff = _ROUNDOFF[torch.float32][0]
+        if weight.value_type == "float8_e4m3fn" and x.is_cuda:
+            # Tensor cores keep 13 bits below the leading one of the largest term.
+            sum_roundoff = 2.0**-13
+        self.limit = (8 + math.sqrt(products)) * sum_roundoff * size
         self.limit += _ROUNDOFF[self.dtype][1] * self.y.abs() + _STEP[self.dtype]
 
 

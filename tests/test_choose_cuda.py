@@ -34,6 +34,14 @@ def choose(m: int, n: int, k: int, dtype: str, device: dict[str, int]) -> dict[s
         (4096, "float16", "B200", "prefill", "sm_80"),
         (1, "float32", "H200", "float32", "sm_80"),
         (4096, "float32", "A100", "float32", "sm_80"),
+        (1, "int8", "A100", "decode", "sm_80"),
+        (65, "int8", "B200", "prefill", "sm_80"),
+        (65, "int8", "H200", "wgmma", "sm_90"),
+        (1, "float8_e4m3fn", "RTX 4090", "decode", "sm_80"),
+        (65, "float8_e4m3fn", "RTX 4090", "prefill", "sm_80"),
+        (1, "float8_e4m3fn", "H200", "wgmma", "sm_90"),
+        (65, "float8_e4m3fn", "H200", "wgmma", "sm_90"),
+        (1, "uint8", "H200", "decode", "sm_80"),
     ],
 )
 def test_kernel(m: int, dtype: str, device: str, kernel: str, target: str) -> None:
@@ -84,3 +92,6 @@ def test_mistakes_are_named() -> None:
         choose(0, 16, 16, "bfloat16", A100)
     with pytest.raises(TypeError, match="float64"):
         choose(1, 16, 16, "float64", A100)
+    for device, has in ((A100, r"8\.0"), (B200, r"10\.0")):
+        with pytest.raises(ValueError, match=rf"{has} has no .*float8_e4m3fn.*has those of int8"):
+            choose(1, 16, 16, "float8_e4m3fn", device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import VALUE_TYPES, dense_24, quantized_24, sparse_24
 from gossamer import reference
-from gossamer.formats import Sparse24, Sparse24Quantized
+from gossamer.formats import Sparse24, Sparse24Quantized, Sparse24QuantizedPanels
 from gossamer.prune import magnitude_24
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -317,3 +317,35 @@ def test_constructor_refuses_8_bit_groups() -> None:
     scales = torch.ones(6, 3)
     with pytest.raises(ValueError, match="int8 values in groups of 4"):
         Sparse24Quantized(quantized.values, quantized.indices, scales, (6, 12), 4)
+
+
+WORDS = torch.zeros(2, 1, 640, dtype=torch.int32)
+WRONG_PANELS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "dtype of panels": (TypeError, "panels are torch.int64", {"panels": WORDS.long()}),
+    "dtype of scales": (TypeError, "scales torch.float64", {"scales": torch.ones(20, 1).double()}),
+    "words of int4": (ValueError, r"\[2, 1, 640\].*\[2, 1, 384\]", {"value_type": "int4"}),
+    "shape of panels": (ValueError, r"\[1, 1, 640\]", {"panels": WORDS[:1]}),
+    "shape of scales": (ValueError, r"\[20, 2\]", {"scales": torch.ones(20, 2)}),
+    "value type": (ValueError, "'int2'", {"value_type": "int2"}),
+    "group": (ValueError, "groups of 4 of 12", {"group": 4}),
+    "large group": (ValueError, "group is 16", {"group": 16}),
+    "shape": (ValueError, "at least 1", {"shape": (0, 12)}),
+    "devices": (ValueError, "meta", {"scales": torch.ones(20, 1, device="meta")}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PANELS)
+def test_panels_refuse_what_does_not_fit(case: str) -> None:
+    error, text, change = WRONG_PANELS[case]
+    given: dict[str, Any] = {"panels": WORDS, "scales": torch.ones(20, 1), "shape": (20, 12)}
+    given |= {"group": 12, "value_type": "int8"}
+    panels = Sparse24QuantizedPanels(**given)
+    assert (panels.storage, panels.device.type) == (torch.int8, "cpu")
+    with pytest.raises(error, match=text):
+        Sparse24QuantizedPanels(**{**given, **change})
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_the_cpu_has_no_panels(value_type: str) -> None:
+    with pytest.raises(TypeError, match=r"no panels for \w+; .* on a GPU also int8"):
+        Sparse24QuantizedPanels.from_quantized(quantized_24(20, 12, value_type))

@@ -181,6 +181,16 @@ def test_meta_moves_and_construction(layer: SparseLinearQuantized) -> None:
     assert all(t.is_meta for t in meta.buffers())
 
 
+def test_the_cpu_reads_the_portable_form(layer: SparseLinearQuantized) -> None:
+    x = torch.randn(2, K)
+    expected, before = layer(x), [t.data_ptr() for t in layer.buffers()]
+    assert layer.pack() is layer.unpack() is layer.pack()
+    assert not layer.packed
+    assert layer.panels is None
+    assert [t.data_ptr() for t in layer.buffers()] == before
+    assert torch.equal(layer(x), expected)
+
+
 def test_deep_copies_and_pickles(layer: SparseLinearQuantized) -> None:
     buffer = io.BytesIO()
     torch.save(layer, buffer)

@@ -12,13 +12,17 @@ from cases import (
     sparse_24,
 )
 from gossamer import _C, sparse24_linear_quantized
-from gossamer.formats import Sparse24Quantized
+from gossamer.formats import Sparse24Quantized, Sparse24QuantizedPanels
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 KINDS = [(value_type, None) for value_type in VALUE_TYPES] + [("int4", 4), ("int4", 32)]
 op = torch.ops.gossamer.sparse24_linear_quantized
 INT8, FLOAT8, INT4 = (quantized_24(6, 12, value_type) for value_type in VALUE_TYPES)
+PACKED = Sparse24QuantizedPanels(
+    torch.zeros(1, 1, 640).int(), INT8.scales, INT8.shape, INT8.group, "int8"
+)
 X, Q, ONES = torch.ones(3, 12), torch.ones(3, 12).to(torch.int8), torch.ones(3)
 F32 = torch.float32
 
@@ -62,6 +66,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Any]] = {
     "length of bias": (ValueError, r"\[5\].*\[6\]", run(X, INT4, torch.ones(5))),
     "activation": (ValueError, "tanh", run(X, INT8, activation="tanh")),
     "dense weight": (TypeError, "Tensor.*Sparse24Quantized", run(X, torch.ones(6, 12))),
+    "panels": (ValueError, "panels are read on a GPU only", run(X, PACKED)),
     "unquantised weight": (TypeError, "Sparse24,.*from_sparse24", run(X, sparse_24(6, 12))),
     "device of x": (ValueError, "meta.*cpu", run(X.to("meta"), INT8)),
     "device of the weight": (ValueError, "cpu.*meta", run(X, INT8.to("meta"))),
@@ -171,8 +176,8 @@ def test_forward_derivatives_are_refused_and_not_dropped() -> None:
             sparse24_linear_quantized(forward_ad.make_dual(x, x), INT8)
 
 
-def parts(weight: Sparse24Quantized) -> tuple[Tensor, Tensor, Tensor]:
-    return weight.values, weight.indices, weight.scales
+def parts(weight: Sparse24Quantized) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    return weight.values, weight.indices, weight.scales, weight.values.dtype
 
 
 OPCHECKS = {
@@ -198,6 +203,21 @@ def test_meta_gives_the_shape(value_type: str) -> None:
     y = sparse24_linear_quantized(x, weight, activation="gelu", out_dtype=torch.bfloat16)
     assert y.is_meta
     assert (y.shape, y.dtype) == ((2, 3, 6), torch.bfloat16)
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_compilers_see_the_layouts_of_a_gpu(value_type: str) -> None:
+    kind = quantized_24(50, 300, value_type)
+    with FakeTensorMode():  # tensors of a GPU that nobody has to have
+        tensors = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in parts(kind)[:3]]
+        weight = Sparse24Quantized(*tensors, kind.shape, kind.group)
+        packed = Sparse24QuantizedPanels.from_quantized(weight)
+        assert packed.panels.shape == (4, 2, 384 if value_type == "int4" else 640)
+        assert packed.to_quantized().values.shape == weight.values.shape
+        x = torch.empty(2, 3, 300, dtype=torch.bfloat16, device="cuda")
+        for layout in (weight, packed):
+            y = sparse24_linear_quantized(x, layout)
+            assert (y.shape, y.dtype, y.device) == ((2, 3, 50), x.dtype, x.device)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")

@@ -16,35 +16,50 @@ bool is_weight_dtype(DType t) {
          t == DType::kFloat64;
 }
 
+bool is_quantized_dtype(DType t) {
+  return t == DType::kInt8 || t == DType::kE4M3 || t == DType::kUInt8;
+}
+
 void check_size(const char* op, int64_t n, int64_t k) {
   GOSSAMER_CHECK(n >= 1 && k >= 1, op, ": the weight is [", n, ", ", k,
                  "], expected at least [1, 1]");
 }
 
-Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
-                int64_t k) {
+namespace {
+
+// The same for values of any type.
+Weight stored(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
+              int64_t k) {
   check_matrix(op, "values", values);
   check_matrix(op, "indices", indices);
-  if (!is_weight_dtype(values.dtype)) {
-    throw py::type_error(std::string(op) + ": values are " + name(values.dtype) +
-                         ", expected float32, bfloat16, float16 or float64");
-  }
   check_dtype(op, "indices", indices, DType::kUInt8);
   check_device(op, "indices", indices, "values", values);
   check_size(op, n, k);
   Weight w{values.dtype, n, k, values.data, indices.as<const uint8_t>(), nullptr};
-  check_shape(op, "values", values, n, 2 * w.groups());
+  check_shape(op, "values", values, n, w.value_columns());
   check_shape(op, "indices", indices, n, w.index_bytes());
   check_contiguous(op, "values", values);
   check_contiguous(op, "indices", indices);
   return w;
 }
 
-DType panel_dtype(const std::string& dtype) {
+}  // namespace
+
+Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
+                int64_t k) {
+  if (!is_weight_dtype(values.dtype)) {
+    throw py::type_error(std::string(op) + ": values are " + name(values.dtype) +
+                         ", expected float32, bfloat16, float16 or float64");
+  }
+  return stored(op, values, indices, n, k);
+}
+
+DType panel_dtype(const std::string& dtype, bool gpu) {
   const DType t = dlpack::dtype_from_name(dtype);
-  if (!is_weight_dtype(t) || t == DType::kFloat64) {
+  if (t == DType::kFloat64 || !(is_weight_dtype(t) || (gpu && is_quantized_dtype(t)))) {
     throw py::type_error("Sparse24Panels: no panels for " + dtype +
-                         "; float32, bfloat16 and float16 have them");
+                         "; float32, bfloat16 and float16 have them, on a GPU also int8, "
+                         "float8_e4m3fn and uint8 (int4)");
   }
   return t;
 }
@@ -154,9 +169,11 @@ void bind_to_panels(const TensorView& values, const TensorView& indices, int64_t
   constexpr const char* op = "sparse24_to_panels";
   check_matrix(op, "values", values);
   check_device(op, "panels", out, "values", values);
-  const Weight w = portable(op, values, indices, values.shape[0], in_features);
-  panels(op, out, panel_dtype(name(w.dtype)), w.n, w.k);
-  if (on_gpu(values)) {
+  const bool gpu = on_gpu(values);
+  const DType dtype = panel_dtype(name(values.dtype), gpu);
+  const Weight w = stored(op, values, indices, values.shape[0], in_features);
+  panels(op, out, dtype, w.n, w.k);
+  if (gpu) {
     return cuda_kernels(op, values).to_panels(w, out.as<uint32_t>(), stream_of(values));
   }
   const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
@@ -170,9 +187,11 @@ void bind_from_panels(const TensorView& in, const TensorView& values, const Tens
   constexpr const char* op = "sparse24_from_panels";
   check_matrix(op, "values", values);
   check_device(op, "values", values, "panels", in);
-  const Weight shape = portable(op, values, indices, values.shape[0], in_features);
-  const Weight w = panels(op, in, panel_dtype(name(shape.dtype)), shape.n, shape.k);
-  if (on_gpu(in)) {
+  const bool gpu = on_gpu(in);
+  const DType dtype = panel_dtype(name(values.dtype), gpu);
+  const Weight shape = stored(op, values, indices, values.shape[0], in_features);
+  const Weight w = panels(op, in, dtype, shape.n, shape.k);
+  if (gpu) {
     return cuda_kernels(op, in).from_panels(w, values.data, indices.as<uint8_t>(), stream_of(in));
   }
   const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
@@ -256,7 +275,7 @@ void bind(py::module_& m) {
   m.def(
       "sparse24_panels_shape",
       [](int64_t n, int64_t k, const std::string& dtype, bool cuda) {
-        return panels_shape(cuda, n, k, panel_dtype(dtype));
+        return panels_shape(cuda, n, k, panel_dtype(dtype, cuda));
       },
       py::arg("out_features"), py::arg("in_features"), py::arg("dtype"), py::arg("cuda") = false);
   m.def("sparse24_to_panels", &bind_to_panels, py::arg("values"), py::arg("indices"),

@@ -13,6 +13,7 @@
 namespace gossamer::sparse24 {
 
 bool is_weight_dtype(DType t);
+bool is_quantized_dtype(DType t);  // of values that come with scales
 void check_size(const char* op, int64_t n, int64_t k);
 
 // The portable weight [n, k] behind (values, indices), both checked against it.
@@ -22,7 +23,8 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
 // The weight [n, k] in the layout of the device that its panels are on.
 Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64_t k);
 std::vector<int64_t> panels_shape(bool on_gpu, int64_t n, int64_t k, DType dtype);
-DType panel_dtype(const std::string& dtype);
+// TypeError where there are no panels of it: of quantised values there are on a GPU only.
+DType panel_dtype(const std::string& dtype, bool on_gpu = false);
 
 Activation activation_of(const char* op, const std::string& text);
 // [n] of this dtype on the device of x, or null where there is none.
@@ -34,6 +36,14 @@ const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64
 bool on_gpu(const TensorView& t);
 const CudaKernels& cuda_kernels(const char* op, const TensorView& t);
 CudaStream stream_of(const TensorView& t);
+
+// Asynchronous copies read x by 16 bytes.
+void check_aligned_rows(const char* op, const TensorView& x);
+// Chooses the kernel for a weight of `stored` values and launches it on the stream of x, with what
+// `args` says besides. Nothing to do without rows.
+void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorView& x,
+                 const std::optional<TensorView>& workspace,
+                 const std::optional<TensorView>& counters);
 
 void bind_cuda(pybind11::module_& m);
 

@@ -48,41 +48,35 @@ const CudaKernels& cuda_kernels(const char* op, const TensorView& t) {
 
 CudaStream stream_of(const TensorView& t) { return {t.device_index, t.stream}; }
 
-namespace {
-
-void bind_linear(const TensorView& out, const TensorView& x, const TensorView& weight,
-                 const std::optional<TensorView>& bias, const std::string& activation,
-                 const std::optional<TensorView>& workspace,
-                 const std::optional<TensorView>& counters) {
-  constexpr const char* op = "sparse24_linear";
-  const CudaKernels& kernels = cuda_kernels(op, x);
-  check_matrix(op, "x", x);
-  check_matrix(op, "out", out);
-  check_device(op, "out", out, "x", x);
-  check_device(op, "the weight", weight, "x", x);
-  const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
-  const Weight w = panels(op, weight, panel_dtype(name(x.dtype)), n, k);
-  check_dtype(op, "out", out, x.dtype);
-  check_shape(op, "out", out, m, n);
-  check_contiguous(op, "out", out);
-  const int64_t row_bytes = x.strides[0] * size_of(x.dtype);
+void check_aligned_rows(const char* op, const TensorView& x) {
+  const int64_t m = x.shape[0], k = x.shape[1], row_bytes = x.strides[0] * size_of(x.dtype);
   GOSSAMER_CHECK((k <= 1 || m == 0 || x.strides[1] == 1) && (m <= 1 || row_bytes % 16 == 0) &&
                      reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
                  op, ": x with strides [", x.strides[0], ", ", x.strides[1],
                  "] does not begin each row at a multiple of 16 bytes");
-  CudaGemmArgs args{};
-  args.dtype = args.out_dtype = x.dtype;
-  args.m = m, args.n = n, args.k = k;
-  args.panels = w.panels;
-  args.x = x.data;
-  args.x_stride = x.strides[0];
-  args.bias = bias_of(op, bias, n, x.dtype, x);
-  args.activation = activation_of(op, activation);
-  args.out = out.data;
-  if (m == 0) return;
+}
+
+namespace {
+
+void check_product(const char* op, DType stored, const CudaDevice& device) {
+  const int has = device.capability;
+  GOSSAMER_CHECK(stored != DType::kE4M3 || has_float8(has), op, ": compute capability ", has / 10,
+                 ".", has % 10,
+                 " has no sparse product of float8_e4m3fn that is worth having; 8.9, "
+                 "9.0 and 12.x have, and this GPU has those of int8, int4, bfloat16 and float16");
+}
+
+}  // namespace
+
+void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorView& x,
+                 const std::optional<TensorView>& workspace,
+                 const std::optional<TensorView>& counters) {
+  if (args.m == 0) return;
+  const CudaKernels& kernels = cuda_kernels(op, x);
   const CudaDevice device = kernels.device(x.device_index);
-  args.config = choose_cuda_gemm_config(m, n, k, x.dtype, device);
-  const int64_t bytes = workspace_bytes(args.config, m, n);
+  check_product(op, stored, device);
+  args.config = choose_cuda_gemm_config(args.m, args.n, args.k, stored, device);
+  const int64_t bytes = workspace_bytes(args.config, args.m, args.n);
   if (bytes > 0) {
     GOSSAMER_CHECK(workspace && counters, op, ": ", bytes, " bytes of workspace are needed");
     check_device(op, "workspace", *workspace, "x", x);
@@ -98,6 +92,36 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   kernels.gemm(args, stream_of(x));
 }
 
+namespace {
+
+void bind_linear(const TensorView& out, const TensorView& x, const TensorView& weight,
+                 const std::optional<TensorView>& bias, const std::string& activation,
+                 const std::optional<TensorView>& workspace,
+                 const std::optional<TensorView>& counters) {
+  constexpr const char* op = "sparse24_linear";
+  cuda_kernels(op, x);  // or what panels() says would be about the CPU's
+  check_matrix(op, "x", x);
+  check_matrix(op, "out", out);
+  check_device(op, "out", out, "x", x);
+  check_device(op, "the weight", weight, "x", x);
+  const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
+  const Weight w = panels(op, weight, panel_dtype(name(x.dtype)), n, k);
+  check_dtype(op, "out", out, x.dtype);
+  check_shape(op, "out", out, m, n);
+  check_contiguous(op, "out", out);
+  check_aligned_rows(op, x);
+  CudaGemmArgs args{};
+  args.dtype = args.out_dtype = x.dtype;
+  args.m = m, args.n = n, args.k = k;
+  args.panels = w.panels;
+  args.x = x.data;
+  args.x_stride = x.strides[0];
+  args.bias = bias_of(op, bias, n, x.dtype, x);
+  args.activation = activation_of(op, activation);
+  args.out = out.data;
+  launch_gemm(op, args, x.dtype, x, workspace, counters);
+}
+
 // The device that a choice is asked for: one that is here, or a description of any other.
 CudaDevice device_of(const char* op, const std::variant<int, py::dict>& device) {
   if (const int* index = std::get_if<int>(&device)) return kernels_or_fail(op).device(*index);
@@ -111,9 +135,10 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   constexpr const char* op = "sparse24_choose_cuda";
   GOSSAMER_CHECK(m >= 1 && m <= int64_t{1} << 40, op, ": m is ", m, ", expected 1 to 2**40");
   check_size(op, n, k);
-  const DType type = panel_dtype(dtype);
+  const DType type = panel_dtype(dtype, true);
   const CudaDevice traits = device_of(op, device);
   check_capability(op, traits);
+  check_product(op, type, traits);
   const CudaGemmConfig config = choose_cuda_gemm_config(m, n, k, type, traits);
   py::dict report;
   report["target"] = "sm_" + std::to_string(config.kernel == CudaKernel::kWgmma ? 90 : 80);
@@ -123,7 +148,7 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   report["warps_k"] = config.warps_k;
   report["split_k"] = config.split_k;
   report["workspace_bytes"] = workspace_bytes(config, m, n);
-  report["why"] = reason(config.kernel);
+  report["why"] = reason(config.kernel, m);
   return report;
 }
 

@@ -1,4 +1,4 @@
-// The border of the quantised GEMM: what Python hands over is checked here, once.
+// The border of the quantised GEMM on either device: what Python hands over is checked here, once.
 #include <pybind11/stl.h>
 
 #include "common/py_tensor.h"
@@ -16,38 +16,63 @@ bool is_floating(DType t) {
   return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16;
 }
 
+// The scales of a weight of this type, one a row or, of int4, for each `group` columns of a row.
+const float* scales_of(const TensorView& scales, DType dtype, int64_t n, int64_t k, int64_t group) {
+  check_matrix(kOp, "scales", scales);
+  check_dtype(kOp, "scales", scales, DType::kFloat32);
+  check_size(kOp, n, k);
+  const bool grouped = dtype == DType::kUInt8 && group >= 4 && group % 4 == 0 && group < k;
+  GOSSAMER_CHECK(group == k || grouped, kOp, ": group is ", group, " of ", k, " columns of ",
+                 name(dtype), ", expected ", k, " or, of int4 weights, a multiple of 4");
+  check_shape(kOp, "scales", scales, n, (k + group - 1) / group);
+  check_contiguous(kOp, "scales", scales);
+  return scales.as<const float>();
+}
+
+void check_value_dtype(DType t) {
+  if (!is_quantized_dtype(t)) {
+    throw py::type_error(std::string(kOp) + ": values are " + name(t) +
+                         ", expected int8, float8_e4m3fn or uint8 (int4)");
+  }
+}
+
 QuantizedWeight quantized(const TensorView& values, const TensorView& indices,
                           const TensorView& scales, int64_t n, int64_t k, int64_t group) {
   check_matrix(kOp, "values", values);
   check_matrix(kOp, "indices", indices);
-  check_matrix(kOp, "scales", scales);
-  if (values.dtype != DType::kInt8 && values.dtype != DType::kE4M3 &&
-      values.dtype != DType::kUInt8) {
-    throw py::type_error(std::string(kOp) + ": values are " + name(values.dtype) +
-                         ", expected int8, float8_e4m3fn or uint8 (int4)");
-  }
+  check_value_dtype(values.dtype);
   check_dtype(kOp, "indices", indices, DType::kUInt8);
-  check_dtype(kOp, "scales", scales, DType::kFloat32);
   check_device(kOp, "indices", indices, "values", values);
   check_device(kOp, "scales", scales, "values", values);
-  check_size(kOp, n, k);
-  const bool grouped = values.dtype == DType::kUInt8 && group >= 4 && group % 4 == 0 && group < k;
-  GOSSAMER_CHECK(group == k || grouped, kOp, ": group is ", group, " of ", k, " columns of ",
-                 name(values.dtype), ", expected ", k, " or, of int4 weights, a multiple of 4");
-  const QuantizedWeight w{values.dtype,
-                          n,
-                          k,
-                          group,
-                          values.data,
-                          indices.as<const uint8_t>(),
-                          scales.as<const float>()};
+  const float* scale = scales_of(scales, values.dtype, n, k, group);
+  const QuantizedWeight w{values.dtype, n, k, group, values.data, indices.as<const uint8_t>(),
+                          scale};
   check_shape(kOp, "values", values, n, w.value_columns());
   check_shape(kOp, "indices", indices, n, w.index_bytes());
-  check_shape(kOp, "scales", scales, n, w.scale_columns());
   check_contiguous(kOp, "values", values);
   check_contiguous(kOp, "indices", indices);
-  check_contiguous(kOp, "scales", scales);
   return w;
+}
+
+// The scale of each row of x; null with int4 weights, whose x has none.
+const float* x_scales_of(const std::optional<TensorView>& x_scale, DType stored,
+                         const TensorView& x) {
+  GOSSAMER_CHECK(x_scale.has_value() != (stored == DType::kUInt8), kOp,
+                 ": 8-bit weights need x_scale, int4 weights take none");
+  if (!x_scale) return nullptr;
+  check_device(kOp, "x_scale", *x_scale, "x", x);
+  check_dtype(kOp, "x_scale", *x_scale, DType::kFloat32);
+  check_vector(kOp, "x_scale", *x_scale, x.shape[0]);
+  return x_scale->as<const float>();
+}
+
+void check_out(const TensorView& out, int64_t m, int64_t n) {
+  if (!is_floating(out.dtype)) {
+    throw py::type_error(std::string(kOp) + ": out is " + name(out.dtype) +
+                         ", expected float32, bfloat16 or float16");
+  }
+  check_shape(kOp, "out", out, m, n);
+  check_contiguous(kOp, "out", out);
 }
 
 void bind_linear_quantized(const TensorView& out, const TensorView& x,
@@ -69,23 +94,69 @@ void bind_linear_quantized(const TensorView& out, const TensorView& x,
   }
   GOSSAMER_CHECK(k == 1 || x.strides[1] == 1, kOp, ": the columns of x lie ", x.strides[1],
                  " apart, expected 1");
-  GOSSAMER_CHECK(x_scale.has_value() != w.four_bit(), kOp,
-                 ": 8-bit weights need x_scale, int4 weights take none");
-  if (x_scale) {
-    check_device(kOp, "x_scale", *x_scale, "x", x);
-    check_dtype(kOp, "x_scale", *x_scale, DType::kFloat32);
-    check_vector(kOp, "x_scale", *x_scale, m);
-  }
-  if (!is_floating(out.dtype)) {
-    throw py::type_error(std::string(kOp) + ": out is " + name(out.dtype) +
-                         ", expected float32, bfloat16 or float16");
-  }
-  check_shape(kOp, "out", out, m, n);
-  check_contiguous(kOp, "out", out);
-  gemm_quantized_serial({w, m, x.dtype, x.data, x.strides[0],
-                         x_scale ? x_scale->as<const float>() : nullptr, out.dtype,
+  const float* x_scales = x_scales_of(x_scale, w.dtype, x);
+  check_out(out, m, n);
+  gemm_quantized_serial({w, m, x.dtype, x.data, x.strides[0], x_scales, out.dtype,
                          bias_of(kOp, bias, n, out.dtype, x), activation_of(kOp, activation),
                          out.data, threads});
+}
+
+// ---- on a GPU -----------------------------------------------------------------------------------
+
+// The columns of a step of its sparse products: no scale may change within one.
+constexpr int64_t kGroupMultiple = 32;
+// A row of W keeps half of them, each product is at most 127 * 128, and sums have 32 bits.
+constexpr int64_t kMaxInt8Columns = int64_t{1} << 18;
+
+void check_cuda_kernel(const TensorView& x, DType stored, int64_t k, int64_t group) {
+  if (stored != DType::kUInt8 && x.dtype != stored) {
+    throw py::type_error(std::string(kOp) + ": x is " + name(x.dtype) + ", expected " +
+                         name(stored));
+  }
+  if (stored == DType::kUInt8 && x.dtype != DType::kBFloat16 && x.dtype != DType::kFloat16) {
+    throw py::type_error(std::string(kOp) + ": x is " + name(x.dtype) +
+                         ", int4 weights on a GPU are multiplied with bfloat16 and float16 only");
+  }
+  GOSSAMER_CHECK(stored != DType::kUInt8 || group == k || group % kGroupMultiple == 0, kOp,
+                 ": group is ", group, " of ", k, " columns, on a GPU expected ", k,
+                 " or a multiple of ", kGroupMultiple);
+  GOSSAMER_CHECK(stored != DType::kInt8 || k <= kMaxInt8Columns, kOp, ": ", k,
+                 " columns of int8, whose sums on a GPU may pass 32 bits above ", kMaxInt8Columns);
+}
+
+void bind_linear_quantized_cuda(const TensorView& out, const TensorView& x,
+                                const std::optional<TensorView>& x_scale, const TensorView& weight,
+                                const std::string& value_dtype, const TensorView& scales,
+                                const std::optional<TensorView>& bias, int64_t group,
+                                const std::string& activation,
+                                const std::optional<TensorView>& workspace,
+                                const std::optional<TensorView>& counters) {
+  cuda_kernels(kOp, x);  // or what panels() says would be about the CPU's
+  check_matrix(kOp, "x", x);
+  check_matrix(kOp, "out", out);
+  check_device(kOp, "out", out, "x", x);
+  check_device(kOp, "the weight", weight, "x", x);
+  check_device(kOp, "scales", scales, "x", x);
+  const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
+  const DType stored = panel_dtype(value_dtype, true);
+  check_value_dtype(stored);
+  CudaGemmArgs args{};
+  args.dtype = x.dtype;
+  args.m = m, args.n = n, args.k = k;
+  args.panels = panels(kOp, weight, stored, n, k).panels;
+  args.row_scales = scales_of(scales, stored, n, k, group);
+  args.group = stored == DType::kUInt8 ? group : 0;
+  check_cuda_kernel(x, stored, k, group);
+  check_aligned_rows(kOp, x);
+  args.x = x.data;
+  args.x_stride = x.strides[0];
+  args.x_scales = x_scales_of(x_scale, stored, x);
+  check_out(out, m, n);
+  args.out = out.data;
+  args.out_dtype = out.dtype;
+  args.bias = bias_of(kOp, bias, n, out.dtype, x);
+  args.activation = activation_of(kOp, activation);
+  launch_gemm(kOp, args, stored, x, workspace, counters);
 }
 
 }  // namespace
@@ -95,6 +166,10 @@ void bind_quantized(py::module_& m) {
         py::arg("x_scale"), py::arg("values"), py::arg("indices"), py::arg("scales"),
         py::arg("bias"), py::arg("group"), py::arg("activation"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("sparse24_linear_quantized_cuda", &bind_linear_quantized_cuda, py::arg("out"), py::arg("x"),
+        py::arg("x_scale"), py::arg("panels"), py::arg("value_dtype"), py::arg("scales"),
+        py::arg("bias"), py::arg("group"), py::arg("activation"), py::arg("workspace"),
+        py::arg("counters"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace gossamer::sparse24

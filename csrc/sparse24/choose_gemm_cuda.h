@@ -28,11 +28,20 @@ inline CudaGemmConfig wgmma_config(int64_t m, int64_t n, const CudaDevice& devic
   return best;
 }
 
-// `dtype` is that of x and the weight's values, all of m, n and k are at least 1.
+// mma.sp multiplies float8_e4m3fn on 8.9 and from 12.0 on, wgmma.sp on 9.0. Before 8.9 there is no
+// such instruction, and the others emulate it with float16.
+constexpr bool has_float8(int capability) {
+  return capability == 89 || capability == 90 || capability >= 120;
+}
+
+// `dtype` is that of the weight's values (kUInt8: int4), which the device has a product of; all of
+// m, n and k are at least 1. There is no prefill kernel for int4 weights: decode's takes any m.
 inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype,
                                               const CudaDevice& device) {
   if (dtype == DType::kFloat32) return choose_float32_config(m, n, k, device);
-  if (m <= kDecodeRows) return decode_config(m, n, k, dtype, device);
+  // Also for few rows of x, which leave most of a tile empty: nothing else multiplies it there.
+  if (dtype == DType::kE4M3 && device.capability == 90) return wgmma_config(m, n, device);
+  if (m <= kDecodeRows || dtype == DType::kUInt8) return decode_config(m, n, k, dtype, device);
   if (device.capability == 90) return wgmma_config(m, n, device);
   return prefill_config(m, n, device);
 }
@@ -42,11 +51,13 @@ inline int64_t workspace_bytes(const CudaGemmConfig& config, int64_t m, int64_t 
   return config.workspace_bytes(m, n);
 }
 
-constexpr const char* reason(CudaKernel kernel) {
+constexpr const char* reason(CudaKernel kernel, int64_t m) {
   switch (kernel) {
     case CudaKernel::kDecode: return "up to 64 rows: bound by reading the weights once";
     case CudaKernel::kPrefill: return "above 64 rows: bound by arithmetic";
-    case CudaKernel::kWgmma: return "above 64 rows on Hopper: bound by arithmetic";
+    case CudaKernel::kWgmma:
+      return m > kDecodeRows ? "above 64 rows on Hopper: bound by arithmetic"
+                             : "the only sparse product of float8 that Hopper has";
     case CudaKernel::kFloat32: return "exact float32, which tensor cores do not multiply";
   }
   return "?";

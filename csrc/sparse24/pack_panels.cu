@@ -13,6 +13,14 @@
 //
 //   row g      [ a0 of 2j | a2 of 2j | a0 of 2j + 1 | a2 of 2j + 1 ]      chunks 4j .. 4j + 3
 //   row g + 8  [ a1       | a3       | a1           | a3           ]
+//
+// 4-bit values need bytes where the others need words: of 16 bytes of a row, which are the pairs of
+// two steps of mma.sp, lane 4g + t holds byte t of every word. So a transposition of 4 x 4 bytes
+// within each lane comes before that of words, and chunk c is in lane t these bytes, each with both
+// elements of a register:
+//
+//   row g      [ a0 of 2c | a2 of 2c | a0 of 2c + 1 | a2 of 2c + 1 ]
+//   row g + 8  [ a1       | a3       | a1           | a3           ]
 #include "sparse24/nibbles.cuh"
 #include "sparse24/pack_cuda.h"
 #include "sparse24/run.cuh"
@@ -38,6 +46,15 @@ struct Tiles {
   int64_t count, records;  // a tile: 16 rows; records of one tile
 };
 
+// Two 4-bit values, the pair of a group, as the portable format stores them.
+struct Int4Pair {
+  uint8_t bits;
+};
+
+// Elements of type T that a group of four columns stores in its row.
+template <class T>
+constexpr int kPerGroup = std::is_same_v<std::remove_const_t<T>, Int4Pair> ? 1 : 2;
+
 // ---- words between lanes ------------------------------------------------------------------------
 
 // Word j of lane t becomes word t of lane j, in every quad. Its own inverse.
@@ -54,6 +71,37 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
       (upper ? words[j] : words[j | bit]) = taken;
     }
   }
+}
+
+// Byte j of word i becomes byte i of word j, within a lane. Its own inverse.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&words)[4]) {
+  const uint32_t low01 = __byte_perm(words[0], words[1], 0x5140);  // bytes 0, 0, 1, 1
+  const uint32_t high01 = __byte_perm(words[0], words[1], 0x7362);
+  const uint32_t low23 = __byte_perm(words[2], words[3], 0x5140);
+  const uint32_t high23 = __byte_perm(words[2], words[3], 0x7362);
+  words[0] = __byte_perm(low01, low23, 0x5410);
+  words[1] = __byte_perm(low01, low23, 0x7632);
+  words[2] = __byte_perm(high01, high23, 0x5410);
+  words[3] = __byte_perm(high01, high23, 0x7632);
+}
+
+// The pairs in the four bytes as two's complement, to first elements in the lower nibbles, second
+// ones in the upper, plus 8; and back.
+__device__ __forceinline__ uint32_t separate_nibbles(uint32_t pairs) {
+  const auto even = [](uint32_t word) {  // nibbles 0, 2, 4, 6 in the lower half
+    word &= 0x0f0f0f0fu;
+    word = (word | word >> 4) & 0x00ff00ffu;
+    return (word | word >> 8) & 0xffffu;
+  };
+  return (even(pairs) | even(pairs >> 4) << 16) ^ 0x88888888u;
+}
+__device__ __forceinline__ uint32_t pair_nibbles(uint32_t separate) {
+  const auto spread = [](uint32_t half) {
+    half = (half | half << 8) & 0x00ff00ffu;
+    return (half | half << 4) & 0x0f0f0f0fu;
+  };
+  separate ^= 0x88888888u;
+  return spread(separate & 0xffffu) | spread(separate >> 16) << 4;
 }
 
 // Metadata of 16-bit values from that of 8-bit ones, and back. There lane t has 32 columns of row
@@ -110,7 +158,8 @@ struct Window {
   __device__ __forceinline__ Window(const Portable<T, I>& w, int64_t tile, int64_t record,
                                     int values_of_record)
       : rows(w.n - 16 * tile), row_values(w.row_values), index_bytes(w.index_bytes) {
-    const int64_t first_value = values_of_record * record, first_byte = first_value / 4;
+    const int64_t first_value = values_of_record * record;
+    const int64_t first_byte = first_value / (2 * kPerGroup<T>);
     values = w.values + 16 * tile * row_values + first_value;
     indices = w.indices + 16 * tile * index_bytes + first_byte;
     values_left = row_values - first_value;
@@ -135,7 +184,7 @@ struct Window {
   }
   // The bits of the word of indices from `byte` on that belong to a group.
   __device__ __forceinline__ uint32_t group_bits(int byte) const {
-    const int64_t groups = values_left / 2 - 2 * byte;
+    const int64_t groups = values_left / kPerGroup<T> - 2 * byte;
     return groups >= 8 ? 0xffffffffu : groups > 0 ? 0xffffffffu >> (4 * (8 - groups)) : 0u;
   }
 };
@@ -144,10 +193,13 @@ struct Window {
 
 template <class T>
 struct Fragments {
-  static constexpr int kSteps = 4 * sizeof(T);          // of 32 bytes of every row
-  static constexpr int kValues = kFragmentColumns / 2;  // of a row
-  static constexpr int kChunk = 16 / sizeof(T);         // values in 16 bytes
-  static constexpr int kPieces = 32 * (kSteps + 1);     // of 16 bytes: lanes x (steps, metadata)
+  static constexpr bool kFourBit = kPerGroup<T> == 1;
+  static constexpr bool kMixesHalves = sizeof(T) == 2 || kFourBit;  // 16-bit metadata
+  static constexpr int kColumns = kFragmentColumns;
+  static constexpr int kValues = kColumns / 4 * kPerGroup<T>;  // of a row
+  static constexpr int kSteps = kValues * sizeof(T) / 32;  // of mma.sp; 4-bit: four of them each
+  static constexpr int kChunk = 16 / sizeof(T);            // values in 16 bytes
+  static constexpr int kPieces = 32 * (kSteps + 1);        // of 16 bytes: lanes x (steps, metadata)
 
   template <bool kWhole, class I>
   static __device__ __forceinline__ void pack(const Window<const T, I>& window, uint4* record) {
@@ -172,17 +224,21 @@ struct Fragments {
     }
 #pragma unroll
     for (int j = 0; j < kSteps / 2; ++j) {
-      uint32_t (&low)[4] = words[0][j], (&high)[4] = words[1][j];
-      transpose_quad(low);
-      transpose_quad(high);
-      uint4* step = record + 32 * (2 * j) + lane;
-      ptx::store16_stream(step, make_uint4(low[0], high[0], low[1], high[1]));
-      ptx::store16_stream(step + 32, make_uint4(low[2], high[2], low[3], high[3]));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kFourBit) transpose_bytes(words[half][j]);
+        transpose_quad(words[half][j]);
+      }
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        ptx::store16_stream(record + 32 * (2 * j + odd) + lane,
+                            from_rows(words[0][j] + 2 * odd, words[1][j] + 2 * odd));
+      }
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       metadata[j] = legal_nibbles(metadata[j]);  // what does not exist is 0 and becomes 0, 1
-      if constexpr (sizeof(T) == 2) metadata[j] = exchange_halves(metadata[j]);
+      if constexpr (kMixesHalves) metadata[j] = exchange_halves(metadata[j]);
     }
     ptx::store16_stream(record + 32 * kSteps + lane, as_uint4(metadata));
   }
@@ -196,11 +252,15 @@ struct Fragments {
     const uint4 packed = ptx::load_nc16(record + 32 * kSteps + lane);
 #pragma unroll
     for (int j = 0; j < kSteps / 2; ++j) {
-      const uint4 even = steps[2 * j], odd = steps[2 * j + 1];
-      uint32_t words[2][4] = {{even.x, even.z, odd.x, odd.z}, {even.y, even.w, odd.y, odd.w}};
+      uint32_t words[2][4];
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        to_rows(steps[2 * j + odd], words[0] + 2 * odd, words[1] + 2 * odd);
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         transpose_quad(words[half]);
+        if constexpr (kFourBit) transpose_bytes(words[half]);
         const int row = g + 8 * half, value = (4 * j + t) * kChunk;
         store_words<kWhole>(window.values_at(row, value), words[half],
                             window.values_valid(row, value));
@@ -210,10 +270,36 @@ struct Fragments {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int row = g + 8 * (t % 2), byte = 8 * j + 4 * (t / 2);
-      uint32_t word[1] = {sizeof(T) == 2 ? exchange_halves(metadata[j]) : metadata[j]};
+      uint32_t word[1] = {kMixesHalves ? exchange_halves(metadata[j]) : metadata[j]};
       // Four bits without a group are 0 in the portable format.
       if constexpr (!kWhole) word[0] &= window.group_bits(byte);
       store_words<kWhole>(window.indices_at(row, byte), word, window.bytes_valid(row, byte));
+    }
+  }
+
+ private:
+  // 16 bytes of fragments from two words of row g and two of row g + 8; and back.
+  static __device__ __forceinline__ uint4 from_rows(const uint32_t* low, const uint32_t* high) {
+    if constexpr (kFourBit) {
+      return make_uint4(separate_nibbles(__byte_perm(low[0], high[0], 0x5140)),
+                        separate_nibbles(__byte_perm(low[0], high[0], 0x7362)),
+                        separate_nibbles(__byte_perm(low[1], high[1], 0x5140)),
+                        separate_nibbles(__byte_perm(low[1], high[1], 0x7362)));
+    } else {
+      return make_uint4(low[0], high[0], low[1], high[1]);
+    }
+  }
+  static __device__ __forceinline__ void to_rows(uint4 v, uint32_t* low, uint32_t* high) {
+    if constexpr (kFourBit) {
+      const uint32_t pairs[4] = {pair_nibbles(v.x), pair_nibbles(v.y), pair_nibbles(v.z),
+                                 pair_nibbles(v.w)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        low[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420);
+        high[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531);
+      }
+    } else {
+      low[0] = v.x, high[0] = v.y, low[1] = v.z, high[1] = v.w;
     }
   }
 };
@@ -222,7 +308,8 @@ struct Fragments {
 
 // 16 rows x 16 values: a warp moves eight rows at a time, and the index words after them.
 struct Panels {
-  static constexpr int kValues = kRecordK / 2;
+  static constexpr int kColumns = kRecordK;
+  static constexpr int kValues = kColumns / 2;
   static constexpr int kWordRows = 1 + kValues;
   static constexpr int kPieces = kWordRows * kBlockN / 4;
 
@@ -318,17 +405,17 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Layout>
 Tiles tiles_of(const Weight& w) {
-  constexpr int kColumns = 2 * Layout::kValues;
-  return {w.blocks(), (w.k + kColumns - 1) / kColumns};
+  return {w.blocks(), (w.k + Layout::kColumns - 1) / Layout::kColumns};
 }
 unsigned grid_of(const Tiles& tiles) {
   const int64_t blocks = (tiles.count * tiles.records + kWarps - 1) / kWarps;
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// Calls body(layout, zero) with the layout for the dtype and a zero of its unsigned type.
+// Calls body(layout, zero) with the layout for the dtype and a zero of what it moves values as.
 template <class Body>
 void visit_layout(DType dtype, const Body& body) {
+  if (dtype == DType::kUInt8) return body(Fragments<Int4Pair>{}, Int4Pair{});
   switch (size_of(dtype)) {
     case 1: return body(Fragments<uint8_t>{}, uint8_t{});
     case 2: return body(Fragments<uint16_t>{}, uint16_t{});
@@ -345,7 +432,7 @@ void to_panels(const Weight& w, uint32_t* panels, cudaStream_t stream) {
     using T = decltype(zero);
     const Tiles tiles = tiles_of<Layout>(w);
     const Portable<const T, const uint8_t> weight{static_cast<const T*>(w.values), w.indices, w.n,
-                                                  2 * w.groups(), w.index_bytes()};
+                                                  kPerGroup<T> * w.groups(), w.index_bytes()};
     launch(pack_kernel<Layout, T>, grid_of(tiles), kThreads, 0, stream, weight, tiles,
            reinterpret_cast<uint4*>(panels));
   });
@@ -356,8 +443,8 @@ void from_panels(const Weight& w, void* values, uint8_t* indices, cudaStream_t s
     using Layout = decltype(layout);
     using T = decltype(zero);
     const Tiles tiles = tiles_of<Layout>(w);
-    const Portable<T, uint8_t> weight{static_cast<T*>(values), indices, w.n, 2 * w.groups(),
-                                      w.index_bytes()};
+    const Portable<T, uint8_t> weight{static_cast<T*>(values), indices, w.n,
+                                      kPerGroup<T> * w.groups(), w.index_bytes()};
     launch(unpack_kernel<Layout, T>, grid_of(tiles), kThreads, 0, stream,
            reinterpret_cast<const uint4*>(w.panels), tiles, weight);
   });

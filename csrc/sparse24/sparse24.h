@@ -37,7 +37,7 @@ constexpr int kRecordGroups = kRecordK / 4;
 enum class Activation : uint8_t { kNone, kReLU, kGELU, kSiLU };
 
 struct Weight {
-  DType dtype;
+  DType dtype;  // on a GPU also int8, float8_e4m3fn, and uint8 for pairs of 4-bit numbers
   int64_t n, k;
   const void* values;      // portable form,
   const uint8_t* indices;  // or null and
@@ -45,6 +45,7 @@ struct Weight {
 
   int64_t groups() const { return (k + 3) / 4; }
   int64_t index_bytes() const { return (groups() + 1) / 2; }
+  int64_t value_columns() const { return dtype == DType::kUInt8 ? groups() : 2 * groups(); }
   int64_t blocks() const { return (n + kBlockN - 1) / kBlockN; }
   int64_t records() const { return (k + kRecordK - 1) / kRecordK; }  // of one block
   int64_t value_words() const {

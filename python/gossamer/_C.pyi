@@ -1,7 +1,7 @@
 from __future__ import annotations
 import torch
 import typing
-__all__: list[str] = ['cuda_counters', 'cuda_lowest_capability', 'cuda_stream', 'force_target', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
+__all__: list[str] = ['cuda_counters', 'cuda_lowest_capability', 'cuda_stream', 'force_target', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
 def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:
     ...
 def force_target(name: str | None) -> None:
@@ -31,6 +31,8 @@ def sparse24_linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, in
 def sparse24_linear_cuda(out: torch.Tensor, x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, activation: str, workspace: torch.Tensor | None, counters: torch.Tensor | None) -> None:
     ...
 def sparse24_linear_quantized(out: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor | None, values: torch.Tensor, indices: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, group: typing.SupportsInt | typing.SupportsIndex, activation: str, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def sparse24_linear_quantized_cuda(out: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor | None, panels: torch.Tensor, value_dtype: str, scales: torch.Tensor, bias: torch.Tensor | None, group: typing.SupportsInt | typing.SupportsIndex, activation: str, workspace: torch.Tensor | None, counters: torch.Tensor | None) -> None:
     ...
 def sparse24_panels_shape(out_features: typing.SupportsInt | typing.SupportsIndex, in_features: typing.SupportsInt | typing.SupportsIndex, dtype: str, cuda: bool = False) -> list[int]:
     ...

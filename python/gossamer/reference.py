@@ -121,7 +121,10 @@ def absmax_scales(x: Tensor, largest: float) -> Tensor:
     entry is not finite.
     """
     absmax = _for_division(x).abs().amax(-1)
-    scales = (absmax / largest).float().clamp(min=torch.finfo(torch.float32).tiny)
+    # By a tensor: where a GPU divides by a number, torch multiplies with its rounded reciprocal.
+    scales = (
+        (absmax / absmax.new_full((), largest)).float().clamp(min=torch.finfo(torch.float32).tiny)
+    )
     scales = torch.where(absmax == 0, 1.0, scales)
     return torch.where(absmax.isfinite() & scales.isfinite(), scales, torch.nan)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import DEVICES, GEMM_SM90, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
+from emulated_gpu import PARTS, TABLE, Gpu, as_on_a_gpu
 from emulator import Emulator, KernelLibrary, build_for_gpu, nvcc
 from fragment_gemm import GEMM_SM80
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
@@ -108,6 +109,18 @@ def emulated(primitives: KernelLibrary) -> Device:
 @pytest.fixture
 def emulated_sm90(primitives_sm90: KernelLibrary) -> Device:
     return Device(primitives_sm90, "cpu", ("late", 0))
+
+
+@pytest.fixture(scope="session")
+def kernel_table(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(TABLE, *PARTS)
+
+
+@pytest.fixture
+def gpu(kernel_table: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """A GPU of compute capability 8.0 for this test, or of what it describes."""
+    with as_on_a_gpu(kernel_table, monkeypatch) as gpu:
+        yield gpu
 
 
 # ---- the same kernel files, built by nvcc for the GPU of this machine ----------------------------

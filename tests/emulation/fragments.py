@@ -36,6 +36,26 @@ def fragments_of(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
     )
 
 
+def fragments_of_int4(pairs: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """The same of 4-bit values in pairs, [N, G] uint8."""
+    rows, records = pairs.shape[0], -(-in_features // COLUMNS)
+    tiles = -(-rows // ROWS)
+    numbers = torch.stack([pairs << 4, pairs], dim=-1).flatten(1).view(torch.int8) >> 4
+    padding = (0, records * 2 * GROUPS - numbers.shape[1], 0, tiles * ROWS - rows)
+    numbers = F.pad(numbers, padding).view(tiles, ROWS, records, 2 * GROUPS)
+    # The registers of 16-bit values hold the same elements.
+    registers = _registers(numbers.to(torch.int16)).long() + 8
+    words = torch.zeros(tiles, records, 8, 32, dtype=torch.int64)  # by step and lane
+    for i in range(4):
+        for e in range(2):
+            # "Its nibble i holds the first element of A register i, nibble 4 + i the second"
+            words |= registers[..., i, e] << 4 * (i + 4 * e)
+    # "word j of half h: step 4h + j"
+    words = words.view(tiles, records, 2, 4, 32).transpose(3, 4).flatten(2)
+    metadata = _metadata(_nibbles(indices, in_features, tiles, records), 2)
+    return torch.cat([words.to(torch.uint32).view(torch.int32), metadata], dim=2)
+
+
 def _registers(stored: Tensor) -> Tensor:
     """[tiles, records, steps, lanes, registers, elements] of [tiles, rows, records, slots]."""
     elements = 4 // stored.itemsize  # E

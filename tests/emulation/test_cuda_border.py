@@ -1,75 +1,14 @@
-"""From gossamer.sparse24_linear down to the kernels, as on a GPU, with the kernels emulated.
-
-Tensors in host memory stand for those of a GPU: ``_C`` takes the CUDA way where the table of
-kernels says so, and the fixture makes Python do the same.
-"""
+"""From gossamer.sparse24_linear down to the kernels, as on a GPU, with the kernels emulated."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import Oracle, sparse_24
-from emulator import CSRC, HERE, Emulator, KernelLibrary
+from emulated_gpu import DECODE, FLOAT32, PREFILL, WGMMA, Gpu
 from gossamer import _C, _cuda_module, sparse24_linear
-from gossamer.formats import Sparse24, Sparse24Panels, sparse24_panels_shape
-from gossamer.formats import sparse24 as sparse24_format
-from gossamer.ops import cuda_workspace, sparse24, sparse24_layout
-
-SPARSE24 = CSRC / "sparse24"
-KERNELS = (
-    "gemm_decode_sm80",
-    "gemm_prefill_sm80",
-    "gemm_int4_sm80",
-    "gemm_sm90",
-    "gemm_sm90_8bit",
-    "gemm_float32",
-)
-PARTS = [SPARSE24 / f"{name}.cu" for name in (*KERNELS, "pack", "pack_panels")]
-DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
-
-
-class Gpu:
-    """The emulated device, as ``_C`` sees it."""
-
-    def __init__(self, library: KernelLibrary) -> None:
-        self.library = library
-        self.describe()
-
-    def describe(self, capability: int = 80, multiprocessors: int = 4, capture: int = 0) -> None:
-        table = torch.zeros(1, dtype=torch.int64)
-        self.library.call("describe_device", capability, multiprocessors, capture, table)
-        _C.sparse24_attach_cuda(int(table))
-
-    @property
-    def kernel(self) -> int:
-        """Which one ran last."""
-        kernel = torch.zeros(1, dtype=torch.int64)
-        self.library.call("kernel_that_ran", kernel)
-        return int(kernel)
-
-
-@pytest.fixture(scope="module")
-def table(emulator: Emulator) -> KernelLibrary:
-    return emulator.build(HERE / "kernels" / "cuda_table.cu", *PARTS)
-
-
-@pytest.fixture
-def gpu(table: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    for module in (sparse24_format, sparse24_layout):
-        monkeypatch.setattr(
-            module,
-            "sparse24_panels_shape",
-            lambda n, k, dtype, device: sparse24_panels_shape(n, k, dtype, torch.device("cuda")),
-        )
-    monkeypatch.setattr(sparse24_layout, "_status", lambda t: torch.empty(2, dtype=torch.int64))
-    monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
-    monkeypatch.setattr(cuda_workspace, "_counters", {})
-    sparse24._workspace_bytes.cache_clear()
-    yield Gpu(table)
-    sparse24._workspace_bytes.cache_clear()
-    _C.sparse24_attach_cuda(0)
+from gossamer.formats import Sparse24, Sparse24Panels
+from gossamer.ops import cuda_workspace, sparse24
 
 
 def check(m: int, n: int, k: int, dtype: torch.dtype, activation: str | None = "silu") -> None:

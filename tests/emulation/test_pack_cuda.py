@@ -12,7 +12,7 @@ import torch
 from cases import SHAPES, dense_24, sparse_24
 from devices import SCHEDULES, Sanitizers
 from emulator import HERE, Emulator, KernelFault, KernelLibrary
-from fragments import fragments, fragments_of
+from fragments import fragments, fragments_of, fragments_of_int4
 from gossamer import reference
 from gossamer.formats import Sparse24, sparse24_panels_shape, sparse24_shapes
 from torch import Tensor
@@ -23,8 +23,9 @@ PACK_PANELS = HERE / "kernels" / "pack_panels.cu"
 # By the order of `enum class DType`.
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 NARROW = {torch.float8_e4m3fn: 4, torch.int8: 5}
-CODES = {**DTYPES, **NARROW}
-FRAGMENT_DTYPES = (torch.bfloat16, torch.float16, *NARROW)
+INT4 = torch.uint8  # in pairs
+CODES = {**DTYPES, **NARROW, INT4: 6}
+FRAGMENT_DTYPES = (torch.bfloat16, torch.float16, *NARROW, INT4)
 
 WEIGHTS = [(n, k) for _, n, k in SHAPES if n * k < 60_000]
 WEIGHTS += [
@@ -52,7 +53,7 @@ def weights(sanitizers: Sanitizers) -> list[tuple[int, int]]:
 
 def bits(t: Tensor) -> Tensor:
     """The elements as whole numbers, so that -0.0 and NaN are told apart."""
-    return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize])
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize])
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
@@ -109,7 +110,8 @@ def to_panels(library: KernelLibrary, values: Tensor, indices: Tensor, k: int) -
             sparse24_panels_shape(n, k, values.dtype, values.device), dtype=torch.int32
         )
     else:
-        words = 16 * 256 // 2 * values.itemsize // 4 + 32 * 4
+        bits_of_value = 4 if values.dtype == INT4 else 8 * values.itemsize
+        words = 16 * 256 // 2 * bits_of_value // 32 + 32 * 4
         panels = torch.empty((n + 15) // 16, (k + 255) // 256, words, dtype=torch.int32)
     library.call("to_panels", values, indices, panels, n, k, CODES[values.dtype])
     return panels
@@ -118,8 +120,9 @@ def to_panels(library: KernelLibrary, values: Tensor, indices: Tensor, k: int) -
 def from_panels(
     library: KernelLibrary, panels: Tensor, n: int, k: int, dtype: torch.dtype, shift: int = 0
 ) -> tuple[Tensor, Tensor]:
-    value_shape, index_shape = sparse24_shapes(n, k)
-    values = shifted(torch.empty(value_shape, dtype=dtype), shift)
+    (_, slots), index_shape = sparse24_shapes(n, k)
+    columns = slots // 2 if dtype == INT4 else slots
+    values = shifted(torch.empty(n, columns, dtype=dtype), shift)
     indices = shifted(torch.empty(index_shape, dtype=torch.uint8), shift)
     library.call("from_panels", panels, values, indices, n, k, CODES[dtype])
     return values, indices
@@ -136,6 +139,9 @@ def special_24(n: int, k: int, dtype: torch.dtype) -> Tensor:
 def stored(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values and indices of a legal weight; all bits of narrow values occur."""
     weight = sparse_24(n, k, torch.float32)
+    if dtype == INT4:
+        numbers = torch.randint(-7, 8, weight.values.shape, dtype=torch.int8)
+        return reference.pack_int4(numbers), weight.indices
     if dtype in NARROW:
         values = torch.randint(-128, 128, weight.values.shape, dtype=torch.int8).view(dtype)
         return values, weight.indices
@@ -145,6 +151,8 @@ def stored(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def expected_panels(values: Tensor, indices: Tensor, k: int) -> Tensor:
     if values.dtype == torch.float32:
         return reference.sparse24_to_panels(values, indices, k)
+    if values.dtype == INT4:
+        return fragments_of_int4(values, indices, k)
     return fragments_of(values, indices, k)
 
 

@@ -2,7 +2,8 @@
 
 ``Sparse24`` is the open format: what a state_dict, a pickle and an optimizer see, and
 ``Sparse24Quantized`` the same for 8-bit and 4-bit weights.
-``Sparse24Panels`` is the layout that the kernels read fastest; it is never saved.
+``Sparse24Panels`` is the layout that the kernels read fastest, ``Sparse24QuantizedPanels`` that
+of quantised weights on a GPU; neither is ever saved.
 """
 
 from .sparse24 import (
@@ -14,6 +15,7 @@ from .sparse24 import (
     sparse24_shapes,
 )
 from .sparse24_quantized import Sparse24Quantized
+from .sparse24_quantized_panels import Sparse24QuantizedPanels
 
 __all__ = [
     "PANEL_DTYPES",
@@ -21,6 +23,7 @@ __all__ = [
     "Sparse24",
     "Sparse24Panels",
     "Sparse24Quantized",
+    "Sparse24QuantizedPanels",
     "sparse24_panels_shape",
     "sparse24_shapes",
 ]

@@ -15,18 +15,22 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PANEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def sparse24_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of ``Sparse24.values`` and ``Sparse24.indices`` for a [N, K] weight."""
+def sparse24_shapes(
+    out_features: int, in_features: int, dtype: torch.dtype | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of the values and indices of a [N, K] weight; uint8 holds pairs of int4."""
     groups = (in_features + 3) // 4
-    return (out_features, 2 * groups), (out_features, (groups + 1) // 2)
+    columns = groups if dtype == torch.uint8 else 2 * groups
+    return (out_features, columns), (out_features, (groups + 1) // 2)
 
 
 def sparse24_panels_shape(
     out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, ...]:
-    """The shape of ``Sparse24Panels.panels`` for a [N, K] weight on a device."""
+    """The shape of the panels of a [N, K] weight on a device; uint8 stands for int4."""
     if device.type == "cuda" and dtype != torch.float32:
-        words = 16 * 128 * dtype.itemsize // 4 + 128
+        value_bits = 4 if dtype == torch.uint8 else 8 * dtype.itemsize
+        words = 16 * 128 * value_bits // 32 + 128
         return (out_features + 15) // 16, (in_features + 255) // 256, words
     word_rows = 1 + 16 * dtype.itemsize // 4
     return (out_features + 15) // 16, (in_features + 31) // 32, word_rows, 16

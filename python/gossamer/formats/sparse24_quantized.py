@@ -72,9 +72,8 @@ def sparse24_quantized_shapes(
     value_type: str, shape: tuple[int, int], group: int
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """The shapes of values, indices and scales for a [N, K] weight."""
-    (rows, slots), indices = sparse24_shapes(*shape)
-    value_columns = slots // 2 if value_type == "int4" else slots
-    return (rows, value_columns), indices, (rows, (shape[1] + group - 1) // group)
+    values, indices = sparse24_shapes(*shape, value_type_of(value_type).storage)
+    return values, indices, (shape[0], (shape[1] + group - 1) // group)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ..formats import VALUE_DTYPES, Sparse24, sparse24_shapes
 from ..ops.sparse24 import sparse24_linear_tensors
 from ..prune import magnitude_24
-from .packable import PackableModule
+from .packable import TrainableModule
 
 # A leaf for torch.fx, which could not follow its branches on x.
 torch.fx.wrap("sparse24_linear_tensors")
 
 
-class SparseLinear(PackableModule):
+class SparseLinear(TrainableModule):
     """``y = x Wᵀ + b`` where W is 2:4: at most two non-zeros in every four columns of a row.
 
     A layer has two states. While it is *trainable* its weight is the Parameter ``values`` under

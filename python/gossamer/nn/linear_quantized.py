@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import Sparse24, Sparse24Quantized
+from .._cuda_module import obstacle
+from ..formats import Sparse24, Sparse24Quantized, Sparse24QuantizedPanels
 from ..formats.sparse24_quantized import resolve_group, sparse24_quantized_shapes, value_type_of
 from ..ops.quantize_rows import FLOAT_DTYPES
 from ..ops.sparse24_quantized import sparse24_linear_quantized_tensors
-from .checkpoint import CheckedModule, check_sparse24
 from .linear import SparseLinear
+from .packable import PackableModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,14 +26,16 @@ torch.fx.wrap("sparse24_linear_quantized_tensors")
 _FIRST_TWO = 0x44
 
 
-class SparseLinearQuantized(CheckedModule):
+class SparseLinearQuantized(PackableModule):
     """``y = x Wᵀ + b`` where W is 2:4 and its values have 8 or 4 bits and a scale.
 
     ``SparseLinearQuantized.from_sparse`` or ``gossamer.quantize`` makes one of a trained layer; a
     fresh one has the weight 0, to load a checkpoint into. Nothing of it is trained: all tensors
-    are buffers. A ``state_dict`` holds the open format
-    (``gossamer.formats.Sparse24Quantized``), and what comes in is validated first. Moves to
-    another dtype change the bias alone.
+    are buffers. On a GPU the weight is held as ``panels``, the layout that its kernels read, unless
+    ``unpack()`` said otherwise; the CPU reads the open format
+    (``gossamer.formats.Sparse24Quantized``). A ``state_dict``, a pickle and a deep copy hold the
+    open format on either, and what comes in is validated first. Moves to another dtype change the
+    bias alone.
 
     Parameters
     ----------
@@ -50,8 +53,12 @@ class SparseLinearQuantized(CheckedModule):
 
     Attributes
     ----------
-    values, indices, scales : Tensor
-        The weight as ``gossamer.formats.Sparse24Quantized`` describes it.
+    values, indices : Tensor or None
+        The weight as ``gossamer.formats.Sparse24Quantized`` describes it; None while packed.
+    panels : Tensor or None
+        The packed weight (``gossamer.formats.Sparse24QuantizedPanels``).
+    scales : Tensor
+        float32, in either state.
     format : Tensor
         int64 (version, N, K, group, type): what a ``state_dict`` says of itself.
     bias : Tensor or None
@@ -65,11 +72,10 @@ class SparseLinearQuantized(CheckedModule):
         If there are no kernels for ``dtype``.
     """
 
-    values: Tensor
-    indices: Tensor
+    values: Tensor | None
+    indices: Tensor | None
     scales: Tensor
-    format: Tensor
-    bias: Tensor | None
+    _keep_portable: bool = False  # what unpack() asked for
 
     def __init__(
         self,
@@ -104,11 +110,13 @@ class SparseLinearQuantized(CheckedModule):
         self.register_buffer("values", torch.zeros(shapes[0], dtype=storage, device=device))
         self.register_buffer("indices", indices)
         self.register_buffer("scales", torch.ones(shapes[2], dtype=torch.float32, device=device))
-        self.register_buffer("format", self.weight.state()["format"].to(indices.device))
+        self.register_buffer("panels", None, persistent=False)
+        self.register_buffer("format", self._portable().state()["format"].to(indices.device))
         self.register_buffer(
             "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         )
         self._dtype = dtype
+        self._pack_where_possible()
 
     @classmethod
     def from_sparse(
@@ -155,6 +163,7 @@ class SparseLinearQuantized(CheckedModule):
             quantized.format = rounded.state()["format"].to(rounded.device)
             if layer.bias is not None:
                 quantized.bias = layer.bias.detach().clone()
+            quantized._pack_where_possible()
             return quantized.train(layer.training)
 
     def dequantize(self) -> SparseLinear:
@@ -167,17 +176,52 @@ class SparseLinearQuantized(CheckedModule):
                 device="meta",
                 dtype=self.dtype,
             )
-            weight = self.weight.to_sparse24(self.dtype)
+            weight = self._portable().to_sparse24(self.dtype)
             layer.values, layer.indices = nn.Parameter(weight.values), weight.indices.clone()
             layer.format = weight.state()["format"].to(weight.device)
             if self.bias is not None:
                 layer.bias = nn.Parameter(self.bias.detach().clone())
             return layer.train(self.training)
 
+    def pack(self) -> Self:
+        """Hold the weight in the layout that its device reads fastest, from here on.
+
+        On a GPU those are the panels, which a layer holds there anyway unless ``unpack()`` was
+        called. On the CPU it is the portable form: nothing changes until a move to a GPU.
+
+        Returns
+        -------
+        self
+        """
+        self._keep_portable = False
+        self._pack_where_possible()
+        return self
+
+    def unpack(self) -> Self:
+        """Hold ``values`` and ``indices``, on any device, until ``pack()`` is called.
+
+        A GPU turns them into panels at each call, which takes longer than the product of a few
+        rows.
+
+        Returns
+        -------
+        self
+        """
+        self._keep_portable = True
+        self._unpack()
+        return self
+
     @property
-    def weight(self) -> Sparse24Quantized:
-        """The weight as the format it is held in."""
+    def weight(self) -> Sparse24Quantized | Sparse24QuantizedPanels:
+        """The weight as the format it is held in: portable, or panels while packed."""
         shape = (self.out_features, self.in_features)
+        if self._panels_dtype is not None:
+            assert self.panels is not None
+            return Sparse24QuantizedPanels(
+                self.panels, self.scales, shape, self.group, self.value_type
+            )
+        assert self.values is not None
+        assert self.indices is not None
         return Sparse24Quantized(self.values, self.indices, self.scales, shape, self.group)
 
     @property
@@ -193,44 +237,60 @@ class SparseLinearQuantized(CheckedModule):
         RuntimeError
             If a gradient is wanted of x.
         """
-        shape = (self.out_features, self.in_features)
+        shape, indices = (self.out_features, self.in_features), self.indices
+        stored = self.panels if indices is None else self.values
+        assert stored is not None
+        value_dtype = value_type_of(self.value_type).storage
         return sparse24_linear_quantized_tensors(
-            x, self.values, self.indices, self.scales, self.bias, shape, self.group
+            x, stored, indices, self.scales, value_dtype, self.bias, shape, self.group
         )
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, value_type={self.value_type}, group={self.group}"
+            + (", packed=True" if self.packed else "")
         )
 
-    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
-        check_sparse24(given, self.weight, self.bias, assign)
+    def _portable(self) -> Sparse24Quantized:
+        weight = self.weight
+        return weight if isinstance(weight, Sparse24Quantized) else weight.to_quantized()
+
+    def _hold_portable(self) -> None:
+        weight = self.weight
+        if isinstance(weight, Sparse24QuantizedPanels):
+            portable = weight.to_quantized()
+            self.values, self.indices = portable.values, portable.indices
+            self.panels = self._panels_dtype = None
+
+    def _hold_panels(self) -> None:
+        weight = self.weight
+        if isinstance(weight, Sparse24Quantized):
+            packed = Sparse24QuantizedPanels.from_quantized(weight)
+            self.values = self.indices = None
+            self.panels, self._panels_dtype = packed.panels, packed.storage
+
+    def _can_pack(self) -> bool:
+        device = self.scales.device
+        return device.type == "cuda" and obstacle(device) is None
+
+    def _wants_panels(self) -> bool:
+        return not self._keep_portable
+
+    def _takes_dtype(self, t: Tensor) -> bool:
+        return t is self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        bias = self.bias
-
-        def fn_on_bias(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if t is bias or moved.dtype == t.dtype else t.to(moved.device)
-
-        super()._apply(fn_on_bias, recurse)
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # The buffer is empty after to_empty().
-        destination[prefix + "format"] = self.weight.state()["format"]
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
+        weight = self._portable()
         # As bytes: pickle.loads cannot read what pickle.dumps makes of a float8 tensor.
-        buffers = {**self._buffers, "values": self.values.view(torch.uint8)}
-        return {**self.__dict__, "_buffers": buffers}
+        values = weight.values.view(torch.uint8)
+        portable = {"values": values, "indices": weight.indices, "panels": None}
+        return {**self.__dict__, "_buffers": {**self._buffers, **portable}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.values = self.values.view(value_type_of(self.value_type).storage)
-        self.weight.validate()
+        values = state["_buffers"]["values"].view(value_type_of(state["value_type"]).storage)
+        super().__setstate__({**state, "_buffers": {**state["_buffers"], "values": values}})

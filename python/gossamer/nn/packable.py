@@ -1,4 +1,4 @@
-"""The two states of a 2:4 weight in a layer: trainable as portable tensors, or packed as panels."""
+"""The two forms of a 2:4 weight in a layer: portable tensors, or packed as panels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._cuda_module import obstacle
-from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels
+from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels, Sparse24Quantized
 from .checkpoint import CheckedModule, check_sparse24
 
 if TYPE_CHECKING:
@@ -19,25 +19,117 @@ if TYPE_CHECKING:
 class PackableModule(CheckedModule):
     """A layer with one copy of a [out_features, in_features] 2:4 weight.
 
-    Trainable, it holds the Parameter ``values`` and the buffer ``indices``; packed, the buffer
-    ``panels``. A ``state_dict``, a pickle, a deep copy and a move to another device or dtype go
-    through the portable form in either state, and what comes in is validated first.
+    Packed, it holds the buffer ``panels``, which belong to one device and dtype. A ``state_dict``,
+    a pickle, a deep copy and a move to another device or dtype go through the portable form in
+    either state, and what comes in is validated first.
     """
 
     in_features: int
     out_features: int
-    values: nn.Parameter | None
-    indices: Tensor | None
     panels: Tensor | None
     format: Tensor
-    bias: nn.Parameter | None
-    _panels_dtype: torch.dtype | None = None  # not None while packed
-    _values_require_grad: bool = True  # what a packed layer gives its values back
+    bias: Tensor | None
+    _panels_dtype: torch.dtype | None = None  # of the values, while packed
 
     @property
     def packed(self) -> bool:
         """Whether the weight is held as panels, for inference."""
         return self._panels_dtype is not None
+
+    # What a kind of weight has to say.
+
+    def _portable(self) -> Sparse24 | Sparse24Quantized:
+        """The weight in the form that is saved."""
+        raise NotImplementedError
+
+    def _hold_portable(self) -> None:
+        """Replace the panels by the portable tensors, where there are panels."""
+        raise NotImplementedError
+
+    def _hold_panels(self) -> None:
+        """Replace the portable tensors by panels, where there are none yet."""
+        raise NotImplementedError
+
+    def _can_pack(self) -> bool:
+        """Whether there are panels of this weight where it lies."""
+        raise NotImplementedError
+
+    def _wants_panels(self) -> bool:
+        """Whether it is to be packed again after a move or a load, where it can be."""
+        raise NotImplementedError
+
+    def _takes_dtype(self, t: Tensor) -> bool:
+        """Whether a move to another dtype changes this tensor of the layer."""
+        raise NotImplementedError
+
+    def _pack_where_possible(self) -> None:
+        if self._can_pack():
+            # Outside inference mode, or its tensors could never be saved for a backward again.
+            with torch.inference_mode(False):
+                self._hold_panels()
+
+    def _unpack(self) -> None:
+        with torch.inference_mode(False):
+            self._hold_portable()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        wants_panels = self._wants_panels()
+
+        def fn_on_numbers(t: Tensor) -> Tensor:
+            moved = fn(t)
+            # Index bytes and panel words are no numbers, though Module.type() would cast them.
+            keep = moved.dtype != t.dtype and not self._takes_dtype(t)
+            return t.to(moved.device) if keep else moved
+
+        if self._panels_dtype is not None:
+            assert self.panels is not None
+            before = torch.empty(0, dtype=self._panels_dtype, device=self.panels.device)
+            after = fn_on_numbers(before)
+            if (after.dtype, after.device) != (before.dtype, before.device):
+                self._unpack()
+        super()._apply(fn_on_numbers, recurse)
+        if wants_panels:
+            self._pack_where_possible()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        state = self._portable().state()
+        for key, tensor in state.items():
+            destination[prefix + key] = tensor if keep_vars else tensor.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "format"] = state["format"]  # the buffer is empty after to_empty()
+
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        check_sparse24(given, self._portable(), self.bias, assign)
+
+    def _load_checked_state(self, *args: Any) -> None:
+        wants_panels = self._wants_panels()
+        self._unpack()
+        super()._load_checked_state(*args)
+        if wants_panels:
+            self._pack_where_possible()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        wants_panels, self._panels_dtype = self._wants_panels(), None
+        self._portable().validate()
+        if wants_panels:
+            self._pack_where_possible()
+
+
+class TrainableModule(PackableModule):
+    """A layer whose weight is trained while portable, and packed for inference.
+
+    Trainable, it holds the Parameter ``values`` and the buffer ``indices``; packed, the buffer
+    ``panels``.
+    """
+
+    values: nn.Parameter | None
+    indices: Tensor | None
+    bias: nn.Parameter | None
+    _values_require_grad: bool = True  # what a packed layer gives its values back
 
     @property
     def weight(self) -> Sparse24 | Sparse24Panels:
@@ -65,14 +157,9 @@ class PackableModule(CheckedModule):
         TypeError
             If the weight is float64, which has no panels.
         """
-        weight = self.weight
-        if isinstance(weight, Sparse24):
-            # Outside inference mode, or its tensors could never be saved for a backward again.
-            with torch.inference_mode(False):
-                panels = Sparse24Panels.from_sparse24(weight)
-            self._values_require_grad = weight.values.requires_grad
-            self.values = self.indices = None
-            self.panels, self._panels_dtype = panels.panels, panels.dtype
+        # Outside inference mode, or its tensors could never be saved for a backward again.
+        with torch.inference_mode(False):
+            self._hold_panels()
         return self
 
     def unpack(self) -> Self:
@@ -85,11 +172,7 @@ class PackableModule(CheckedModule):
         -------
         self
         """
-        weight = self.weight
-        if isinstance(weight, Sparse24Panels):
-            with torch.inference_mode(False):
-                portable = weight.to_sparse24()
-                self._set_portable(portable, requires_grad=self._values_require_grad)
+        self._unpack()
         return self
 
     @property
@@ -107,50 +190,28 @@ class PackableModule(CheckedModule):
         self.format = weight.state()["format"].to(weight.device)
         self.panels = self._panels_dtype = None
 
-    def _pack_where_possible(self) -> None:
-        weight = self._portable()
-        if weight.dtype in PANEL_DTYPES and obstacle(weight.device) is None:
-            self.pack()
+    def _hold_portable(self) -> None:
+        weight = self.weight
+        if isinstance(weight, Sparse24Panels):
+            self._set_portable(weight.to_sparse24(), requires_grad=self._values_require_grad)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Panels belong to one dtype and device: a move to another goes through the portable form.
-        if self._panels_dtype is not None:
-            assert self.panels is not None
-            before = torch.empty(0, dtype=self._panels_dtype, device=self.panels.device)
-            after = fn(before)
-            if (after.dtype, after.device) != (before.dtype, before.device):
-                self.unpack()
-                self._apply(fn, recurse)
-                self._pack_where_possible()
-                return self
+    def _hold_panels(self) -> None:
+        weight = self.weight
+        if isinstance(weight, Sparse24):
+            panels = Sparse24Panels.from_sparse24(weight)
+            self._values_require_grad = weight.values.requires_grad
+            self.values = self.indices = None
+            self.panels, self._panels_dtype = panels.panels, panels.dtype
 
-        def fn_on_values(t: Tensor) -> Tensor:
-            moved = fn(t)
-            # Index bytes and panel words are no numbers, though Module.type() would cast them.
-            keep = not t.is_floating_point() and moved.dtype != t.dtype
-            return t.to(moved.device) if keep else moved
+    def _can_pack(self) -> bool:
+        weight = self.weight
+        return weight.dtype in PANEL_DTYPES and obstacle(weight.device) is None
 
-        super()._apply(fn_on_values, recurse)
-        return self
+    def _wants_panels(self) -> bool:
+        return self.packed
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        state = self._portable().state()
-        for key, tensor in state.items():
-            destination[prefix + key] = tensor if keep_vars else tensor.detach()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "format"] = state["format"]  # the buffer is empty after to_empty()
-
-    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
-        check_sparse24(given, self._portable(), self.bias, assign)
-
-    def _load_checked_state(self, *args: Any) -> None:
-        packed = self.packed
-        self.unpack()
-        super()._load_checked_state(*args)
-        if packed:
-            self._pack_where_possible()
+    def _takes_dtype(self, t: Tensor) -> bool:
+        return t.is_floating_point()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -160,10 +221,3 @@ class PackableModule(CheckedModule):
             state["_parameters"] = {**self._parameters, "values": values}
             state["_buffers"] = {**self._buffers, "indices": weight.indices, "panels": None}
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        packed, self._panels_dtype = self.packed, None
-        self._portable().validate()
-        if packed:
-            self._pack_where_possible()

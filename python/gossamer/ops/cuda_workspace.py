@@ -1,12 +1,14 @@
-"""Memory that a CUDA kernel needs beside its operands, from torch's caching allocator.
+"""What a CUDA kernel needs of x, and beside its operands.
 
-Blocks that share a tile of the result leave partial sums in a workspace, made for each call, and
-count themselves in at counters, which the kernels leave as zeros: those are kept, one set a stream,
-since two streams must not count at the same ones. A graph has its own, which it zeroes at each
-replay, because it may be replayed on any stream.
+Blocks that share a tile of the result leave partial sums in a workspace, made for each call by
+torch's caching allocator, and count themselves in at counters, which the kernels leave as zeros:
+those are kept, one set a stream, since two streams must not count at the same ones. A graph has its
+own, which it zeroes at each replay, because it may be replayed on any stream.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,14 +19,42 @@ from .. import _C
 _counters: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
 
-def workspace(x: Tensor, nbytes: int) -> tuple[Tensor | None, Tensor | None]:
-    """(workspace, counters) for a kernel on the current stream of the device of ``x``."""
+def workspace(
+    x: Tensor, out_features: int, in_features: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """(workspace, counters) for a product with the rows of ``x`` on the device's current stream.
+
+    ``dtype`` is that of the weight's values; uint8 stands for int4.
+    """
+    rows = x.shape[0]
+    if rows == 0:
+        return None, None
+    device = x.get_device()
+    nbytes = _workspace_bytes(rows, out_features, in_features, dtype, device)
     if nbytes == 0:
         return None, None
     stream, capture = _C.cuda_stream(x)
-    place = (x.get_device(), stream)
+    place = (device, stream)
     made_in, counters = _counters.get(place, (-1, x))
     if made_in != capture:
         counters = torch.zeros(_C.cuda_counters, dtype=torch.int32, device=x.device)
         _counters[place] = capture, counters
     return torch.empty(nbytes, dtype=torch.uint8, device=x.device), counters
+
+
+@lru_cache(maxsize=1 << 14)
+def _workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype, device: int) -> int:
+    nbytes: int = _C.sparse24_choose_cuda(m, n, k, str(dtype), device)["workspace_bytes"]
+    return nbytes
+
+
+def aligned_rows(rows: Tensor) -> Tensor:
+    """The same matrix with each row at a multiple of 16 bytes, which asynchronous copies need."""
+    size, columns = rows.element_size(), rows.shape[1]
+    pitch_fits = rows.stride(0) * size % 16 == 0 or rows.shape[0] <= 1
+    columns_fit = rows.stride(1) == 1 or columns == 1
+    if pitch_fits and columns_fit and rows.data_ptr() % 16 == 0:
+        return rows
+    multiple = 16 // size
+    padded = rows.new_empty((rows.shape[0], (columns + multiple - 1) // multiple * multiple))
+    return padded[:, :columns].copy_(rows)

@@ -102,5 +102,6 @@ def _autograd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 library.impl("quantize_rows", _native, "CPU")
+library.impl("quantize_rows", _native, "CUDA")
 library.impl("quantize_rows", _autograd, "Autograd")
 torch.library.register_fake("gossamer::quantize_rows", _fake, lib=library)

@@ -6,7 +6,6 @@ it, ``_linear_native`` or ``_linear_native_cuda`` allocates the result and cross
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .. import _C
 from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import Sparse24, Sparse24Panels
-from .cuda_workspace import workspace
+from .cuda_workspace import aligned_rows, workspace
 from .sparse24_layout import Gather, ToDense
 
 _ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -167,51 +166,28 @@ def _linear_native_cuda(
     activation: str,
 ) -> Tensor:
     dims = x.dim()
-    rows = _aligned(_rows(x, dims, in_features))
+    rows = aligned_rows(_rows(x, dims, in_features))
     if indices is not None:
         if x.dtype == torch.float64:
             raise TypeError("sparse24_linear: float64 has a kernel on the CPU only")
         # One pass over the weight, for which a product of many rows has time.
         values = _to_panels(values.detach(), indices, in_features)
-    count = rows.shape[0]
-    out = x.new_empty((count, out_features))
-    nbytes = 0
-    if count > 0:
-        device = x.get_device()
-        nbytes = _workspace_bytes(count, out_features, in_features, x.dtype, device)
+    out = x.new_empty((rows.shape[0], out_features))
     _C.sparse24_linear_cuda(
         out,
         rows,
         values.contiguous(),
         None if bias is None else bias.contiguous(),
         activation,
-        *workspace(x, nbytes),
+        *workspace(rows, out_features, in_features, x.dtype),
     )
     return out if dims == 2 else out.view(*x.shape[:-1], out_features)
-
-
-@lru_cache(maxsize=1 << 14)
-def _workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype, device: int) -> int:
-    nbytes: int = _C.sparse24_choose_cuda(m, n, k, str(dtype), device)["workspace_bytes"]
-    return nbytes
 
 
 def _rows(x: Tensor, dims: int, in_features: int) -> Tensor:
     """x as a matrix; a view where its strides allow."""
     _check_features(x, dims, in_features)
     return x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """The same matrix with each row at a multiple of 16 bytes, which asynchronous copies need."""
-    size, columns = rows.element_size(), rows.shape[1]
-    pitch_fits = rows.stride(0) * size % 16 == 0 or rows.shape[0] <= 1
-    columns_fit = rows.stride(1) == 1 or columns == 1
-    if pitch_fits and columns_fit and rows.data_ptr() % 16 == 0:
-        return rows
-    multiple = 16 // size
-    padded = rows.new_empty((rows.shape[0], (columns + multiple - 1) // multiple * multiple))
-    return padded[:, :columns].copy_(rows)
 
 
 def _linear_fake(

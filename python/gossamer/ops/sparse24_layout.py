@@ -98,7 +98,7 @@ def _from_panels_native(
 def _from_panels_fake(
     panels: Tensor, in_features: int, out_features: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    value_shape, index_shape = sparse24_shapes(out_features, in_features)
+    value_shape, index_shape = sparse24_shapes(out_features, in_features, dtype)
     return (
         panels.new_empty(value_shape, dtype=dtype),
         panels.new_empty(index_shape, dtype=torch.uint8),

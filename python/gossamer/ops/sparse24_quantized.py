@@ -1,7 +1,8 @@
 """sparse24_linear_quantized: the linear layer with an 8-bit or 4-bit 2:4 weight W [N, K].
 
 ``sparse24_linear_quantized_tensors`` applies autocast and settles the result's dtype; ``_native``
-quantises x where the weight asks for it, allocates the result and crosses into C++.
+or ``_native_cuda`` quantises x where the weight asks for it, allocates the result and crosses into
+C++.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._cuda_module import on_cuda
 from .._library import library
-from ..formats import Sparse24Quantized
+from ..formats import Sparse24Quantized, Sparse24QuantizedPanels
+from .cuda_workspace import aligned_rows, workspace
 from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only
 
 _OP = "sparse24_linear_quantized"
@@ -20,7 +23,7 @@ _ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 def sparse24_linear_quantized(
     x: Tensor,
-    weight: Sparse24Quantized,
+    weight: Sparse24Quantized | Sparse24QuantizedPanels,
     bias: Tensor | None = None,
     activation: str | None = None,
     *,
@@ -38,13 +41,19 @@ def sparse24_linear_quantized(
     A weight of int4 is widened instead: ``x`` stays as it is, and sums run in float32 over the
     stored slots only.
 
+    A GPU reads ``Sparse24QuantizedPanels``; a portable weight is turned into them at each call,
+    which takes longer than the product of a few rows. It needs compute capability 8.0, for
+    float8_e4m3fn 8.9, 9.0 or 12.x, of whose sums tensor cores may keep as few as 14 bits; int4
+    wants x in bfloat16 or float16 there and groups of a multiple of 32 columns, int8 at most 2^18
+    columns.
+
     Parameters
     ----------
     x : Tensor
         [..., K] float32, bfloat16 or float16, of any strides; leading dimensions may be empty. Or
         for a weight of int8 or float8_e4m3fn, in that type already and with ``x_scale``.
-    weight : Sparse24Quantized
-        The [N, K] weight.
+    weight : Sparse24Quantized or Sparse24QuantizedPanels
+        The [N, K] weight; panels with an x on a GPU only.
     bias : Tensor, optional
         [N] in the dtype of the result.
     activation : {None, "relu", "gelu", "silu"}
@@ -64,9 +73,10 @@ def sparse24_linear_quantized(
     Raises
     ------
     TypeError
-        If ``weight`` is no ``Sparse24Quantized``, or dtypes do not go together.
+        If ``weight`` is neither of the formats, or dtypes do not go together.
     ValueError
-        If shapes or devices do not match, or the activation is unknown.
+        If shapes or devices do not match, the activation is unknown, or the GPU has no such
+        product.
     RuntimeError
         If a gradient is wanted of x, bias or scales: there is none.
 
@@ -75,12 +85,16 @@ def sparse24_linear_quantized(
     Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (arXiv:2104.08378);
     Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), for scales by row.
     """
-    if not isinstance(weight, Sparse24Quantized):
+    if isinstance(weight, Sparse24Quantized):
+        stored, indices, value_dtype = weight.values, weight.indices, weight.values.dtype
+    elif isinstance(weight, Sparse24QuantizedPanels):
+        stored, indices, value_dtype = weight.panels, None, weight.storage
+    else:
         raise TypeError(
-            f"{_OP}: weight is {type(weight).__name__}, expected Sparse24Quantized "
-            "(gossamer.formats.Sparse24Quantized.from_sparse24 makes one)"
+            f"{_OP}: weight is {type(weight).__name__}, expected Sparse24Quantized or "
+            "Sparse24QuantizedPanels (gossamer.formats.Sparse24Quantized.from_sparse24 makes one)"
         )
-    tensors = (weight.values, weight.indices, weight.scales)
+    tensors = (stored, indices, weight.scales, value_dtype)
     activation = "none" if activation is None else activation
     return sparse24_linear_quantized_tensors(
         x, *tensors, bias, weight.shape, weight.group, activation, x_scale, out_dtype
@@ -89,9 +103,10 @@ def sparse24_linear_quantized(
 
 def sparse24_linear_quantized_tensors(
     x: Tensor,
-    values: Tensor,
-    indices: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
     scales: Tensor,
+    value_dtype: torch.dtype,
     bias: Tensor | None,
     shape: tuple[int, int],
     group: int,
@@ -99,13 +114,16 @@ def sparse24_linear_quantized_tensors(
     x_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``sparse24_linear_quantized`` on the tensors of the format."""
+    """``sparse24_linear_quantized`` on a format's tensors: values and indices, or panels and None.
+
+    ``value_dtype`` is that of the values; uint8 holds pairs of int4.
+    """
     device = x.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     if autocast and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
     if out_dtype is None:
-        if x.dtype in ROW_DTYPES and x.dtype == values.dtype:
+        if x.dtype in ROW_DTYPES and x.dtype == value_dtype:
             raise TypeError(
                 f"{_OP}: x is {x.dtype}, so out_dtype has to say what comes out: float32, "
                 "bfloat16 or float16"
@@ -114,28 +132,30 @@ def sparse24_linear_quantized_tensors(
     if autocast and bias is not None and bias.dtype in FLOAT_DTYPES:
         bias = bias.to(out_dtype)
     out_features, in_features = shape
-    weight, sizes = (values, indices, scales), (in_features, out_features, group)
-    y: Tensor = torch.ops.gossamer.sparse24_linear_quantized(
-        x, x_scale, *weight, bias, *sizes, activation, out_dtype
-    )
+    weight, sizes = (stored, indices, scales, value_dtype), (in_features, out_features, group)
+    y: Tensor = _linear(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
     return y
 
 
 # x is quantised inside the op, so that a kernel for another device may do that on its way.
 library.define(
-    f"{_OP}(Tensor x, Tensor? x_scale, Tensor values, Tensor indices, Tensor scales, "
-    "Tensor? bias, SymInt in_features, SymInt out_features, SymInt group, str activation, "
-    "ScalarType out_dtype) -> Tensor",
+    f"{_OP}(Tensor x, Tensor? x_scale, Tensor values, Tensor? indices, Tensor scales, "
+    "ScalarType value_dtype, Tensor? bias, SymInt in_features, SymInt out_features, SymInt group, "
+    "str activation, ScalarType out_dtype) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_linear = torch.ops.gossamer.sparse24_linear_quantized.default
+_quantize_rows = torch.ops.gossamer.quantize_rows.default
+_to_panels = torch.ops.gossamer.sparse24_to_panels.default
 
 
 def check_operands(
     x: Tensor,
     x_scale: Tensor | None,
     values: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     scales: Tensor,
+    value_dtype: torch.dtype,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
@@ -147,9 +167,9 @@ def check_operands(
         raise ValueError(f"{_OP}: x is 0-d, it needs at least one dimension")
     if x.shape[-1] != in_features:
         raise ValueError(f"{_OP}: x has {x.shape[-1]} features, the weight expects {in_features}")
-    four_bit = values.dtype == torch.uint8
-    if x.dtype not in FLOAT_DTYPES and (four_bit or x.dtype != values.dtype):
-        also = "" if four_bit else f" or {values.dtype}, as the weight"
+    four_bit = value_dtype == torch.uint8
+    if x.dtype not in FLOAT_DTYPES and (four_bit or x.dtype != value_dtype):
+        also = "" if four_bit else f" or {value_dtype}, as the weight"
         raise TypeError(f"{_OP}: x is {x.dtype}, expected float32, bfloat16, float16{also}")
     if (x_scale is None) != (x.dtype in FLOAT_DTYPES):
         given = "no x_scale" if x_scale is None else "an x_scale"
@@ -182,8 +202,9 @@ def _native(
     x: Tensor,
     x_scale: Tensor | None,
     values: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     scales: Tensor,
+    value_dtype: torch.dtype,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
@@ -191,18 +212,18 @@ def _native(
     activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    weight, sizes = (values, indices, scales), (in_features, out_features)
+    weight, sizes = (values, indices, scales, value_dtype), (in_features, out_features)
     check_operands(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
-    rows = x.reshape(-1, in_features)
-    if x_scale is None and values.dtype != torch.uint8:
-        rows, x_scale = torch.ops.gossamer.quantize_rows(rows, values.dtype)
+    if indices is None:
+        raise ValueError(f"{_OP}: panels are read on a GPU only, the CPU reads the portable form")
+    rows, row_scales = _rows(x, x_scale, in_features, value_dtype)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = x.new_empty((rows.shape[0], out_features), dtype=out_dtype)
     _C.sparse24_linear_quantized(
         out,
         rows,
-        None if x_scale is None else x_scale.reshape(-1).contiguous(),
+        row_scales,
         values.contiguous(),
         indices.contiguous(),
         scales.contiguous(),
@@ -214,12 +235,13 @@ def _native(
     return out.view(*x.shape[:-1], out_features)
 
 
-def _fake(
+def _native_cuda(
     x: Tensor,
     x_scale: Tensor | None,
     values: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     scales: Tensor,
+    value_dtype: torch.dtype,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
@@ -227,7 +249,57 @@ def _fake(
     activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    weight, sizes = (values, indices, scales), (in_features, out_features)
+    weight, sizes = (values, indices, scales, value_dtype), (in_features, out_features)
+    check_operands(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
+    if indices is not None:
+        # One pass over the weight, for which a product of many rows has time.
+        values = _to_panels(values, indices, in_features)
+    rows, row_scales = _rows(x, x_scale, in_features, value_dtype)
+    rows = aligned_rows(rows)
+    out = x.new_empty((rows.shape[0], out_features), dtype=out_dtype)
+    _C.sparse24_linear_quantized_cuda(
+        out,
+        rows,
+        row_scales,
+        values.contiguous(),
+        str(value_dtype),
+        scales.contiguous(),
+        None if bias is None else bias.contiguous(),
+        group,
+        activation,
+        *workspace(rows, out_features, in_features, value_dtype),
+    )
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _rows(
+    x: Tensor, x_scale: Tensor | None, in_features: int, value_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """x as the matrix that is multiplied, and the scale of each row if it has one."""
+    rows = x.reshape(-1, in_features)
+    if value_dtype == torch.uint8:
+        return rows, None
+    if x_scale is not None:
+        return rows, x_scale.reshape(-1).contiguous()
+    q, scale = _quantize_rows(rows, value_dtype)
+    return q, scale
+
+
+def _fake(
+    x: Tensor,
+    x_scale: Tensor | None,
+    values: Tensor,
+    indices: Tensor | None,
+    scales: Tensor,
+    value_dtype: torch.dtype,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    weight, sizes = (values, indices, scales, value_dtype), (in_features, out_features)
     check_operands(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
 
@@ -236,19 +308,19 @@ def _autograd(
     x: Tensor,
     x_scale: Tensor | None,
     values: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     scales: Tensor,
+    value_dtype: torch.dtype,
     bias: Tensor | None,
     *rest: int | str | torch.dtype,
 ) -> Tensor:
     inference_only(_OP, x=x, x_scale=x_scale, values=values, scales=scales, bias=bias)
     with torch._C._AutoDispatchBelowAutograd():
-        y: Tensor = torch.ops.gossamer.sparse24_linear_quantized(
-            x, x_scale, values, indices, scales, bias, *rest
-        )
+        y: Tensor = _linear(x, x_scale, values, indices, scales, value_dtype, bias, *rest)
     return y
 
 
 library.impl(_OP, _native, "CPU")
+library.impl(_OP, on_cuda(_OP, _native_cuda), "CUDA")
 library.impl(_OP, _autograd, "Autograd")
 torch.library.register_fake(f"gossamer::{_OP}", _fake, lib=library)

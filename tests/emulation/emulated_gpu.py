@@ -1,0 +1,62 @@
+"""The whole way of a product on a GPU, with its kernels emulated.
+
+Tensors in host memory stand for those of a GPU: ``_C`` takes the CUDA way where the table of
+kernels says so, and ``as_on_a_gpu`` makes Python do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from emulator import CSRC, HERE, KernelLibrary
+from gossamer import _C
+from gossamer.formats import sparse24 as sparse24_format
+from gossamer.ops import cuda_workspace, sparse24, sparse24_layout, sparse24_quantized
+
+TABLE = HERE / "kernels" / "cuda_table.cu"
+# All kernels of the feature; cuda_kernels.cu is the table of a real GPU.
+PARTS = [f for f in sorted((CSRC / "sparse24").glob("*.cu")) if f.stem != "cuda_kernels"]
+DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
+
+
+class Gpu:
+    """The emulated device, as ``_C`` sees it."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self.library = library
+        self.describe()
+
+    def describe(self, capability: int = 80, multiprocessors: int = 4, capture: int = 0) -> None:
+        table = torch.zeros(1, dtype=torch.int64)
+        self.library.call("describe_device", capability, multiprocessors, capture, table)
+        _C.sparse24_attach_cuda(int(table))
+
+    @property
+    def kernel(self) -> int:
+        """Which one ran last."""
+        kernel = torch.zeros(1, dtype=torch.int64)
+        self.library.call("kernel_that_ran", kernel)
+        return int(kernel)
+
+
+@contextmanager
+def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """Every product and layout of host tensors runs as for CUDA tensors in here."""
+    shape_on = sparse24_format.sparse24_panels_shape
+    for module in (sparse24_format, sparse24_layout):
+        monkeypatch.setattr(
+            module,
+            "sparse24_panels_shape",
+            lambda n, k, dtype, device: shape_on(n, k, dtype, torch.device("cuda")),
+        )
+    monkeypatch.setattr(sparse24_layout, "_status", lambda t: torch.empty(2, dtype=torch.int64))
+    monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
+    monkeypatch.setattr(sparse24_quantized, "_linear", sparse24_quantized._native_cuda)
+    monkeypatch.setattr(cuda_workspace, "_counters", {})
+    cuda_workspace._workspace_bytes.cache_clear()
+    yield Gpu(library)
+    cuda_workspace._workspace_bytes.cache_clear()
+    _C.sparse24_attach_cuda(0)
