@@ -6,11 +6,12 @@
 
 namespace gossamer::sparse24 {
 
-// `dtype` is that of x and the weight's values, all of m, n and k are at least 1.
+// `dtype` is that of the weight's values and of x; kUInt8 says int4 weights, with 16-bit x. All of
+// m, n and k are at least 1. There is no prefill kernel for int4 weights: decode's takes any m.
 inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype,
                                               const CudaDevice& device) {
   if (dtype == DType::kFloat32) return choose_float32_config(m, n, k, device);
-  if (m <= kDecodeRows) return decode_config(m, n, k, dtype, device);
+  if (m <= kDecodeRows || dtype == DType::kUInt8) return decode_config(m, n, k, dtype, device);
   return prefill_config(m, n, device);
 }
 

@@ -20,6 +20,7 @@ TESTS = (
     "test_pack_cuda.py",
     "test_gemm_float32.py",
     "test_gemm_sm80.py",
+    "test_gemm_int4.py",
 )
 
 
