@@ -77,15 +77,15 @@ constexpr int decode_tile_m(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <=
 // Tiles of 16 rows of a warp. At 64 rows of x a warp with one tile would read 32 KB of x from
 // shared memory for each 4.5 KB of weights, more than the multiprocessor's 128 bytes a cycle allow
 // while the weights come at full speed; two tiles use what is read twice. A record of int4 weights
-// is 1.5 KB, so they need two tiles from 8 rows of x on and four at 32, also so that a warp has
-// enough of them on their way; at 64 there are registers for two.
+// is 1.5 KB, so they need two tiles at once, also to have enough of them on their way, and more at
+// 32 rows, where there are registers for three; at 64 there are for two, and x sets the pace.
 constexpr int decode_row_tiles(int tile_m, DType dtype) {
   if (dtype == DType::kUInt8) return tile_m == 32 ? 3 : 2;
   return tile_m == 64 ? 2 : 1;
 }
 
-// Blocks that a multiprocessor has registers for: more than 128 a thread are too many for two. One
-// has as many bytes on their way as two, by its second or fourth row tile.
+// Blocks that a multiprocessor has registers for: above 128 a thread, one. Its additional row tile
+// keeps about as many bytes on their way as a second block would.
 constexpr int decode_blocks(int tile_m, DType dtype) {
   return tile_m == 64 || decode_row_tiles(tile_m, dtype) == 3 ? 1 : 2;
 }

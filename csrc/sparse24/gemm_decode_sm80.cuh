@@ -228,8 +228,10 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(8 * kTokenTiles,
   const int first_token = static_cast<int>(blockIdx.x) % args.token_tiles * kTileM;
   const int m = min(args.m - first_token, kTileM);
 
-  const int begin = static_cast<int>(int64_t{args.records} * blockIdx.y / args.split_k);
-  const int end = static_cast<int>(int64_t{args.records} * (blockIdx.y + 1) / args.split_k);
+  const int block_k = static_cast<int>(blockIdx.y);
+  const int depth = args.records / args.split_k, deeper = args.records % args.split_k;
+  const int begin = block_k * depth + min(block_k, deeper);
+  const int end = begin + depth + (block_k < deeper ? 1 : 0);
   const int rounds = (end - begin + args.warps_k - 1) / args.warps_k;
   const int chunks_per_slice = (1 << args.slice_shift) / (kChunkBytes / 16);
   const XStages stages{shared,

@@ -17,12 +17,14 @@
 // units (t even) or the last two (t odd), and gives them to the others by shuffles.
 //
 // What the arithmetic may cost: at 4.8 TB/s, 132 multiprocessors and 1.7 GHz (H200) each gets 21
-// bytes a cycle. A step of a row tile is 192 bytes with its metadata, 9 cycles, in which the four
-// schedulers issue 36 instructions (of a warp). To widen its word takes 11, of which the seven
-// shifts and logical ones run at half rate, 14 of 36 cycles of those units; at 8 rows of x all is
-// about 20 (kept honest by the machine code: LOP3, SHF and HFMA2 of the loop). Shared memory gives
-// x by 128 bytes a cycle: 4 cycles a step and 8 rows of x, for two row tiles, so beyond 32 rows it,
-// and then the tensor cores, and no longer the DRAM, set the pace.
+// bytes a cycle. A step of a row tile, 256 weights kept, is 192 bytes with its metadata: 9 cycles,
+// in which the four schedulers issue 36 instructions of a warp. To widen its word takes 11: three
+// SHF and four LOP3, at half rate 14 of the 36 cycles, and four HFMA2. With 8 rows of x and units
+// of four steps the loop has 24 instructions beside the product, with all addresses, shuffles and
+// loads, and 26 with 16 rows; units of one step, 32, for which the scales of groups of 32 columns
+// make it 12 cycles. Shared memory gives x at 128 bytes a cycle: 4 cycles a step for 8 rows of x,
+// by two row tiles 2 of the 9. So up to 16 rows the DRAM sets the pace, at 32 (three tiles: 5 of 9)
+// it should, and at 64 (16 of 9) it is x.
 #include "sparse24/gemm_decode_sm80.cuh"
 
 namespace gossamer::sparse24 {
@@ -112,7 +114,8 @@ struct Int4Weights {
                                            const LoadX& load_x, bool has_next) {
 #pragma unroll
     for (int unit = 0; unit < kChunkUnits; ++unit) {
-      if (unit > 0) __syncwarp();  // keeps the compiler from widening all units at once
+      // Or the compiler widens all units at once, and has too few registers.
+      if (unit > 0) __syncwarp();
       float part[kRowTiles][kTokenTiles][4] = {};
       float scale[kRowTiles][2];  // of rows g and g + 8
 #pragma unroll
