@@ -11,14 +11,14 @@
 //   weights   global memory -> registers, in fragment order: 16 bytes a lane are the A operand of a
 //             step (int4: of four, once widened). The registers are refilled from the warp's next
 //             record as soon as their products are issued, so each warp has a whole record (4.5
-//             KB; 8-bit: 2.5 KB; int4: 1.5 KB for each of two) on its way, 8 or 16 warps of a
-//             multiprocessor 24 to 73 KB.
+//             KB; 8-bit: 2.5 KB; int4: 1.5 KB for each of two or three) on its way, 8 or 16 warps
+//             of a multiprocessor 24 to 73 KB.
 //   x         global memory (mostly L2) -> shared memory by cp.async, three stages; read as the B
 //             operand by ldmatrix. Only the m rows there are: the rows of a tile of 8 past the last
 //             one read that one again, and nobody looks at those columns of D.
 //
-// A block has 8 warps. Along n each has 16 rows of W (32 when there are 64 rows of x, or int4
-// weights); the warps_k warps that share those rows take every warps_k-th record:
+// A block has 8 warps. Along n each has 16 rows of W (32 when there are 64 rows of x, 32 or 48
+// with int4 weights); the warps_k warps that share those rows take every warps_k-th record:
 //
 //               record 0   record 1   record 2   record 3   ...        warps_k = 2
 //   rows  0-15 [ warp 0  |  warp 1  |  warp 0  |  warp 1  |

@@ -4,12 +4,13 @@
 //   y[m,n] = act(sum_q row_scales[n,q] * (sum_{k in group q} x[m,k] v[n,k]) + b[n]),   v in -7 .. 7
 //
 // A chunk is four steps, 128 columns: 16 bytes a lane and row tile. For each tile of x the tensor
-// cores sum the products of a unit into a fragment of its own, which is multiplied by the scales of
-// the lane's rows g and g + 8 and added to the running sums, in float32, units in increasing order:
+// cores sum the products of a unit, from 0, in a fragment of its own. A fused multiply-add with the
+// scales of the lane's rows g and g + 8 adds that to the running sums, units in increasing order;
+// what warps and blocks along K have is then added in their order.
 //
 //   chunk   [ step 0 | step 1 | step 2 | step 3 ]
 //   units   [      4 steps = 128 columns        ]   groups of a multiple of 128 columns, and one
-//                                                   scale a row, which the epilogue multiplies by
+//                                                   scale a row: a group that does not end
 //           [ 1 step |        |        |        ]   other multiples of 32
 //
 // The scales of a chunk are refilled with its weights. A quad needs those of its rows g and g + 8
@@ -73,8 +74,8 @@ struct Int4Weights {
   const DecodeArgs& args;
   const int tiles_after;   // that exist
   const char* next;        // the record that is loaded, of the first tile at this lane's bytes
-  const float* scales;     // of the first row
-  int held_row, last_row;  // of the first tile whose scales this lane holds, and the last one
+  const float* scales;     // of the first row of the first tile, which the others count from
+  int held_row, last_row;  // the one of that tile whose scales this lane holds; the last one
   const uint64_t evict_first;
   int next_record;
   uint32_t words[kRowTiles][kChunks][4], metadata[kRowTiles][4], next_metadata[kRowTiles][4];
