@@ -80,6 +80,18 @@ __device__ __forceinline__ float2 unpack(uint32_t two) {
   return {ptx::to_float(T{static_cast<uint16_t>(two)}),
           ptx::to_float(T{static_cast<uint16_t>(two >> 16)})};
 }
+// a b + c of both halves, each rounded once.
+template <class T>  // BFloat16 or Float16
+__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t two;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(two) : "r"(a), "r"(b), "r"(c));
+  } else {
+    static_assert(std::is_same_v<T, Float16>);
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(two) : "r"(a), "r"(b), "r"(c));
+  }
+  return two;
+}
 __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {  // sm_89
   uint16_t low, high;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(x1), "f"(x0));
@@ -91,6 +103,15 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
+}
+
+// Bit by bit the entry 4a + 2b + c of the table, which is thus the wanted function of 0xf0, 0xcc
+// and 0xaa. The compiler makes two instructions of two constants in one expression.
+template <int Table>
+__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(Table));
+  return d;
 }
 
 // ---- cp.async: global to shared memory, past the registers --------------------------------------

@@ -17,6 +17,9 @@ constexpr int64_t fragment_words(DType dtype) {  // of one record; kUInt8: int4
   return (kFragmentRows * kFragmentColumns / 2 * bits / 8 + 32 * 16) / 4;
 }
 
+// Bytes of an element of x beside weights of this type: int4 ones meet 16-bit floats.
+constexpr int64_t x_size(DType dtype) { return dtype == DType::kUInt8 ? 2 : size_of(dtype); }
+
 struct CudaDevice {
   int capability;  // 10 * major + minor
   int multiprocessors;
@@ -64,7 +67,7 @@ constexpr int64_t kMaxWorkspaceBytes = int64_t{32} << 20;
 
 // ---- decode -------------------------------------------------------------------------------------
 
-constexpr int kDecodeRows = 64;  // of x, at most
+constexpr int kDecodeRows = 64;  // of x, at most; with int4 weights a block's, of any number
 constexpr int kDecodeWarps = 8;
 // Stages of x: while one is read, two are on their way, which covers the latency of the L2.
 constexpr int kDecodeStages = 3;
@@ -75,20 +78,35 @@ constexpr int decode_tile_m(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <=
 
 // Tiles of 16 rows of a warp. At 64 rows of x a warp with one tile would read 32 KB of x from
 // shared memory for each 4.5 KB of weights, more than the multiprocessor's 128 bytes a cycle allow
-// while the weights come at full speed; two tiles use what is read twice.
-constexpr int decode_row_tiles(int tile_m) { return tile_m == 64 ? 2 : 1; }
-
-constexpr int decode_tile_n(int tile_m, int warps_k) {
-  return kFragmentRows * decode_row_tiles(tile_m) * kDecodeWarps / warps_k;
+// while the weights come at full speed; two tiles use what is read twice. A record of int4 weights
+// is 1.5 KB, so they need two tiles at once, also to have enough of them on their way, and more at
+// 32 rows, where there are registers for three; at 64 there are for two, and x sets the pace.
+constexpr int decode_row_tiles(int tile_m, DType dtype) {
+  if (dtype == DType::kUInt8) return tile_m == 32 ? 3 : 2;
+  return tile_m == 64 ? 2 : 1;
 }
 
+// Blocks that a multiprocessor has registers for: above 128 a thread, one. Its additional row tile
+// keeps about as many bytes on their way as a second block would.
+constexpr int decode_blocks(int tile_m, DType dtype) {
+  return tile_m == 64 || decode_row_tiles(tile_m, dtype) == 3 ? 1 : 2;
+}
+
+constexpr int decode_tile_n(int tile_m, int warps_k, DType dtype) {
+  return kFragmentRows * decode_row_tiles(tile_m, dtype) * kDecodeWarps / warps_k;
+}
+
+// Of a row of x, what a warp multiplies between two looks at the stages: two steps of mma.sp, or
+// four, for which 16 bytes a lane hold the int4 weights.
+constexpr int decode_chunk_bytes(DType dtype) { return dtype == DType::kUInt8 ? 256 : 128; }
+
 // A stage holds, for every row of x and each of the warps_k warps along K, this much: what the warp
-// multiplies with a whole record, or as much of it as fits, 128 bytes at least; with few rows it is
+// multiplies with a whole record, or as much of it as fits, a chunk at least; with few rows it is
 // up to four records, because at every new stage the warps of a block wait for each other.
 constexpr int decode_slice_bytes(int64_t m, DType dtype, int warps_k) {
-  const int record = static_cast<int>(kFragmentColumns * size_of(dtype));
+  const int record = static_cast<int>(kFragmentColumns * x_size(dtype));
   int slice = 4 * record;
-  while (slice > 128 && m * warps_k * slice > kDecodeStageBytes) slice /= 2;
+  while (slice > decode_chunk_bytes(dtype) && m * warps_k * slice > kDecodeStageBytes) slice /= 2;
   return slice;
 }
 
@@ -96,10 +114,11 @@ constexpr int decode_slice_bytes(int64_t m, DType dtype, int warps_k) {
 // a fragment write to different banks.
 constexpr int kSumPadding = 4;
 
+// `m`: the rows of x of a block, at most tile_m.
 constexpr int64_t decode_shared_bytes(int64_t m, DType dtype, int tile_m, int warps_k) {
   const int64_t x = kDecodeStages * m * warps_k * decode_slice_bytes(m, dtype, warps_k);
   const int64_t sums =
-      int64_t{warps_k} * tile_m * (decode_tile_n(tile_m, warps_k) + kSumPadding) * 4;
+      int64_t{warps_k} * tile_m * (decode_tile_n(tile_m, warps_k, dtype) + kSumPadding) * 4;
   return std::max(x, sums);
 }
 
@@ -119,28 +138,33 @@ struct DecodeModel {
   static constexpr double kMeetingCost = 32 << 10;  // a fence and an atomic: about 1 us
 
   int64_t m, n, k;
-  DType dtype;
+  DType dtype;  // of the weights
   const CudaDevice& device;
 
+  int64_t block_m() const { return std::min<int64_t>(m, kDecodeRows); }
+  int64_t tiles(const CudaGemmConfig& config) const {  // each with a counter
+    return cuda_ceil_div(n, config.tile_n) * cuda_ceil_div(m, config.tile_m);
+  }
   int64_t records() const { return cuda_ceil_div(k, kFragmentColumns); }
 
   int resident_blocks(int tile_m, int warps_k) const {
-    const int by_registers = tile_m == 64 ? 1 : 2;
-    const int64_t bytes = decode_shared_bytes(m, dtype, tile_m, warps_k) + 1024;  // CUDA's own
+    const int64_t bytes =
+        decode_shared_bytes(block_m(), dtype, tile_m, warps_k) + 1024;  // CUDA's own
     return static_cast<int>(
-        std::clamp<int64_t>((device.shared_bytes + 1024) / bytes, 1, by_registers));
+        std::clamp<int64_t>((device.shared_bytes + 1024) / bytes, 1, decode_blocks(tile_m, dtype)));
   }
 
   double cost(const CudaGemmConfig& config) const {
     const double record_bytes = 4.0 * static_cast<double>(fragment_words(dtype));
-    const int64_t tiles = cuda_ceil_div(n, config.tile_n), blocks = tiles * config.split_k;
+    const int64_t blocks = tiles(config) * config.split_k;
     const int64_t row_tiles = cuda_ceil_div(std::min<int64_t>(n, config.tile_n), kFragmentRows);
     const int64_t depth = cuda_ceil_div(records(), config.split_k);
     const int64_t waves = cuda_ceil_div(blocks, device.multiprocessors);
 
     const auto weights = static_cast<double>(row_tiles * depth) * record_bytes;
-    const auto x = static_cast<double>(m * depth * kFragmentColumns * size_of(dtype));
-    const auto partial = static_cast<double>(config.split_k > 1 ? m * config.tile_n * 4 : 0);
+    const auto x = static_cast<double>(block_m() * depth * kFragmentColumns * x_size(dtype));
+    const auto partial =
+        static_cast<double>(config.split_k > 1 ? block_m() * config.tile_n * 4 : 0);
     const auto in_flight =
         static_cast<double>(
             std::min<int64_t>(waves, resident_blocks(config.tile_m, config.warps_k)) * row_tiles *
@@ -157,9 +181,10 @@ struct DecodeModel {
   }
 
   bool is_legal(const CudaGemmConfig& config) const {
-    return decode_shared_bytes(m, dtype, config.tile_m, config.warps_k) <= device.shared_bytes &&
-           (config.split_k == 1 || (cuda_ceil_div(n, config.tile_n) <= kCudaCounters &&
-                                    config.workspace_bytes(m, n) <= kMaxWorkspaceBytes));
+    return decode_shared_bytes(block_m(), dtype, config.tile_m, config.warps_k) <=
+               device.shared_bytes &&
+           (config.split_k == 1 ||
+            (tiles(config) <= kCudaCounters && config.workspace_bytes(m, n) <= kMaxWorkspaceBytes));
   }
 };
 
@@ -170,11 +195,12 @@ inline CudaGemmConfig decode_config(int64_t m, int64_t n, int64_t k, DType dtype
   const DecodeModel model{m, n, k, dtype, device};
   const int tile_m = decode_tile_m(m);
   // One warp along K and no split needs the least shared memory, and every device has it.
-  CudaGemmConfig best{CudaKernel::kDecode, decode_tile_n(tile_m, 1), tile_m, 1, 1};
+  CudaGemmConfig best{CudaKernel::kDecode, decode_tile_n(tile_m, 1, dtype), tile_m, 1, 1};
   double best_cost = model.cost(best);
   for (int warps_k = 1; warps_k <= kDecodeWarps; warps_k *= 2) {
-    const int tile_n = decode_tile_n(tile_m, warps_k);
-    const int64_t tiles = cuda_ceil_div(n, tile_n), records = model.records();
+    const int tile_n = decode_tile_n(tile_m, warps_k, dtype);
+    const int64_t tiles = model.tiles({CudaKernel::kDecode, tile_n, tile_m, warps_k, 1});
+    const int64_t records = model.records();
     for (int fill = 0; fill <= 4; ++fill) {
       const int64_t wanted = int64_t{fill} * device.multiprocessors / tiles;
       const int64_t split = std::clamp<int64_t>(wanted, 1, records);

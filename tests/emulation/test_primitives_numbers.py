@@ -67,6 +67,24 @@ def test_every_small_float_becomes_float32(device: Device) -> None:
     assert torch.equal(packed.cpu().view(torch.float8_e4m3fn).float(), every)
 
 
+@pytest.mark.parametrize(("number", "dtype"), [(0, torch.bfloat16), (1, torch.float16)])
+def test_packed_fma_rounds_once(device: Device, number: int, dtype: torch.dtype) -> None:
+    # Whole numbers: sums are exact in float32, with more digits than the type has, and often ties.
+    abc = torch.randint(-180, 181, (4000, 3, 2)).to(dtype)
+    want = (abc[:, 0].double() * abc[:, 1].double() + abc[:, 2].double()).float().to(dtype)
+    out = device.empty(4000, dtype=torch.int32)
+    device.call("packed_fma", out, abc.view(torch.int32).contiguous(), 4000, number)
+    assert torch.equal(out.cpu().view(dtype), want.flatten())
+
+
+def test_lop3_reads_its_table(device: Device) -> None:
+    abc = torch.randint(0, 2**32, (500, 3))
+    out = device.empty(500, 2, dtype=torch.int32)
+    device.call("bitwise", out, abc.to(torch.uint32), 500)
+    a, b, c = abc.unbind(1)
+    assert torch.equal(out.cpu().view(torch.uint32).long(), torch.stack([a & b | c, a & ~b ^ c], 1))
+
+
 def test_tf32_rounds_ties_away(device: Device) -> None:
     x = interesting_floats()
     x = x[x.isfinite() & (x.abs() < 1e38) & ((x == 0) | (x.abs() > 1e-37))]

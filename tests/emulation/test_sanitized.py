@@ -22,6 +22,7 @@ TESTS = (
     "test_gemm_sm80.py",
     "test_gemm_sm90.py::test_any_alignment_of_the_result",
     "test_gemm_sm90.py::test_reads_no_x_between_rows",
+    "test_gemm_int4.py",
 )
 
 

@@ -86,6 +86,8 @@ PRIMITIVE_OPCODES = (
     "SHFL.BFLY",
     "MATCH.ANY",
     "REDUX",
+    "HFMA2.BF16_V2",
+    "LOP3.LUT",
 )
 FP8_OPCODES = ("QMMA.16832.F32.E4M3.E4M3", "QMMA.SP.16864.F32.E4M3.E4M3")
 
@@ -114,6 +116,20 @@ def test_gemm_sm80(tmp_path: Path, kernel: str, architecture: str) -> None:
     assert products == (MMA_SP | MMA_SP_E4M3 if architecture == "89" else MMA_SP)
     copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", WEIGHT_LOADS[kernel])
     assert missing(copies, found) == []
+
+
+# The same for int4 weights: LOP3 and HFMA2 widen them, a quad shares scales by shuffles.
+@pytest.mark.parametrize("architecture", ["80", "89", "90"])
+def test_gemm_int4(tmp_path: Path, architecture: str) -> None:
+    found = opcodes(CSRC / "sparse24" / "gemm_int4_sm80.cu", architecture, tmp_path)
+    assert {opcode for opcode in found if "MMA.SP" in opcode} == {
+        "HMMA.SP.16832.F32.BF16",
+        "HMMA.SP.16832.F32",
+    }
+    copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", WEIGHT_LOADS["decode"])
+    widening = ("LOP3.LUT", "HFMA2.BF16_V2", "SHFL.IDX")
+    assert missing((*copies, *widening), found) == []
+    assert "HFMA2" in found or "HFMA2.MMA" in found
 
 
 HOPPER_GEMM_OPCODES = (

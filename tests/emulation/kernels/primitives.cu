@@ -91,6 +91,20 @@ __global__ void packed_pairs(uint32_t* packed, float2* back, const float2* x, in
     back[i] = ptx::unpack<T>(packed[i]);
   }
 }
+template <class T>
+__global__ void packed_fma(uint32_t* out, const uint32_t* abc, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    out[i] = ptx::fma2<T>(abc[3 * i], abc[3 * i + 1], abc[3 * i + 2]);
+  }
+}
+// Two functions that treat their operands differently.
+__global__ void bitwise(uint32_t* out, const uint32_t* abc, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const uint32_t a = abc[3 * i], b = abc[3 * i + 1], c = abc[3 * i + 2];
+    out[2 * i] = ptx::lop3<(0xf0 & 0xcc) | 0xaa>(a, b, c);
+    out[2 * i + 1] = ptx::lop3<(0xf0 & ~0xcc & 0xff) ^ 0xaa>(a, b, c);
+  }
+}
 __global__ void packed_quads(uint32_t* packed, const float4* x, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     packed[i] = ptx::pack_e4m3(x[i].x, x[i].y, x[i].z, x[i].w);
@@ -315,6 +329,18 @@ GOSSAMER_EXPORT int packed_pairs(uint32_t* packed, float2* back, const float2* x
     const auto kernel = type == 0 ? packed_pairs<BFloat16> : packed_pairs<Float16>;
     launch(kernel, 1, 64, 0, nullptr, packed, back, x, static_cast<int>(count));
   });
+}
+GOSSAMER_EXPORT int packed_fma(uint32_t* out, const uint32_t* abc, int64_t count, int64_t type,
+                               char* text, int64_t text_bytes) {
+  return report(text, text_bytes, [&] {
+    const auto kernel = type == 0 ? packed_fma<BFloat16> : packed_fma<Float16>;
+    launch(kernel, 1, 64, 0, nullptr, out, abc, static_cast<int>(count));
+  });
+}
+GOSSAMER_EXPORT int bitwise(uint32_t* out, const uint32_t* abc, int64_t count, char* text,
+                            int64_t text_bytes) {
+  return report(text, text_bytes,
+                [&] { launch(bitwise, 1, 64, 0, nullptr, out, abc, static_cast<int>(count)); });
 }
 GOSSAMER_EXPORT int packed_quads(uint32_t* packed, const float4* x, int64_t count, char* text,
                                  int64_t text_bytes) {

@@ -3,6 +3,23 @@
 #include "common/dtype.h"
 #include "twins/cuda_language.h"
 
+namespace gossamer::emulation {
+
+// a b + c in float32, rounded to the neighbour with an odd last bit where it is not exact: whoever
+// rounds that to a narrower type gets what one rounding of the exact value gives. The products of
+// 16-bit floats are exact in float64, and Knuth's sum of two has its error beside it.
+inline float fma_to_odd(float a, float b, float c) {
+  const double product = double{a} * b, sum = product + c;
+  const double z = sum - product, error = (product - (sum - z)) + (c - z);
+  const auto nearest = static_cast<float>(sum);
+  if (!std::isfinite(nearest)) return nearest;
+  const double above = (sum - nearest) + error;  // of the exact value, over the nearest float32
+  if (above == 0.0 || (std::bit_cast<uint32_t>(nearest) & 1) != 0) return nearest;
+  return std::nextafter(nearest, above > 0 ? INFINITY : -INFINITY);
+}
+
+}  // namespace gossamer::emulation
+
 namespace gossamer::ptx {
 
 // What products of T are summed in.
@@ -61,6 +78,12 @@ float2 unpack(uint32_t two) {
   return {ptx::to_float(T{static_cast<uint16_t>(two)}),
           ptx::to_float(T{static_cast<uint16_t>(two >> 16)})};
 }
+// a b + c of both halves, each rounded once.
+template <class T>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  const float2 x = unpack<T>(a), y = unpack<T>(b), z = unpack<T>(c);
+  return pack<T>(emulation::fma_to_odd(x.x, y.x, z.x), emulation::fma_to_odd(x.y, y.y, z.y));
+}
 inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
   return from_float<E4M3>(x0).bits | from_float<E4M3>(x1).bits << 8 |
          from_float<E4M3>(x2).bits << 16 | static_cast<uint32_t>(from_float<E4M3>(x3).bits) << 24;
@@ -71,6 +94,17 @@ inline uint32_t to_tf32(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) return 0x7fffffffu;
   return std::isinf(x) ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
+
+// Bit by bit the entry 4a + 2b + c of the table.
+template <int Table>
+uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int bit = 0; bit < 32; ++bit) {
+    const uint32_t entry = (a >> bit & 1) << 2 | (b >> bit & 1) << 1 | (c >> bit & 1);
+    d |= (static_cast<uint32_t>(Table) >> entry & 1) << bit;
+  }
+  return d;
 }
 
 }  // namespace gossamer::ptx
