@@ -66,10 +66,11 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_shape(op, "out", out, m, n);
   check_contiguous(op, "out", out);
   const int64_t row_bytes = x.strides[0] * size_of(x.dtype);
-  GOSSAMER_CHECK((k <= 1 || m == 0 || x.strides[1] == 1) && (m <= 1 || row_bytes % 16 == 0) &&
+  const bool pitch_fits = row_bytes % 16 == 0 && x.strides[0] >= k;
+  GOSSAMER_CHECK((k <= 1 || m == 0 || x.strides[1] == 1) && (m <= 1 || pitch_fits) &&
                      reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
                  op, ": x with strides [", x.strides[0], ", ", x.strides[1],
-                 "] does not begin each row at a multiple of 16 bytes");
+                 "] does not begin each row at a multiple of 16 bytes past the end of the last");
   CudaGemmArgs args{};
   args.dtype = args.out_dtype = x.dtype;
   args.m = m, args.n = n, args.k = k;
