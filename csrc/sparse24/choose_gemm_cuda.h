@@ -8,9 +8,9 @@ namespace gossamer::sparse24 {
 
 // The kernel has tiles of 256 x 128, 128 x 256 and 128 x 128 (rows of W x rows of x), one block a
 // multiprocessor that computes tile after tile. Before the tensor cores run out the L2 does, so a
-// tile costs what it reads: of 16-bit types 128 bytes of each row of x a step, and 72 of each row of
-// W, which is why the tile with more rows of W is the cheaper one. The small tile is taken where it
-// leaves fewer multiprocessors idle by more than it reads in addition.
+// tile costs what it reads: of 16-bit types 128 bytes of each row of x a step, and 72 of each row
+// of W, which is why the tile with more rows of W is the cheaper one. The small tile is taken where
+// it leaves fewer multiprocessors idle by more than it reads in addition.
 inline CudaGemmConfig wgmma_config(int64_t m, int64_t n, const CudaDevice& device) {
   constexpr struct {
     int n, m;
