@@ -75,7 +75,9 @@ def test_hopper_takes_the_tile_that_leaves_the_fewest_idle() -> None:
         return chosen["tile_n"], chosen["tile_m"]
 
     assert tile(128, 4096) == (128, 128)  # 32 tiles: every multiprocessor that can be had
-    assert tile(8192, 14336) in ((128, 256), (256, 128))  # many rounds: the large tiles' reuse
+    assert tile(8192, 14336) == (256, 128)  # many rounds: the tile that reads least
+    assert tile(8192, 128) == (128, 128)
+    assert tile(1 << 17, 128) == (128, 256)  # no second half to fill a tile of 256 rows with
 
 
 @pytest.mark.parametrize("size", [1, 1 << 40])

@@ -4,6 +4,7 @@ operation show there with the target "cuda"."""
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import gossamer
 import pytest
@@ -78,6 +79,20 @@ def test_runs_are_bitwise_equal(shape: tuple[int, int, int]) -> None:
     first = sparse24_linear(x, panels)
     for _ in range(20):
         assert torch.equal(sparse24_linear(x, panels), first)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_thread_may_begin_with_it(shape: tuple[int, int, int]) -> None:
+    # The driver, which describes tensors to Hopper's copies, knows no device in a thread until the
+    # runtime has bound one.
+    m, n, k = shape
+    _, panels = packed(n, k)
+    x = randn(m, k)
+    expected = sparse24_linear(x, panels)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as fresh:
+        result = fresh.submit(sparse24_linear, x, panels).result()
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

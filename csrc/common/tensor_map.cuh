@@ -17,7 +17,8 @@ namespace gossamer {
 using TensorMap = CUtensorMap;
 
 // `rank` dimensions of `extents` elements, the contiguous one first; `strides[i]` is the distance
-// in bytes between neighbours in dimension i + 1, a multiple of 16. A tile has `box` elements, at
+// in bytes between neighbours in dimension i + 1, a multiple of 16 and at least what dimension i
+// spans: CUDA promises nothing for rows that overlap. A tile has `box` elements, at
 // most 256 in each dimension, and its rows of box[0] elements at most the swizzle's span.
 inline TensorMap tensor_map(const void* global, int element_bytes, int rank, const int64_t* extents,
                             const int64_t* strides, const int* box, Swizzle swizzle) {
@@ -47,10 +48,20 @@ inline TensorMap tensor_map(const void* global, int element_bytes, int rank, con
   constexpr CUtensorMapSwizzle kModes[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                            CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
   TensorMap map;
-  const CUresult status =
-      encode(&map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(global), sizes, pitches,
-             tile, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kModes[static_cast<int>(swizzle)],
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode_map = [&] {
+    return encode(&map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(global), sizes,
+                  pitches, tile, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  kModes[static_cast<int>(swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode_map();
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {
+    // To the driver, unlike the runtime, a thread that begins its CUDA work here has no device.
+    int device = 0;
+    GOSSAMER_CUDA_CHECK(cudaGetDevice(&device));
+    GOSSAMER_CUDA_CHECK(cudaSetDevice(device));
+    status = encode_map();
+  }
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status) +
                              " for a tensor of rank " + std::to_string(rank) + " with " +

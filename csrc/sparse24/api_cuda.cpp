@@ -50,10 +50,11 @@ CudaStream stream_of(const TensorView& t) { return {t.device_index, t.stream}; }
 
 void check_aligned_rows(const char* op, const TensorView& x) {
   const int64_t m = x.shape[0], k = x.shape[1], row_bytes = x.strides[0] * size_of(x.dtype);
-  GOSSAMER_CHECK((k <= 1 || m == 0 || x.strides[1] == 1) && (m <= 1 || row_bytes % 16 == 0) &&
+  const bool pitch_fits = row_bytes % 16 == 0 && x.strides[0] >= k;
+  GOSSAMER_CHECK((k <= 1 || m == 0 || x.strides[1] == 1) && (m <= 1 || pitch_fits) &&
                      reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
                  op, ": x with strides [", x.strides[0], ", ", x.strides[1],
-                 "] does not begin each row at a multiple of 16 bytes");
+                 "] does not begin each row at a multiple of 16 bytes past the end of the last");
 }
 
 namespace {

@@ -167,6 +167,25 @@ def test_refuses_other_tiles(gemm_sm90: KernelLibrary) -> None:
         check_whole_numbers(gemm_sm90, 65, 16, 16, Call((64, 96)))
 
 
+@pytest.mark.parametrize(
+    ("m", "stride", "message"),
+    [
+        (1 << 31, 64, "2147483648 rows of x by a weight"),
+        # CUDA's manual wants each stride of a tensor map as long as what it steps over.
+        (70, 0, "a stride of 0 bytes, less than the 128 of dimension 0"),
+        (70, 56, "a stride of 112 bytes, less than the 128 of dimension 0"),
+    ],
+)
+def test_refuses_before_it_reads(
+    gemm_sm90: KernelLibrary, m: int, stride: int, message: str
+) -> None:
+    n, k, bfloat16 = 16, 64, DTYPES[torch.bfloat16]
+    x = torch.zeros(16, dtype=torch.bfloat16)  # smaller than what the call speaks of
+    settings = [bfloat16, bfloat16, 0, m, n, k, stride, *TILES[0], 0]
+    with pytest.raises(KernelFault, match=message):
+        gemm_sm90.call("gemm_sm90", x.clone(), x, *[torch.zeros(4)] * 4, settings, [False] * 3)
+
+
 def test_refuses_scales_of_16_bit_types(gemm_sm90: KernelLibrary) -> None:
     with pytest.raises(KernelFault, match="scales with bfloat16"):
         check_whole_numbers(gemm_sm90, 65, 16, 16, Call(row_scales=torch.ones(16)))

@@ -49,9 +49,10 @@ def _workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype, device: int) ->
 
 
 def aligned_rows(rows: Tensor) -> Tensor:
-    """The same matrix with each row at a multiple of 16 bytes, which asynchronous copies need."""
-    size, columns = rows.element_size(), rows.shape[1]
-    pitch_fits = rows.stride(0) * size % 16 == 0 or rows.shape[0] <= 1
+    """The same matrix with each row at a multiple of 16 bytes, which asynchronous copies need, and
+    past the end of the one before, which Hopper's tensor maps need (an expanded x is not)."""
+    size, columns, pitch = rows.element_size(), rows.shape[1], rows.stride(0)
+    pitch_fits = (pitch * size % 16 == 0 and pitch >= columns) or rows.shape[0] <= 1
     columns_fit = rows.stride(1) == 1 or columns == 1
     if pitch_fits and columns_fit and rows.data_ptr() % 16 == 0:
         return rows

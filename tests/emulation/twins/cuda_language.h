@@ -114,6 +114,7 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 // The GPU's fast versions differ from these in the last bits.
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float a, float b) { return a / b; }
+// By the reciprocal, which is lost where it would be subnormal.
+inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.0f : a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __saturatef(float x) { return x > 0.0f ? std::min(x, 1.0f) : 0.0f; }  // NaN gives 0

@@ -16,7 +16,7 @@ struct alignas(64) TensorMap {
   Swizzle swizzle;
 };
 
-// What the driver refuses is refused here, too.
+// What the driver refuses is refused here, too, and what its manual rules out.
 inline TensorMap tensor_map(const void* global, int element_bytes, int rank, const int64_t* extents,
                             const int64_t* strides, const int* box, Swizzle swizzle,
                             emulation::Site site = emulation::Site::current()) {
@@ -43,6 +43,11 @@ inline TensorMap tensor_map(const void* global, int element_bytes, int rank, con
     if (box[i] < 1 || box[i] > 256) fault(site, "tensor_map: a box of ", box[i], " elements");
     if (i > 0 && strides[i - 1] % 16 != 0) {
       fault(site, "tensor_map: a stride of ", strides[i - 1], " bytes is not a multiple of 16");
+    }
+    const int64_t below = i == 0 ? 0 : extents[i - 1] * (i == 1 ? element_bytes : strides[i - 2]);
+    if (i > 0 && extents[i] > 1 && strides[i - 1] < below) {
+      fault(site, "tensor_map: a stride of ", strides[i - 1], " bytes, less than the ", below,
+            " of dimension ", i - 1);
     }
     map.extents[i] = extents[i];
     map.strides[i] = i == 0 ? element_bytes : strides[i - 1];
