@@ -96,7 +96,7 @@ def test_streams_do_not_share_a_workspace(shape: tuple[int, int, int]) -> None:
     torch.cuda.synchronize()
     for mine, y in zip(results, expected, strict=True):
         assert all(torch.equal(result, y) for result in mine)
-    for _, counters in _counters.values():
+    for counters in _counters.values():
         assert not counters.any()
 
 

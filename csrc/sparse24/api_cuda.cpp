@@ -151,6 +151,7 @@ void bind_cuda(py::module_& m) {
         return std::pair(reinterpret_cast<uintptr_t>(t.stream), capture);
       },
       py::arg("tensor"));
+  m.def("cuda_relax_capture", [] { kernels_or_fail("cuda_relax_capture").relax_capture(); });
   m.def("sparse24_linear_cuda", &bind_linear, py::arg("out"), py::arg("x"), py::arg("panels"),
         py::arg("bias"), py::arg("activation"), py::arg("workspace"), py::arg("counters"),
         py::call_guard<py::gil_scoped_release>());

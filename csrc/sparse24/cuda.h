@@ -78,6 +78,9 @@ struct CudaKernels {
   void (*from_panels)(const Weight& panels, void* values, uint8_t* indices, CudaStream stream);
   // Which graph capture the stream is in; 0 outside one.
   uint64_t (*capture)(CudaStream stream);
+  // From here on the calling thread may allocate while another one captures a graph, which CUDA
+  // takes for a mistake otherwise.
+  void (*relax_capture)();
 };
 
 }  // namespace gossamer::sparse24

@@ -7,6 +7,7 @@ kernels says so, and the fixture makes Python do the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gossamer import _C, sparse24_linear
 from gossamer.formats import Sparse24, Sparse24Panels, sparse24_panels_shape
 from gossamer.formats import sparse24 as sparse24_format
 from gossamer.ops import cuda_workspace, sparse24, sparse24_layout
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SPARSE24 = CSRC / "sparse24"
 KERNELS = (
@@ -106,21 +108,40 @@ def test_blocks_that_share_a_tile_leave_their_counters_as_zeros(gpu: Gpu) -> Non
     assert chosen["workspace_bytes"] > 0
     check(3, 16, 8000, torch.bfloat16)
     check(2, 16, 8000, torch.bfloat16)  # the same counters again
-    ((made_in, counters),) = cuda_workspace._counters.values()
+    (((_, _, made_in), counters),) = cuda_workspace._counters.items()
     assert made_in == 0
     assert not counters.any()
 
 
 def test_each_graph_counts_at_its_own_counters(gpu: Gpu) -> None:
-    seen = []
     for capture in (0, 7, 7, 8, 0):
         gpu.describe(multiprocessors=64, capture=capture)
         check(3, 16, 8000, torch.bfloat16)
-        ((made_in, counters),) = cuda_workspace._counters.values()
-        assert made_in == capture
-        seen.append(counters)
-    assert seen[1] is seen[2]
-    assert len({id(counters) for counters in seen}) == 4
+    assert [capture for _, _, capture in cuda_workspace._counters] == [0, 7, 8]
+    assert len({counters.data_ptr() for counters in cuda_workspace._counters.values()}) == 3
+
+
+def test_counters_do_not_come_from_the_pool_of_a_graph(gpu: Gpu) -> None:
+    """torch.compile's graphs take back what the thread that makes them allocates."""
+    gpu.describe(multiprocessors=64, capture=7)
+    made: list[tuple[int, torch.dtype]] = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            y = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.empty.memory_format:
+                made.append((y.numel(), y.dtype))
+            return y
+
+    with Allocations():
+        workspace, counters = cuda_workspace.workspace(torch.empty(3, 8000), 512)
+    assert made == [(24000, torch.float32), (512, torch.uint8)]
+    assert workspace is not None
+    assert counters is not None
+    assert counters.shape == (_C.cuda_counters,)
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("k", [1, 5, 63, 300])
@@ -156,6 +177,21 @@ def test_bad_weights_are_reported_as_on_the_cpu(gpu: Gpu) -> None:
     weight.indices[3, 2] = 0xFF
     with pytest.raises(ValueError, match=r"row 3, group 4 \(byte 255\)"):
         weight.validate()
+
+
+def test_devices_that_differ_are_named(gpu: Gpu) -> None:
+    x, panels = torch.randn(2, 300), torch.empty(3, 2, 1152, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="x is on cpu, the weight on meta"):
+        sparse24._linear_native_cuda(x, panels, None, None, 300, 33, "none")
+
+
+def test_panels_off_alignment_are_refused(gpu: Gpu) -> None:
+    """On a GPU they would end the process's use of it."""
+    weight = Sparse24Panels.from_sparse24(sparse_24(33, 300, torch.bfloat16))
+    words = torch.cat((torch.zeros(1, dtype=torch.int32), weight.panels.flatten()))
+    panels = Sparse24Panels(words[1:].view_as(weight.panels), weight.shape, weight.dtype)
+    with pytest.raises(ValueError, match="no multiple of 16 bytes"):
+        sparse24_linear(torch.randn(2, 300).bfloat16(), panels)
 
 
 def test_gpu_too_old_is_named(gpu: Gpu) -> None:

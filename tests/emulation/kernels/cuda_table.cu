@@ -43,6 +43,7 @@ constexpr CudaKernels kKernels = {
       cuda::from_panels(panels, values, indices, stream_of(stream));
     },
     [](CudaStream) { return capture_id; },
+    [] {},
 };
 
 }  // namespace
