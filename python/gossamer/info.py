@@ -124,6 +124,12 @@ def info() -> Info:
         )
     lowest = _C.cuda_lowest_capability
     devices = () if cuda is None else tuple(cuda.devices())
+    if cuda is not None and not devices and torch.cuda.is_available():
+        warnings.append(
+            f"torch sees a GPU, but gossamer's CUDA module is {status}; on a GPU nothing of it "
+            "runs. Where the driver is too old for the CUDA toolkit it was built with, install "
+            "from source with that of an older one, from 12.5 on."
+        )
     for device in devices:
         major, minor = device["compute_capability"]
         if 10 * major + minor < lowest:
