@@ -144,14 +144,15 @@ def test_first_call_of_all_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.filterwarnings("ignore")
 def test_graphs_of_torch_compile() -> None:
     """They reuse what is allocated while they warm up, unless it is returned."""
-    layers = nn.Sequential(*(SparseLinear(2048, 2048) for _ in range(3)))
+    sizes = ((8192, 64), (64, 8192), (8192, 64))  # of long rows several blocks share a tile
+    layers = nn.Sequential(*(SparseLinear(k, n) for k, n in sizes))
     layers = layers.to("cuda", torch.bfloat16).eval()
     for layer in layers:
         layer.pack()
     compiled = torch.compile(layers, mode="reduce-overhead")
     with torch.no_grad():
         for rows in (1, 1, 1, 8, 8, 8, 1, 8, 1):
-            x = randn(rows, 2048)
+            x = randn(rows, 8192)
             assert torch.equal(compiled(x), layers(x)), rows
 
 
