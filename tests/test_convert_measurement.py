@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import gossamer
 import pytest
@@ -170,3 +171,30 @@ def test_model_without_linear_layers() -> None:
     report = gossamer.convert(nn.Sequential(nn.ReLU()), prune="magnitude")
     assert len(report) == 0
     assert "0 of 0" in str(report)
+
+
+def test_clock_of_a_gpu_records_on_the_stream_of_its_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: object) -> float:
+            return 1e6
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=8)
+    )
+    assert timing._cuda_clock(cpu)(lambda: torch.zeros(1)) == 1e3
+    assert recorded == [("stream of", cpu)] * 2

@@ -13,7 +13,7 @@ from cases import Oracle, dense_24, sparse_24
 from gossamer import sparse24_linear
 from gossamer.formats import Sparse24, Sparse24Panels
 from gossamer.nn import SparseLinear
-from gossamer.ops.cuda_workspace import _counters
+from gossamer.ops import cuda_workspace
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.cuda
@@ -111,7 +111,7 @@ def test_streams_do_not_share_a_workspace(shape: tuple[int, int, int]) -> None:
     torch.cuda.synchronize()
     for mine, y in zip(results, expected, strict=True):
         assert all(torch.equal(result, y) for result in mine)
-    for _, counters in _counters.values():
+    for counters in cuda_workspace._counters.values():
         assert not counters.any()
 
 
@@ -136,6 +136,64 @@ def test_graph_replays_beside_eager_calls(shape: tuple[int, int, int]) -> None:
         assert torch.equal(y, expected)
         assert torch.equal(z, expected)
         assert torch.equal(again, expected)
+
+
+def test_first_call_of_all_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters are then allocated by another thread while this one captures."""
+    m, n, k = 8, 64, 8200
+    _, panels = packed(n, k)
+    x = randn(m, k)
+    expected = sparse24_linear(x, panels)
+    monkeypatch.setattr(cuda_workspace, "_counters", {})
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse24_linear(x, panels)
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graphs_of_torch_compile() -> None:
+    """They reuse what is allocated while they warm up, unless it is returned."""
+    sizes = ((8192, 64), (64, 8192), (8192, 64))  # of long rows several blocks share a tile
+    layers = nn.Sequential(*(SparseLinear(k, n) for k, n in sizes))
+    layers = layers.to("cuda", torch.bfloat16).eval()
+    for layer in layers:
+        layer.pack()
+    compiled = torch.compile(layers, mode="reduce-overhead")
+    with torch.no_grad():
+        for rows in (1, 1, 1, 8, 8, 8, 1, 8, 1):
+            x = randn(rows, 8192)
+            assert torch.equal(compiled(x), layers(x)), rows
+
+
+def test_threads_do_not_lower_each_others_shared_memory() -> None:
+    """One kernel, with more and with less of it."""
+    _, panels = packed(300, 4096)
+    inputs = [randn(m, 4096) for m in (33, 64)]
+    expected = [sparse24_linear(x, panels) for x in inputs]
+    torch.cuda.synchronize()
+
+    def run(which: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            same = [torch.equal(sparse24_linear(inputs[which], panels), expected[which])]
+            for _ in range(300):
+                y = sparse24_linear(inputs[which], panels)
+            return all(same) and torch.equal(y, expected[which])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(run, (0, 1, 0, 1)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_layer_on_another_than_the_current_gpu() -> None:
+    weight = sparse_24(300, 8200, torch.bfloat16).to("cuda:1")
+    x = torch.randn(8, 8200, device="cuda:1").bfloat16()
+    Oracle(x, weight).check(sparse24_linear(x, Sparse24Panels.from_sparse24(weight)))
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("columns", [1, 5, 257, 1025])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "gpu_check.sh"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
@@ -54,3 +56,27 @@ def test_mistakes_end_it_at_once(tmp_path: Path, arguments: list[str]) -> None:
     done = run(tmp_path, *arguments)
     assert done.returncode == 2
     assert "gpu_check.sh OUTDIR" in done.stderr
+
+
+def given_to_pytest(part: str) -> list[Path]:
+    """The files that a part hands to pytest where there is a GPU."""
+    function = re.search(rf"^{part}\(\) {{.*?^}}", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    assert function is not None
+    shell = f'{function[0]}\ngpu=yes\npytest_here() {{ printf "%s\\n" "$@"; }}\n{part}'
+    done = subprocess.run(
+        ["bash", "-uc", shell], capture_output=True, text=True, cwd=ROOT, check=True, timeout=60
+    )
+    return [ROOT / line for line in done.stdout.splitlines() if line.startswith("tests/")]
+
+
+@pytest.mark.parametrize("part", ["part_emulation", "part_tests"])
+def test_parts_name_files_that_are_there(part: str) -> None:
+    files = given_to_pytest(part)
+    assert files
+    assert all(file.is_file() for file in files), files
+
+
+def test_a_gpu_gets_the_tests_of_every_target() -> None:
+    """Those that take the fixture get its "cuda" there."""
+    names = {file.name for file in given_to_pytest("part_tests")}
+    assert {"test_cuda.py", "test_sparse24.py", "test_sparse24_gradient.py"} <= names

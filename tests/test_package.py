@@ -11,11 +11,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gossamer
 import pytest
 import torch
-from gossamer import _C, info
+from gossamer import _C, _cuda_module, info
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -193,6 +194,20 @@ def test_cuda_module_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setitem(sys.modules, "gossamer._cuda", None)
     assert "does not load" in info().cuda
+
+
+def test_cuda_module_whose_driver_is_too_old_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(devices=list, driver_status=lambda: "driver version is insufficient")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    monkeypatch.setitem(sys.modules, "gossamer._cuda", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (warning,) = info().warnings
+    assert "no GPU here (driver version is insufficient)" in warning
+    _cuda_module._attached.cache_clear()
+    assert not _cuda_module.has_kernels(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"op: a CUDA tensor.*driver version is insufficient"):
+        _cuda_module.on_cuda("op", lambda: None)()
+    _cuda_module._attached.cache_clear()
 
 
 @pytest.mark.skipif(

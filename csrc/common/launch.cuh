@@ -5,14 +5,18 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
-// A failed call of the CUDA runtime becomes a RuntimeError with the call and CUDA's reason.
+// A failed call of the CUDA runtime becomes a RuntimeError with the call and CUDA's reason. CUDA
+// forgets it, or the next launch, which asks for the last error, would be blamed for it.
 #define GOSSAMER_CUDA_CHECK(call)                                                      \
   do {                                                                                 \
     const cudaError_t status_ = (call);                                                \
     if (status_ != cudaSuccess) {                                                      \
+      cudaGetLastError();                                                              \
       throw std::runtime_error(std::string(#call ": ") + cudaGetErrorString(status_)); \
     }                                                                                  \
   } while (false)
@@ -22,13 +26,26 @@ namespace gossamer {
 // Shared memory beyond this has to be asked for, kernel by kernel.
 constexpr size_t kDefaultSharedBytes = 48 << 10;
 
+// Allows a kernel all the shared memory that the current device has. Not what one launch needs: the
+// limit belongs to the kernel, and a smaller launch by another thread would lower it between this
+// and a larger launch, which would then fail.
+inline void allow_shared_memory(const void* kernel) {
+  thread_local std::set<std::pair<const void*, int>> allowed;
+  int device, most;
+  GOSSAMER_CUDA_CHECK(cudaGetDevice(&device));
+  if (allowed.count({kernel, device}) != 0) return;
+  GOSSAMER_CUDA_CHECK(
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  GOSSAMER_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  allowed.insert({kernel, device});
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
   if (shared_bytes > kDefaultSharedBytes) {
-    GOSSAMER_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes)));
+    allow_shared_memory(reinterpret_cast<const void*>(kernel));
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   GOSSAMER_CUDA_CHECK(cudaGetLastError());

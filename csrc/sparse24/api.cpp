@@ -82,6 +82,9 @@ Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64
                  ", expected ", shape_text(expected), " for a ", name(dtype), " weight [", n, ", ",
                  k, "] on ", device_text(t));
   check_contiguous(op, "panels", t);
+  // A GPU faults on a wide load from anywhere else, after which the process cannot use it any more.
+  GOSSAMER_CHECK(!on_gpu(t) || reinterpret_cast<uintptr_t>(t.data) % 16 == 0, op,
+                 ": panels begin at ", t.data, ", which is no multiple of 16 bytes");
   return {dtype, n, k, nullptr, nullptr, t.as<const uint32_t>()};
 }
 

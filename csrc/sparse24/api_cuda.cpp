@@ -163,7 +163,7 @@ void bind_cuda(py::module_& m) {
       "sparse24_attach_cuda",
       [](uintptr_t address) {
         const auto* kernels = reinterpret_cast<const CudaKernels*>(address);
-        GOSSAMER_CHECK(kernels == nullptr || kernels->args_bytes == sizeof(CudaGemmArgs),
+        GOSSAMER_CHECK(kernels == nullptr || kernels->build == build_of_cuda(),
                        "gossamer: the CUDA module and the CPU module are not of one build; install "
                        "again");
         attached = kernels;
@@ -177,6 +177,7 @@ void bind_cuda(py::module_& m) {
         return std::pair(reinterpret_cast<uintptr_t>(t.stream), capture);
       },
       py::arg("tensor"));
+  m.def("cuda_relax_capture", [] { kernels_or_fail("cuda_relax_capture").relax_capture(); });
   m.def("sparse24_linear_cuda", &bind_linear, py::arg("out"), py::arg("x"), py::arg("panels"),
         py::arg("bias"), py::arg("activation"), py::arg("workspace"), py::arg("counters"),
         py::call_guard<py::gil_scoped_release>());

@@ -61,8 +61,8 @@ struct Misfits {
 
 // All asynchronous on the stream, except where a result comes back.
 struct CudaKernels {
-  // sizeof(CudaGemmArgs) where the table was compiled: both modules must be of one build.
-  size_t args_bytes;
+  // build_of_cuda() where the table was compiled: both modules must be of one build.
+  size_t build;
   // The kernels are emulated: what the CPU's tensors hold is their device memory.
   bool host_memory;
   CudaDevice (*device)(int index);
@@ -78,6 +78,12 @@ struct CudaKernels {
   void (*from_panels)(const Weight& panels, void* values, uint8_t* indices, CudaStream stream);
   // Which graph capture the stream is in; 0 outside one.
   uint64_t (*capture)(CudaStream stream);
+  // From here on the calling thread may allocate while another one captures a graph, which CUDA
+  // takes for a mistake otherwise.
+  void (*relax_capture)();
 };
+
+// Differs where one of the two structs does.
+constexpr size_t build_of_cuda() { return sizeof(CudaKernels) << 16 | sizeof(CudaGemmArgs); }
 
 }  // namespace gossamer::sparse24

@@ -104,10 +104,24 @@ uint64_t capture(CudaStream stream) {
   });
 }
 
+void relax_capture() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  GOSSAMER_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+}
+
 constexpr CudaKernels kKernels = {
-    sizeof(CudaGemmArgs),
-    /*host_memory=*/false, device,  gemm, from_dense, gather, to_dense, validate, to_panels,
-    from_panels,           capture,
+    build_of_cuda(),
+    /*host_memory=*/false,
+    device,
+    gemm,
+    from_dense,
+    gather,
+    to_dense,
+    validate,
+    to_panels,
+    from_panels,
+    capture,
+    relax_capture,
 };
 
 }  // namespace

@@ -61,8 +61,9 @@ struct CudaGemmConfig {
   }
 };
 
-// Tiles whose blocks along K wait for each other, at most.
-constexpr int kCudaCounters = 4096;
+// Tiles whose blocks along K wait for each other, at most: K is split to fill the multiprocessors,
+// at most four times, so no more tiles than twice as many as those are ever split.
+constexpr int kCudaCounters = 1024;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{32} << 20;
 
 // ---- decode -------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 from __future__ import annotations
 import torch
 import typing
-__all__: list[str] = ['cuda_counters', 'cuda_lowest_capability', 'cuda_stream', 'force_target', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
+__all__: list[str] = ['cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
+def cuda_relax_capture() -> None:
+    ...
 def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:
     ...
 def force_target(name: str | None) -> None:
@@ -46,5 +48,5 @@ def target() -> str:
     ...
 def targets_built() -> list[str]:
     ...
-cuda_counters: int = 4096
+cuda_counters: int = 1024
 cuda_lowest_capability: int = 80

@@ -32,7 +32,7 @@ def load_cuda() -> tuple[ModuleType | None, str]:
 def _attached() -> str | None:
     """Hands the kernels to ``_C``; why that is impossible, otherwise None."""
     module, status = load_cuda()
-    if module is None:
+    if module is None or not module.devices():  # torch's driver may be too old for this module
         return status
     _C.sparse24_attach_cuda(module.sparse24_kernels())
     return None

@@ -123,6 +123,12 @@ def info() -> Info:
             "-C cmake.define.GOSSAMER_CUDA=ON makes a missing nvcc an error."
         )
     devices = () if cuda is None else tuple(cuda.devices())
+    if cuda is not None and not devices and torch.cuda.is_available():
+        warnings.append(
+            f"torch sees a GPU, but gossamer's CUDA module is {status}; on a GPU nothing of it "
+            "runs. Where the driver is too old for the CUDA toolkit it was built with, install "
+            "from source with that of an older one, from 12.5 on."
+        )
     if torch.cuda.is_available():
         for index, device in enumerate(devices):
             reason = obstacle(torch.device("cuda", index))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import Oracle, sparse_24
@@ -9,6 +11,7 @@ from emulated_gpu import DECODE, FLOAT32, PREFILL, WGMMA, Gpu
 from gossamer import _C, _cuda_module, sparse24_linear
 from gossamer.formats import Sparse24, Sparse24Panels
 from gossamer.ops import cuda_workspace, sparse24
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def check(m: int, n: int, k: int, dtype: torch.dtype, activation: str | None = "silu") -> None:
@@ -45,21 +48,42 @@ def test_blocks_that_share_a_tile_leave_their_counters_as_zeros(gpu: Gpu) -> Non
     assert chosen["workspace_bytes"] > 0
     check(3, 16, 8000, torch.bfloat16)
     check(2, 16, 8000, torch.bfloat16)  # the same counters again
-    ((made_in, counters),) = cuda_workspace._counters.values()
+    (((_, _, made_in), counters),) = cuda_workspace._counters.items()
     assert made_in == 0
     assert not counters.any()
 
 
 def test_each_graph_counts_at_its_own_counters(gpu: Gpu) -> None:
-    seen = []
     for capture in (0, 7, 7, 8, 0):
         gpu.describe(multiprocessors=64, capture=capture)
         check(3, 16, 8000, torch.bfloat16)
-        ((made_in, counters),) = cuda_workspace._counters.values()
-        assert made_in == capture
-        seen.append(counters)
-    assert seen[1] is seen[2]
-    assert len({id(counters) for counters in seen}) == 4
+    assert [capture for _, _, capture in cuda_workspace._counters] == [0, 7, 8]
+    assert len({counters.data_ptr() for counters in cuda_workspace._counters.values()}) == 3
+
+
+def test_counters_do_not_come_from_the_pool_of_a_graph(gpu: Gpu) -> None:
+    """torch.compile's graphs take back what the thread that makes them allocates."""
+    gpu.describe(multiprocessors=64, capture=7)
+    made: list[tuple[int, torch.dtype]] = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            y = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.empty.memory_format:
+                made.append((y.numel(), y.dtype))
+            return y
+
+    nbytes = _C.sparse24_choose_cuda(3, 16, 8000, "bfloat16", 0)["workspace_bytes"]
+    x = torch.randn(3, 8000)
+    with Allocations():
+        workspace, counters = cuda_workspace.workspace(x, 16, 8000, torch.bfloat16)
+    assert made == [(nbytes, torch.uint8)]
+    assert workspace is not None
+    assert counters is not None
+    assert counters.shape == (_C.cuda_counters,)
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("k", [1, 5, 63, 300])
@@ -97,6 +121,21 @@ def test_bad_weights_are_reported_as_on_the_cpu(gpu: Gpu) -> None:
     weight.indices[3, 2] = 0xFF
     with pytest.raises(ValueError, match=r"row 3, group 4 \(byte 255\)"):
         weight.validate()
+
+
+def test_devices_that_differ_are_named(gpu: Gpu) -> None:
+    x, panels = torch.randn(2, 300), torch.empty(3, 2, 1152, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="x is on cpu, the weight on meta"):
+        sparse24._linear_native_cuda(x, panels, None, None, 300, 33, "none")
+
+
+def test_panels_off_alignment_are_refused(gpu: Gpu) -> None:
+    """On a GPU they would end the process's use of it."""
+    weight = Sparse24Panels.from_sparse24(sparse_24(33, 300, torch.bfloat16))
+    words = torch.cat((torch.zeros(1, dtype=torch.int32), weight.panels.flatten()))
+    panels = Sparse24Panels(words[1:].view_as(weight.panels), weight.shape, weight.dtype)
+    with pytest.raises(ValueError, match="no multiple of 16 bytes"):
+        sparse24_linear(torch.randn(2, 300).bfloat16(), panels)
 
 
 def test_gpu_too_old_is_named(gpu: Gpu) -> None:

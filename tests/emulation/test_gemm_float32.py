@@ -18,7 +18,7 @@ from torch import Tensor
 GEMM_FLOAT32 = HERE / "kernels" / "gemm_float32.cu"
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")  # by the order of `enum class Activation`
-COUNTERS = 4096
+COUNTERS = 1024
 
 # A fibre for every thread: shapes of SHAPES whose emulation is not for minutes.
 GEMMS = [shape for shape in SHAPES if shape[0] * shape[1] * shape[2] < 2_000_000]

@@ -149,12 +149,13 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[], Tensor]], float]
     l2_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size
     other = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)  # the default is that of the current device
 
     def seconds(function: Callable[[], Tensor]) -> float:
         other.zero_()
-        start.record()
+        start.record(stream)
         launch = _seconds(function)
-        end.record()
+        end.record(stream)
         end.synchronize()
         return max(launch, 1e-3 * start.elapsed_time(end))
 

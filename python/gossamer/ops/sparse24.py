@@ -165,6 +165,8 @@ def _linear_native_cuda(
     out_features: int,
     activation: str,
 ) -> Tensor:
+    if x.device != values.device:  # one of them may be on the CPU
+        raise ValueError(f"sparse24_linear: x is on {x.device}, the weight on {values.device}")
     dims = x.dim()
     rows = aligned_rows(_rows(x, dims, in_features))
     if indices is not None:

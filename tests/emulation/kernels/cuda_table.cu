@@ -19,7 +19,7 @@ void gemm(const CudaGemmArgs& args, CudaStream stream) {
 }
 
 constexpr CudaKernels kKernels = {
-    sizeof(CudaGemmArgs),
+    build_of_cuda(),
     /*host_memory=*/true,
     [](int) { return described; },
     gemm,
@@ -43,6 +43,7 @@ constexpr CudaKernels kKernels = {
       cuda::from_panels(panels, values, indices, stream_of(stream));
     },
     [](CudaStream) { return capture_id; },
+    [] {},
 };
 
 }  // namespace
