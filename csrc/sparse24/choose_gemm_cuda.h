@@ -35,6 +35,13 @@ constexpr bool has_float8(int capability) {
   return capability == 89 || capability == 90 || capability >= 120;
 }
 
+// Above 64 rows decode reads the weights once more for every 64, from the L2 after the first time.
+// That is still less time than tiles of 128 x 128 take which leave most multiprocessors idle.
+inline bool fills_few(int64_t m, int64_t n, const CudaDevice& device) {
+  const int64_t tiles = cuda_ceil_div(n, 128) * cuda_ceil_div(m, 128);
+  return m <= 4 * kDecodeRows && 2 * tiles <= device.multiprocessors;
+}
+
 // `dtype` is that of the weight's values (kUInt8: int4), which the device has a product of; all of
 // m, n and k are at least 1. There is no prefill kernel for int4 weights: decode's takes any m.
 inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype,
@@ -42,7 +49,9 @@ inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, D
   if (dtype == DType::kFloat32) return choose_float32_config(m, n, k, device);
   // Also for few rows of x, which leave most of a tile empty: nothing else multiplies it there.
   if (dtype == DType::kE4M3 && device.capability == 90) return wgmma_config(m, n, device);
-  if (m <= kDecodeRows || dtype == DType::kUInt8) return decode_config(m, n, k, dtype, device);
+  if (m <= kDecodeRows || dtype == DType::kUInt8 || fills_few(m, n, device)) {
+    return decode_config(m, n, k, dtype, device);
+  }
   if (device.capability == 90) return wgmma_config(m, n, device);
   return prefill_config(m, n, device);
 }
@@ -54,10 +63,12 @@ inline int64_t workspace_bytes(const CudaGemmConfig& config, int64_t m, int64_t 
 
 constexpr const char* reason(CudaKernel kernel, int64_t m) {
   switch (kernel) {
-    case CudaKernel::kDecode: return "up to 64 rows: bound by reading the weights once";
-    case CudaKernel::kPrefill: return "above 64 rows: bound by arithmetic";
+    case CudaKernel::kDecode:
+      return m > kDecodeRows ? "reads the weights for every 64 rows, by all multiprocessors"
+                             : "up to 64 rows: bound by reading the weights once";
+    case CudaKernel::kPrefill: return "many rows: bound by arithmetic";
     case CudaKernel::kWgmma:
-      return m > kDecodeRows ? "above 64 rows on Hopper: bound by arithmetic"
+      return m > kDecodeRows ? "many rows on Hopper: bound by arithmetic"
                              : "the only sparse product of float8 that Hopper has";
     case CudaKernel::kFloat32: return "exact float32, which tensor cores do not multiply";
   }

@@ -29,7 +29,7 @@ class Gpu:
         self.library = library
         self.describe()
 
-    def describe(self, capability: int = 80, multiprocessors: int = 4, capture: int = 0) -> None:
+    def describe(self, capability: int = 80, multiprocessors: int = 1, capture: int = 0) -> None:
         table = torch.zeros(1, dtype=torch.int64)
         self.library.call("describe_device", capability, multiprocessors, capture, table)
         _C.sparse24_attach_cuda(int(table))

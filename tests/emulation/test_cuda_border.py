@@ -41,6 +41,14 @@ def test_matches_dense(gpu: Gpu, capability: int, m: int, dtype: torch.dtype, ke
     assert gpu.kernel == kernel
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_rows_of_few_tiles(gpu: Gpu, dtype: torch.dtype) -> None:
+    for multiprocessors in (4, 40):
+        gpu.describe(90, multiprocessors)
+        check(130, 50, 1030, dtype)
+        assert gpu.kernel == DECODE
+
+
 def test_blocks_that_share_a_tile_leave_their_counters_as_zeros(gpu: Gpu) -> None:
     gpu.describe(multiprocessors=64)
     chosen = _C.sparse24_choose_cuda(3, 16, 8000, "bfloat16", 0)
