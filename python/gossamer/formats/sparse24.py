@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .state import read_header
+from .stored import StoredWeight
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PANEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def check_weight_shape(shape: tuple[int, int]) -> None:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sparse24:
+class Sparse24(StoredWeight):
     """A [N, K] weight with at most two non-zeros in every four consecutive columns.
 
     With G = ceil(K / 4) groups a row, a row stores the kept pair of each group in increasing
@@ -181,32 +182,15 @@ class Sparse24:
         self.validate()
 
     @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values and indices."""
-        return self.values.nbytes + self.indices.nbytes
 
     def __repr__(self) -> str:
         return f"Sparse24(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sparse24Panels:
+class Sparse24Panels(StoredWeight):
     """The private layout of a ``Sparse24`` that the kernels of its device read fastest.
 
     On the CPU, and in float32, 32-bit words of 16 rows lie side by side: a record covers 16 rows x
@@ -279,23 +263,6 @@ class Sparse24Panels:
     def to_dense(self) -> Tensor:
         """The weight as a dense [N, K] tensor, exactly."""
         return self.to_sparse24().to_dense()
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.panels.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the panels, padding included."""
-        return self.panels.nbytes
 
     def __repr__(self) -> str:
         return f"Sparse24Panels(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from .sparse24 import Sparse24, check_weight_shape, sparse24_shapes
 from .state import read_header
+from .stored import StoredWeight
 
 
 class ValueType(NamedTuple):
@@ -77,7 +78,7 @@ def sparse24_quantized_shapes(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sparse24Quantized:
+class Sparse24Quantized(StoredWeight):
     """A [N, K] 2:4 weight of small numbers: W[n, k] = value * scales[n, k // group].
 
     With G = ceil(K / 4) groups of four a row, each stores a kept pair as in ``Sparse24``. The
@@ -301,23 +302,6 @@ class Sparse24Quantized:
     def value_type(self) -> str:
         """ "int8", "float8_e4m3fn" or "int4"."""
         return _NAME_OF_STORAGE[self.values.dtype]
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values, indices and scales."""
-        return self.values.nbytes + self.indices.nbytes + self.scales.nbytes
 
     def __repr__(self) -> str:
         return (

@@ -14,10 +14,11 @@ from .sparse24_quantized import (
     sparse24_quantized_shapes,
     value_type_of,
 )
+from .stored import StoredWeight
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sparse24QuantizedPanels:
+class Sparse24QuantizedPanels(StoredWeight):
     """The private layout of a ``Sparse24Quantized`` on a GPU.
 
     Values and indices lie as the operands of the GPU's sparse matrix products: a record covers 16
@@ -112,23 +113,6 @@ class Sparse24QuantizedPanels:
     def storage(self) -> torch.dtype:
         """The dtype of ``Sparse24Quantized.values``; uint8 holds pairs of int4."""
         return value_type_of(self.value_type).storage
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.panels.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of panels, padding included, and scales."""
-        return self.panels.nbytes + self.scales.nbytes
 
     def __repr__(self) -> str:
         return (
