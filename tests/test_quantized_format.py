@@ -349,3 +349,10 @@ def test_panels_refuse_what_does_not_fit(case: str) -> None:
 def test_the_cpu_has_no_panels(value_type: str) -> None:
     with pytest.raises(TypeError, match=r"no panels for \w+; .* on a GPU also int8"):
         Sparse24QuantizedPanels.from_quantized(quantized_24(20, 12, value_type))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 16, 1), (6.0, 16.0)], ids=str)
+def test_shape_is_two_whole_numbers(shape: tuple[int, ...]) -> None:
+    weight = Sparse24Quantized.from_sparse24(sparse_24(6, 16))
+    with pytest.raises(TypeError, match="expected two whole numbers"):
+        Sparse24Quantized(weight.values, weight.indices, weight.scales, shape, 16)  # type: ignore[arg-type]

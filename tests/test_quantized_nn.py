@@ -295,6 +295,13 @@ class Doubled(SparseLinear):
         return 2 * super().forward(x)
 
 
+def with_more() -> nn.Module:
+    layer = SparseLinear(4, 4)
+    layer.lora = nn.Linear(3, 3)
+    layer.register_buffer("extra", torch.ones(2))
+    return nn.Sequential(layer)
+
+
 QUANTIZE_ERRORS: dict[str, tuple[type[Exception], str, Any, dict[str, Any]]] = {
     "no module": (TypeError, "Tensor", lambda: torch.ones(3), {}),
     "nothing sparse": (
@@ -306,6 +313,13 @@ QUANTIZE_ERRORS: dict[str, tuple[type[Exception], str, Any, dict[str, Any]]] = {
     "a dense layer": (ValueError, "Linear holds no", lambda: nn.Linear(3, 3), {}),
     "not finite": (ValueError, r"'down.0': .*row 3, column \d is nan", with_a_nan, {}),
     "hook": (ValueError, "'down.0' has forward hooks", with_a_hook, {}),
+    "more than a weight": (ValueError, "'0' also holds extra, lora", with_more, {}),
+    "compiled alone": (
+        ValueError,
+        "compile.* holds on to the layer in 'down'",
+        lambda: nn.ModuleDict({"down": torch.compile(SparseLinear(4, 4), backend="eager")}),
+        {},
+    ),
     "own forward": (ValueError, "Doubled.* forward of its own", lambda: Doubled(4, 4), {}),
     "float64": (TypeError, "'up': .*float64", lambda: Block().double(), {}),
     "type": (ValueError, "'up': .*'int16'", Block, {"dtype": "int16"}),
@@ -339,3 +353,19 @@ def test_quantised_layers_follow_convert() -> None:
         "SparseLinearQuantized",
     ]
     assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_move_under_another_default_device_stays_where_it_is() -> None:
+    layer = gossamer.quantize(SparseLinear(8, 8))
+    with torch.device("meta"):
+        layer.to("cpu")
+    assert layer(torch.randn(2, 8)).isfinite().all()
+
+
+def test_assigned_parameters_are_not_trained() -> None:
+    layer = gossamer.quantize(SparseLinear(16, 6))
+    state = {**layer.state_dict(), "bias": nn.Linear(16, 6).bias}
+    layer.load_state_dict(state, assign=True)
+    assert list(layer.parameters()) == []
+    assert torch.equal(layer.bias, state["bias"])
+    assert not layer(torch.randn(3, 16)).requires_grad

@@ -9,6 +9,8 @@ from torch import nn
 from .conversion.eligibility import hooks_of
 from .nn import SparseLinear, SparseLinearQuantized
 
+_OWN_TENSORS = {"values", "indices", "panels", "format", "bias"}
+
 
 def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) -> nn.Module:
     """Replace ``gossamer.nn.SparseLinear`` by ``SparseLinearQuantized``, for inference.
@@ -39,8 +41,9 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
     TypeError
         If ``model`` is not a module, or a layer is float64.
     ValueError
-        If there is nothing to quantise, a layer could not be replaced without loss (it has hooks
-        or a forward of its own), or as ``Sparse24Quantized.from_sparse24`` says.
+        If there is nothing to quantise, a layer could not be replaced without loss (it has hooks,
+        a class or a forward of its own, or holds more than a weight and a bias, or is compiled by
+        itself), or as ``Sparse24Quantized.from_sparse24`` says.
 
     References
     ----------
@@ -58,6 +61,15 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
             f"quantize: {type(model).__name__} holds no SparseLinear, but {found}; "
             "gossamer.convert makes linear layers sparse"
         )
+    for name, module in model.named_modules():
+        # The name, since asking for the class would import the compiler.
+        if type(module).__name__ == "OptimizedModule" and isinstance(
+            module._modules.get("_orig_mod"), SparseLinear
+        ):
+            raise ValueError(
+                f"quantize: torch.compile() holds on to the layer in {name!r}; quantise first, "
+                "then compile"
+            )
     made = {m: _quantized(repr(name), m, dtype, group) for name, m in layers.items()}
     # A layer may be held under several names.
     for holder in list(model.modules()):
@@ -73,8 +85,14 @@ def _quantized(
     hooks = hooks_of(layer)
     if hooks:
         raise ValueError(f"quantize: {name} has {' and '.join(hooks)}, which would be lost")
-    if type(layer).forward is not SparseLinear.forward or "forward" in layer.__dict__:
-        raise ValueError(f"quantize: {name} ({type(layer).__name__}) has a forward of its own")
+    if type(layer) is not SparseLinear or "forward" in layer.__dict__:
+        raise ValueError(
+            f"quantize: {name} is a {type(layer).__name__} with a class or a forward of its own, "
+            "which would be lost"
+        )
+    more = {*layer._parameters, *layer._buffers, *layer._modules} - _OWN_TENSORS
+    if more:
+        raise ValueError(f"quantize: {name} also holds {', '.join(sorted(more))}")
     try:
         return SparseLinearQuantized.from_sparse(layer, dtype, group)
     except (TypeError, ValueError) as error:

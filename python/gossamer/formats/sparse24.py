@@ -38,6 +38,8 @@ def sparse24_panels_shape(
 
 
 def check_weight_shape(shape: tuple[int, int]) -> None:
+    if len(shape) != 2 or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
+        raise TypeError(f"a weight of shape {shape!r}: expected two whole numbers (N, K)")
     if shape[0] < 1 or shape[1] < 1:
         raise ValueError(f"a 2:4 weight of shape {list(shape)}: both must be at least 1")
 

@@ -312,13 +312,13 @@ class Sparse24Quantized(StoredWeight):
 
 def _refuse_non_finite(weight: Sparse24) -> None:
     values = weight.values.detach().double()
-    # A float64 may also be too large for a float32 scale.
-    largest = torch.finfo(torch.float32).max
-    row, slot = (~(values.abs() <= largest)).nonzero()[0].tolist()
+    # Without one that is not finite, a float64 was too large for a float32 scale: the largest.
+    magnitude = values.abs().nan_to_num(nan=torch.inf)
+    row, slot = divmod(int(magnitude.argmax()), values.shape[1])
     column = int(reference.sparse24_columns(weight.indices, weight.in_features)[row, slot])
     raise ValueError(
         f"Sparse24Quantized.from_sparse24: the weight at row {row}, column {column} is "
-        f"{float(values[row, slot])}, it must be finite"
+        f"{float(values[row, slot])}, it must be finite and have a float32 scale"
     )
 
 

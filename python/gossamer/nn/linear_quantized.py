@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -281,8 +281,13 @@ class SparseLinearQuantized(PackableModule):
         return t is self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
         return super()._apply(fn, recurse)
+
+    def _load_checked_state(self, state_dict: Mapping[str, Any], *args: Any) -> None:
+        # With assign=True a Parameter would become one of a layer that trains nothing.
+        given = {k: t.detach() if isinstance(t, Tensor) else t for k, t in state_dict.items()}
+        super()._load_checked_state(given, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         weight = self._portable()

@@ -36,7 +36,8 @@ def sparse24_linear_quantized(
     quantised first, row by row (``gossamer.ops.quantize_rows``), which changes the answer; a row
     with a NaN or an infinity gives a row of NaN. Products of int8 are summed exactly, those of
     float8_e4m3fn in float32; the sum is then scaled in float32 by ``x_scale[m]`` and the weight's
-    scale of the row.
+    scale of the row, in this order: where the first product leaves float32's range the result is
+    infinite (x from about 1e35 on).
 
     A weight of int4 is widened instead: ``x`` stays as it is, and sums run in float32 over the
     stored slots only.
