@@ -204,7 +204,9 @@ def test_cuda_module_whose_driver_is_too_old_is_reported(monkeypatch: pytest.Mon
     (warning,) = info().warnings
     assert "no GPU here (driver version is insufficient)" in warning
     _cuda_module._attached.cache_clear()
-    assert not _cuda_module.has_kernels(torch.device("cuda", 0))
+    reason = _cuda_module.obstacle(torch.device("cuda", 0))
+    assert reason is not None
+    assert "no GPU here (driver version is insufficient)" in reason
     with pytest.raises(ValueError, match=r"op: a CUDA tensor.*driver version is insufficient"):
         _cuda_module.on_cuda("op", lambda: None)()
     _cuda_module._attached.cache_clear()

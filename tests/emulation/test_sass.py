@@ -1,7 +1,7 @@
 """The kernels as nvcc compiles them: the intended instructions are in the machine code.
 
 Needs nvcc and a disassembler (cuobjdump or nvdisasm, beside nvcc, on PATH, or from a Python package
-that brings one, as the extra `dev` does); no GPU.
+that brings one, as the extra `test` does); no GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,24 +40,63 @@ def disassemble(cubin: Path) -> str:
     pytest.skip("no cuobjdump or nvdisasm")
 
 
-def machine_code(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
-    """The disassembly and what ptxas says; a spilled register is an error."""
+# Which file is looked at for which architecture, in the order of the tests.
+SPARSE24 = CSRC / "sparse24"
+COMPILED = [(SAMPLE_GEMM, "80"), (PRIMITIVES, "89")]
+COMPILED += [
+    (SPARSE24 / f"gemm_{kernel}_sm80.cu", architecture)
+    for kernel, architectures in (
+        ("decode", ("80", "89", "90")),
+        ("prefill", ("80", "89", "90")),
+        ("int4", ("80", "90")),
+    )
+    for architecture in architectures
+]
+COMPILED += [(SAMPLE_GEMM_SM90, "90a"), (SPARSE24 / "gemm_sm90.cu", "90a")]
+COMPILED += [(HERE / "kernels" / "gemm_sm90_8bit.cu", "90a"), (PRIMITIVES_SM90, "90a")]
+COMPILED += [
+    (SPARSE24 / f"{name}.cu", architecture)
+    for name in ("pack", "pack_panels", "gemm_float32")
+    for architecture in ("80", "90")
+]
+_compiling: dict[tuple[Path, str], Future[tuple[Path, str]]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_ahead(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """On all cores, while the first results are looked at: it takes minutes otherwise."""
     if nvcc() is None:
         pytest.skip("no nvcc")
-    cubin = folder / f"{source.stem}.cubin"
+    folder = tmp_path_factory.mktemp("cubins")
+    pool = ThreadPoolExecutor(os.cpu_count())
+    _compiling.update({case: pool.submit(_compile, *case, folder) for case in COMPILED})
+    yield
+    pool.shutdown(cancel_futures=True)
+    _compiling.clear()
+
+
+def _compile(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
+    """The machine code and what ptxas says; a spilled register is an error."""
+    cubin = folder / f"{source.stem}_{architecture}.cubin"
     gencode = f"arch=compute_{architecture},code=sm_{architecture}"
     spills = ("-Xptxas=-warn-spills", "-Xptxas=-Werror")
     said = run_nvcc(
         "-std=c++17", *spills, "-gencode", gencode, "-cubin", "-o", str(cubin), str(source)
     )
+    return cubin, said
+
+
+def machine_code(source: Path, architecture: str) -> tuple[str, str]:
+    """The disassembly and what ptxas says."""
+    cubin, said = _compiling[source, architecture].result()
     return disassemble(cubin), said
 
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+) *([^;]*)")
 
 
-def opcodes(source: Path, architecture: str, folder: Path) -> set[str]:
-    code, _ = machine_code(source, architecture, folder)
+def opcodes(source: Path, architecture: str) -> set[str]:
+    code, _ = machine_code(source, architecture)
     return {opcode for opcode, _ in INSTRUCTION.findall(code)}
 
 
@@ -92,12 +133,12 @@ PRIMITIVE_OPCODES = (
 FP8_OPCODES = ("QMMA.16832.F32.E4M3.E4M3", "QMMA.SP.16864.F32.E4M3.E4M3")
 
 
-def test_sample_gemm(tmp_path: Path) -> None:
-    assert missing(GEMM_OPCODES, opcodes(SAMPLE_GEMM, "80", tmp_path)) == []
+def test_sample_gemm() -> None:
+    assert missing(GEMM_OPCODES, opcodes(SAMPLE_GEMM, "80")) == []
 
 
-def test_primitives(tmp_path: Path) -> None:
-    found = opcodes(PRIMITIVES, "89", tmp_path)
+def test_primitives() -> None:
+    found = opcodes(PRIMITIVES, "89")
     assert missing((*PRIMITIVE_OPCODES, *FP8_OPCODES), found) == []
 
 
@@ -110,8 +151,8 @@ WEIGHT_LOADS = {"decode": "LDG.E.NA.128.CONSTANT", "prefill": "LDG.E.NA.LTC128B.
 
 @pytest.mark.parametrize("architecture", ["80", "89", "90"])
 @pytest.mark.parametrize("kernel", WEIGHT_LOADS)
-def test_gemm_sm80(tmp_path: Path, kernel: str, architecture: str) -> None:
-    found = opcodes(CSRC / "sparse24" / f"gemm_{kernel}_sm80.cu", architecture, tmp_path)
+def test_gemm_sm80(kernel: str, architecture: str) -> None:
+    found = opcodes(CSRC / "sparse24" / f"gemm_{kernel}_sm80.cu", architecture)
     products = {opcode for opcode in found if "MMA.SP" in opcode}
     assert products == (MMA_SP | MMA_SP_E4M3 if architecture == "89" else MMA_SP)
     copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", WEIGHT_LOADS[kernel])
@@ -120,8 +161,8 @@ def test_gemm_sm80(tmp_path: Path, kernel: str, architecture: str) -> None:
 
 # The same for int4 weights: LOP3 and HFMA2 widen them, a quad shares scales by shuffles.
 @pytest.mark.parametrize("architecture", ["80", "90"])
-def test_gemm_int4(tmp_path: Path, architecture: str) -> None:
-    found = opcodes(CSRC / "sparse24" / "gemm_int4_sm80.cu", architecture, tmp_path)
+def test_gemm_int4(architecture: str) -> None:
+    found = opcodes(CSRC / "sparse24" / "gemm_int4_sm80.cu", architecture)
     assert {opcode for opcode in found if "MMA.SP" in opcode} == {
         "HMMA.SP.16832.F32.BF16",
         "HMMA.SP.16832.F32",
@@ -169,8 +210,8 @@ HOPPER_PRIMITIVE_OPCODES = (
 )
 
 
-def test_sample_gemm_sm90(tmp_path: Path) -> None:
-    assert missing(HOPPER_GEMM_OPCODES, opcodes(SAMPLE_GEMM_SM90, "90a", tmp_path)) == []
+def test_sample_gemm_sm90() -> None:
+    assert missing(HOPPER_GEMM_OPCODES, opcodes(SAMPLE_GEMM_SM90, "90a")) == []
 
 
 @pytest.mark.parametrize(
@@ -190,8 +231,8 @@ def test_sample_gemm_sm90(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_gemm_sm90(source: Path, products: tuple[str, ...], tmp_path: Path) -> None:
-    text, said = machine_code(source, "90a", tmp_path)
+def test_gemm_sm90(source: Path, products: tuple[str, ...]) -> None:
+    text, said = machine_code(source, "90a")
     assert "Potential Performance Loss" not in said, said  # products that run one by one
     code = INSTRUCTION.findall(text)
     found = {opcode for opcode, _ in code}
@@ -232,8 +273,8 @@ def check_operands_in_registers(code: list[tuple[str, str]]) -> None:
     assert products > 0
 
 
-def test_primitives_sm90(tmp_path: Path) -> None:
-    assert missing(HOPPER_PRIMITIVE_OPCODES, opcodes(PRIMITIVES_SM90, "90a", tmp_path)) == []
+def test_primitives_sm90() -> None:
+    assert missing(HOPPER_PRIMITIVE_OPCODES, opcodes(PRIMITIVES_SM90, "90a")) == []
 
 
 # Both build without spills; what moves 16 bytes a lane is named.
@@ -246,9 +287,7 @@ def test_primitives_sm90(tmp_path: Path) -> None:
         ("gemm_float32.cu", ("FFMA", "LDG.E.128.CONSTANT", "STS.128", "LDS.128", "LDS.64")),
     ],
 )
-def test_portable_kernels(
-    tmp_path: Path, source: str, expected: tuple[str, ...], architecture: str
-) -> None:
-    found = opcodes(CSRC / "sparse24" / source, architecture, tmp_path)
+def test_portable_kernels(source: str, expected: tuple[str, ...], architecture: str) -> None:
+    found = opcodes(CSRC / "sparse24" / source, architecture)
     assert missing(expected, found) == []
     assert missing(("HMMA", "LDL", "STL"), found) == ["HMMA", "LDL", "STL"]
