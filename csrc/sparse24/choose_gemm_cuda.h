@@ -18,11 +18,11 @@ inline CudaGemmConfig wgmma_config(int64_t m, int64_t n, const CudaDevice& devic
   CudaGemmConfig best{};
   double least = 0;
   for (const auto& tile : kTiles) {
-    const int64_t tiles = cuda_ceil_div(n, tile.n) * cuda_ceil_div(m, tile.m);
-    const int64_t rounds = cuda_ceil_div(tiles, device.multiprocessors);
+    const int64_t tiles = ceil_div(n, tile.n) * ceil_div(m, tile.m);
+    const int64_t rounds = ceil_div(tiles, device.multiprocessors);
     const double cost = static_cast<double>(rounds) * (128 * tile.m + 72 * tile.n);
     if (best.tile_n != 0 && cost >= least) continue;
-    const auto blocks = static_cast<int>(cuda_ceil_div(tiles, rounds));
+    const auto blocks = static_cast<int>(ceil_div(tiles, rounds));
     best = {CudaKernel::kWgmma, tile.n, tile.m, 1, 1, blocks};
     least = cost;
   }
@@ -38,7 +38,7 @@ constexpr bool has_float8(int capability) {
 // Above 64 rows decode reads the weights once more for every 64, from the L2 after the first time.
 // That is still less time than tiles of 128 x 128 take which leave most multiprocessors idle.
 inline bool fills_few(int64_t m, int64_t n, const CudaDevice& device) {
-  const int64_t tiles = cuda_ceil_div(n, 128) * cuda_ceil_div(m, 128);
+  const int64_t tiles = ceil_div(n, 128) * ceil_div(m, 128);
   return m <= 4 * kDecodeRows && 2 * tiles <= device.multiprocessors;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/ceil_div.h"
 #include "common/dtype.h"
 #include "common/target.h"
 #include "sparse24/gemm_unit.h"
@@ -41,8 +42,6 @@ constexpr TargetTraits traits(Target target) {
   }
   return {1, 0};
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The panel of x that a pass keeps in L1. 37 KiB (three quarters of 48) beat 24 KiB where measured;
 // on a 32 KiB cache a part of it comes from L2.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/ceil_div.h"
 #include "common/dtype.h"
 
 namespace gossamer::sparse24 {
@@ -44,20 +45,18 @@ static constexpr const char* name(CudaKernel kernel) {
   return "?";
 }
 
-constexpr int64_t cuda_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct CudaGemmConfig {
   CudaKernel kernel;
   int tile_n;   // rows of the weight a block computes
   int tile_m;   // rows of x a block computes
   int warps_k;  // decode: warps of a block that share rows, each with records of its own
   int split_k;  // blocks that share a tile; above 1 their sums meet in the workspace
-  int blocks =
-      0;  // wgmma: at most that many, each for one tile after another; 0: one for each tile
+  // wgmma: at most that many, each for one tile after another; 0: one for each tile.
+  int blocks = 0;
 
   // [tile of n][split][m][tile_n] sums of 4 bytes; rows past n of the last tile are not touched.
   int64_t workspace_bytes(int64_t m, int64_t n) const {
-    return split_k == 1 ? 0 : cuda_ceil_div(n, tile_n) * split_k * m * tile_n * 4;
+    return split_k == 1 ? 0 : ceil_div(n, tile_n) * split_k * m * tile_n * 4;
   }
 };
 
@@ -144,9 +143,9 @@ struct DecodeModel {
 
   int64_t block_m() const { return std::min<int64_t>(m, kDecodeRows); }
   int64_t tiles(const CudaGemmConfig& config) const {  // each with a counter
-    return cuda_ceil_div(n, config.tile_n) * cuda_ceil_div(m, config.tile_m);
+    return ceil_div(n, config.tile_n) * ceil_div(m, config.tile_m);
   }
-  int64_t records() const { return cuda_ceil_div(k, kFragmentColumns); }
+  int64_t records() const { return ceil_div(k, kFragmentColumns); }
 
   int resident_blocks(int tile_m, int warps_k) const {
     const int64_t bytes =
@@ -158,9 +157,9 @@ struct DecodeModel {
   double cost(const CudaGemmConfig& config) const {
     const double record_bytes = 4.0 * static_cast<double>(fragment_words(dtype));
     const int64_t blocks = tiles(config) * config.split_k;
-    const int64_t row_tiles = cuda_ceil_div(std::min<int64_t>(n, config.tile_n), kFragmentRows);
-    const int64_t depth = cuda_ceil_div(records(), config.split_k);
-    const int64_t waves = cuda_ceil_div(blocks, device.multiprocessors);
+    const int64_t row_tiles = ceil_div(std::min<int64_t>(n, config.tile_n), kFragmentRows);
+    const int64_t depth = ceil_div(records(), config.split_k);
+    const int64_t waves = ceil_div(blocks, device.multiprocessors);
 
     const auto weights = static_cast<double>(row_tiles * depth) * record_bytes;
     const auto x = static_cast<double>(block_m() * depth * kFragmentColumns * x_size(dtype));
@@ -174,8 +173,8 @@ struct DecodeModel {
     const double rate = std::min(kL2Rate, in_flight / kInFlight);
     const double busiest =
         static_cast<double>(waves) * ((weights + x + partial) / rate + kBlockCost);
-    const double dram = static_cast<double>(cuda_ceil_div(n, kFragmentRows) * records()) *
-                        record_bytes / device.multiprocessors;
+    const double dram = static_cast<double>(ceil_div(n, kFragmentRows) * records()) * record_bytes /
+                        device.multiprocessors;
     const double meeting =
         config.split_k > 1 ? kMeetingCost + config.split_k * partial / kL2Rate : 0.0;
     return std::max(dram, busiest) + meeting;
@@ -205,9 +204,9 @@ inline CudaGemmConfig decode_config(int64_t m, int64_t n, int64_t k, DType dtype
     for (int fill = 0; fill <= 4; ++fill) {
       const int64_t wanted = int64_t{fill} * device.multiprocessors / tiles;
       const int64_t split = std::clamp<int64_t>(wanted, 1, records);
-      const int64_t depth = cuda_ceil_div(records, split);
+      const int64_t depth = ceil_div(records, split);
       const CudaGemmConfig config{CudaKernel::kDecode, tile_n, tile_m, warps_k,
-                                  static_cast<int>(cuda_ceil_div(records, depth))};
+                                  static_cast<int>(ceil_div(records, depth))};
       if (!model.is_legal(config)) continue;
       const double cost = model.cost(config);
       if (cost < best_cost) {
@@ -238,8 +237,8 @@ inline CudaGemmConfig prefill_config(int64_t m, int64_t n, const CudaDevice& dev
   };
   if (prefill_shared_bytes(256) > device.shared_bytes) return config(128);
   const auto waves = [&](int tile_m) {
-    const int64_t blocks = cuda_ceil_div(n, kPrefillTileN) * cuda_ceil_div(m, tile_m);
-    return static_cast<double>(cuda_ceil_div(blocks, device.multiprocessors));
+    const int64_t blocks = ceil_div(n, kPrefillTileN) * ceil_div(m, tile_m);
+    return static_cast<double>(ceil_div(blocks, device.multiprocessors));
   };
   return config(128 * kSmallTileCost * waves(128) < 256 * waves(256) ? 128 : 256);
 }

@@ -323,7 +323,7 @@ void launch_decode(const CudaGemmArgs& args, const GroupScales& groups, cudaStre
   const CudaGemmConfig& config = args.config;
   const DType weights = args.group > 0 ? DType::kUInt8 : args.dtype;
   const int64_t size = size_of(args.dtype), m = std::min<int64_t>(args.m, config.tile_m);
-  const int64_t token_tiles = cuda_ceil_div(args.m, config.tile_m);
+  const int64_t token_tiles = ceil_div(args.m, config.tile_m);
   const int slice_pieces = decode_slice_bytes(m, weights, config.warps_k) / 16;
   const DecodeArgs decode_args{
       epilogue_of(args),
@@ -334,8 +334,8 @@ void launch_decode(const CudaGemmArgs& args, const GroupScales& groups, cudaStre
       args.k * size,
       static_cast<int>(args.m),
       static_cast<int>(token_tiles),
-      static_cast<int>(cuda_ceil_div(args.n, kFragmentRows)),
-      static_cast<int>(cuda_ceil_div(args.k, kFragmentColumns)),
+      static_cast<int>(ceil_div(args.n, kFragmentRows)),
+      static_cast<int>(ceil_div(args.k, kFragmentColumns)),
       config.warps_k,
       config.split_k,
       log2_of(slice_pieces * config.warps_k),
@@ -343,7 +343,7 @@ void launch_decode(const CudaGemmArgs& args, const GroupScales& groups, cudaStre
       args.workspace,
       args.counters,
   };
-  const dim3 grid(static_cast<unsigned>(cuda_ceil_div(args.n, config.tile_n) * token_tiles),
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.n, config.tile_n) * token_tiles),
                   static_cast<unsigned>(config.split_k));
   const int64_t shared = decode_shared_bytes(m, weights, config.tile_m, config.warps_k);
   launch(kernel, grid, kDecodeThreads, static_cast<size_t>(shared), stream, decode_args);

@@ -16,7 +16,7 @@ constexpr int kFloat32MaxTileM = 16;  // powers of two up to it have a kernel
 constexpr int float32_blocks(int tile_m) { return tile_m <= 2 ? 4 : tile_m <= 4 ? 3 : 2; }
 
 inline int64_t float32_tiles(const CudaGemmConfig& c, int64_t m, int64_t n) {
-  return (m + c.tile_m - 1) / c.tile_m * ((n + c.tile_n - 1) / c.tile_n);
+  return ceil_div(m, c.tile_m) * ceil_div(n, c.tile_n);
 }
 
 inline CudaGemmConfig choose_float32_config(int64_t m, int64_t n, int64_t k,
@@ -32,7 +32,7 @@ inline CudaGemmConfig choose_float32_config(int64_t m, int64_t n, int64_t k,
   // a warp the loads of one no longer hide behind the work on the other.
   const int64_t wanted = int64_t{device.multiprocessors} * float32_blocks(c.tile_m);
   const int64_t tiles = float32_tiles(c, m, n);
-  const int64_t records = (k + kRecordK - 1) / kRecordK, most = records / (2 * c.warps_k);
+  const int64_t records = ceil_div(k, kRecordK), most = records / (2 * c.warps_k);
   int64_t split = wanted / tiles;
   split = split < most ? split : most;
   if (split > 1 && tiles <= kCudaCounters) c.split_k = static_cast<int>(split);

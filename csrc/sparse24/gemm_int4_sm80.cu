@@ -200,10 +200,10 @@ constexpr int kStepColumns = 32, kChunkColumns = 4 * kStepColumns;
 
 template <class T, int kUnitSteps>
 void launch_int4(const CudaGemmArgs& args, cudaStream_t stream) {
-  const int64_t units = cuda_ceil_div(args.group, kUnitSteps * kStepColumns);
-  const GroupScales groups{
-      args.row_scales, static_cast<unsigned>(cuda_ceil_div(args.k, args.group)),
-      static_cast<unsigned>(units), static_cast<unsigned>((int64_t{1} << 31) / units + 1)};
+  const int64_t units = ceil_div(args.group, kUnitSteps * kStepColumns);
+  const GroupScales groups{args.row_scales, static_cast<unsigned>(ceil_div(args.k, args.group)),
+                           static_cast<unsigned>(units),
+                           static_cast<unsigned>((int64_t{1} << 31) / units + 1)};
   CudaGemmArgs without_scales = args;  // for the epilogue
   without_scales.row_scales = nullptr;
   launch_decode_of<Int4<T, kUnitSteps>::template Weights>(without_scales, groups, stream);
@@ -212,7 +212,7 @@ void launch_int4(const CudaGemmArgs& args, cudaStream_t stream) {
 template <class T>
 void launch_of_type(CudaGemmArgs args, cudaStream_t stream) {
   // One scale a row: a group of any length that does not end.
-  if (args.group >= args.k) args.group = cuda_ceil_div(args.k, kChunkColumns) * kChunkColumns;
+  if (args.group >= args.k) args.group = ceil_div(args.k, kChunkColumns) * kChunkColumns;
   GOSSAMER_CHECK(args.group % kStepColumns == 0, "sparse24: a group of ", args.group,
                  " columns is neither a multiple of ", kStepColumns, " nor all ", args.k);
   args.group % kChunkColumns == 0 ? launch_int4<T, 4>(args, stream)

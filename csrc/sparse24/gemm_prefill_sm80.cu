@@ -222,8 +222,8 @@ void launch_prefill(const CudaGemmArgs& args, cudaStream_t stream) {
   constexpr int kTileM = kTokenTiles * 32;
   check_architecture<T>(prefill<T, kTokenTiles>);
   const int64_t size = size_of(args.dtype);
-  const int64_t tiles_n = cuda_ceil_div(args.n, kPrefillTileN);
-  const int64_t tiles_m = cuda_ceil_div(args.m, kTileM);
+  const int64_t tiles_n = ceil_div(args.n, kPrefillTileN);
+  const int64_t tiles_m = ceil_div(args.m, kTileM);
   const PrefillArgs prefill_args{
       epilogue_of(args),
       reinterpret_cast<const char*>(args.panels),
@@ -231,9 +231,9 @@ void launch_prefill(const CudaGemmArgs& args, cudaStream_t stream) {
       args.x_stride * size,
       args.k * size,
       args.m,
-      static_cast<int>(cuda_ceil_div(args.n, kFragmentRows)),
-      static_cast<int>(cuda_ceil_div(args.k, kFragmentColumns)),
-      static_cast<int>(cuda_ceil_div(args.k * size, kPrefillStepBytes)),
+      static_cast<int>(ceil_div(args.n, kFragmentRows)),
+      static_cast<int>(ceil_div(args.k, kFragmentColumns)),
+      static_cast<int>(ceil_div(args.k * size, kPrefillStepBytes)),
       static_cast<unsigned>(tiles_n),
       static_cast<unsigned>(tiles_m),
   };

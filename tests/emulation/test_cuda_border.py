@@ -158,10 +158,20 @@ def test_cuda_tensors_without_the_module_are_named() -> None:
 
 
 def test_kernels_are_checked_on_each_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability in (80, 90):
-        gpu.describe(capability)
-        assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
     right = sparse24._linear_native_cuda
+    ran = set()
+
+    def noting_the_kernel(*args: object) -> torch.Tensor:
+        y: torch.Tensor = right(*args)  # type: ignore[arg-type]
+        ran.add(gpu.kernel)
+        return y
+
+    monkeypatch.setattr(sparse24, "_linear", noting_the_kernel)
+    for capability, many_rows in ((80, PREFILL), (90, WGMMA)):
+        gpu.describe(capability, multiprocessors=132)  # many, of which the small product fills few
+        ran.clear()
+        assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
+        assert ran == {DECODE, many_rows, FLOAT32}
 
     def wrong_for_many_rows(x: torch.Tensor, *args: object) -> torch.Tensor:
         y: torch.Tensor = right(x, *args)  # type: ignore[arg-type]
@@ -170,4 +180,4 @@ def test_kernels_are_checked_on_each_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sparse24, "_linear", wrong_for_many_rows)
     fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
     assert fault is not None
-    assert "(torch.bfloat16 of 80 rows, torch.float16 of 80 rows)" in fault
+    assert "(torch.bfloat16 of 300 rows, torch.float16 of 300 rows)" in fault

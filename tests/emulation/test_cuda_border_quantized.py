@@ -67,6 +67,14 @@ def test_matches_reference(gpu: Gpu, value_type: str, capability: int, m: int, k
         assert gpu.kernel == kernel
 
 
+@pytest.mark.parametrize("value_type", EIGHT_BITS)
+def test_many_rows_of_few_tiles(gpu: Gpu, value_type: str) -> None:
+    for multiprocessors in (4, 40):
+        gpu.describe(CAPABILITY[value_type], multiprocessors)
+        check(torch.randn(130, 1030), quantized_24(50, 1030, value_type), torch.randn(50))
+        assert gpu.kernel == DECODE
+
+
 @pytest.mark.parametrize("group", [32, 64, 96, 300])
 def test_groups_of_int4(gpu: Gpu, group: int) -> None:
     check(torch.randn(5, 300).bfloat16(), quantized_24(20, 300, "int4", group))
