@@ -23,6 +23,7 @@ class Tiles {
       config.row_bytes[tile] = kRowBytes;
       config.rows[tile] = kRows;
     }
+    asm volatile("" : : "r"(&config) : "memory");  // gcc's intrinsic names its first bytes only
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }

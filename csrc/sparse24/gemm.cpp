@@ -109,6 +109,7 @@ bool gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
   const Weight& w = args.weight;
   const int64_t tile_rows = static_cast<int64_t>(config.tile) * lanes;
   const int64_t panel_words = config.records_per_pass * unit.panel_rows * tile_rows;
+  const int64_t weight_words = config.records_per_pass * unit.weight_words;
   // The epilogue reads, and ignores, up to a block past the last one.
   const int64_t sum_words = (config.blocks_per_task + 1) * kBlockN * tile_rows;
   const int64_t tasks = ceil_div(all_blocks, config.blocks_per_task) * config.tiles;
@@ -116,8 +117,8 @@ bool gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
   // what one of them reads from memory the others find in the shared cache.
   std::atomic<bool> trusted = true;
   const auto run_tasks = [&](int thread, int team) {
-    auto* scratch =
-        static_cast<uint32_t*>(many_rows_scratch.at_least(4 * (panel_words + sum_words)));
+    auto* scratch = static_cast<uint32_t*>(
+        many_rows_scratch.at_least(4 * (panel_words + weight_words + sum_words)));
     for (int64_t task = thread; task < tasks && trusted; task += team) {
       const int64_t block = task / config.tiles * config.blocks_per_task;
       const int64_t row = task % config.tiles * tile_rows;
@@ -126,8 +127,8 @@ bool gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
           unit.many_rows({panels + block * w.block_words(),
                       std::min(config.blocks_per_task, all_blocks - block), w.records(),
                       config.records_per_pass, rows_at(args, row, rows),
-                      static_cast<int>(ceil_div(rows, lanes)), scratch,
-                      reinterpret_cast<float*>(scratch + panel_words),
+                      static_cast<int>(ceil_div(rows, lanes)), scratch, scratch + panel_words,
+                      reinterpret_cast<float*>(scratch + panel_words + weight_words),
                       epilogue_at(args, row, (first_block + block) * kBlockN)});
       if (!good) trusted = false;
     }

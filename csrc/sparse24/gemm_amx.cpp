@@ -10,11 +10,16 @@
 // float32 of three (8 bits of the significand each); their products, but for those of float32 below
 // 2^-26 of the result, are the product.
 //
-//   32 outputs are expanded for the depth of a pass, into L1;
-//   for each 32 rows: four tiles of C, two of A from L2, two of B from L1
+//   32 outputs are expanded for the depth of a pass, into L2, together with the first rows' product;
+//   for each 32 rows: four tiles of C, over the whole depth; two of A and two of B from L2.
+//   Meanwhile the sums of the rows before get their bias and activation and are written.
 //
-// A NaN, an infinity or an overflow makes the sums it reaches non-finite here, but 0 * inf is NaN at
-// a pruned position, too, and so are inf - inf between terms: run() says when it saw one.
+// Single rows of tiles take 64 outputs: four chains of products, whose latency is 52 cycles.
+//
+// Two things make the result one that the vector kernels have to compute, and run() false: a sum
+// that is not finite, since the zeros between the kept weights make 0 * inf = NaN, and terms make
+// inf - inf; and a float32 below 2^-100, whose last term would be subnormal, which counts as zero
+// here.
 #include "common/amx.h"
 
 #include "common/ceil_div.h"
@@ -72,6 +77,19 @@ struct Spread {
   }
 };
 
+// Whether numbers are all large enough to be split, zero aside.
+struct Range {
+  I least = Simd::set1(~0u);  // of twice the bits, less one
+  void add(F value) {
+    const I twice = Simd::shift_left<1>(Simd::as_int(value));  // no sign
+    least = _mm512_min_epu32(least, Simd::sub(twice, Simd::set1(1u)));
+  }
+  bool good() const {
+    constexpr uint32_t kLeastExponent = 127 - 100;
+    return _mm512_cmplt_epu32_mask(least, Simd::set1((kLeastExponent << 24) - 1)) == 0;
+  }
+};
+
 // A float as the sum of `Terms` bfloat16 numbers, each in the upper half of its word.
 template <int Terms>
 void split(F value, I (&terms)[Terms]) {
@@ -97,10 +115,10 @@ struct Terms<BFloat16> {
   static constexpr DType kDType = DType::kBFloat16;
   static constexpr int kTerms = 1;
   static constexpr Product kProducts[] = {{0, 0}};
-  static void pairs(const uint32_t* record, int group, I (&pair)[1]) {
+  static void pairs(const uint32_t* record, int group, I (&pair)[1], Range&) {
     pair[0] = Simd::load_words(record + (1 + group) * kBlockN);
   }
-  static void row(const BFloat16* columns, I (&out)[1]) {
+  static void row(const BFloat16* columns, I (&out)[1], Range&) {
     out[0] = Simd::load_words(reinterpret_cast<const uint32_t*>(columns));
   }
 };
@@ -115,14 +133,19 @@ struct SplitTerms {
     for (int t = 0; t < Count; ++t) pair[t] = Simd::or_(Simd::shift_right<16>(low[t]), high[t]);
   }
   template <class T>
-  static void row(const T* columns, I (&out)[Count]) {
+  static void row(const T* columns, I (&out)[Count], Range& range) {
     alignas(64) static constexpr uint16_t kUpperHalves[32] = {
         1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     const I order = Simd::load_words(reinterpret_cast<const uint32_t*>(kUpperHalves));
+    const F first = Simd::load(columns), second = Simd::load(columns + Simd::kLanes);
+    if constexpr (sizeof(T) == sizeof(float)) {  // every float16 can be split
+      range.add(first);
+      range.add(second);
+    }
     I left[Count], right[Count];
-    split(Simd::load(columns), left);
-    split(Simd::load(columns + Simd::kLanes), right);
+    split(first, left);
+    split(second, right);
     for (int t = 0; t < Count; ++t) out[t] = _mm512_permutex2var_epi16(left[t], order, right[t]);
   }
 };
@@ -131,7 +154,7 @@ template <>
 struct Terms<Float16> : SplitTerms<2> {
   static constexpr DType kDType = DType::kFloat16;
   static constexpr Product kProducts[] = {{1, 1}, {1, 0}, {0, 0}, {0, 1}};
-  static void pairs(const uint32_t* record, int group, I (&out)[2]) {
+  static void pairs(const uint32_t* record, int group, I (&out)[2], Range&) {
     const I words = Simd::load_words(record + (1 + group) * kBlockN);
     pair(Simd::low(words, Float16{}), Simd::high(words, Float16{}), out);
   }
@@ -141,9 +164,12 @@ template <>
 struct Terms<float> : SplitTerms<3> {
   static constexpr DType kDType = DType::kFloat32;
   static constexpr Product kProducts[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
-  static void pairs(const uint32_t* record, int group, I (&out)[3]) {
-    const auto* first = reinterpret_cast<const float*>(record + (1 + 2 * group) * kBlockN);
-    pair(Simd::load(first), Simd::load(first + kBlockN), out);
+  static void pairs(const uint32_t* record, int group, I (&out)[3], Range& range) {
+    const auto* words = reinterpret_cast<const float*>(record + (1 + 2 * group) * kBlockN);
+    const F first = Simd::load(words), second = Simd::load(words + kBlockN);
+    range.add(first);
+    range.add(second);
+    pair(first, second, out);
   }
 };
 
@@ -158,18 +184,21 @@ struct TileGemm {
   using Ends = GemmEnds<Simd, T, AsStored<T>>;
   static constexpr int kTerms = Terms<T>::kTerms;
   static constexpr int kProducts = sizeof(Terms<T>::kProducts) / sizeof(Product);
-  static constexpr TileTerms kTileTerms = tile_terms(Terms<T>::kDType);
-  static_assert(kTileTerms.terms == kTerms && kTileTerms.products == kProducts);
+  static_assert(tile_terms(Terms<T>::kDType).terms == kTerms);
+  static_assert(tile_terms(Terms<T>::kDType).products == kProducts);
   static constexpr int64_t kRecordBytes = kTerms * Tiles::kBytes;  // of A or B, expanded
   static constexpr int kRecordWords = Ends::kRecordWords;
   static constexpr int kTileFloats = Tiles::kBytes / 4;
+  static constexpr int kPanelRows = kTerms * Tiles::kRowBytes / 4;
+  static constexpr int kWeightWords = 4 * kRecordBytes / 4;  // of four blocks
 
-  static void expand(const uint32_t* record, char* b) {
+  // The bytes of a tile, or of as many as a type has terms, follow each other.
+  static void expand(const uint32_t* record, char* b, Range& range) {
     I indices = Simd::load_words(record);
 #pragma GCC unroll 8
     for (int g = 0; g < kRecordGroups; ++g) {
       I pairs[kTerms];
-      Terms<T>::pairs(record, g, pairs);
+      Terms<T>::pairs(record, g, pairs, range);
       const Spread spread(indices);
 #pragma GCC unroll 3
       for (int t = 0; t < kTerms; ++t) {
@@ -180,7 +209,7 @@ struct TileGemm {
   }
 
   // [pair of tiles][record][tile of 16 rows][term]: what a product reads lies together.
-  static void pack(const XRows& x, int64_t begin, int64_t records, char* pass) {
+  static void pack(const XRows& x, int64_t begin, int64_t records, char* pass, Range& range) {
     const int64_t tiles = ceil_div(x.rows, Tiles::kRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * Tiles::kRows;
@@ -197,20 +226,23 @@ struct TileGemm {
             columns = padded;
           }
           I terms[kTerms];
-          Terms<T>::row(columns, terms);
+          Terms<T>::row(columns, terms, range);
           for (int t = 0; t < kTerms; ++t) {
-            Simd::store_words(reinterpret_cast<uint32_t*>(packed + t * Tiles::kBytes +
-                                                          i * Tiles::kRowBytes),
-                              terms[t]);
+            auto* row = packed + t * Tiles::kBytes + i * Tiles::kRowBytes;
+            Simd::store_words(reinterpret_cast<uint32_t*>(row), terms[t]);
           }
         }
       }
     }
   }
 
-  // C += A B of a record: 16 * RowTiles rows, 16 * Blocks outputs.
+  // A product takes 16 * RowTiles rows and 16 * Blocks outputs, at most four tiles of C: numbers 0
+  // to 3, row by row.
+
+  // C += A B of a record.
   template <int RowTiles, int Blocks>
   static void multiply_record(const char* a, const char* b) {
+    static_assert(RowTiles * Blocks <= 4 && (RowTiles == 1 || Blocks <= 2));
     constexpr int64_t kStride = Tiles::kRowBytes;
     Tiles::fence();
 #pragma GCC unroll 6
@@ -221,19 +253,26 @@ struct TileGemm {
       const char* tile_a = a + now.x * Tiles::kBytes;
       const char* tile_b = b + now.weight * Tiles::kBytes;
       if (load_a) _tile_loadd(4, tile_a, kStride);
-      if (load_b) _tile_loadd(6, tile_b, kStride);
-      if (load_b && Blocks == 2) _tile_loadd(7, tile_b + kRecordBytes, kStride);
+      if (load_b || Blocks == 4) _tile_loadd(6, tile_b, kStride);
+      if (load_b && Blocks > 1) _tile_loadd(7, tile_b + kRecordBytes, kStride);
       if (load_a && RowTiles == 2) _tile_loadd(5, tile_a + kRecordBytes, kStride);
       _tile_dpbf16ps(0, 4, 6);
-      if (Blocks == 2) _tile_dpbf16ps(1, 4, 7);
-      if (RowTiles == 2) _tile_dpbf16ps(2, 5, 6);
+      if (Blocks > 1) _tile_dpbf16ps(1, 4, 7);
+      if (RowTiles == 2 && Blocks == 1) _tile_dpbf16ps(1, 5, 6);
+      if (RowTiles == 2 && Blocks == 2) _tile_dpbf16ps(2, 5, 6);
       if (RowTiles == 2 && Blocks == 2) _tile_dpbf16ps(3, 5, 7);
+      if (Blocks == 4) {
+        if (load_b) _tile_loadd(5, tile_b + 2 * kRecordBytes, kStride);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, tile_b + 3 * kRecordBytes, kStride);
+        _tile_dpbf16ps(3, 4, 6);
+      }
     }
   }
 
-  // The sums of a task: [pair of blocks][tile of 16 rows][block][16][16].
   template <int RowTiles, int Blocks>
   static void load_sums(bool first_pass, const float* sums) {
+    constexpr int kCount = RowTiles * Blocks;
     if (first_pass) {
       _tile_zero(0);
       _tile_zero(1);
@@ -242,141 +281,199 @@ struct TileGemm {
       return;
     }
     _tile_loadd(0, sums, Tiles::kRowBytes);
-    if (Blocks == 2) _tile_loadd(1, sums + kTileFloats, Tiles::kRowBytes);
-    if (RowTiles == 2) _tile_loadd(2, sums + Blocks * kTileFloats, Tiles::kRowBytes);
-    if (RowTiles == 2 && Blocks == 2) _tile_loadd(3, sums + 3 * kTileFloats, Tiles::kRowBytes);
+    if (kCount > 1) _tile_loadd(1, sums + kTileFloats, Tiles::kRowBytes);
+    if (kCount > 2) _tile_loadd(2, sums + 2 * kTileFloats, Tiles::kRowBytes);
+    if (kCount > 3) _tile_loadd(3, sums + 3 * kTileFloats, Tiles::kRowBytes);
   }
   template <int RowTiles, int Blocks>
   static void store_sums(float* sums) {
+    constexpr int kCount = RowTiles * Blocks;
     _tile_stored(0, sums, Tiles::kRowBytes);
-    if (Blocks == 2) _tile_stored(1, sums + kTileFloats, Tiles::kRowBytes);
-    if (RowTiles == 2) _tile_stored(2, sums + Blocks * kTileFloats, Tiles::kRowBytes);
-    if (RowTiles == 2 && Blocks == 2) _tile_stored(3, sums + 3 * kTileFloats, Tiles::kRowBytes);
+    if (kCount > 1) _tile_stored(1, sums + kTileFloats, Tiles::kRowBytes);
+    if (kCount > 2) _tile_stored(2, sums + 2 * kTileFloats, Tiles::kRowBytes);
+    if (kCount > 3) _tile_stored(3, sums + 3 * kTileFloats, Tiles::kRowBytes);
     Tiles::fence();
   }
+
+  // Sums on their way out: bias, activation, rounding, a row of 16 * blocks outputs at a time.
+  struct Finish {
+    float sums[4 * kTileFloats];
+    float bias[4 * kBlockN];
+    Epilogue e;
+    int64_t rows = 0, done = 0;
+    int blocks = 0;
+    F finite = Simd::zero();  // NaN in a lane where a sum was not
+
+    void some_rows(int64_t count) {
+      for (; count > 0 && done < rows; --count, ++done) {
+        const float* tile = sums + done / Tiles::kRows * blocks * kTileFloats;
+        const float* row = tile + done % Tiles::kRows * kBlockN;
+        T* out = static_cast<T*>(e.out) + done * e.out_stride;
+        int block = 0;
+        for (; block + 1 < blocks && e.n >= (block + 2) * kBlockN; block += 2) {
+          const F first = finished(row, block), second = finished(row, block + 1);
+          store_pair(out + block * kBlockN, first, second);
+        }
+        for (; block < blocks && e.n > block * kBlockN; ++block) {
+          T padded[kBlockN];
+          Simd::store(padded, finished(row, block));
+          const int64_t left = e.n - block * kBlockN;
+          __builtin_memcpy(out + block * kBlockN, padded,
+                           (left < kBlockN ? left : kBlockN) * sizeof(T));
+        }
+      }
+    }
+
+   private:
+    F finished(const float* row, int block) {
+      const F sum = Simd::load(row + block * kTileFloats);
+      finite = Simd::fma(sum, Simd::zero(), finite);
+      return Ends::activate(Simd::add(sum, Simd::load(bias + block * kBlockN)), e.activation);
+    }
+    static void store_pair(BFloat16* out, F first, F second) {  // subnormals become zero
+      Simd::store_words(reinterpret_cast<uint32_t*>(out), (I)_mm512_cvtne2ps_pbh(second, first));
+    }
+    template <class U>
+    static void store_pair(U* out, F first, F second) {
+      Simd::store(out, first);
+      Simd::store(out + kBlockN, second);
+    }
+  };
 
   struct Pass {
     int64_t records;
     const uint32_t* panels;  // of the first of its blocks
     int64_t panel_step;      // words from a block to the next one
-    char* b;                 // [kDepth][block][term] tiles
-    bool first;
+    char* b;                 // [depth][block][term] tiles
+    int64_t depth;           // the first rows of a deeper pass, if it has no others, use B as a ring
+    bool first, last;
   };
-  // The depth of B in L1: half of it, for 32 outputs.
-  static constexpr int64_t kDepth = kTileTerms.depth();
 
   template <int Blocks>
-  static void expand_record(const Pass& pass, int64_t record, int64_t slot) {
+  static void expand_record(const Pass& pass, int64_t record, int64_t slot, Range& range) {
+#pragma GCC unroll 4
     for (int block = 0; block < Blocks; ++block) {
       const uint32_t* words = pass.panels + block * pass.panel_step + record * kRecordWords;
       // Past the end of the 4 KiB page, where the hardware's own prefetch stops.
       for (int word = 0; word < kRecordWords; word += kBlockN) {
         __builtin_prefetch(words + 4096 / 4 + word, 0, 2);
       }
-      expand(words, pass.b + (slot * Blocks + block) * kRecordBytes);
+      expand(words, pass.b + (slot * Blocks + block) * kRecordBytes, range);
     }
   }
 
-  // The first rows of a pass expand the weights one record ahead of the product, which leaves B for
-  // all other rows; a pass deeper than B (it has no other rows) uses B as a ring.
+  // The first rows of a pass expand the weights, two records ahead of the product.
   template <int RowTiles, int Blocks, bool kExpand>
-  static void multiply(const Pass& pass, const char* a, float* sums) {
+  static void multiply(const Pass& pass, const char* a, float* sums, Finish& before, Range& range) {
+    constexpr int64_t kAhead = 2;
+    const int64_t rows_a_record = ceil_div(before.rows, pass.records);
     load_sums<RowTiles, Blocks>(pass.first, sums);
-    if (kExpand) expand_record<Blocks>(pass, 0, 0);
+    for (int64_t r = 0; kExpand && r < kAhead && r < pass.records; ++r) {
+      expand_record<Blocks>(pass, r, r, range);
+    }
     int64_t slot = 0;
     for (int64_t record = 0; record < pass.records; ++record) {
-      const int64_t next = slot + 1 == kDepth ? 0 : slot + 1;
-      if (kExpand && record + 1 < pass.records) expand_record<Blocks>(pass, record + 1, next);
+      if (kExpand && record + kAhead < pass.records) {
+        const int64_t ahead = slot + kAhead;
+        expand_record<Blocks>(pass, record + kAhead, ahead < pass.depth ? ahead : ahead - pass.depth,
+                              range);
+      }
       multiply_record<RowTiles, Blocks>(a + record * RowTiles * kRecordBytes,
                                         pass.b + slot * Blocks * kRecordBytes);
-      slot = next;
+      before.some_rows(rows_a_record);
+      slot = slot + 1 == pass.depth ? 0 : slot + 1;
     }
-    store_sums<RowTiles, Blocks>(sums);
-  }
-  template <int Blocks, bool kExpand>
-  static void multiply_rows(int row_tiles, const Pass& pass, const char* a, float* sums) {
-    if (row_tiles == 1) return multiply<1, Blocks, kExpand>(pass, a, sums);
-    multiply<2, Blocks, kExpand>(pass, a, sums);
   }
 
-  // Bias, activation and rounding of a tile of sums; whether all of them were finite.
-  static bool finish(const Epilogue& e, int64_t rows, const float* sums) {
-    float bias[kBlockN];
-    Ends::load_bias(e, 0, bias);
-    const F added = Simd::load(bias);
-    constexpr int kNotFinite = 0x01 | 0x08 | 0x10 | 0x80;
-    __mmask16 not_finite = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      const F sum = Simd::load(sums + row * kBlockN);
-      not_finite |= _mm512_fpclass_ps_mask(sum, kNotFinite);
-      T* out = static_cast<T*>(e.out) + row * e.out_stride;
-      const F y = Ends::activate(Simd::add(sum, added), e.activation);
-      if (e.n >= kBlockN) {
-        Simd::store(out, y);
-      } else {
-        T padded[kBlockN];
-        Simd::store(padded, y);
-        __builtin_memcpy(out, padded, e.n * sizeof(T));
-      }
-    }
-    return not_finite == 0;
-  }
-
-  template <int Blocks>
-  static bool run_blocks(const ManyRowsTask& task, int64_t block, const Pass& pass, bool last) {
-    float* sums = task.sums + block * task.tile * kTileFloats;
+  // All rows of the task and the outputs of `Blocks` blocks. Each product leaves the sums of its last
+  // pass in one of two Finish, for the next one to write out.
+  template <int Blocks, bool kOneTile>
+  static void run_blocks(const ManyRowsTask& task, int64_t block, const Pass& pass,
+                         Finish* (&finish)[2], Range& range) {
+    constexpr int kTiles = kOneTile ? 1 : 2;
     const auto* a = reinterpret_cast<const char*>(task.panel);
-    bool finite = true;
-    for (int tile = 0; tile < task.tile; tile += 2) {
-      const int row_tiles = task.tile - tile < 2 ? 1 : 2;
+    float* sums = task.sums + block * task.tile * kTileFloats;
+    for (int tile = 0; tile < task.tile; tile += kTiles, sums += kTiles * Blocks * kTileFloats) {
+      const int row_tiles = task.tile - tile < kTiles ? 1 : kTiles;
       const char* rows = a + tile * pass.records * kRecordBytes;
-      float* sums_of_rows = sums + tile * Blocks * kTileFloats;
-      if (tile == 0) {
-        multiply_rows<Blocks, true>(row_tiles, pass, rows, sums_of_rows);
-      } else {
-        multiply_rows<Blocks, false>(row_tiles, pass, rows, sums_of_rows);
-      }
-      for (int b = 0; last && b < Blocks; ++b) {
-        for (int t = tile; t < tile + row_tiles; ++t) {
-          Epilogue e = task.epilogue;
-          const int64_t row = t * Tiles::kRows, output = (block + b) * kBlockN;
-          e.bias = e.bias == nullptr ? nullptr : static_cast<const T*>(e.bias) + output;
-          e.out = static_cast<T*>(e.out) + row * e.out_stride + output;
-          e.n -= output;
-          const int64_t left = task.x.rows - row;
-          finite &= finish(e, left < Tiles::kRows ? left : Tiles::kRows,
-                           sums + (t * Blocks + b) * kTileFloats);
+      Finish& before = *finish[0];
+      Finish& now = *finish[1];
+      if (kOneTile) {
+        multiply<1, Blocks, true>(pass, rows, sums, before, range);
+        store_sums<1, Blocks>(pass.last ? now.sums : sums);
+      } else if constexpr (Blocks <= 2) {
+        if (tile == 0) {
+          multiply<2, Blocks, true>(pass, rows, sums, before, range);
+        } else if (row_tiles == 2) {
+          multiply<2, Blocks, false>(pass, rows, sums, before, range);
+        } else {
+          multiply<1, Blocks, false>(pass, rows, sums, before, range);
         }
+        float* to = pass.last ? now.sums : sums;
+        row_tiles == 2 ? store_sums<2, Blocks>(to) : store_sums<1, Blocks>(to);
       }
+      before.some_rows(before.rows);
+      before.rows = 0;
+      if (!pass.last) continue;
+      const int64_t row = tile * Tiles::kRows, output = block * kBlockN;
+      const int64_t left = task.x.rows - row, most = row_tiles * Tiles::kRows;
+      now.e = task.epilogue;
+      now.e.bias = now.e.bias == nullptr ? nullptr : static_cast<const T*>(now.e.bias) + output;
+      now.e.out = static_cast<T*>(now.e.out) + row * now.e.out_stride + output;
+      now.e.n -= output;
+      now.rows = left < most ? left : most;
+      now.done = 0;
+      now.blocks = Blocks;
+      Ends::load_bias(now.e, 0, now.bias);
+      finish[0] = &now;
+      finish[1] = &before;
     }
-    return finite;
   }
 
   static bool run(const ManyRowsTask& task) {
     const Tiles tiles;
-    alignas(64) char b[2 * kDepth * kRecordBytes];
-    bool finite = true;
-    for (int64_t begin = 0; begin < task.records; begin += task.records_per_pass) {
+    Range range;
+    Finish sums[2];
+    Finish* finish[2] = {&sums[0], &sums[1]};
+    for (int64_t begin = 0; begin < task.records && range.good(); begin += task.records_per_pass) {
       const int64_t left = task.records - begin;
       const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
-      const bool last = records == left;
-      pack(task.x, begin, records, reinterpret_cast<char*>(task.panel));
-      const int64_t panel_step = task.records * kRecordWords;
-      for (int64_t block = 0; block < task.blocks; block += 2) {
-        const uint32_t* panels = task.panels + block * panel_step + begin * kRecordWords;
-        const Pass pass{records, panels, panel_step, b, begin == 0};
-        finite &= block + 1 < task.blocks ? run_blocks<2>(task, block, pass, last)
-                                          : run_blocks<1>(task, block, pass, last);
+      pack(task.x, begin, records, reinterpret_cast<char*>(task.panel), range);
+      if (!range.good()) return false;
+      const int64_t step = task.records * kRecordWords;
+      Pass pass{records, task.panels + begin * kRecordWords, step, reinterpret_cast<char*>(task.weights),
+                task.tile <= 2 ? kTileRing : records, begin == 0, records == left};
+      int64_t block = 0;
+      const auto blocks = [&](auto count, auto one_tile) {
+        for (; block + count() <= task.blocks; block += count()) {
+          run_blocks<count(), one_tile()>(task, block, pass, finish, range);
+          pass.panels += count() * step;
+        }
+      };
+      if (task.tile == 1) {
+        if constexpr (kTerms == 1) blocks(Constant<4>{}, Constant<1>{});  // or B outgrows the L1
+        blocks(Constant<2>{}, Constant<1>{});
+        blocks(Constant<1>{}, Constant<1>{});
+      } else {
+        blocks(Constant<2>{}, Constant<0>{});
+        blocks(Constant<1>{}, Constant<0>{});
       }
     }
-    return finite;
+    finish[0]->some_rows(finish[0]->rows);
+    const F finite = Simd::add(sums[0].finite, sums[1].finite);
+    return range.good() && _mm512_cmp_ps_mask(finite, finite, _CMP_UNORD_Q) == 0;
   }
+
+  template <int Value>
+  struct Constant {  // std::integral_constant, in a unit without standard templates
+    constexpr int operator()() const { return Value; }
+  };
 };
 
 template <class T>
 const Unit* unit(const Unit* vectors) {
-  static constexpr int kPanelRows = Terms<T>::kTerms * Tiles::kRowBytes / sizeof(uint32_t);
-  static const Unit unit = {vectors->few_rows_element_bytes, kPanelRows, vectors->pack_few,
+  static const Unit unit = {vectors->few_rows_element_bytes, TileGemm<T>::kPanelRows,
+                            TileGemm<T>::kWeightWords, vectors->pack_few,
                             vectors->few_rows, TileGemm<T>::run};
   return &unit;
 }

@@ -109,35 +109,42 @@ inline GemmConfig vectors_config(int64_t m, int64_t n, DType dtype, Target targe
 inline GemmConfig tiles_config(int64_t m, int64_t n, int64_t k, DType dtype, int team) {
   const TileTerms of = tile_terms(dtype);
   const int64_t row_tiles = ceil_div(m, 16), blocks = ceil_div(n, kBlockN);
-  const int64_t records = ceil_div(k, kRecordK);
-  // Measured on Emerald Rapids, for a record of a block or of 16 rows: a product of two tiles,
-  // expanding the weights (and reading them from the L3), packing x; and storing and loading a tile
-  // of sums, or finishing it.
-  constexpr double kProduct = 20, kSums = 40;
-  const double expand = of.terms == 1 ? 60 : of.terms == 2 ? 90 : 150, pack = 40.0 * of.terms;
+  const int64_t pairs = ceil_div(blocks, 2), records = ceil_div(k, kRecordK);
+  // Measured on Emerald Rapids, for a record: a product of two tiles whose operands come from L2;
+  // expanding a block of weights that comes from the L3; packing 16 rows of x. And a tile of sums,
+  // stored and loaded between passes or finished.
+  constexpr double kProduct = 28, kSums = 300;
+  const double expand = of.terms == 1 ? 60 : of.terms == 2 ? 90 : 150, pack = 60.0 * of.terms;
 
   GemmConfig best{};
   double least = 0;
-  for (int64_t tiles = 1; tiles <= row_tiles; tiles = tiles < 2 * team ? tiles + 1 : tiles * 2) {
-    const int64_t tile = ceil_div(row_tiles, tiles);
-    // One pair of tiles keeps its sums in registers, however deep x is.
-    const int64_t depth = tile <= 2 ? records : std::min<int64_t>(of.depth(), records);
-    if (tile > 2 && tile * depth * of.terms * kTileBytes > kTilePassBytes) continue;
-    const int64_t fewest_tasks = ceil_div(blocks * tile * kTileBytes, kTileSumBytes);
+  const auto consider = [&](int64_t tile, int64_t deepest) {
+    const int64_t passes = ceil_div(records, deepest), depth = ceil_div(records, passes);
+    if (tile > 2 && tile * depth * of.terms * kTileBytes > kTilePassBytes) return;
+    const int64_t row_tasks = ceil_div(row_tiles, tile);
+    const int64_t sum_bytes = passes == 1 ? 0 : blocks * tile * kTileBytes;
     for (int64_t share = 0; share <= 4; ++share) {  // 0: as few tasks as the caches allow
-      const int64_t wanted = std::max<int64_t>({fewest_tasks, share * team / tiles, 1});
-      const int64_t pairs = ceil_div(ceil_div(blocks, 2), std::min(wanted, ceil_div(blocks, 2)));
-      const int64_t task_blocks = std::min(2 * pairs, blocks);
-      const int64_t tasks = ceil_div(blocks, task_blocks) * ceil_div(row_tiles, tile);
-      const double a_block =
-          records * (tile * kProduct * of.products + expand) + ceil_div(records, depth) * tile * kSums;
-      const double task = task_blocks * a_block + tile * records * pack;
+      const int64_t wanted =
+          std::max<int64_t>({1, ceil_div(sum_bytes, kTileSumBytes), share * team / row_tasks});
+      const int64_t task_pairs = ceil_div(pairs, std::min(wanted, pairs));
+      const int64_t task_blocks = std::min(2 * task_pairs, blocks);
+      const double products = tile * kProduct * of.products;
+      const double block = records * (products + expand) + passes * tile * kSums;
+      const double task = task_blocks * block + records * tile * pack;
+      const int64_t tasks = row_tasks * ceil_div(blocks, task_blocks);
       const double cycles = ceil_div(tasks, team) * task;
       if (least == 0 || cycles < least) {
         least = cycles;
-        best = {Kernel::kManyRows,           static_cast<int>(tile), ceil_div(row_tiles, tile),
-                depth, task_blocks, team};
+        best = {Kernel::kManyRows, static_cast<int>(tile), row_tasks, depth, task_blocks, team};
       }
+    }
+  };
+  for (int64_t parts = 1; parts <= row_tiles; parts = parts < 2 * team ? parts + 1 : parts * 2) {
+    const int64_t tile = ceil_div(row_tiles, parts);
+    // One pair of tiles keeps its sums in registers, however deep x is.
+    if (tile <= 2) consider(tile, records);
+    for (int64_t depth = kTileDepth; tile > 2 && depth >= kTileDepth / 8; depth /= 2) {
+      consider(tile, depth / of.terms);
     }
   }
   return best;

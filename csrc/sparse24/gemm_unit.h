@@ -14,11 +14,13 @@ constexpr int max_many_vectors(int lanes) { return lanes == 16 ? 12 : 10; }
 constexpr int kMaxRecordsPerPass = 8;
 
 // What a storage type is to a tile unit that multiplies bfloat16: a sum of so many bfloat16 terms,
-// whose products that count are so many (gemm_amx.cpp). Its B holds 32 outputs of `depth` records.
+// whose products that count are so many (gemm_amx.cpp).
 struct TileTerms {
   int terms, products;
-  constexpr int depth() const { return 12 / terms; }
 };
+// Records of expanded weights: where they serve one tile or pair of tiles of x, a ring of so many;
+// otherwise the depth of a pass, at most so many over the terms.
+constexpr int kTileRing = 4, kTileDepth = 64;
 constexpr TileTerms tile_terms(DType dtype) {
   return dtype == DType::kBFloat16 ? TileTerms{1, 1}
                                    : dtype == DType::kFloat16 ? TileTerms{2, 4} : TileTerms{3, 6};
@@ -54,13 +56,15 @@ struct ManyRowsTask {
   XRows x;
   int tile;         // in registers of rows
   uint32_t* panel;  // scratch for a pass of x, words: records_per_pass * panel_rows * tile * lanes
-  float* sums;      // scratch, floats: (blocks + 1) * 16 * tile * lanes
+  uint32_t* weights;  // scratch for expanded weights, words: records_per_pass * weight_words
+  float* sums;        // scratch, floats: (blocks + 1) * 16 * tile * lanes
   Epilogue epilogue;
 };
 
 struct Unit {
   int64_t few_rows_element_bytes;  // of a packed x
   int64_t panel_rows;              // many_rows: words of a packed row of x a record
+  int64_t weight_words;            // many_rows: of expanded weights a record
   void (*pack_few)(const XRows& x, int tile, void* packed);
   void (*few_rows)(const FewRowsTask& task);
   // False where the result is not to be trusted, and the target before this one has to do it all.
