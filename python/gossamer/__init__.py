@@ -7,13 +7,22 @@ from importlib.metadata import version as _version
 
 from . import formats, nn, ops, prune
 from .convert import convert
+from .formats import Block
 from .info import info
-from .ops import sparse24_linear, sparse24_linear_quantized
+from .ops import (
+    blocksparse_conv,
+    blocksparse_linear,
+    sparse24_linear,
+    sparse24_linear_quantized,
+)
 from .quantize import quantize
 
 __version__ = _version("gossamer")
 __all__ = [
+    "Block",
     "__version__",
+    "blocksparse_conv",
+    "blocksparse_linear",
     "convert",
     "formats",
     "info",

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import reference
+from .formats import Block
 
 
 def magnitude_24(weight: Tensor) -> Tensor:
@@ -54,3 +60,89 @@ def magnitude_24(weight: Tensor) -> Tensor:
         dim=-1,
     )
     return torch.where(kept.flatten(-2)[..., :in_features], weight, 0)
+
+
+def magnitude_blocks(
+    weight: Tensor | Sequence[Tensor],
+    block: Block,
+    density: float,
+    groups: int | Sequence[int] = 1,
+    scope: str = "layer",
+) -> Tensor | list[Tensor]:
+    """Keep the blocks of largest L2 norm, and make the others 0.
+
+    Parameters
+    ----------
+    weight : Tensor or sequence of Tensor
+        [N, K] or [C_out, C_in / groups, *kernel size], of a floating-point dtype.
+    block : Block
+        The size of the blocks; at the edges of groups and taps a block is the smaller.
+    density : float
+        The share of blocks to keep, in (0, 1]: rounded to the nearest number, at least one.
+    groups : int or sequence of int
+        The convolution's; for several weights one number for all, or one each.
+    scope : {"layer", "global"}
+        Whether each of several weights keeps that share, or all of them together, which then lose
+        the blocks that are smallest anywhere.
+
+    Returns
+    -------
+    Tensor or list of Tensor
+        The same shapes, dtypes and devices, with the other entries 0. Norms are compared in
+        float64; a tie keeps the block that comes first, row by row of blocks and weight by weight,
+        and a NaN counts as the largest. Gradients flow to the kept entries.
+
+    Raises
+    ------
+    TypeError
+        If a weight is not a floating-point tensor, or ``block`` no ``Block``.
+    ValueError
+        If the density is not in (0, 1], the scope is unknown or a shape does not fit.
+
+    References
+    ----------
+    Narang, Undersander, Diamos, "Block-Sparse Recurrent Neural Networks", 2017 (arXiv:1711.02782).
+    """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    each = [groups] * len(weights) if isinstance(groups, int) else list(groups)
+    if len(each) != len(weights):
+        raise ValueError(f"magnitude_blocks: {len(each)} groups for {len(weights)} weights")
+    if not isinstance(block, Block):
+        raise TypeError(f"magnitude_blocks: block is {block!r}, expected gossamer.Block")
+    if not 0 < density <= 1:
+        raise ValueError(f"magnitude_blocks: density {density}, expected above 0 and at most 1")
+    if scope not in ("layer", "global"):
+        raise ValueError(f"magnitude_blocks: scope {scope!r}, expected 'layer' or 'global'")
+    norms = [_block_norms(w, block, g) for w, g in zip(weights, each, strict=True)]
+    if scope == "layer":
+        masks = [_largest(norm, density) for norm in norms]
+    else:
+        where = norms[0].device if norms else None
+        together = _largest(torch.cat([norm.flatten().to(where) for norm in norms]), density)
+        parts = together.split([norm.numel() for norm in norms])
+        masks = [part.view_as(norm) for part, norm in zip(parts, norms, strict=True)]
+    pruned = [
+        torch.where(reference.block_cover(mask.to(w.device), tuple(w.shape), block, g), w, 0)
+        for w, mask, g in zip(weights, masks, each, strict=True)
+    ]
+    return pruned[0] if isinstance(weight, Tensor) else pruned
+
+
+def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"magnitude_blocks: weight is {what}, it must be a floating-point tensor")
+    blocks = reference.to_blocks(weight.detach().double(), block, groups)
+    # Divided by the largest entry, no square leaves float64's range.
+    largest = blocks.abs().amax((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    norms = (blocks / largest).square().sum((2, 3)).sqrt() * largest[..., 0, 0]
+    return norms.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _largest(norms: Tensor, density: float) -> Tensor:
+    """The mask of the largest share of all entries."""
+    kept = max(1, math.floor(density * norms.numel() + 0.5))
+    mask = torch.zeros_like(norms, dtype=torch.bool)
+    order = norms.flatten().argsort(descending=True, stable=True)
+    mask.view(-1)[order[:kept]] = True
+    return mask

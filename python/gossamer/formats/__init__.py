@@ -1,11 +1,13 @@
 """The sparse weight formats: frozen dataclasses of tensors that validate themselves.
 
-``Sparse24`` is the open format: what a state_dict, a pickle and an optimizer see, and
-``Sparse24Quantized`` the same for 8-bit and 4-bit weights.
+``Sparse24`` and ``BlockSparse`` are the open formats: what a state_dict, a pickle and an optimizer
+see, and ``Sparse24Quantized`` the same for 8-bit and 4-bit weights.
 ``Sparse24Panels`` is the layout that the kernels read fastest, ``Sparse24QuantizedPanels`` that
 of quantised weights on a GPU; neither is ever saved.
 """
 
+from .block import Block
+from .blocksparse import BlockSparse
 from .sparse24 import (
     PANEL_DTYPES,
     VALUE_DTYPES,
@@ -20,6 +22,8 @@ from .sparse24_quantized_panels import Sparse24QuantizedPanels
 __all__ = [
     "PANEL_DTYPES",
     "VALUE_DTYPES",
+    "Block",
+    "BlockSparse",
     "Sparse24",
     "Sparse24Panels",
     "Sparse24Quantized",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class StoredWeight:
-    """Base of the formats: frozen dataclasses whose fields are a [N, K] shape and tensors."""
+    """Base of the formats: frozen dataclasses whose fields are a shape and tensors."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def out_features(self) -> int:
