@@ -132,6 +132,7 @@ def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"magnitude_blocks: weight is {what}, it must be a floating-point tensor")
+    block.grid(tuple(weight.shape), groups)  # or there is no such weight
     blocks = reference.to_blocks(weight.detach().double(), block, groups)
     # Divided by the largest entry, no square leaves float64's range.
     largest = blocks.abs().amax((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
