@@ -13,13 +13,16 @@ from . import reference
 from .formats import Block
 
 
-def magnitude_24(weight: Tensor) -> Tensor:
-    """Keep the two entries of largest magnitude in every four along the last dimension.
+def magnitude_24(weight: Tensor, dim: int = -1) -> Tensor:
+    """Keep the two entries of largest magnitude in every four along a dimension.
 
     Parameters
     ----------
     weight : Tensor
         [..., K] of a floating-point dtype; K need not be a multiple of 4.
+    dim : int
+        The dimension along which the four lie: the last of a linear layer's weight, 1 (the input
+        channels) of a convolution's.
 
     Returns
     -------
@@ -32,7 +35,7 @@ def magnitude_24(weight: Tensor) -> Tensor:
     TypeError
         If ``weight`` is not a floating-point tensor.
     ValueError
-        If ``weight`` has no dimension.
+        If ``weight`` has no such dimension.
 
     References
     ----------
@@ -43,6 +46,10 @@ def magnitude_24(weight: Tensor) -> Tensor:
         raise TypeError(f"magnitude_24: weight is {what}, it must be a floating-point tensor")
     if weight.dim() == 0:
         raise ValueError("magnitude_24: weight is 0-d, it needs at least one dimension")
+    if not -weight.dim() <= dim < weight.dim():
+        raise ValueError(f"magnitude_24: dim {dim} of a weight of shape {list(weight.shape)}")
+    if dim not in (-1, weight.dim() - 1):
+        return magnitude_24(weight.movedim(dim, -1)).movedim(-1, dim).contiguous()
     in_features = weight.shape[-1]
     magnitude = weight.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     padded = F.pad(magnitude, (0, -in_features % 4))
@@ -109,8 +116,7 @@ def magnitude_blocks(
         raise ValueError(f"magnitude_blocks: {len(each)} groups for {len(weights)} weights")
     if not isinstance(block, Block):
         raise TypeError(f"magnitude_blocks: block is {block!r}, expected gossamer.Block")
-    if not 0 < density <= 1:
-        raise ValueError(f"magnitude_blocks: density {density}, expected above 0 and at most 1")
+    check_density("magnitude_blocks", density)
     if scope not in ("layer", "global"):
         raise ValueError(f"magnitude_blocks: scope {scope!r}, expected 'layer' or 'global'")
     norms = [_block_norms(w, block, g) for w, g in zip(weights, each, strict=True)]
@@ -128,6 +134,11 @@ def magnitude_blocks(
     return pruned[0] if isinstance(weight, Tensor) else pruned
 
 
+def check_density(op: str, density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"{op}: density {density}, expected above 0 and at most 1")
+
+
 def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -140,9 +151,14 @@ def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
     return norms.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
+def blocks_kept(blocks: int, density: float) -> int:
+    """How many of so many blocks ``magnitude_blocks`` keeps."""
+    return max(1, math.floor(density * blocks + 0.5))
+
+
 def _largest(norms: Tensor, density: float) -> Tensor:
     """The mask of the largest share of all entries."""
-    kept = max(1, math.floor(density * norms.numel() + 0.5))
+    kept = blocks_kept(norms.numel(), density)
     mask = torch.zeros_like(norms, dtype=torch.bool)
     order = norms.flatten().argsort(descending=True, stable=True)
     mask.view(-1)[order[:kept]] = True

@@ -18,7 +18,7 @@ from .._library import library
 from ..formats import BlockSparse
 from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
-from .conv_geometry import Sizes, output_sizes, pad_around, padding_of, per_axis
+from .conv_geometry import Sizes, check_channels, output_sizes, prepare
 from .operands import (
     activation_of,
     apply_function,
@@ -177,20 +177,11 @@ def blocksparse_conv_tensors(
     activation: str = "none",
 ) -> Tensor:
     """``blocksparse_conv`` on a format's tensors."""
-    axes = len(shape) - 2
-    batched = x.dim() == axes + 2
-    if not batched and x.dim() != axes + 1:
-        raise ValueError(
-            f"{_CONV}: x has shape {list(x.shape)}, a weight {list(shape)} expects {axes + 2} "
-            f"dimensions, or {axes + 1} without batch"
-        )
-    around = padding_of(_CONV, padding, shape[2:], stride, dilation)
-    steps = per_axis(_CONV, "stride", stride, axes, 1)
-    spread = per_axis(_CONV, "dilation", dilation, axes, 1)
-    x, zeros = pad_around(_CONV, x if batched else x.unsqueeze(0), around, padding_mode)
-    blocks = (values, crow_indices, col_indices)
-    y = _product(_CONV, x, *blocks, bias, shape, groups, steps, zeros, spread, activation)
-    return y if batched else y.squeeze(0)
+    conv = prepare(_CONV, x, shape, groups, stride, padding, dilation, padding_mode)
+    blocks, steps = (values, crow_indices, col_indices), (conv.stride, conv.padding, conv.dilation)
+    return conv.result(
+        _product(_CONV, conv.x, *blocks, bias, tuple(shape), groups, *steps, activation)
+    )
 
 
 def check_format(op: str, weight: object) -> None:
@@ -275,11 +266,7 @@ def _empty_result(
 ) -> Tensor:
     """Memory for y, channels last: [batch, *extents, C_out]."""
     op = _CONV if len(shape) > 2 else _LINEAR
-    if x.dim() != len(shape) or x.shape[1] != shape[1] * groups:
-        raise ValueError(
-            f"{op}: x has shape {list(x.shape)}, a weight {list(shape)} in {groups} group(s) "
-            f"expects {shape[1] * groups} channels and {len(shape) - 2} axes"
-        )
+    check_channels(op, x, shape, groups)
     check_bias(op, bias, shape[0])
     sizes = output_sizes(op, x, shape[2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], *sizes, shape[0]))

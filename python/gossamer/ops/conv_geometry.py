@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,63 @@ def pad_around(
     around = [size for both in reversed(padding) for size in both]
     x = F.pad(x, around, mode="constant" if mode == "zeros" else mode)
     return x, (0,) * len(padding)
+
+
+def check_channels(op: str, x: Tensor, shape: Sequence[int], groups: int) -> None:
+    """Raise where x is no batch for a weight of this shape."""
+    if x.dim() != len(shape) or x.shape[1] != shape[1] * groups:
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)}, a weight {list(shape)} in {groups} group(s) "
+            f"expects {shape[1] * groups} channels and {len(shape) - 2} axes"
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An x as kernels take it, with a batch and padded by what they do not pad by themselves."""
+
+    x: Tensor
+    batched: bool  # before
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]  # zeros, as many before as after
+    dilation: tuple[int, ...]
+
+    def result(self, y: Tensor) -> Tensor:
+        """y without a batch where x had none."""
+        return y if self.batched else y.squeeze(0)
+
+
+def prepare(
+    op: str,
+    x: Tensor,
+    shape: Sequence[int],
+    groups: int,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
+    padding_mode: str,
+) -> Prepared:
+    """What a user says of a convolution with a weight of this shape, checked and spelled out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If x does not fit the weight, or an argument says nothing.
+    """
+    axes = len(shape) - 2
+    batched = x.dim() == axes + 2
+    if not batched and x.dim() != axes + 1:
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)}, a weight {list(shape)} expects {axes + 2} "
+            f"dimensions, or {axes + 1} without batch"
+        )
+    x = x if batched else x.unsqueeze(0)
+    check_channels(op, x, shape, groups)
+    around = padding_of(op, padding, shape[2:], stride, dilation)
+    steps = per_axis(op, "stride", stride, axes, 1)
+    spread = per_axis(op, "dilation", dilation, axes, 1)
+    x, zeros = pad_around(op, x, around, padding_mode)
+    return Prepared(x, batched, steps, zeros, spread)
 
 
 def output_sizes(
