@@ -151,6 +151,11 @@ def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
     return norms.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
+def largest_blocks(weight: Tensor, block: Block, density: float, groups: int = 1) -> Tensor:
+    """The bool mask of the blocks that ``magnitude_blocks`` keeps of one weight."""
+    return _largest(_block_norms(weight, block, groups), density)
+
+
 def blocks_kept(blocks: int, density: float) -> int:
     """How many of so many blocks ``magnitude_blocks`` keeps."""
     return max(1, math.floor(density * blocks + 0.5))

@@ -50,14 +50,44 @@ def sparse24_conv(
     """
     if not isinstance(weight, Sparse24Conv):
         raise TypeError(f"{_OP}: weight is {type(weight).__name__}, expected Sparse24Conv")
-    conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
-    activate = activation_of(_OP, activation or "none")
-    check_bias(_OP, bias, weight.shape[0])
-    check_devices(_OP, x, weight=weight.values, indices=weight.indices, bias=bias)
+    return sparse24_conv_tensors(
+        x,
+        weight.values,
+        weight.indices,
+        bias,
+        weight.shape,
+        weight.groups,
+        stride,
+        padding,
+        dilation,
+        padding_mode,
+        activation or "none",
+    )
+
+
+def sparse24_conv_tensors(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    groups: int,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    activation: str = "none",
+) -> Tensor:
+    """``sparse24_conv`` on a format's tensors."""
+    conv = prepare(_OP, x, shape, groups, stride, padding, dilation, padding_mode)
+    activate = activation_of(_OP, activation)
+    check_bias(_OP, bias, shape[0])
+    check_devices(_OP, x, weight=values, indices=indices, bias=bias)
     for name, operand in (("x", x), ("bias", bias)):
-        if autocast_dtype(x) is None and operand is not None and operand.dtype != weight.dtype:
-            raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {weight.dtype}")
-    output_sizes(_OP, conv.x, weight.shape[2:], conv.stride, conv.padding, conv.dilation)
-    steps = (conv.stride, conv.padding, conv.dilation, weight.groups)
-    y = conv.result(_CONVS[conv.x.dim()](conv.x, weight.to_dense(), bias, *steps))
+        if autocast_dtype(x) is None and operand is not None and operand.dtype != values.dtype:
+            raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {values.dtype}")
+    steps = (conv.stride, conv.padding, conv.dilation)
+    output_sizes(_OP, conv.x, shape[2:], *steps)  # or it is an error
+    dense = Sparse24Conv(values, indices, shape, groups).to_dense()
+    y = conv.result(_CONVS[conv.x.dim()](conv.x, dense, bias, *steps, groups))
     return y if activate is None else activate(y)
