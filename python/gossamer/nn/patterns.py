@@ -18,8 +18,13 @@ from ..formats import (
 )
 from ..formats.geometry import check_weight_shape
 from ..formats.sparse24_conv import sparse24_matrix_shape
-from ..prune import blocks_kept, check_density, largest_blocks, magnitude_24
-from ..reference import block_cover
+from ..prune import (
+    blocks_kept,
+    check_density,
+    largest_blocks,
+    magnitude_24,
+    magnitude_blocks,
+)
 
 Portable = Sparse24 | Sparse24Conv | BlockSparse
 
@@ -44,6 +49,10 @@ class Pattern:
 
     def check(self, op: str, density: float | None, wanted: bool) -> None:
         """Raise ValueError unless a density is given where one is wanted, and only there."""
+        raise NotImplementedError
+
+    def prune(self, dense: Tensor, density: float | None) -> Tensor:
+        """A dense weight, on any device, that keeps its largest parts and fits."""
         raise NotImplementedError
 
     def pruned(self, dense: Tensor, density: float | None) -> Portable:
@@ -79,8 +88,11 @@ class Pattern24(Pattern):
         if density is not None:
             raise ValueError(f"{op}: density {density} with pattern '2:4', which has its own")
 
+    def prune(self, dense: Tensor, density: float | None) -> Tensor:
+        return magnitude_24(dense, dim=1)
+
     def pruned(self, dense: Tensor, density: float | None) -> Sparse24 | Sparse24Conv:
-        return self.from_dense(magnitude_24(dense, dim=1))
+        return self.from_dense(self.prune(dense, density))
 
     def from_dense(self, dense: Tensor) -> Sparse24 | Sparse24Conv:
         if len(self.shape) == 2:
@@ -126,11 +138,17 @@ class PatternBlocks(Pattern):
         if density is not None:
             check_density(op, density)
 
+    def prune(self, dense: Tensor, density: float | None) -> Tensor:
+        assert density is not None
+        pruned = magnitude_blocks(dense, self.block, density, self.groups)
+        assert isinstance(pruned, Tensor)
+        return pruned
+
     def pruned(self, dense: Tensor, density: float | None) -> BlockSparse:
         assert density is not None
+        # With its mask: a block that is kept may hold zeros alone.
         mask = largest_blocks(dense, self.block, density, self.groups)
-        kept = torch.where(block_cover(mask, self.shape, self.block, self.groups), dense, 0)
-        return BlockSparse.from_dense(kept, self.block, mask, self.groups)
+        return BlockSparse.from_dense(self.prune(dense, density), self.block, mask, self.groups)
 
     def from_dense(self, dense: Tensor) -> BlockSparse:
         return BlockSparse.from_dense(dense, self.block, groups=self.groups)
