@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from . import formats, nn, ops, prune
 from .convert import convert
+from .fold import fold_batchnorm
 from .formats import Block
 from .info import info
 from .ops import (
@@ -24,6 +25,7 @@ __all__ = [
     "blocksparse_conv",
     "blocksparse_linear",
     "convert",
+    "fold_batchnorm",
     "formats",
     "info",
     "nn",

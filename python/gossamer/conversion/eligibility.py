@@ -41,7 +41,7 @@ class Obstacle:
 class Obstacles:
     """Looks once at who holds and shares what in a model, then judges its layers."""
 
-    def __init__(self, model: nn.Module, pattern: str | Block) -> None:
+    def __init__(self, model: nn.Module, pattern: str | Block = "2:4") -> None:
         self._pattern = pattern
         self._holders: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
         self._spans: dict[str, tuple[int, int]] = {}
@@ -56,25 +56,36 @@ class Obstacles:
     def judge(self, site: LayerSite) -> Obstacle | None:
         """The first obstacle of a layer; those that forbid pruning come before the others."""
         layer = site.module
-        reason = _foreign(layer) or _computed(layer) or _unreadable(layer) or self._tied(layer)
+        reason = self.not_to_be_written(layer)
         if reason is not None:
             return Obstacle(reason, prunable=False)
         reason = self._read_directly(layer) or _would_be_lost(layer)
         reason = reason or _unsupported(layer, self._pattern)
         return None if reason is None else Obstacle(reason, prunable=True)
 
-    def _tied(self, layer: nn.Module) -> str | None:
-        weight = layer._parameters["weight"]
-        span = _memory_span(weight)
-        if weight is None or span is None:
+    def not_to_be_written(self, layer: nn.Module) -> str | None:
+        """What is wrong with changing the weight of a layer in place."""
+        return (
+            _foreign(layer) or _computed(layer) or _unreadable(layer) or self.tied(layer, "weight")
+        )
+
+    def tied(self, layer: nn.Module, name: str) -> str | None:
+        """Who else sees the memory of one of a layer's parameters."""
+        tensor = layer._parameters[name]
+        span = _memory_span(tensor)
+        if tensor is None or span is None:
             return None
         if any(
-            step == 0 and size > 1 for size, step in zip(weight.shape, weight.stride(), strict=True)
+            step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
         ):
-            return "elements of its weight share memory"
+            return f"elements of its {name} share memory"
         begin, end = span
         sharers = [slot for slot, (b, e) in self._spans.items() if b < end and begin < e]
-        return f"weight is tied: {' = '.join(sharers)}" if len(sharers) > 1 else None
+        return f"{name} is tied: {' = '.join(sharers)}" if len(sharers) > 1 else None
+
+    def holders(self, layer: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Every module that holds a layer, and under which name."""
+        return self._holders[layer]
 
     def _read_directly(self, layer: nn.Module) -> str | None:
         for holder, attribute in self._holders[layer]:
