@@ -10,7 +10,6 @@ from .block import Block
 from .blocksparse import BlockSparse
 from .sparse24 import (
     PANEL_DTYPES,
-    VALUE_DTYPES,
     Sparse24,
     Sparse24Panels,
     sparse24_panels_shape,
@@ -19,6 +18,7 @@ from .sparse24 import (
 from .sparse24_conv import Sparse24Conv
 from .sparse24_quantized import Sparse24Quantized
 from .sparse24_quantized_panels import Sparse24QuantizedPanels
+from .stored import VALUE_DTYPES
 
 __all__ = [
     "PANEL_DTYPES",

@@ -19,13 +19,12 @@ from .geometry import (
     torch_layout,
     write_geometry,
 )
-from .sparse24 import VALUE_DTYPES
 from .state import read_header
-from .stored import StoredWeight
+from .stored import VALUE_DTYPES, SavedWeight, check_dense
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockSparse(StoredWeight):
+class BlockSparse(SavedWeight):
     """The weight of a linear layer or a convolution that is zero outside of some blocks.
 
     The weight is seen as the matrix [C_out, taps * C_in / groups], in which all input channels of
@@ -121,12 +120,7 @@ class BlockSparse(StoredWeight):
             If shapes do not fit, or the weight has non-zeros outside of ``mask``: how many, and
             where the first one is.
         """
-        if not isinstance(weight, Tensor) or weight.dtype not in VALUE_DTYPES:
-            what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(
-                f"BlockSparse.from_dense: weight is {what}, expected a tensor of float32, "
-                "bfloat16, float16 or float64"
-            )
+        check_dense("BlockSparse.from_dense", weight)
         if not isinstance(block, Block):
             raise TypeError(f"BlockSparse.from_dense: block is {block!r}, expected gossamer.Block")
         if weight.is_meta:
@@ -226,15 +220,6 @@ class BlockSparse(StoredWeight):
             )
         indices = (state["crow_indices"], state["col_indices"])
         return cls(state["values"], *indices, shape, groups).validate()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
-        self.validate()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
 
     @property
     def block(self) -> Block:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def check_weight_shape(shape: tuple[int, ...], groups: int) -> None:
         )
 
 
-def taps_of(shape: tuple[int, ...]) -> int:
+def taps_of(shape: Sequence[int]) -> int:
     """The positions of the kernel."""
     taps = 1
     for size in shape[2:]:

@@ -21,11 +21,11 @@ from .geometry import (
 )
 from .sparse24 import Sparse24
 from .state import read_header
-from .stored import StoredWeight
+from .stored import SavedWeight, check_dense
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sparse24Conv(StoredWeight):
+class Sparse24Conv(SavedWeight):
     """The weight of a convolution, 2:4 along the input channels of each output, group and tap.
 
     It is stored as the ``Sparse24`` of the matrix [C_out, taps * P], in which the input channels of
@@ -91,10 +91,7 @@ class Sparse24Conv(StoredWeight):
             first one is in the matrix. ``gossamer.prune.magnitude_24(weight, dim=1)`` makes a
             weight fit.
         """
-        if not isinstance(weight, Tensor):
-            raise TypeError(
-                f"Sparse24Conv.from_dense: weight is {type(weight).__name__}, expected a tensor"
-            )
+        check_dense("Sparse24Conv.from_dense", weight)
         shape = tuple(weight.shape)
         check_weight_shape(shape, groups)
         columns = F.pad(channels_last(weight.detach()), (0, -shape[1] % 4)).flatten(1)
@@ -154,15 +151,6 @@ class Sparse24Conv(StoredWeight):
         numbers = read_header("Sparse24Conv", state, keys, fields, cls.version)
         shape, groups = read_geometry("Sparse24Conv", numbers)
         return cls(state["values"], state["indices"], shape, groups).validate()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
-        self.validate()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
 
     def __repr__(self) -> str:
         return (

@@ -8,7 +8,7 @@ allocates the result and crosses into C++.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,58 +217,57 @@ library.define(
 _op = torch.ops.gossamer.blocksparse_product.default
 
 
+class _Geometry(NamedTuple):
+    """What the op is told of the weight and of the convolution."""
+
+    shape: Sequence[int]
+    groups: int
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    @property
+    def op(self) -> str:
+        """The public function, for the error messages."""
+        return _CONV if len(self.shape) > 2 else _LINEAR
+
+    def in_3d(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Kernel, stride, padding and dilation, with the leading axes that are not there."""
+        absent = 3 - len(self.stride)
+        ones, zeros = [1] * absent, [0] * absent
+        kernel, stride = [*ones, *self.shape[2:]], [*ones, *self.stride]
+        return kernel, stride, [*zeros, *self.padding], [*ones, *self.dilation]
+
+
 def _native(
-    x: Tensor,
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    groups: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
-    out = _empty_result(x, bias, shape, groups, stride, padding, dilation)
+    *numbers, activation = rest
+    geometry = _Geometry(*numbers)
+    out = _empty_result(x, bias, geometry)
     pixels = x.movedim(1, -1).contiguous()
-    absent = 3 - len(stride)  # leading axes, which the kernels see with an extent of 1
-
-    def with_axes(t: Tensor) -> Tensor:
-        return t.view(t.shape[0], *(1,) * absent, *t.shape[1:])
-
+    absent = 3 - len(geometry.stride)
     _C.blocksparse_conv(
-        with_axes(out),
-        with_axes(pixels),
+        out.view(out.shape[0], *(1,) * absent, *out.shape[1:]),
+        pixels.view(pixels.shape[0], *(1,) * absent, *pixels.shape[1:]),
         values.contiguous(),
-        crow_indices.contiguous(),
-        col_indices.contiguous(),
+        crow.contiguous(),
+        col.contiguous(),
         None if bias is None else bias.contiguous(),
-        groups,
-        [1] * absent + list(shape[2:]),
-        [1] * absent + list(stride),
-        [0] * absent + list(padding),
-        [1] * absent + list(dilation),
+        geometry.groups,
+        *geometry.in_3d(),
         activation,
         torch.get_num_threads(),
     )
     return _in_format_of(x, out)
 
 
-def _empty_result(
-    x: Tensor,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    groups: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def _empty_result(x: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     """Memory for y, channels last: [batch, *extents, C_out]."""
-    op = _CONV if len(shape) > 2 else _LINEAR
-    check_channels(op, x, shape, groups)
-    check_bias(op, bias, shape[0])
-    sizes = output_sizes(op, x, shape[2:], stride, padding, dilation)
+    shape, groups, *steps = geometry
+    check_channels(geometry.op, x, shape, groups)
+    check_bias(geometry.op, bias, shape[0])
+    sizes = output_sizes(geometry.op, x, shape[2:], *steps)
     return x.new_empty((x.shape[0], *sizes, shape[0]))
 
 
@@ -282,47 +281,29 @@ def _in_format_of(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _fake(
-    x: Tensor,
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    groups: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
-    op = _CONV if len(shape) > 2 else _LINEAR
-    activation_of(op, activation)
-    indices = {"crow_indices": crow_indices, "col_indices": col_indices}
-    check_devices(op, x, weight=values, **indices, bias=bias)
-    return _in_format_of(x, _empty_result(x, bias, shape, groups, stride, padding, dilation))
+    *numbers, activation = rest
+    geometry = _Geometry(*numbers)
+    activation_of(geometry.op, activation)
+    indices = {"crow_indices": crow, "col_indices": col}
+    check_devices(geometry.op, x, weight=values, **indices, bias=bias)
+    return _in_format_of(x, _empty_result(x, bias, geometry))
 
 
 def _autograd(
-    x: Tensor,
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    groups: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
-    operands = (x, values, crow_indices, col_indices, bias)
-    geometry = (tuple(shape), groups, tuple(stride), tuple(padding), tuple(dilation))
     if gradient_wanted(x, values, bias):
-        y: Tensor = _apply_product(*operands, *geometry)
+        *numbers, activation = rest
+        # Lists as tuples: functorch keeps them.
+        numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
+        y: Tensor = _apply_product(x, values, crow, col, bias, *numbers)
         # Outside, for torch to differentiate.
-        activate = activation_of(_CONV if len(shape) > 2 else _LINEAR, activation)
+        activate = activation_of(_Geometry(*numbers).op, activation)
         return y if activate is None else activate(y)
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(*operands, *geometry, activation)
+        return _op(x, values, crow, col, bias, *rest)
 
 
 library.impl("blocksparse_product", _native, "CPU")
@@ -352,12 +333,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        shape, groups, *conv = ctx.geometry
-        dense = dx = dvalues = db = None
+        geometry = _Geometry(*ctx.geometry)
+        shape, groups = geometry.shape, geometry.groups
+        dense = dvalues = db = None
         if values is not None:
             sizes = (shape[0], taps_of(shape), shape[1], groups)
             dense = ToDense.apply(values, *indices, *sizes).transpose(1, 2).reshape(shape)
-        dx, dweight = _dense_gradients(dy, x, dense, ctx.x_shape, shape, groups, *conv)
+        dx, dweight = _dense_gradients(dy, x, dense, ctx.x_shape, geometry)
         if dweight is not None:
             dvalues = Gather.apply(channels_last(dweight), *indices, *ctx.block, groups)
         if ctx.needs_input_grad[4]:
@@ -370,13 +352,10 @@ def _dense_gradients(
     x: Tensor | None,
     dense: Tensor | None,
     x_shape: Sequence[int],
-    shape: Sequence[int],
-    groups: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: _Geometry,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dW); dx where the weight is given, dW where x is."""
+    shape, groups, *steps = geometry
     if len(shape) == 2:
         return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
     wanted = (dense is not None, x is not None, False)
@@ -390,9 +369,8 @@ def _dense_gradients(
     ]
     if dy.dtype == torch.float16 and dy.is_cpu:  # torch has no such kernel on every CPU
         operands = [operand.float() for operand in operands]
-    output_padding = (0,) * len(stride)
-    conv = (None, stride, padding, dilation, False, output_padding, groups, wanted)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *conv)
+    rest = (None, *steps, False, (0,) * len(shape[2:]), groups, wanted)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *rest)
     return (
         dx.to(dy.dtype) if dense is not None else None,
         dweight.to(dy.dtype) if x is not None else None,

@@ -46,31 +46,15 @@ def _gather_fake(
     return dense.new_empty((col_indices.shape[0], rows, cols))
 
 
-def _to_dense_native(
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    out_channels: int,
-    taps: int,
-    group_in: int,
-    groups: int,
-) -> Tensor:
-    dense = values.new_empty((out_channels, taps, group_in))
-    operands = (values.contiguous(), crow_indices.contiguous(), col_indices.contiguous())
-    _C.blocksparse_to_dense(*operands, dense, groups, torch.get_num_threads())
+def _to_dense_native(values: Tensor, crow: Tensor, col: Tensor, *sizes: int) -> Tensor:
+    dense = _to_dense_fake(values, crow, col, *sizes)
+    operands = (values.contiguous(), crow.contiguous(), col.contiguous())
+    _C.blocksparse_to_dense(*operands, dense, sizes[3], torch.get_num_threads())
     return dense
 
 
-def _to_dense_fake(
-    values: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    out_channels: int,
-    taps: int,
-    group_in: int,
-    groups: int,
-) -> Tensor:
-    return values.new_empty((out_channels, taps, group_in))
+def _to_dense_fake(values: Tensor, crow: Tensor, col: Tensor, *sizes: int) -> Tensor:
+    return values.new_empty(sizes[:3])
 
 
 def _validate_native(
