@@ -47,7 +47,7 @@ class Case:
     timings: dict[str, Timing]
     best_dense: str
     dense_flops: int  # a multiply-add counts two; zeros counted
-    real_flops: int  # zeros not counted
+    real_flops: int  # zeros not counted, except by a tile unit, which multiplies them
     nbytes: int  # weights as stored, inputs and outputs, each once
     peak_flops: float  # FLOP/s measured in the same run
     limit_seconds: float  # what the measured peak and read bandwidth allow at best

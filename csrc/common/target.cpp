@@ -5,10 +5,32 @@
 
 #include "common/check.h"
 
+#ifdef GOSSAMER_AMX
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace gossamer {
 namespace {
 
-constexpr const char* kNames[] = {"serial", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"serial", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+
+// The tiles are 8 KiB more to save for each thread, so Linux lets a process use them on request only.
+bool may_use_amx() {
+#if defined(GOSSAMER_AMX) && defined(__linux__)
+  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, edx
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kBF16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Target detect() {
 #ifdef GOSSAMER_X86
@@ -18,7 +40,9 @@ Target detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Target::kAVX512BF16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return may_use_amx() ? Target::kAMXBF16 : Target::kAVX512BF16;
+  }
   if (avx512) return Target::kAVX512;
   if (avx2) return Target::kAVX2;
 #endif
@@ -56,7 +80,9 @@ std::vector<std::string> names_up_to(Target last) {
 const char* name(Target target) { return kNames[static_cast<int>(target)]; }
 
 std::vector<std::string> targets_built() {
-#ifdef GOSSAMER_X86
+#ifdef GOSSAMER_AMX
+  return names_up_to(Target::kAMXBF16);
+#elif defined(GOSSAMER_X86)
   return names_up_to(Target::kAVX512BF16);
 #else
   return names_up_to(Target::kSerial);

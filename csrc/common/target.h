@@ -6,7 +6,8 @@
 
 namespace gossamer {
 
-enum class Target : int { kSerial = 0, kAVX2, kAVX512, kAVX512BF16 };  // each includes those before
+// Each includes those before.
+enum class Target : int { kSerial = 0, kAVX2, kAVX512, kAVX512BF16, kAMXBF16 };
 
 const char* name(Target target);
 std::vector<std::string> targets_built();

@@ -33,6 +33,9 @@ using ReadLines = uint64_t (*)(const void* data, int64_t lines);
 }
 
 Chains choose_chains([[maybe_unused]] const std::string& dtype) {
+#ifdef GOSSAMER_AMX
+  if (dtype == "bfloat16" && machine_has("amx_bf16")) return {tiles_amx_bf16, kFlopsAMXBF16};
+#endif
 #ifdef GOSSAMER_X86
   if (dtype == "bfloat16" && machine_has("avx512_bf16")) {
     return {chains_avx512_bf16, kFlopsAVX512BF16};
@@ -82,18 +85,18 @@ double measure_peak(const std::string& dtype, int threads) {
   GOSSAMER_CHECK(threads >= 1, "measure_peak: threads must be at least 1, got ", threads);
   // About a millisecond, so that a team that once waits for a thread which the system holds up does
   // not pass for a trial of full length.
-  constexpr int64_t kSteps = 200'000;
   const Chains chains = choose_chains(dtype);
+  const int64_t steps = 150'000'000 / chains.flops_per_step;
   volatile float sink = 0.0f;
   return best_rate([&](int64_t repeats) {
     int team_size = 1;
     parallel_run(threads, [&](int thread, int team) {
-      const float sum = chains.run(kSteps * repeats);
+      const float sum = chains.run(steps * repeats);
       if (thread != 0) return;
       sink = sum;
       team_size = team;
     });
-    return static_cast<double>(chains.flops_per_step * kSteps) * static_cast<double>(repeats) *
+    return static_cast<double>(chains.flops_per_step * steps) * static_cast<double>(repeats) *
            team_size;
   });
 }

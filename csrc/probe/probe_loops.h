@@ -18,12 +18,14 @@ constexpr int64_t kFlopsSerial = kChains * 4 * 1 * 2;
 constexpr int64_t kFlopsAVX2 = kChains * 8 * 1 * 2;
 constexpr int64_t kFlopsAVX512 = kChainsAVX512 * 16 * 1 * 2;
 constexpr int64_t kFlopsAVX512BF16 = kChainsAVX512 * 16 * 2 * 2;
+constexpr int64_t kFlopsAMXBF16 = 4 * 16 * 16 * 32 * 2;  // four products of 16 x 32 by 32 x 16
 
 // Run `steps` steps of every chain; the result depends on all of them.
 float chains_serial(int64_t steps);
 float chains_avx2(int64_t steps);
 float chains_avx512(int64_t steps);
 float chains_avx512_bf16(int64_t steps);
+float tiles_amx_bf16(int64_t steps);
 
 // Read `lines` cache lines of 64 bytes from `data`, which is aligned to one; return a checksum.
 uint64_t read_serial(const void* data, int64_t lines);

@@ -215,6 +215,7 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int t
   report["target"] = name(config.kernel == Kernel::kSerial ? Target::kSerial : target);
   report["threads"] = config.threads;
   report["tile"] = config.tile;
+  const std::string limit = std::to_string(few_rows_limit(target, type));
   switch (config.kernel) {
     case Kernel::kSerial:
       report["kernel"] = "serial";
@@ -223,13 +224,11 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int t
       break;
     case Kernel::kFewRows:
       report["kernel"] = "few_rows";
-      report["why"] = "up to " + std::to_string(traits(target).few_rows_limit) +
-                      " rows: bound by reading the weights once";
+      report["why"] = "up to " + limit + " rows: bound by reading the weights once";
       break;
     case Kernel::kManyRows:
-      report["kernel"] = "many_rows";
-      report["why"] =
-          "above " + std::to_string(traits(target).few_rows_limit) + " rows: bound by arithmetic";
+      report["kernel"] = target == Target::kAMXBF16 ? "tiles" : "many_rows";
+      report["why"] = "above " + limit + " rows: bound by arithmetic";
       break;
   }
   return report;

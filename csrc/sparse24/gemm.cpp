@@ -1,4 +1,5 @@
 // Cuts a GEMM into tasks and hands them to the kernels of the target in force.
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -16,7 +17,10 @@ const Unit* unit_of(Target target, DType dtype) {
     case Target::kAVX2: return unit_avx2(dtype);
     case Target::kAVX512: return unit_avx512(dtype);
     case Target::kAVX512BF16: return unit_avx512_bf16(dtype);
-    case Target::kSerial: break;
+#ifdef GOSSAMER_AMX
+    case Target::kAMXBF16: return unit_amx_bf16(dtype);
+#endif
+    default: break;
   }
 #endif
   (void)target, (void)dtype;
@@ -99,32 +103,38 @@ void gemm_few_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& con
 }
 
 // The outputs of `all_blocks` blocks from `first_block` on; `panels` are theirs.
-void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config, int lanes,
+// Whether the result may be trusted.
+bool gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& config, int lanes,
                     const uint32_t* panels, int64_t first_block, int64_t all_blocks) {
   const Weight& w = args.weight;
   const int64_t tile_rows = static_cast<int64_t>(config.tile) * lanes;
   const int64_t panel_words = config.records_per_pass * unit.panel_rows * tile_rows;
+  const int64_t weight_words = config.records_per_pass * unit.weight_words;
   // The epilogue reads, and ignores, up to a block past the last one.
   const int64_t sum_words = (config.blocks_per_task + 1) * kBlockN * tile_rows;
   const int64_t tasks = ceil_div(all_blocks, config.blocks_per_task) * config.tiles;
   // The team goes through the weight together, chunk by chunk, each thread with tiles of its own:
   // what one of them reads from memory the others find in the shared cache.
+  std::atomic<bool> trusted = true;
   const auto run_tasks = [&](int thread, int team) {
-    auto* scratch =
-        static_cast<uint32_t*>(many_rows_scratch.at_least(4 * (panel_words + sum_words)));
-    for (int64_t task = thread; task < tasks; task += team) {
+    auto* scratch = static_cast<uint32_t*>(
+        many_rows_scratch.at_least(4 * (panel_words + weight_words + sum_words)));
+    for (int64_t task = thread; task < tasks && trusted; task += team) {
       const int64_t block = task / config.tiles * config.blocks_per_task;
       const int64_t row = task % config.tiles * tile_rows;
       const int64_t rows = std::min(tile_rows, args.m - row);
-      unit.many_rows({panels + block * w.block_words(),
+      const bool good =
+          unit.many_rows({panels + block * w.block_words(),
                       std::min(config.blocks_per_task, all_blocks - block), w.records(),
                       config.records_per_pass, rows_at(args, row, rows),
-                      static_cast<int>(ceil_div(rows, lanes)), scratch,
-                      reinterpret_cast<float*>(scratch + panel_words),
+                      static_cast<int>(ceil_div(rows, lanes)), scratch, scratch + panel_words,
+                      reinterpret_cast<float*>(scratch + panel_words + weight_words),
                       epilogue_at(args, row, (first_block + block) * kBlockN)});
+      if (!good) trusted = false;
     }
   };
   parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)), run_tasks);
+  return trusted;
 }
 
 // The serial kernel reads the portable form only.
@@ -141,31 +151,43 @@ void gemm_serial_any(const GemmArgs& args) {
   gemm_serial(portable);
 }
 
-}  // namespace
-
-void gemm(const GemmArgs& args) {
+bool gemm_by(Target target, const GemmArgs& args) {
   const Weight& w = args.weight;
-  if (args.m == 0 || w.n == 0) return;
-  const Target target = gossamer::target();  // once: another thread may force a different one
   const GemmConfig config = choose_gemm_config(args.m, w.n, w.k, w.dtype, target, args.threads);
   const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target, w.dtype);
-  if (unit == nullptr) return gemm_serial_any(args);
-  if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);
+  if (unit == nullptr) {
+    gemm_serial_any(args);
+    return true;
+  }
+  if (config.kernel == Kernel::kFewRows) {
+    gemm_few_rows(args, *unit, config);
+    return true;
+  }
   const int lanes = traits(target).lanes;
   if (w.panels != nullptr) {
     return gemm_many_rows(args, *unit, config, lanes, w.panels, 0, w.blocks());
   }
   const int64_t chunk = blocks_within(w, kConvertedTogetherBytes);
-  for (int64_t first = 0; first < w.blocks(); first += chunk) {
+  bool trusted = true;
+  for (int64_t first = 0; first < w.blocks() && trusted; first += chunk) {
     const int64_t blocks = std::min(chunk, w.blocks() - first);
     auto* panels = static_cast<uint32_t*>(packed_weight.at_least(4 * chunk * w.block_words()));
     parallel_ranges(config.threads, blocks, [&](int64_t begin, int64_t end) {
       to_panels(w, first + begin, first + end, panels + begin * w.block_words());
     });
-    gemm_many_rows(args, *unit,
-                   many_rows_config(args.m, blocks * kBlockN, w.dtype, target, config.threads),
-                   lanes, panels, first, blocks);
+    const GemmConfig of_chunk =
+        many_rows_config(args.m, blocks * kBlockN, w.k, w.dtype, target, config.threads);
+    trusted = gemm_many_rows(args, *unit, of_chunk, lanes, panels, first, blocks);
   }
+  return trusted;
+}
+
+}  // namespace
+
+void gemm(const GemmArgs& args) {
+  if (args.m == 0 || args.weight.n == 0) return;
+  const Target target = gossamer::target();  // once: another thread may force a different one
+  if (!gemm_by(target, args)) gemm_by(static_cast<Target>(static_cast<int>(target) - 1), args);
 }
 
 }  // namespace gossamer::sparse24

@@ -29,18 +29,31 @@ struct GemmConfig {
 };
 
 struct TargetTraits {
-  int lanes;           // 32-bit lanes of a register
-  int few_rows_limit;  // up to this m few_rows is the faster one (measured on Zen 5)
+  int lanes;  // 32-bit lanes of a register; rows of a tile
 };
 
 constexpr TargetTraits traits(Target target) {
   switch (target) {
-    case Target::kAVX2: return {8, 32};
+    case Target::kAVX2: return {8};
     case Target::kAVX512:
-    case Target::kAVX512BF16: return {16, 56};
+    case Target::kAVX512BF16:
+    case Target::kAMXBF16: return {16};
     case Target::kSerial: break;
   }
-  return {1, 0};
+  return {1};
+}
+
+// Up to this m few_rows is the faster one (measured on Zen 5, AMX on Emerald Rapids).
+constexpr int few_rows_limit(Target target, DType dtype) {
+  switch (target) {
+    case Target::kAVX2: return 32;
+    case Target::kAVX512:
+    case Target::kAVX512BF16: return 56;
+    case Target::kAMXBF16:
+      return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 4;
+    case Target::kSerial: break;
+  }
+  return 0;
 }
 
 // The panel of x that a pass keeps in L1. 37 KiB (three quarters of 48) beat 24 KiB where measured;
@@ -48,13 +61,16 @@ constexpr TargetTraits traits(Target target) {
 constexpr int64_t kPanelBytes = 37 << 10;
 // A task's partial sums stay in L2.
 constexpr int64_t kPartialSumBytes = 384 << 10;
+// Of AMX: a pass of x, which is read again for every 32 outputs, and the sums between passes share
+// the L2 (2 MiB where there is AMX).
+constexpr int64_t kTileBytes = 1 << 10, kTilePassBytes = 640 << 10, kTileSumBytes = 640 << 10;
 // Below this many multiply-adds a second thread costs more than it brings (about 2 us to wake it).
 constexpr int64_t kWorkPerThread = 1 << 16;
 
 // Of all ways to cut m into tiles and n into tasks, the one whose busiest thread issues the fewest
 // loads: they are what bounds the kernel (two a cycle; its multiply-adds read x from memory). Every
 // sum runs through its records in order, however the rows and outputs are cut.
-inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target target, int team) {
+inline GemmConfig vectors_config(int64_t m, int64_t n, DType dtype, Target target, int team) {
   const int64_t lanes = traits(target).lanes;
   const int64_t vectors = ceil_div(m, lanes), blocks = ceil_div(n, kBlockN);
   // bf16 dot products read pairs of columns: six possible pairs of 32 bits for every four columns.
@@ -89,6 +105,57 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
   return best;
 }
 
+// The same for tiles, in cycles: those of the tile unit, plus what else the core does in between.
+inline GemmConfig tiles_config(int64_t m, int64_t n, int64_t k, DType dtype, int team) {
+  const TileTerms of = tile_terms(dtype);
+  const int64_t row_tiles = ceil_div(m, 16), blocks = ceil_div(n, kBlockN);
+  const int64_t pairs = ceil_div(blocks, 2), records = ceil_div(k, kRecordK);
+  // Measured on Emerald Rapids, for a record: a product of two tiles whose operands come from L2;
+  // expanding a block of weights that comes from the L3; packing 16 rows of x. And a tile of sums,
+  // stored and loaded between passes or finished.
+  constexpr double kProduct = 28, kSums = 300;
+  const double expand = of.terms == 1 ? 60 : of.terms == 2 ? 90 : 150, pack = 60.0 * of.terms;
+
+  GemmConfig best{};
+  double least = 0;
+  const auto consider = [&](int64_t tile, int64_t deepest) {
+    const int64_t passes = ceil_div(records, deepest), depth = ceil_div(records, passes);
+    if (tile > 2 && tile * depth * of.terms * kTileBytes > kTilePassBytes) return;
+    const int64_t row_tasks = ceil_div(row_tiles, tile);
+    const int64_t sum_bytes = passes == 1 ? 0 : blocks * tile * kTileBytes;
+    for (int64_t share = 0; share <= 4; ++share) {  // 0: as few tasks as the caches allow
+      const int64_t wanted =
+          std::max<int64_t>({1, ceil_div(sum_bytes, kTileSumBytes), share * team / row_tasks});
+      const int64_t task_pairs = ceil_div(pairs, std::min(wanted, pairs));
+      const int64_t task_blocks = std::min(2 * task_pairs, blocks);
+      const double products = tile * kProduct * of.products;
+      const double block = records * (products + expand) + passes * tile * kSums;
+      const double task = task_blocks * block + records * tile * pack;
+      const int64_t tasks = row_tasks * ceil_div(blocks, task_blocks);
+      const double cycles = ceil_div(tasks, team) * task;
+      if (least == 0 || cycles < least) {
+        least = cycles;
+        best = {Kernel::kManyRows, static_cast<int>(tile), row_tasks, depth, task_blocks, team};
+      }
+    }
+  };
+  for (int64_t parts = 1; parts <= row_tiles; parts = parts < 2 * team ? parts + 1 : parts * 2) {
+    const int64_t tile = ceil_div(row_tiles, parts);
+    // One pair of tiles keeps its sums in registers, however deep x is.
+    if (tile <= 2) consider(tile, records);
+    for (int64_t depth = kTileDepth; tile > 2 && depth >= kTileDepth / 8; depth /= 2) {
+      consider(tile, depth / of.terms);
+    }
+  }
+  return best;
+}
+
+inline GemmConfig many_rows_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
+                                   int team) {
+  return target == Target::kAMXBF16 ? tiles_config(m, n, k, dtype, team)
+                                    : vectors_config(m, n, dtype, target, team);
+}
+
 inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
                                      int threads) {
   const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
@@ -98,12 +165,11 @@ inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtyp
   if (target == Target::kSerial || dtype == DType::kFloat64) {
     return {Kernel::kSerial, 1, m, records, blocks, 1};
   }
-  const TargetTraits t = traits(target);
-  if (m <= t.few_rows_limit) {
-    const int64_t tiles = ceil_div(m, max_few_rows(t.lanes));
+  if (m <= few_rows_limit(target, dtype)) {
+    const int64_t tiles = ceil_div(m, max_few_rows(traits(target).lanes));
     return {Kernel::kFewRows, static_cast<int>(ceil_div(m, tiles)), tiles, records, blocks, team};
   }
-  return many_rows_config(m, n, dtype, target, team);
+  return many_rows_config(m, n, k, dtype, target, team);
 }
 
 }  // namespace gossamer::sparse24

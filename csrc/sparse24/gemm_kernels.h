@@ -19,7 +19,7 @@ template <class S, class T, class Multiply>
 struct Kernels {
   using Few = FewRows<S, T, Multiply>;
   using Many = ManyRows<S, T, Multiply>;
-  static constexpr Unit unit = {sizeof(typename Multiply::X), Multiply::kPanelRows, Few::pack,
+  static constexpr Unit unit = {sizeof(typename Multiply::X), Multiply::kPanelRows, 0, Few::pack,
                                 Few::run, Many::run};
 };
 

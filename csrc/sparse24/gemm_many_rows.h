@@ -199,7 +199,10 @@ struct ManyRows {
     if (task.tile == Vectors) return run_tile<Vectors>(task);
     if constexpr (Vectors > 1) run_up_to<Vectors - 1>(task);
   }
-  static void run(const ManyRowsTask& task) { run_up_to<max_many_vectors(S::kLanes)>(task); }
+  static bool run(const ManyRowsTask& task) {
+    run_up_to<max_many_vectors(S::kLanes)>(task);
+    return true;
+  }
 };
 
 }  // namespace gossamer::sparse24

@@ -13,6 +13,19 @@ constexpr int max_few_rows(int lanes) { return lanes == 16 ? 16 : 4; }
 constexpr int max_many_vectors(int lanes) { return lanes == 16 ? 12 : 10; }
 constexpr int kMaxRecordsPerPass = 8;
 
+// What a storage type is to a tile unit that multiplies bfloat16: a sum of so many bfloat16 terms,
+// whose products that count are so many (gemm_amx.cpp).
+struct TileTerms {
+  int terms, products;
+};
+// Records of expanded weights: where they serve one tile or pair of tiles of x, a ring of so many;
+// otherwise the depth of a pass, at most so many over the terms.
+constexpr int kTileRing = 4, kTileDepth = 64;
+constexpr TileTerms tile_terms(DType dtype) {
+  return dtype == DType::kBFloat16 ? TileTerms{1, 1}
+                                   : dtype == DType::kFloat16 ? TileTerms{2, 4} : TileTerms{3, 6};
+}
+
 // Rows of x, each contiguous, and where they end: rows and columns past the end read as zero.
 struct XRows {
   const void* data;
@@ -42,22 +55,26 @@ struct ManyRowsTask {
   int64_t blocks, records, records_per_pass;
   XRows x;
   int tile;         // in registers of rows
-  uint32_t* panel;  // scratch for a pass of x: [records_per_pass][panel_rows][tile * lanes]
-  float* sums;      // scratch: [blocks + 1][16][tile * lanes]
+  uint32_t* panel;  // scratch for a pass of x, words: records_per_pass * panel_rows * tile * lanes
+  uint32_t* weights;  // scratch for expanded weights, words: records_per_pass * weight_words
+  float* sums;        // scratch, floats: (blocks + 1) * 16 * tile * lanes
   Epilogue epilogue;
 };
 
 struct Unit {
   int64_t few_rows_element_bytes;  // of a packed x
   int64_t panel_rows;              // many_rows: words of a packed row of x a record
+  int64_t weight_words;            // many_rows: of expanded weights a record
   void (*pack_few)(const XRows& x, int tile, void* packed);
   void (*few_rows)(const FewRowsTask& task);
-  void (*many_rows)(const ManyRowsTask& task);
+  // False where the result is not to be trusted, and the target before this one has to do it all.
+  bool (*many_rows)(const ManyRowsTask& task);
 };
 
 // Null where the unit has no kernels for the dtype.
 const Unit* unit_avx2(DType dtype);
 const Unit* unit_avx512(DType dtype);
 const Unit* unit_avx512_bf16(DType dtype);
+const Unit* unit_amx_bf16(DType dtype);
 
 }  // namespace gossamer::sparse24

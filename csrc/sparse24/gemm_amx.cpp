@@ -1,0 +1,493 @@
+// many_rows by AMX: y[m, n] = act(sum_k x[m, k] W[n, k] + b[n]), 16 rows of x and 16 outputs a tile.
+//
+//   A    16 rows of x, 32 columns of each              packed once a pass
+//   B    those 32 columns of 16 outputs, two columns   the kept pairs, spread with zeros between
+//        of an output in a 32-bit word
+//   C += A B    float32
+//
+// The tile unit knows no sparsity: what is saved is memory, 9/16 of the bytes of a dense weight. It
+// multiplies bfloat16 only. A wider type is a sum of bfloat16 terms, which is exact: float16 of two,
+// float32 of three (8 bits of the significand each); their products, but for those of float32 below
+// 2^-26 of the result, are the product.
+//
+//   32 outputs are expanded for the depth of a pass, into L2, together with the first rows' product;
+//   for each 32 rows: four tiles of C, over the whole depth; two of A and two of B from L2.
+//   Meanwhile the sums of the rows before get their bias and activation and are written.
+//
+// Single rows of tiles take 64 outputs: four chains of products, whose latency is 52 cycles.
+//
+// Two things make the result one that the vector kernels have to compute, and run() false: a sum
+// that is not finite, since the zeros between the kept weights make 0 * inf = NaN, and terms make
+// inf - inf; and a float32 below 2^-100, whose last term would be subnormal, which counts as zero
+// here.
+#include "common/amx.h"
+
+#include "common/ceil_div.h"
+#include "common/simd_avx512.h"
+#include "sparse24/gemm_ends.h"
+
+namespace gossamer::sparse24 {
+namespace {
+
+using F = Simd::F;
+using I = Simd::I;
+
+// Where the bytes of a kept pair go, by its nibble idx0 | idx1 << 2: the pair of columns 0 and 1 and
+// the pair of columns 2 and 3, as two byte shuffles of the word that holds both values. Bits 0 and 1
+// of a byte name the source and bit 7 makes a zero in the first; turned right by four bits, the same
+// word is the second.
+struct SpreadTable {
+  alignas(64) uint32_t entry[16];
+};
+constexpr SpreadTable spread_table() {
+  SpreadTable table{};
+  for (uint32_t nibble = 0; nibble < 16; ++nibble) {
+    const uint32_t column[2] = {nibble & 3, nibble >> 2};
+    uint32_t control[2] = {0x80808080u, 0x80808080u};
+    for (uint32_t slot = 0; slot < 2; ++slot) {
+      const uint32_t shift = column[slot] % 2 * 16;
+      uint32_t& c = control[column[slot] / 2];
+      c = (c & ~(0xffffu << shift)) | (((2 * slot + 1) << 8 | 2 * slot) << shift);
+    }
+    table.entry[nibble] = control[0] | (control[1] << 4 | control[1] >> 28);
+  }
+  return table;
+}
+constexpr SpreadTable kSpread = spread_table();
+
+// Two rows of B from the pairs of a group.
+struct Spread {
+  I first, second;
+  explicit Spread(I indices) {
+    const I control = _mm512_permutexvar_epi32(indices, Simd::load_words(kSpread.entry));
+    first = in_lane(control);
+    second = in_lane(_mm512_ror_epi32(control, 4));
+  }
+  void store(I pairs, char* row) const {
+    Simd::store_words(reinterpret_cast<uint32_t*>(row), _mm512_shuffle_epi8(pairs, first));
+    Simd::store_words(reinterpret_cast<uint32_t*>(row + Tiles::kRowBytes),
+                      _mm512_shuffle_epi8(pairs, second));
+  }
+
+ private:
+  static I in_lane(I control) {  // each word picks among its own four bytes of the 128-bit lane
+    const I word = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    constexpr int kAndOr = 0xea;
+    return _mm512_ternarylogic_epi32(control, Simd::set1(0x83838383u), word, kAndOr);
+  }
+};
+
+// Whether numbers are all large enough to be split, zero aside.
+struct Range {
+  I least = Simd::set1(~0u);  // of twice the bits, less one
+  void add(F value) {
+    const I twice = Simd::shift_left<1>(Simd::as_int(value));  // no sign
+    least = _mm512_min_epu32(least, Simd::sub(twice, Simd::set1(1u)));
+  }
+  bool good() const {
+    constexpr uint32_t kLeastExponent = 127 - 100;
+    return _mm512_cmplt_epu32_mask(least, Simd::set1((kLeastExponent << 24) - 1)) == 0;
+  }
+};
+
+// A float as the sum of `Terms` bfloat16 numbers, each in the upper half of its word.
+template <int Terms>
+void split(F value, I (&terms)[Terms]) {
+  for (int t = 0; t < Terms - 1; ++t) {
+    const I half_up = Simd::add(Simd::as_int(value), Simd::set1(0x8000u));
+    terms[t] = Simd::and_(half_up, Simd::set1(0xffff0000u));
+    value = Simd::sub(value, Simd::as_float(terms[t]));
+  }
+  terms[Terms - 1] = Simd::as_int(value);  // its lower half is zero
+}
+
+struct Product {
+  int x, weight;  // terms
+};
+
+// What the kernel needs to know of a storage type: its terms, and which of their products count, in
+// an order in which one factor is kept.
+template <class T>
+struct Terms;
+
+template <>
+struct Terms<BFloat16> {
+  static constexpr DType kDType = DType::kBFloat16;
+  static constexpr int kTerms = 1;
+  static constexpr Product kProducts[] = {{0, 0}};
+  static void pairs(const uint32_t* record, int group, I (&pair)[1], Range&) {
+    pair[0] = Simd::load_words(record + (1 + group) * kBlockN);
+  }
+  static void row(const BFloat16* columns, I (&out)[1], Range&) {
+    out[0] = Simd::load_words(reinterpret_cast<const uint32_t*>(columns));
+  }
+};
+
+template <int Count>
+struct SplitTerms {
+  static constexpr int kTerms = Count;
+  static void pair(F first, F second, I (&pair)[Count]) {
+    I low[Count], high[Count];
+    split(first, low);
+    split(second, high);
+    for (int t = 0; t < Count; ++t) pair[t] = Simd::or_(Simd::shift_right<16>(low[t]), high[t]);
+  }
+  template <class T>
+  static void row(const T* columns, I (&out)[Count], Range& range) {
+    alignas(64) static constexpr uint16_t kUpperHalves[32] = {
+        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const I order = Simd::load_words(reinterpret_cast<const uint32_t*>(kUpperHalves));
+    const F first = Simd::load(columns), second = Simd::load(columns + Simd::kLanes);
+    if constexpr (sizeof(T) == sizeof(float)) {  // every float16 can be split
+      range.add(first);
+      range.add(second);
+    }
+    I left[Count], right[Count];
+    split(first, left);
+    split(second, right);
+    for (int t = 0; t < Count; ++t) out[t] = _mm512_permutex2var_epi16(left[t], order, right[t]);
+  }
+};
+
+template <>
+struct Terms<Float16> : SplitTerms<2> {
+  static constexpr DType kDType = DType::kFloat16;
+  static constexpr Product kProducts[] = {{1, 1}, {1, 0}, {0, 0}, {0, 1}};
+  static void pairs(const uint32_t* record, int group, I (&out)[2], Range&) {
+    const I words = Simd::load_words(record + (1 + group) * kBlockN);
+    pair(Simd::low(words, Float16{}), Simd::high(words, Float16{}), out);
+  }
+};
+
+template <>
+struct Terms<float> : SplitTerms<3> {
+  static constexpr DType kDType = DType::kFloat32;
+  static constexpr Product kProducts[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+  static void pairs(const uint32_t* record, int group, I (&out)[3], Range& range) {
+    const auto* words = reinterpret_cast<const float*>(record + (1 + 2 * group) * kBlockN);
+    const F first = Simd::load(words), second = Simd::load(words + kBlockN);
+    range.add(first);
+    range.add(second);
+    pair(first, second, out);
+  }
+};
+
+// GemmEnds asks for the element of a packed x; here it is x's own.
+template <class T>
+struct AsStored {
+  using X = T;
+};
+
+template <class T>
+struct TileGemm {
+  using Ends = GemmEnds<Simd, T, AsStored<T>>;
+  static constexpr int kTerms = Terms<T>::kTerms;
+  static constexpr int kProducts = sizeof(Terms<T>::kProducts) / sizeof(Product);
+  static_assert(tile_terms(Terms<T>::kDType).terms == kTerms);
+  static_assert(tile_terms(Terms<T>::kDType).products == kProducts);
+  static constexpr int64_t kRecordBytes = kTerms * Tiles::kBytes;  // of A or B, expanded
+  static constexpr int kRecordWords = Ends::kRecordWords;
+  static constexpr int kTileFloats = Tiles::kBytes / 4;
+  static constexpr int kPanelRows = kTerms * Tiles::kRowBytes / 4;
+  static constexpr int kWeightWords = 4 * kRecordBytes / 4;  // of four blocks
+
+  // The bytes of a tile, or of as many as a type has terms, follow each other.
+  static void expand(const uint32_t* record, char* b, Range& range) {
+    I indices = Simd::load_words(record);
+#pragma GCC unroll 8
+    for (int g = 0; g < kRecordGroups; ++g) {
+      I pairs[kTerms];
+      Terms<T>::pairs(record, g, pairs, range);
+      const Spread spread(indices);
+#pragma GCC unroll 3
+      for (int t = 0; t < kTerms; ++t) {
+        spread.store(pairs[t], b + t * Tiles::kBytes + 2 * g * Tiles::kRowBytes);
+      }
+      indices = Simd::shift_right<4>(indices);
+    }
+  }
+
+  // [pair of tiles][record][tile of 16 rows][term]: what a product reads lies together.
+  static void pack(const XRows& x, int64_t begin, int64_t records, char* pass, Range& range) {
+    const int64_t tiles = ceil_div(x.rows, Tiles::kRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = tile * Tiles::kRows;
+      const int64_t of_pair = tile / 2 * 2 + 1 < tiles ? 2 : 1;
+      char* packed = pass + (tile / 2 * 2 * records + tile % 2) * kRecordBytes;
+      for (int64_t record = begin; record < begin + records;
+           ++record, packed += of_pair * kRecordBytes) {
+        const int64_t k = record * kRecordK;
+        for (int i = 0; i < Tiles::kRows; ++i) {
+          const T* columns = static_cast<const T*>(x.data) + (first + i) * x.stride + k;
+          T padded[kRecordK];
+          if (first + i >= x.rows || k + kRecordK > x.k) {
+            Ends::fetch(x, first + i, k, padded);
+            columns = padded;
+          }
+          I terms[kTerms];
+          Terms<T>::row(columns, terms, range);
+          for (int t = 0; t < kTerms; ++t) {
+            auto* row = packed + t * Tiles::kBytes + i * Tiles::kRowBytes;
+            Simd::store_words(reinterpret_cast<uint32_t*>(row), terms[t]);
+          }
+        }
+      }
+    }
+  }
+
+  // A product takes 16 * RowTiles rows and 16 * Blocks outputs, at most four tiles of C: numbers 0
+  // to 3, row by row.
+
+  // C += A B of a record.
+  template <int RowTiles, int Blocks>
+  static void multiply_record(const char* a, const char* b) {
+    static_assert(RowTiles * Blocks <= 4 && (RowTiles == 1 || Blocks <= 2));
+    constexpr int64_t kStride = Tiles::kRowBytes;
+    Tiles::fence();
+#pragma GCC unroll 6
+    for (int p = 0; p < kProducts; ++p) {
+      const Product now = Terms<T>::kProducts[p];
+      const Product before = Terms<T>::kProducts[p == 0 ? 0 : p - 1];
+      const bool load_a = p == 0 || now.x != before.x, load_b = p == 0 || now.weight != before.weight;
+      const char* tile_a = a + now.x * Tiles::kBytes;
+      const char* tile_b = b + now.weight * Tiles::kBytes;
+      if (load_a) _tile_loadd(4, tile_a, kStride);
+      if (load_b || Blocks == 4) _tile_loadd(6, tile_b, kStride);
+      if (load_b && Blocks > 1) _tile_loadd(7, tile_b + kRecordBytes, kStride);
+      if (load_a && RowTiles == 2) _tile_loadd(5, tile_a + kRecordBytes, kStride);
+      _tile_dpbf16ps(0, 4, 6);
+      if (Blocks > 1) _tile_dpbf16ps(1, 4, 7);
+      if (RowTiles == 2 && Blocks == 1) _tile_dpbf16ps(1, 5, 6);
+      if (RowTiles == 2 && Blocks == 2) _tile_dpbf16ps(2, 5, 6);
+      if (RowTiles == 2 && Blocks == 2) _tile_dpbf16ps(3, 5, 7);
+      if (Blocks == 4) {
+        if (load_b) _tile_loadd(5, tile_b + 2 * kRecordBytes, kStride);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, tile_b + 3 * kRecordBytes, kStride);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+    }
+  }
+
+  template <int RowTiles, int Blocks>
+  static void load_sums(bool first_pass, const float* sums) {
+    constexpr int kCount = RowTiles * Blocks;
+    if (first_pass) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      return;
+    }
+    _tile_loadd(0, sums, Tiles::kRowBytes);
+    if (kCount > 1) _tile_loadd(1, sums + kTileFloats, Tiles::kRowBytes);
+    if (kCount > 2) _tile_loadd(2, sums + 2 * kTileFloats, Tiles::kRowBytes);
+    if (kCount > 3) _tile_loadd(3, sums + 3 * kTileFloats, Tiles::kRowBytes);
+  }
+  template <int RowTiles, int Blocks>
+  static void store_sums(float* sums) {
+    constexpr int kCount = RowTiles * Blocks;
+    _tile_stored(0, sums, Tiles::kRowBytes);
+    if (kCount > 1) _tile_stored(1, sums + kTileFloats, Tiles::kRowBytes);
+    if (kCount > 2) _tile_stored(2, sums + 2 * kTileFloats, Tiles::kRowBytes);
+    if (kCount > 3) _tile_stored(3, sums + 3 * kTileFloats, Tiles::kRowBytes);
+    Tiles::fence();
+  }
+
+  // Sums on their way out: bias, activation, rounding, a row of 16 * blocks outputs at a time.
+  struct Finish {
+    float sums[4 * kTileFloats];
+    float bias[4 * kBlockN];
+    Epilogue e;
+    int64_t rows = 0, done = 0;
+    int blocks = 0;
+    F finite = Simd::zero();  // NaN in a lane where a sum was not
+
+    void some_rows(int64_t count) {
+      for (; count > 0 && done < rows; --count, ++done) {
+        const float* tile = sums + done / Tiles::kRows * blocks * kTileFloats;
+        const float* row = tile + done % Tiles::kRows * kBlockN;
+        T* out = static_cast<T*>(e.out) + done * e.out_stride;
+        int block = 0;
+        for (; block + 1 < blocks && e.n >= (block + 2) * kBlockN; block += 2) {
+          const F first = finished(row, block), second = finished(row, block + 1);
+          store_pair(out + block * kBlockN, first, second);
+        }
+        for (; block < blocks && e.n > block * kBlockN; ++block) {
+          T padded[kBlockN];
+          Simd::store(padded, finished(row, block));
+          const int64_t left = e.n - block * kBlockN;
+          __builtin_memcpy(out + block * kBlockN, padded,
+                           (left < kBlockN ? left : kBlockN) * sizeof(T));
+        }
+      }
+    }
+
+   private:
+    F finished(const float* row, int block) {
+      const F sum = Simd::load(row + block * kTileFloats);
+      finite = Simd::fma(sum, Simd::zero(), finite);
+      return Ends::activate(Simd::add(sum, Simd::load(bias + block * kBlockN)), e.activation);
+    }
+    static void store_pair(BFloat16* out, F first, F second) {  // subnormals become zero
+      Simd::store_words(reinterpret_cast<uint32_t*>(out), (I)_mm512_cvtne2ps_pbh(second, first));
+    }
+    template <class U>
+    static void store_pair(U* out, F first, F second) {
+      Simd::store(out, first);
+      Simd::store(out + kBlockN, second);
+    }
+  };
+
+  struct Pass {
+    int64_t records;
+    const uint32_t* panels;  // of the first of its blocks
+    int64_t panel_step;      // words from a block to the next one
+    char* b;                 // [depth][block][term] tiles
+    int64_t depth;           // the first rows of a deeper pass, if it has no others, use B as a ring
+    bool first, last;
+  };
+
+  template <int Blocks>
+  static void expand_record(const Pass& pass, int64_t record, int64_t slot, Range& range) {
+#pragma GCC unroll 4
+    for (int block = 0; block < Blocks; ++block) {
+      const uint32_t* words = pass.panels + block * pass.panel_step + record * kRecordWords;
+      // Past the end of the 4 KiB page, where the hardware's own prefetch stops.
+      for (int word = 0; word < kRecordWords; word += kBlockN) {
+        __builtin_prefetch(words + 4096 / 4 + word, 0, 2);
+      }
+      expand(words, pass.b + (slot * Blocks + block) * kRecordBytes, range);
+    }
+  }
+
+  // The first rows of a pass expand the weights, two records ahead of the product.
+  template <int RowTiles, int Blocks, bool kExpand>
+  static void multiply(const Pass& pass, const char* a, float* sums, Finish& before, Range& range) {
+    constexpr int64_t kAhead = 2;
+    const int64_t rows_a_record = ceil_div(before.rows, pass.records);
+    load_sums<RowTiles, Blocks>(pass.first, sums);
+    for (int64_t r = 0; kExpand && r < kAhead && r < pass.records; ++r) {
+      expand_record<Blocks>(pass, r, r, range);
+    }
+    int64_t slot = 0;
+    for (int64_t record = 0; record < pass.records; ++record) {
+      if (kExpand && record + kAhead < pass.records) {
+        const int64_t ahead = slot + kAhead;
+        expand_record<Blocks>(pass, record + kAhead, ahead < pass.depth ? ahead : ahead - pass.depth,
+                              range);
+      }
+      multiply_record<RowTiles, Blocks>(a + record * RowTiles * kRecordBytes,
+                                        pass.b + slot * Blocks * kRecordBytes);
+      before.some_rows(rows_a_record);
+      slot = slot + 1 == pass.depth ? 0 : slot + 1;
+    }
+  }
+
+  // All rows of the task and the outputs of `Blocks` blocks. Each product leaves the sums of its last
+  // pass in one of two Finish, for the next one to write out.
+  template <int Blocks, bool kOneTile>
+  static void run_blocks(const ManyRowsTask& task, int64_t block, const Pass& pass,
+                         Finish* (&finish)[2], Range& range) {
+    constexpr int kTiles = kOneTile ? 1 : 2;
+    const auto* a = reinterpret_cast<const char*>(task.panel);
+    float* sums = task.sums + block * task.tile * kTileFloats;
+    for (int tile = 0; tile < task.tile; tile += kTiles, sums += kTiles * Blocks * kTileFloats) {
+      const int row_tiles = task.tile - tile < kTiles ? 1 : kTiles;
+      const char* rows = a + tile * pass.records * kRecordBytes;
+      Finish& before = *finish[0];
+      Finish& now = *finish[1];
+      if (kOneTile) {
+        multiply<1, Blocks, true>(pass, rows, sums, before, range);
+        store_sums<1, Blocks>(pass.last ? now.sums : sums);
+      } else if constexpr (Blocks <= 2) {
+        if (tile == 0) {
+          multiply<2, Blocks, true>(pass, rows, sums, before, range);
+        } else if (row_tiles == 2) {
+          multiply<2, Blocks, false>(pass, rows, sums, before, range);
+        } else {
+          multiply<1, Blocks, false>(pass, rows, sums, before, range);
+        }
+        float* to = pass.last ? now.sums : sums;
+        row_tiles == 2 ? store_sums<2, Blocks>(to) : store_sums<1, Blocks>(to);
+      }
+      before.some_rows(before.rows);
+      before.rows = 0;
+      if (!pass.last) continue;
+      const int64_t row = tile * Tiles::kRows, output = block * kBlockN;
+      const int64_t left = task.x.rows - row, most = row_tiles * Tiles::kRows;
+      now.e = task.epilogue;
+      now.e.bias = now.e.bias == nullptr ? nullptr : static_cast<const T*>(now.e.bias) + output;
+      now.e.out = static_cast<T*>(now.e.out) + row * now.e.out_stride + output;
+      now.e.n -= output;
+      now.rows = left < most ? left : most;
+      now.done = 0;
+      now.blocks = Blocks;
+      Ends::load_bias(now.e, 0, now.bias);
+      finish[0] = &now;
+      finish[1] = &before;
+    }
+  }
+
+  static bool run(const ManyRowsTask& task) {
+    const Tiles tiles;
+    Range range;
+    Finish sums[2];
+    Finish* finish[2] = {&sums[0], &sums[1]};
+    for (int64_t begin = 0; begin < task.records && range.good(); begin += task.records_per_pass) {
+      const int64_t left = task.records - begin;
+      const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
+      pack(task.x, begin, records, reinterpret_cast<char*>(task.panel), range);
+      if (!range.good()) return false;
+      const int64_t step = task.records * kRecordWords;
+      Pass pass{records, task.panels + begin * kRecordWords, step, reinterpret_cast<char*>(task.weights),
+                task.tile <= 2 ? kTileRing : records, begin == 0, records == left};
+      int64_t block = 0;
+      const auto blocks = [&](auto count, auto one_tile) {
+        for (; block + count() <= task.blocks; block += count()) {
+          run_blocks<count(), one_tile()>(task, block, pass, finish, range);
+          pass.panels += count() * step;
+        }
+      };
+      if (task.tile == 1) {
+        if constexpr (kTerms == 1) blocks(Constant<4>{}, Constant<1>{});  // or B outgrows the L1
+        blocks(Constant<2>{}, Constant<1>{});
+        blocks(Constant<1>{}, Constant<1>{});
+      } else {
+        blocks(Constant<2>{}, Constant<0>{});
+        blocks(Constant<1>{}, Constant<0>{});
+      }
+    }
+    finish[0]->some_rows(finish[0]->rows);
+    const F finite = Simd::add(sums[0].finite, sums[1].finite);
+    return range.good() && _mm512_cmp_ps_mask(finite, finite, _CMP_UNORD_Q) == 0;
+  }
+
+  template <int Value>
+  struct Constant {  // std::integral_constant, in a unit without standard templates
+    constexpr int operator()() const { return Value; }
+  };
+};
+
+template <class T>
+const Unit* unit(const Unit* vectors) {
+  static const Unit unit = {vectors->few_rows_element_bytes, TileGemm<T>::kPanelRows,
+                            TileGemm<T>::kWeightWords, vectors->pack_few,
+                            vectors->few_rows, TileGemm<T>::run};
+  return &unit;
+}
+
+}  // namespace
+
+const Unit* unit_amx_bf16(DType dtype) {
+  const Unit* vectors = unit_avx512_bf16(dtype);
+  switch (dtype) {
+    case DType::kBFloat16: return unit<BFloat16>(vectors);
+    case DType::kFloat16: return unit<Float16>(vectors);
+    case DType::kFloat32: return unit<float>(vectors);
+    default: return nullptr;
+  }
+}
+
+}  // namespace gossamer::sparse24
