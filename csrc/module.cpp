@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "blocksparse/blocksparse.h"
 #include "common/parallel.h"
 #include "common/py_tensor.h"
 #include "common/target.h"
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
+  gossamer::blocksparse::bind(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_quantized(m);

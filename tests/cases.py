@@ -81,8 +81,11 @@ class Oracle:
             # Columns that are not finite only meet zeros where the result is finite.
             size = _finite_abs(x) @ _finite_abs(weight.to_dense().detach().double()).t()
         size = size if bias is None else size + _finite_abs(bias)
+        self._allow(size, values.shape[1])
+
+    def _allow(self, size: Tensor, products: int) -> None:
         sum_roundoff, result_roundoff = _ROUNDOFF[self.dtype]
-        self.limit = (8 + math.sqrt(values.shape[1])) * sum_roundoff * size
+        self.limit = (8 + math.sqrt(products)) * sum_roundoff * size
         self.limit += result_roundoff * self.y.abs() + _STEP[self.dtype]
 
     def check(self, actual: Tensor) -> None:
@@ -138,6 +141,14 @@ class QuantizedOracle(Oracle):
             sum_roundoff = 2.0**-13
         self.limit = (8 + math.sqrt(products)) * sum_roundoff * size
         self.limit += _ROUNDOFF[self.dtype][1] * self.y.abs() + _STEP[self.dtype]
+
+
+class SumOracle(Oracle):
+    """The same for any sum of products, of its value and that of the absolute ones in float64."""
+
+    def __init__(self, y: Tensor, size: Tensor, products: int, dtype: torch.dtype) -> None:
+        self.y, self.dtype = y, dtype
+        self._allow(size, products)
 
 
 @contextmanager

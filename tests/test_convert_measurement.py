@@ -161,7 +161,7 @@ def test_report_for_people_and_machines(mlp: MLP, sample: Tensor) -> None:
     assert up.bytes_after == mlp.up.weight.nbytes + mlp.up.bias.nbytes < before
     assert up.speedup == pytest.approx(up.dense_seconds / up.sparse_seconds)
     text = str(report)
-    for word in ("up", "down", "kept", "float64", "256x64", up.kernel, "2 of 3 linear layers"):
+    for word in ("up", "down", "kept", "float64", "256x64", up.kernel, "2 of 3 layers"):
         assert word in text
     with pytest.raises(KeyError):
         report["sideways"]

@@ -252,4 +252,4 @@ def test_readme_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
-    assert "linear layers" in capsys.readouterr().out
+    assert "layers swapped" in capsys.readouterr().out

@@ -306,7 +306,7 @@ QUANTIZE_ERRORS: dict[str, tuple[type[Exception], str, Any, dict[str, Any]]] = {
     "no module": (TypeError, "Tensor", lambda: torch.ones(3), {}),
     "nothing sparse": (
         ValueError,
-        "Sequential holds no SparseLinear, but 2 Linear, 1 ReLU",
+        "Sequential holds no 2:4 SparseLinear, but 2 Linear, 1 ReLU",
         lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)),
         {},
     ),

@@ -3,8 +3,10 @@
 // only; inside, pointers are trusted.
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
 
+#include "common/activation.h"
 #include "common/check.h"
 #include "common/tensor_view.h"
 
@@ -47,6 +49,37 @@ inline void check_device(const char* op, const char* what, const TensorView& t,
                          const char* first_name, const TensorView& first) {
   GOSSAMER_CHECK(t.device == first.device && t.device_index == first.device_index, op, ": ", what,
                  " is on ", device_text(t), ", ", first_name, " on ", device_text(first));
+}
+
+// What a weight in floating point may be made of.
+inline bool is_weight_dtype(DType t) {
+  return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16 ||
+         t == DType::kFloat64;
+}
+
+inline void check_weight_dtype(const char* op, const char* what, const TensorView& t) {
+  if (!is_weight_dtype(t.dtype)) {
+    throw pybind11::type_error(std::string(op) + ": " + what + " is " + name(t.dtype) +
+                               ", expected float32, bfloat16, float16 or float64");
+  }
+}
+
+inline Activation activation_of(const char* op, const std::string& text) {
+  if (text == "none") return Activation::kNone;
+  if (text == "relu") return Activation::kReLU;
+  if (text == "gelu") return Activation::kGELU;
+  if (text == "silu") return Activation::kSiLU;
+  fail(op, ": activation '", text, "' is unknown; none, relu, gelu or silu");
+}
+
+// [n] of this dtype on the device of x, or null where there is none.
+inline const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64_t n,
+                           DType dtype, const TensorView& x) {
+  if (!bias) return nullptr;
+  check_device(op, "bias", *bias, "x", x);
+  check_dtype(op, "bias", *bias, dtype);
+  check_vector(op, "bias", *bias, n);
+  return bias->data;
 }
 
 }  // namespace gossamer

@@ -11,11 +11,6 @@ namespace py = pybind11;
 
 namespace gossamer::sparse24 {
 
-bool is_weight_dtype(DType t) {
-  return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16 ||
-         t == DType::kFloat64;
-}
-
 bool is_quantized_dtype(DType t) {
   return t == DType::kInt8 || t == DType::kE4M3 || t == DType::kUInt8;
 }
@@ -47,10 +42,7 @@ Weight stored(const char* op, const TensorView& values, const TensorView& indice
 
 Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
                 int64_t k) {
-  if (!is_weight_dtype(values.dtype)) {
-    throw py::type_error(std::string(op) + ": values are " + name(values.dtype) +
-                         ", expected float32, bfloat16, float16 or float64");
-  }
+  check_weight_dtype(op, "values", values);
   return stored(op, values, indices, n, k);
 }
 
@@ -86,23 +78,6 @@ Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64
   GOSSAMER_CHECK(!on_gpu(t) || reinterpret_cast<uintptr_t>(t.data) % 16 == 0, op,
                  ": panels begin at ", t.data, ", which is no multiple of 16 bytes");
   return {dtype, n, k, nullptr, nullptr, t.as<const uint32_t>()};
-}
-
-Activation activation_of(const char* op, const std::string& text) {
-  if (text == "none") return Activation::kNone;
-  if (text == "relu") return Activation::kReLU;
-  if (text == "gelu") return Activation::kGELU;
-  if (text == "silu") return Activation::kSiLU;
-  fail(op, ": activation '", text, "' is unknown; none, relu, gelu or silu");
-}
-
-const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64_t n, DType dtype,
-                    const TensorView& x) {
-  if (!bias) return nullptr;
-  check_device(op, "bias", *bias, "x", x);
-  check_dtype(op, "bias", *bias, dtype);
-  check_vector(op, "bias", *bias, n);
-  return bias->data;
 }
 
 namespace {
@@ -209,10 +184,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   constexpr const char* op = "sparse24_linear";
   check_matrix(op, "x", x);
   check_matrix(op, "out", out);
-  if (!is_weight_dtype(x.dtype)) {
-    throw py::type_error(std::string(op) + ": x is " + name(x.dtype) +
-                         ", expected float32, bfloat16, float16 or float64");
-  }
+  check_weight_dtype(op, "x", x);
   GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
                  ", this is the CPU's product");
   check_device(op, "out", out, "x", x);

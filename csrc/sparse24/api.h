@@ -12,7 +12,6 @@
 
 namespace gossamer::sparse24 {
 
-bool is_weight_dtype(DType t);
 bool is_quantized_dtype(DType t);  // of values that come with scales
 void check_size(const char* op, int64_t n, int64_t k);
 
@@ -25,11 +24,6 @@ Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64
 std::vector<int64_t> panels_shape(bool on_gpu, int64_t n, int64_t k, DType dtype);
 // TypeError where there are no panels of it: of quantised values there are on a GPU only.
 DType panel_dtype(const std::string& dtype, bool on_gpu = false);
-
-Activation activation_of(const char* op, const std::string& text);
-// [n] of this dtype on the device of x, or null where there is none.
-const void* bias_of(const char* op, const std::optional<TensorView>& bias, int64_t n, DType dtype,
-                    const TensorView& x);
 
 // Whether the CUDA module's kernels have to do it, and those kernels; ValueError where the module
 // is not attached or the tensor's GPU is too old.

@@ -1,6 +1,6 @@
 // The readable definition of the quantised GEMM, for every value type and any machine.
+#include "common/activate_serial.h"
 #include "common/parallel.h"
-#include "sparse24/activation.h"
 #include "sparse24/quantized.h"
 
 namespace gossamer::sparse24 {

@@ -1,5 +1,5 @@
 // The readable definition, for every dtype and any machine.
-#include "sparse24/activation.h"
+#include "common/activate_serial.h"
 #include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {

@@ -22,6 +22,7 @@
 // read front to back.
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 
 namespace pybind11 {
@@ -33,8 +34,6 @@ namespace gossamer::sparse24 {
 constexpr int kBlockN = 16;
 constexpr int kRecordK = 32;
 constexpr int kRecordGroups = kRecordK / 4;
-
-enum class Activation : uint8_t { kNone, kReLU, kGELU, kSiLU };
 
 struct Weight {
   DType dtype;  // on a GPU also int8, float8_e4m3fn, and uint8 for pairs of 4-bit numbers

@@ -1,7 +1,18 @@
 from __future__ import annotations
+import collections.abc
 import torch
 import typing
-__all__: list[str] = ['cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
+__all__: list[str] = ['blocksparse_conv', 'blocksparse_find_live', 'blocksparse_gather', 'blocksparse_max_block', 'blocksparse_to_dense', 'blocksparse_validate', 'cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
+def blocksparse_conv(out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, bias: torch.Tensor | None, groups: typing.SupportsInt | typing.SupportsIndex, kernel: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], stride: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], padding: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], dilation: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], activation: str, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def blocksparse_find_live(dense: torch.Tensor, live: torch.Tensor, rows: typing.SupportsInt | typing.SupportsIndex, cols: typing.SupportsInt | typing.SupportsIndex, groups: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def blocksparse_gather(dense: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, values: torch.Tensor, groups: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def blocksparse_to_dense(values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, dense: torch.Tensor, groups: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def blocksparse_validate(values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, out_channels: typing.SupportsInt | typing.SupportsIndex, taps: typing.SupportsInt | typing.SupportsIndex, group_in: typing.SupportsInt | typing.SupportsIndex, groups: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
 def cuda_relax_capture() -> None:
     ...
 def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:
@@ -48,5 +59,6 @@ def target() -> str:
     ...
 def targets_built() -> list[str]:
     ...
+blocksparse_max_block: int = 64
 cuda_counters: int = 1024
 cuda_lowest_capability: int = 80

@@ -7,14 +7,25 @@ from importlib.metadata import version as _version
 
 from . import formats, nn, ops, prune
 from .convert import convert
+from .fold import fold_batchnorm
+from .formats import Block
 from .info import info
-from .ops import sparse24_linear, sparse24_linear_quantized
+from .ops import (
+    blocksparse_conv,
+    blocksparse_linear,
+    sparse24_linear,
+    sparse24_linear_quantized,
+)
 from .quantize import quantize
 
 __version__ = _version("gossamer")
 __all__ = [
+    "Block",
     "__version__",
+    "blocksparse_conv",
+    "blocksparse_linear",
     "convert",
+    "fold_batchnorm",
     "formats",
     "info",
     "nn",

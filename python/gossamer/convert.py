@@ -1,4 +1,4 @@
-"""``convert`` swaps the linear layers of a model: all is planned first, then the model changed."""
+"""``convert`` swaps the layers of a model: all is planned first, then the model changed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .conversion.eligibility import dtype_name
-from .conversion.plan import LayerPlan, plan_layers
+from .conversion.kinds import is_conv, layer_pattern
+from .conversion.plan import LayerPlan, Wanted, plan_layers
 from .conversion.report import ConversionReport, LayerReport
-from .prune import magnitude_24
+from .formats import Block
+from .nn.patterns import pattern_of
 
 
 def convert(
     model: nn.Module,
-    pattern: str = "2:4",
+    pattern: str | Block = "2:4",
     prune: str | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     sample_input: Any = None,
     force: bool = False,
+    density: float | None = None,
 ) -> ConversionReport:
-    """Replace a model's linear layers by packed ``gossamer.nn.SparseLinear`` where that is faster.
+    """Replace a model's linear layers and convolutions by sparse ones where that is faster.
+
+    They become ``gossamer.nn.SparseLinear`` and ``SparseConv1d``, ``SparseConv2d``,
+    ``SparseConv3d``, packed where their pattern has a layout for that.
 
     The model is changed in place, at the very end: an error leaves it as it was. A layer that
     cannot or should not be swapped stays dense, and the report says why. The new layers are packed
@@ -33,26 +39,29 @@ def convert(
     Parameters
     ----------
     model : nn.Module
-        Linear layers anywhere inside it are candidates. A model that is itself a linear layer has
-        no holder to put the new layer into: it is found as ``report.model``.
-    pattern : str
-        Only ``"2:4"``.
+        Linear layers and convolutions (not transposed ones) anywhere inside it are candidates. A
+        model that is itself such a layer has no holder to put the new layer into: it is found as
+        ``report.model``.
+    pattern : "2:4" or Block
+        Two non-zeros in every four inputs of a weight, or blocks.
     prune : {None, "magnitude"}
-        None prunes nothing: a layer whose weight is not 2:4 already stays dense. ``"magnitude"``
-        prunes every included layer (``gossamer.prune.magnitude_24``), also those that stay dense,
-        so the model's answers do not depend on the machine. Tied, parametrised and otherwise
-        foreign weights are never pruned; the report says so.
+        None prunes nothing: a layer whose weight does not fit already stays dense. ``"magnitude"``
+        prunes every included layer (``gossamer.prune.magnitude_24`` or ``magnitude_blocks``), also
+        those that stay dense, so the model's answers do not depend on the machine. Tied,
+        parametrised and otherwise foreign weights are never pruned; the report says so.
     include, exclude : str or iterable of str, optional
         Names of modules (standing for everything beneath them) or fnmatch patterns of such names.
-        By default all linear layers are included; ``exclude`` has the last word.
+        By default all candidates are included; ``exclude`` has the last word.
     sample_input : Tensor, tuple, list or dict, optional
         What the model is called with: one tensor, positional or keyword arguments. It is run once,
-        in evaluation mode without gradients; each layer is then timed on as many rows as it was
-        given, dense and sparse interleaved, and swapped where sparse is at least 1.05 times as
-        fast. A layer that the sample does not reach stays dense. Without a sample a cost table
+        in evaluation mode without gradients; each layer is then timed on as many rows or images as
+        it was given, dense and sparse interleaved, and swapped where sparse is at least 1.05 times
+        as fast. A layer that the sample does not reach stays dense. Without a sample a cost table
         decides.
     force : bool
         Swap even what measurement or table would leave dense.
+    density : float, optional
+        The share of blocks that pruning keeps in each layer, of a pattern of blocks.
 
     Returns
     -------
@@ -62,23 +71,25 @@ def convert(
     Raises
     ------
     ValueError
-        Unknown pattern, pruning or name; names come with their closest matches.
+        Unknown pattern, pruning or name; names come with their closest matches. A density that is
+        missing, superfluous or not in (0, 1].
     TypeError
         ``model`` is not a module, or ``sample_input`` of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model is a torch.nn.Module, got {type(model).__name__}")
-    if pattern != "2:4":
-        raise ValueError(f"convert: pattern is '2:4', got {pattern!r}")
     if prune not in (None, "magnitude"):
         raise ValueError(f"convert: prune is None or 'magnitude', got {prune!r}")
+    # Of any weight: the pattern and the density are looked at before the model.
+    pattern_of("convert", pattern, (1, 1)).check("convert", density, wanted=prune is not None)
+    wanted = Wanted(pattern, prune, density)
     # Parameters made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        plans = plan_layers(model, prune, include, exclude, sample_input, force)
-        return _carry_out(model, plans)
+        plans = plan_layers(model, wanted, include, exclude, sample_input, force)
+        return _carry_out(model, wanted, plans)
 
 
-def _carry_out(model: nn.Module, plans: list[LayerPlan]) -> ConversionReport:
+def _carry_out(model: nn.Module, wanted: Wanted, plans: list[LayerPlan]) -> ConversionReport:
     layers = tuple(_report(plan) for plan in plans)
     for plan in plans:
         if plan.pruned and plan.replacement is None:
@@ -86,7 +97,8 @@ def _carry_out(model: nn.Module, plans: list[LayerPlan]) -> ConversionReport:
             assert isinstance(weight, Tensor)
             # Tensors made in inference mode can be written to in inference mode only.
             with torch.inference_mode(weight.is_inference()), torch.no_grad():
-                weight.copy_(magnitude_24(weight))
+                held = layer_pattern(plan.site.module, wanted.pattern)
+                weight.copy_(held.prune(weight, wanted.density))
     for plan in plans:
         if plan.replacement is not None:
             for holder, attribute in plan.site.holders:
@@ -106,7 +118,7 @@ def _report(plan: LayerPlan) -> LayerReport:
     return LayerReport(
         name=plan.site.name,
         aliases=plan.site.names[1:],
-        shape=(int(layer.out_features), int(layer.in_features)),  # type: ignore[arg-type]
+        shape=_shape(layer),
         dtype=dtype_name(tensors[0].dtype) if tensors else "unknown",
         swapped=plan.replacement is not None,
         pruned=plan.pruned,
@@ -116,6 +128,14 @@ def _report(plan: LayerPlan) -> LayerReport:
         bytes_after=after,
         **plan.measured,
     )
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """Of the dense weight, as far as the layer knows it."""
+    if not is_conv(layer):
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+    group_in = int(layer.in_channels) // int(layer.groups)  # type: ignore[arg-type]
+    return int(layer.out_channels), group_in, *layer.kernel_size  # type: ignore[arg-type, misc]
 
 
 def _nbytes(tensor: Tensor) -> int:

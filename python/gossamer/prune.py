@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
+from .formats import Block
 
-def magnitude_24(weight: Tensor) -> Tensor:
-    """Keep the two entries of largest magnitude in every four along the last dimension.
+
+def magnitude_24(weight: Tensor, dim: int = -1) -> Tensor:
+    """Keep the two entries of largest magnitude in every four along a dimension.
 
     Parameters
     ----------
     weight : Tensor
         [..., K] of a floating-point dtype; K need not be a multiple of 4.
+    dim : int
+        The dimension along which the four lie: the last of a linear layer's weight, 1 (the input
+        channels) of a convolution's.
 
     Returns
     -------
@@ -26,7 +35,7 @@ def magnitude_24(weight: Tensor) -> Tensor:
     TypeError
         If ``weight`` is not a floating-point tensor.
     ValueError
-        If ``weight`` has no dimension.
+        If ``weight`` has no such dimension.
 
     References
     ----------
@@ -37,6 +46,10 @@ def magnitude_24(weight: Tensor) -> Tensor:
         raise TypeError(f"magnitude_24: weight is {what}, it must be a floating-point tensor")
     if weight.dim() == 0:
         raise ValueError("magnitude_24: weight is 0-d, it needs at least one dimension")
+    if not -weight.dim() <= dim < weight.dim():
+        raise ValueError(f"magnitude_24: dim {dim} of a weight of shape {list(weight.shape)}")
+    if dim not in (-1, weight.dim() - 1):
+        return magnitude_24(weight.movedim(dim, -1)).movedim(-1, dim).contiguous()
     in_features = weight.shape[-1]
     magnitude = weight.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     padded = F.pad(magnitude, (0, -in_features % 4))
@@ -54,3 +67,104 @@ def magnitude_24(weight: Tensor) -> Tensor:
         dim=-1,
     )
     return torch.where(kept.flatten(-2)[..., :in_features], weight, 0)
+
+
+def magnitude_blocks(
+    weight: Tensor | Sequence[Tensor],
+    block: Block,
+    density: float,
+    groups: int | Sequence[int] = 1,
+    scope: str = "layer",
+) -> Tensor | list[Tensor]:
+    """Keep the blocks of largest L2 norm, and make the others 0.
+
+    Parameters
+    ----------
+    weight : Tensor or sequence of Tensor
+        [N, K] or [C_out, C_in / groups, *kernel size], of a floating-point dtype.
+    block : Block
+        The size of the blocks; at the edges of groups and taps a block is the smaller.
+    density : float
+        The share of blocks to keep, in (0, 1]: rounded to the nearest number, at least one.
+    groups : int or sequence of int
+        The convolution's; for several weights one number for all, or one each.
+    scope : {"layer", "global"}
+        Whether each of several weights keeps that share, or all of them together, which then lose
+        the blocks that are smallest anywhere.
+
+    Returns
+    -------
+    Tensor or list of Tensor
+        The same shapes, dtypes and devices, with the other entries 0. Norms are compared in
+        float64; a tie keeps the block that comes first, row by row of blocks and weight by weight,
+        and a NaN counts as the largest. Gradients flow to the kept entries.
+
+    Raises
+    ------
+    TypeError
+        If a weight is not a floating-point tensor, or ``block`` no ``Block``.
+    ValueError
+        If the density is not in (0, 1], the scope is unknown or a shape does not fit.
+
+    References
+    ----------
+    Narang, Undersander, Diamos, "Block-Sparse Recurrent Neural Networks", 2017 (arXiv:1711.02782).
+    """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    each = [groups] * len(weights) if isinstance(groups, int) else list(groups)
+    if len(each) != len(weights):
+        raise ValueError(f"magnitude_blocks: {len(each)} groups for {len(weights)} weights")
+    if not isinstance(block, Block):
+        raise TypeError(f"magnitude_blocks: block is {block!r}, expected gossamer.Block")
+    check_density("magnitude_blocks", density)
+    if scope not in ("layer", "global"):
+        raise ValueError(f"magnitude_blocks: scope {scope!r}, expected 'layer' or 'global'")
+    norms = [_block_norms(w, block, g) for w, g in zip(weights, each, strict=True)]
+    if scope == "layer":
+        masks = [_largest(norm, density) for norm in norms]
+    else:
+        where = norms[0].device if norms else None
+        together = _largest(torch.cat([norm.flatten().to(where) for norm in norms]), density)
+        parts = together.split([norm.numel() for norm in norms])
+        masks = [part.view_as(norm) for part, norm in zip(parts, norms, strict=True)]
+    pruned = [
+        torch.where(reference.block_cover(mask.to(w.device), tuple(w.shape), block, g), w, 0)
+        for w, mask, g in zip(weights, masks, each, strict=True)
+    ]
+    return pruned[0] if isinstance(weight, Tensor) else pruned
+
+
+def check_density(op: str, density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"{op}: density {density}, expected above 0 and at most 1")
+
+
+def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"magnitude_blocks: weight is {what}, it must be a floating-point tensor")
+    block.grid(tuple(weight.shape), groups)  # or there is no such weight
+    blocks = reference.to_blocks(weight.detach().double(), block, groups)
+    # Divided by the largest entry, no square leaves float64's range.
+    largest = blocks.abs().amax((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    norms = (blocks / largest).square().sum((2, 3)).sqrt() * largest[..., 0, 0]
+    return norms.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def largest_blocks(weight: Tensor, block: Block, density: float, groups: int = 1) -> Tensor:
+    """The bool mask of the blocks that ``magnitude_blocks`` keeps of one weight."""
+    return _largest(_block_norms(weight, block, groups), density)
+
+
+def blocks_kept(blocks: int, density: float) -> int:
+    """How many of so many blocks ``magnitude_blocks`` keeps."""
+    return max(1, math.floor(density * blocks + 0.5))
+
+
+def _largest(norms: Tensor, density: float) -> Tensor:
+    """The mask of the largest share of all entries."""
+    kept = blocks_kept(norms.numel(), density)
+    mask = torch.zeros_like(norms, dtype=torch.bool)
+    order = norms.flatten().argsort(descending=True, stable=True)
+    mask.view(-1)[order[:kept]] = True
+    return mask

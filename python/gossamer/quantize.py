@@ -22,8 +22,9 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
     Parameters
     ----------
     model : nn.Module
-        A ``SparseLinear``, packed or not, which stays as it is; or a model that holds some, which
-        are replaced in place, at the very end: an error leaves it as it was.
+        A 2:4 ``SparseLinear``, packed or not, which stays as it is; or a model that holds some,
+        which are replaced in place, at the very end: an error leaves it as it was. Layers of
+        another pattern stay as they are, as dense ones do.
     dtype : {"int8", "float8_e4m3fn", "int4"}
         int8 and float8_e4m3fn quantise x row by row at run time and multiply in that type, with
         one scale a row of W. int4 keeps x as it is.
@@ -53,19 +54,17 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
         raise TypeError(f"quantize: model is {type(model).__name__}, expected torch.nn.Module")
     if isinstance(model, SparseLinear):
         return _quantized("the layer", model, dtype, group)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    layers = {name: m for name, m in model.named_modules() if _has_24(m)}
     if not layers:
         held = Counter(type(m).__name__ for m in model.modules() if not m._modules)
         found = ", ".join(f"{count} {kind}" for kind, count in held.most_common())
         raise ValueError(
-            f"quantize: {type(model).__name__} holds no SparseLinear, but {found}; "
+            f"quantize: {type(model).__name__} holds no 2:4 SparseLinear, but {found}; "
             "gossamer.convert makes linear layers sparse"
         )
     for name, module in model.named_modules():
         # The name, since asking for the class would import the compiler.
-        if type(module).__name__ == "OptimizedModule" and isinstance(
-            module._modules.get("_orig_mod"), SparseLinear
-        ):
+        if type(module).__name__ == "OptimizedModule" and _has_24(module._modules.get("_orig_mod")):
             raise ValueError(
                 f"quantize: torch.compile() holds on to the layer in {name!r}; quantise first, "
                 "then compile"
@@ -74,9 +73,13 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
     # A layer may be held under several names.
     for holder in list(model.modules()):
         for attribute, child in holder._modules.items():
-            if isinstance(child, SparseLinear):
+            if child in made:
                 setattr(holder, attribute, made[child])
     return model
+
+
+def _has_24(module: nn.Module | None) -> bool:
+    return isinstance(module, SparseLinear) and module.pattern == "2:4"
 
 
 def _quantized(

@@ -17,6 +17,7 @@ _SMALLEST_WEIGHT = {
 }
 # Of weights this large those with 16, 24 or 32 outputs or inputs still lost at some number of rows.
 _SMALLEST_SIDE = 64
+NO_FIGURES = "cost table: no figures for {}; with a sample_input it is measured"
 
 
 def worth_swapping(
@@ -28,7 +29,7 @@ def worth_swapping(
     "cuda" for a layer on a GPU.
     """
     if target == "cuda":
-        return False, "cost table: no figures for GPUs; with a sample_input it is measured"
+        return False, NO_FIGURES.format("GPUs")
     smallest = _SMALLEST_WEIGHT.get((target, dtype))
     if smallest is None:
         return False, f"cost table: {dtype} on {target} does not gain at every number of rows"

@@ -1,4 +1,4 @@
-"""What keeps a linear layer dense when ``convert`` swaps the layers of a model."""
+"""What keeps a layer dense when ``convert`` swaps the layers of a model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .._cuda_module import obstacle
-from ..nn import SparseLinear
-from .selection import LinearSite
+from ..formats import Block
+from ..nn import SparseConv, SparseLinear
+from .kinds import dense_class, is_conv
+from .selection import LayerSite
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,9 +39,10 @@ class Obstacle:
 
 
 class Obstacles:
-    """Looks once at who holds and shares what in a model, then judges its linear layers."""
+    """Looks once at who holds and shares what in a model, then judges its layers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pattern: str | Block = "2:4") -> None:
+        self._pattern = pattern
         self._holders: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
         self._spans: dict[str, tuple[int, int]] = {}
         for name, module in model.named_modules():
@@ -50,27 +53,39 @@ class Obstacles:
                 if (span := _memory_span(tensor)) is not None:
                     self._spans[f"{name}.{attribute}" if name else attribute] = span
 
-    def judge(self, site: LinearSite) -> Obstacle | None:
+    def judge(self, site: LayerSite) -> Obstacle | None:
         """The first obstacle of a layer; those that forbid pruning come before the others."""
         layer = site.module
-        reason = _foreign(layer) or _computed(layer) or _unreadable(layer) or self._tied(layer)
+        reason = self.not_to_be_written(layer)
         if reason is not None:
             return Obstacle(reason, prunable=False)
-        reason = self._read_directly(layer) or _would_be_lost(layer) or _unsupported(layer)
+        reason = self._read_directly(layer) or _would_be_lost(layer)
+        reason = reason or _unsupported(layer, self._pattern)
         return None if reason is None else Obstacle(reason, prunable=True)
 
-    def _tied(self, layer: nn.Module) -> str | None:
-        weight = layer._parameters["weight"]
-        span = _memory_span(weight)
-        if weight is None or span is None:
+    def not_to_be_written(self, layer: nn.Module) -> str | None:
+        """What is wrong with changing the weight of a layer in place."""
+        return (
+            _foreign(layer) or _computed(layer) or _unreadable(layer) or self.tied(layer, "weight")
+        )
+
+    def tied(self, layer: nn.Module, name: str) -> str | None:
+        """Who else sees the memory of one of a layer's parameters."""
+        tensor = layer._parameters[name]
+        span = _memory_span(tensor)
+        if tensor is None or span is None:
             return None
         if any(
-            step == 0 and size > 1 for size, step in zip(weight.shape, weight.stride(), strict=True)
+            step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
         ):
-            return "elements of its weight share memory"
+            return f"elements of its {name} share memory"
         begin, end = span
         sharers = [slot for slot, (b, e) in self._spans.items() if b < end and begin < e]
-        return f"weight is tied: {' = '.join(sharers)}" if len(sharers) > 1 else None
+        return f"{name} is tied: {' = '.join(sharers)}" if len(sharers) > 1 else None
+
+    def holders(self, layer: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Every module that holds a layer, and under which name."""
+        return self._holders[layer]
 
     def _read_directly(self, layer: nn.Module) -> str | None:
         for holder, attribute in self._holders[layer]:
@@ -98,15 +113,17 @@ def _memory_span(tensor: Tensor | None) -> tuple[int, int] | None:
 
 
 def _foreign(layer: nn.Module) -> str | None:
-    kind = type(layer)
-    if isinstance(layer, SparseLinear):
-        return "already a SparseLinear"
-    if not isinstance(layer, nn.Linear):
-        return f"{kind.__module__}.{kind.__name__} is not a torch.nn.Linear"
-    if kind.forward is not nn.Linear.forward:
-        return f"{kind.__name__} overrides forward"
-    if "forward" in layer.__dict__:
-        return "forward is replaced on this instance"
+    kind, dense = type(layer), dense_class(layer)
+    if isinstance(layer, (SparseLinear, SparseConv)):
+        return f"already a {kind.__name__}"
+    if dense is None:
+        expected = "Conv1d, Conv2d or Conv3d" if is_conv(layer) else "Linear"
+        return f"{kind.__module__}.{kind.__name__} is not a torch.nn.{expected}"
+    for method in ("forward", "_conv_forward"):
+        if getattr(kind, method, None) is not getattr(dense, method, None):
+            return f"{kind.__name__} overrides {method}"
+        if method in layer.__dict__:
+            return f"{method} is replaced on this instance"
     return None
 
 
@@ -154,11 +171,13 @@ def _would_be_lost(layer: nn.Module) -> str | None:
     return f"holds more than weight and bias: {', '.join(sorted(more))}" if more else None
 
 
-def _unsupported(layer: nn.Module) -> str | None:
+def _unsupported(layer: nn.Module, pattern: str | Block) -> str | None:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
     if (reason := obstacle(weight.device)) is not None:
         return f"weight is on {weight.device}: {reason}"
+    if isinstance(pattern, Block) and weight.device.type != "cpu":
+        return f"weight is on {weight.device}: blocks have kernels on the CPU only"
     if weight.dtype not in KERNEL_DTYPES:
         return f"no fast kernel for {dtype_name(weight.dtype)}"
     if bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device):

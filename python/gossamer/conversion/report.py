@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer of a converted model.
+    """One linear layer or convolution of a converted model.
 
     Attributes
     ----------
@@ -20,11 +20,12 @@ class LayerReport:
     aliases : tuple of str
         Further names of the same layer.
     shape : tuple of int
-        (out_features, in_features).
+        Of the dense weight: (out_features, in_features), or (out_channels, in_channels / groups,
+        *kernel size).
     dtype : str
         Of the weight, for example ``"float32"``.
     swapped, pruned : bool
-        Whether it is a ``SparseLinear`` now, and whether its weight was pruned.
+        Whether it is a sparse layer now, and whether its weight was pruned.
     kernel : str or None
         The kernel of a swapped layer, as ``target/kernel``.
     reason : str
@@ -32,10 +33,11 @@ class LayerReport:
     bytes_before, bytes_after : int
         Of weight and bias.
     rows : int or None
-        Rows of x that one call of the layer had with the sample (the commonest, if they differ).
+        Rows of x, or images of a convolution, that one call of the layer had with the sample (the
+        commonest, if they differ).
     dense_seconds, sparse_seconds : float or None
         Medians measured at the sample's rows, summed over the calls of one run of the sample.
-        Layers of the same shape, dtype and rows share one measurement.
+        Layers that differ in nothing share one measurement.
     speedup : float or None
         dense_seconds / sparse_seconds.
     error_max, error_mean : float or None
@@ -44,7 +46,7 @@ class LayerReport:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     reason: str
     bytes_before: int
@@ -68,9 +70,9 @@ class ConversionReport:
     Attributes
     ----------
     model : nn.Module
-        The converted model: the one given, or its replacement where that is itself a linear layer.
+        The converted model: the one given, or its replacement where that is itself such a layer.
     layers : tuple of LayerReport
-        Every linear layer of the model, in the model's order.
+        Every linear layer and convolution of the model, in the model's order.
     """
 
     model: nn.Module = field(repr=False)
@@ -111,7 +113,7 @@ class ConversionReport:
         before = sum(layer.bytes_before for layer in self.layers)
         after = sum(layer.bytes_after for layer in self.layers)
         text = (
-            f"{len(self.swapped)} of {len(self.layers)} linear layers swapped; "
+            f"{len(self.swapped)} of {len(self.layers)} layers swapped; "
             f"{_bytes(before)} -> {_bytes(after)}"
         )
         timed = [layer for layer in self.layers if layer.dense_seconds and layer.sparse_seconds]
@@ -144,7 +146,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     verdict = f"{layer.kernel} ({layer.reason})" if layer.swapped else f"dense: {layer.reason}"
     return (
         " = ".join((layer.name or "(the model)", *layer.aliases)),
-        f"{layer.shape[0]}x{layer.shape[1]} {layer.dtype}" + " pruned" * layer.pruned,
+        "x".join(map(str, layer.shape)) + f" {layer.dtype}" + " pruned" * layer.pruned,
         _bytes(layer.bytes_before)
         + (f" -> {_bytes(layer.bytes_after)}" if layer.bytes_after != layer.bytes_before else ""),
         _number(layer.rows, "d"),

@@ -1,4 +1,4 @@
-"""The linear layers of a model, with all their names, and those that include/exclude leave out."""
+"""The candidates of a model, with all their names, and those that include/exclude leave out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..nn import SparseLinear
+from .kinds import is_candidate
 
 
 @dataclass(frozen=True, eq=False)
-class LinearSite:
-    """One linear layer, every name it goes by and every module that holds it."""
+class LayerSite:
+    """One layer, every name it goes by and every module that holds it."""
 
     module: nn.Module
     names: tuple[str, ...]
@@ -26,34 +26,26 @@ class LinearSite:
         return self.names[0]
 
 
-def linear_sites(model: nn.Module) -> list[LinearSite]:
-    """Every linear layer of whatever make, once, in the model's order."""
+def layer_sites(model: nn.Module) -> list[LayerSite]:
+    """Every linear layer and convolution of whatever make, once, in the model's order."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if _looks_linear(module):
+        if is_candidate(module):
             names.setdefault(module, []).append(name)
     holders: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
     for holder in model.modules():
         for attribute, child in holder._modules.items():
             if child in names:
                 holders[child].append((holder, attribute))
-    return [LinearSite(m, tuple(n), tuple(holders[m])) for m, n in names.items()]
-
-
-def _looks_linear(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Linear, SparseLinear)):
-        return True
-    # Quantised and third-party layers are listed too, so that the report can say why they stay.
-    sized = hasattr(module, "in_features") and hasattr(module, "out_features")
-    return sized and type(module).__name__.endswith("Linear")
+    return [LayerSite(m, tuple(n), tuple(holders[m])) for m, n in names.items()]
 
 
 def left_out(
     model: nn.Module,
-    sites: Iterable[LinearSite],
+    sites: Iterable[LayerSite],
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
-) -> dict[LinearSite, str]:
+) -> dict[LayerSite, str]:
     """The sites that ``include`` does not name (if given) or ``exclude`` names, and which of both.
 
     An entry is the name of a module, which stands for everything beneath it, or an fnmatch
@@ -64,7 +56,7 @@ def left_out(
     TypeError
         An entry is not a string.
     ValueError
-        An entry names no module of the model, or an included one holds no linear layer.
+        An entry names no module of the model, or an included one holds no candidate.
     """
     sites = list(sites)
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -72,8 +64,10 @@ def left_out(
     excluded = _entries("exclude", exclude, modules)
     for entry in included:
         if not any(_picks([entry], site) for site in sites):
-            raise ValueError(f"convert: include names {entry!r}, which holds no linear layer")
-    reasons: dict[LinearSite, str] = {}
+            raise ValueError(
+                f"convert: include names {entry!r}, which holds no linear layer and no convolution"
+            )
+    reasons: dict[LayerSite, str] = {}
     for site in sites:
         if include is not None and not _picks(included, site):
             reasons[site] = "not included"
@@ -102,7 +96,7 @@ def _close_matches(entry: str, modules: list[str]) -> list[str]:
     return list(dict.fromkeys(by_ending[:3] + by_spelling))
 
 
-def _picks(entries: list[str], site: LinearSite) -> bool:
+def _picks(entries: list[str], site: LayerSite) -> bool:
     return any(
         _matches(part, entry)
         for name in site.names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -10,37 +11,67 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.func import functional_call
 
-# Inputs kept per layer: enough rows for an honest error, few enough for any model.
-_KEPT_ROWS = 64
-# Where calls differ in rows, only the commonest are timed.
-_ROW_COUNTS_MAX = 4
+from .kinds import is_conv, unit_dims
+
+# Inputs kept per layer and shape: enough rows for an honest error, few enough for any model.
+_KEPT_ROWS, _KEPT_BYTES, _KEPT_SHAPES = 64, 16 << 20, 8
+# Where calls differ in rows or shape, only the commonest are timed.
+_GIVEN_MAX = 4
 # A comparison ends after this many seconds, but has at least and at most so many rounds.
 _SECONDS, _ROUNDS_MIN, _ROUNDS_MAX = 0.2, 7, 200
 
 
+class Given(NamedTuple):
+    """An x: rows, or images of a convolution, all of this shape."""
+
+    rows: int
+    shape: tuple[int, ...]
+    channels_last: bool = False
+
+
 @dataclass
 class Calls:
-    """What one layer was given: rows of x of each call, first rows, and autocast's dtype."""
+    """What one layer was given: how often what kind of x, first rows of each, autocast's dtype.
 
-    rows: Counter[int] = field(default_factory=Counter)
-    inputs: Tensor | None = None
+    ``unit_dims`` is how many of the last dimensions of x make a row.
+    """
+
+    unit_dims: int = 1
+    given: Counter[Given] = field(default_factory=Counter)
+    inputs: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None
 
     def record(self, x: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1])
-        if flat.shape[0] == 0:
+        if x.numel() == 0:
             return
-        self.rows[flat.shape[0]] += 1
-        if self.inputs is None:
-            self.inputs = flat[:_KEPT_ROWS].clone()
-            if torch.is_autocast_enabled(flat.device.type):
-                self.autocast = torch.get_autocast_dtype(flat.device.type)
+        shape = tuple(x.shape[-self.unit_dims :])
+        if shape not in self.inputs:
+            if len(self.inputs) == _KEPT_SHAPES:
+                return
+            if not self.inputs and torch.is_autocast_enabled(x.device.type):
+                self.autocast = torch.get_autocast_dtype(x.device.type)
+            rows = x.detach().reshape(-1, *shape)
+            kept = max(1, min(_KEPT_ROWS, _KEPT_BYTES // rows[0].nbytes))
+            self.inputs[shape] = rows[:kept].clone()
+        last = _CHANNELS_LAST.get(x.dim()) if self.unit_dims == x.dim() - 1 else None
+        is_last = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+        self.given[Given(x.numel() // math.prod(shape), shape, is_last)] += 1
+
+    def example(self, given: Given) -> Tensor:
+        """An x like one of the calls."""
+        kept = self.inputs[given.shape]
+        # Real rows, repeated: zeros and denormals in the data are part of the speed.
+        x = kept[torch.arange(given.rows, device=kept.device) % kept.shape[0]]
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()]) if given.channels_last else x
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def record_calls(
@@ -66,7 +97,7 @@ def record_calls(
             "convert: sample_input is a tensor, a tuple of arguments or a dict of keyword "
             f"arguments, got {type(sample_input).__name__}"
         )
-    calls: dict[nn.Module, Calls] = {layer: Calls() for layer in layers}
+    calls: dict[nn.Module, Calls] = {layer: Calls(unit_dims(layer)) for layer in layers}
 
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         x = args[0] if args else kwargs["input"]
@@ -102,12 +133,11 @@ class Speed:
 
 
 def measure_speed(dense: nn.Module, sparse: nn.Module, calls: Calls) -> Speed:
-    """Times both layers on as many rows as each recorded call had."""
-    assert calls.inputs is not None
+    """Times both layers on x like those of the recorded calls."""
     totals = [0.0, 0.0]
     with _autocast(calls):
-        for rows, count in calls.rows.most_common(_ROW_COUNTS_MAX):
-            x = _with_rows(calls.inputs, rows)
+        for given, count in calls.given.most_common(_GIVEN_MAX):
+            x = calls.example(given)
             clock = _cuda_clock(x.device) if x.is_cuda else _seconds
             medians = _medians([partial(dense, x), partial(sparse, x)], clock)
             totals = [t + count * seconds for t, seconds in zip(totals, medians, strict=True)]
@@ -115,23 +145,27 @@ def measure_speed(dense: nn.Module, sparse: nn.Module, calls: Calls) -> Speed:
 
 
 def output_error(
-    weight: Tensor, bias: Tensor | None, sparse: nn.Module, calls: Calls | None
+    dense: nn.Module, weight: Tensor, sparse: nn.Module, calls: Calls | None
 ) -> tuple[float, float]:
-    """Largest and mean absolute difference to F.linear with the same weight."""
-    if calls is None or calls.inputs is None:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(16, weight.shape[1], generator=generator)
-        calls = Calls(inputs=noise.to(weight))
-    x = calls.inputs
-    assert x is not None
+    """Largest and mean absolute difference to the dense layer with the same weight."""
+    if calls is None or not calls.inputs:
+        calls = Calls(inputs={(): _noise(dense, weight)})
+    x = next(iter(calls.inputs.values()))
     with _autocast(calls):
-        difference = (sparse(x).float() - F.linear(x, weight, bias).float()).abs()
+        expected = functional_call(dense, {"weight": weight}, (x,))
+        difference = (sparse(x).float() - expected.float()).abs()
     return difference.max().item(), difference.mean().item()
 
 
-def _with_rows(kept: Tensor, rows: int) -> Tensor:
-    # Real rows, repeated: zeros and denormals in the data are part of the speed.
-    return kept[torch.arange(rows, device=kept.device) % kept.shape[0]]
+def _noise(dense: Any, weight: Tensor) -> Tensor:
+    """A few rows, or images in which the kernel has some room along each axis."""
+    shape = (16, weight.shape[1])
+    if is_conv(dense):
+        padding = (0,) * len(dense.kernel_size)
+        padding = padding if isinstance(dense.padding, str) else dense.padding
+        room = zip(dense.kernel_size, dense.dilation, padding, strict=True)
+        shape = (2, dense.in_channels, *(d * k + p + 8 for k, d, p in room))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
 
 
 def _seconds(function: Callable[[], Tensor]) -> float:
@@ -187,6 +221,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def _autocast(calls: Calls) -> AbstractContextManager[Any]:
-    if calls.autocast is None or calls.inputs is None:
+    if calls.autocast is None:
         return nullcontext()
-    return torch.autocast(calls.inputs.device.type, dtype=calls.autocast)
+    device = next(iter(calls.inputs.values())).device
+    return torch.autocast(device.type, dtype=calls.autocast)

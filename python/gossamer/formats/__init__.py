@@ -1,26 +1,32 @@
 """The sparse weight formats: frozen dataclasses of tensors that validate themselves.
 
-``Sparse24`` is the open format: what a state_dict, a pickle and an optimizer see, and
-``Sparse24Quantized`` the same for 8-bit and 4-bit weights.
+``Sparse24``, ``Sparse24Conv`` and ``BlockSparse`` are the open formats: what a state_dict, a pickle
+and an optimizer see; ``Sparse24Quantized`` is the same for 8-bit and 4-bit weights.
 ``Sparse24Panels`` is the layout that the kernels read fastest, ``Sparse24QuantizedPanels`` that
 of quantised weights on a GPU; neither is ever saved.
 """
 
+from .block import Block
+from .blocksparse import BlockSparse
 from .sparse24 import (
     PANEL_DTYPES,
-    VALUE_DTYPES,
     Sparse24,
     Sparse24Panels,
     sparse24_panels_shape,
     sparse24_shapes,
 )
+from .sparse24_conv import Sparse24Conv
 from .sparse24_quantized import Sparse24Quantized
 from .sparse24_quantized_panels import Sparse24QuantizedPanels
+from .stored import VALUE_DTYPES
 
 __all__ = [
     "PANEL_DTYPES",
     "VALUE_DTYPES",
+    "Block",
+    "BlockSparse",
     "Sparse24",
+    "Sparse24Conv",
     "Sparse24Panels",
     "Sparse24Quantized",
     "Sparse24QuantizedPanels",

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .state import read_header
-from .stored import StoredWeight
+from .stored import VALUE_DTYPES, SavedWeight, StoredWeight, check_dense
 
-VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PANEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,7 +44,7 @@ def check_weight_shape(shape: tuple[int, int]) -> None:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sparse24(StoredWeight):
+class Sparse24(SavedWeight):
     """A [N, K] weight with at most two non-zeros in every four consecutive columns.
 
     With G = ceil(K / 4) groups a row, a row stores the kept pair of each group in increasing
@@ -115,12 +114,7 @@ class Sparse24(StoredWeight):
             If it is not a matrix or not 2:4: how many groups hold more than two non-zeros and
             where the first one is. ``gossamer.prune.magnitude_24`` makes a weight fit.
         """
-        if not isinstance(weight, Tensor) or weight.dtype not in VALUE_DTYPES:
-            what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(
-                f"Sparse24.from_dense: weight is {what}, expected a tensor of float32, bfloat16, "
-                "float16 or float64"
-            )
+        check_dense("Sparse24.from_dense", weight)
         if weight.dim() != 2:
             raise ValueError(
                 f"Sparse24.from_dense: weight has shape {list(weight.shape)}, expected [N, K]"
@@ -177,15 +171,6 @@ class Sparse24(StoredWeight):
             "Sparse24", state, keys, "version, N, K", cls.version
         )
         return cls(state["values"], state["indices"], (out_features, in_features)).validate()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
-        self.validate()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
 
     def __repr__(self) -> str:
         return f"Sparse24(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -1,6 +1,14 @@
 """Layers that take the place of torch's own."""
 
+from .conv import SparseConv, SparseConv1d, SparseConv2d, SparseConv3d
 from .linear import SparseLinear
 from .linear_quantized import SparseLinearQuantized
 
-__all__ = ["SparseLinear", "SparseLinearQuantized"]
+__all__ = [
+    "SparseConv",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
+    "SparseLinear",
+    "SparseLinearQuantized",
+]

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Quantized
+from ..formats import (
+    PANEL_DTYPES,
+    VALUE_DTYPES,
+    BlockSparse,
+    Sparse24,
+    Sparse24Conv,
+    Sparse24Quantized,
+)
+
+SavedWeight = Sparse24 | Sparse24Conv | BlockSparse | Sparse24Quantized
 
 
 class CheckedModule(nn.Module):
@@ -26,7 +35,7 @@ class CheckedModule(nn.Module):
         Raises
         ------
         RuntimeError
-            If an entry is no valid part of a 2:4 weight or, when ``strict``, if keys are missing
+            If an entry is no valid part of a sparse weight or, when ``strict``, if keys are missing
             or unexpected.
         """
         # Torch reports wrong keys after it has loaded the others.
@@ -67,9 +76,9 @@ class CheckedModule(nn.Module):
         super()._load_from_state_dict(*args)
 
 
-def check_sparse24(
+def check_weight(
     given: Mapping[str, Any],
-    weight: Sparse24 | Sparse24Quantized,
+    weight: SavedWeight,
     bias: Tensor | None,
     assign: bool,
 ) -> None:
@@ -96,6 +105,12 @@ def check_sparse24(
             raise ValueError(
                 f"the checkpoint holds a {_kind(loaded)} weight, the layer is {_kind(weight)}"
             )
+        if not assign and loaded.values.shape != weight.values.shape:
+            raise ValueError(
+                f"the checkpoint holds {loaded.values.shape[0]} live blocks, the layer "
+                f"{weight.values.shape[0]}: load it with assign=True, which replaces the layer's "
+                "Parameter, or into a layer of that density"
+            )
         _check_content("values", loaded.values, weight.values, assign)
     if bias is None or "bias" not in given:
         return
@@ -111,16 +126,22 @@ def check_sparse24(
     _check_content("bias", loaded_bias, bias, assign)
     if not assign:
         return
-    if isinstance(loaded, Sparse24) and loaded_bias.dtype != loaded.dtype:
+    if isinstance(loaded, Sparse24Quantized):
+        if loaded_bias.dtype not in PANEL_DTYPES:
+            raise TypeError(f"'bias' is {loaded_bias.dtype}, expected float32, bfloat16 or float16")
+    elif loaded_bias.dtype != loaded.dtype:
         raise TypeError(f"'bias' is {loaded_bias.dtype}, the values are {loaded.dtype}")
-    if loaded_bias.dtype not in PANEL_DTYPES and not isinstance(loaded, Sparse24):
-        raise TypeError(f"'bias' is {loaded_bias.dtype}, expected float32, bfloat16 or float16")
 
 
-def _kind(weight: Sparse24 | Sparse24Quantized) -> str:
-    if isinstance(weight, Sparse24):
-        return str(list(weight.shape))
-    return f"{list(weight.shape)} {weight.value_type} (group {weight.group})"
+def _kind(weight: SavedWeight) -> str:
+    kind = str(list(weight.shape))
+    if isinstance(weight, Sparse24Quantized):
+        kind += f" {weight.value_type} (group {weight.group})"
+    if isinstance(weight, BlockSparse):
+        kind += f" {weight.block}"
+    if isinstance(weight, (BlockSparse, Sparse24Conv)) and weight.groups > 1:
+        kind += f" of {weight.groups} groups"
+    return kind
 
 
 def _check_content(key: str, given: Tensor, held: Tensor, assign: bool) -> None:

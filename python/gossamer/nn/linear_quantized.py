@@ -136,7 +136,7 @@ class SparseLinearQuantized(PackableModule):
         Raises
         ------
         TypeError
-            If ``layer`` is not a ``SparseLinear``, or of float64.
+            If ``layer`` is not a 2:4 ``SparseLinear``, or of float64.
         ValueError
             If the type is unknown, the group does not fit it, or a weight is not finite.
         """
@@ -146,8 +146,11 @@ class SparseLinearQuantized(PackableModule):
             )
         # Outside inference mode, or its tensors could never be written to by a load again.
         with torch.inference_mode(False), torch.no_grad():
-            weight = layer.weight
-            portable = weight if isinstance(weight, Sparse24) else weight.to_sparse24()
+            portable = layer._portable()
+            if not isinstance(portable, Sparse24):
+                raise TypeError(
+                    f"SparseLinearQuantized.from_sparse: pattern {layer.pattern}, expected 2:4"
+                )
             quantized = cls(
                 layer.in_features,
                 layer.out_features,

@@ -1,4 +1,4 @@
-"""The two forms of a 2:4 weight in a layer: portable tensors, or packed as panels."""
+"""The two forms of a sparse weight in a layer: portable tensors, or packed as panels."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._cuda_module import obstacle
-from ..formats import PANEL_DTYPES, Sparse24, Sparse24Panels, Sparse24Quantized
-from .checkpoint import CheckedModule, check_sparse24
+from .checkpoint import CheckedModule, SavedWeight, check_weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 class PackableModule(CheckedModule):
-    """A layer with one copy of a [out_features, in_features] 2:4 weight.
+    """A layer with one copy of a sparse weight.
 
     Packed, it holds the buffer ``panels``, which belong to one device and dtype. A ``state_dict``,
     a pickle, a deep copy and a move to another device or dtype go through the portable form in
     either state, and what comes in is validated first.
     """
 
-    in_features: int
-    out_features: int
     panels: Tensor | None
     format: Tensor
     bias: Tensor | None
@@ -38,7 +34,7 @@ class PackableModule(CheckedModule):
 
     # What a kind of weight has to say.
 
-    def _portable(self) -> Sparse24 | Sparse24Quantized:
+    def _portable(self) -> SavedWeight:
         """The weight in the form that is saved."""
         raise NotImplementedError
 
@@ -102,7 +98,7 @@ class PackableModule(CheckedModule):
         destination[prefix + "format"] = state["format"]  # the buffer is empty after to_empty()
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
-        check_sparse24(given, self._portable(), self.bias, assign)
+        check_weight(given, self._portable(), self.bias, assign)
 
     def _load_checked_state(self, *args: Any) -> None:
         wants_panels = self._wants_panels()
@@ -117,107 +113,3 @@ class PackableModule(CheckedModule):
         self._portable().validate()
         if wants_panels:
             self._pack_where_possible()
-
-
-class TrainableModule(PackableModule):
-    """A layer whose weight is trained while portable, and packed for inference.
-
-    Trainable, it holds the Parameter ``values`` and the buffer ``indices``; packed, the buffer
-    ``panels``.
-    """
-
-    values: nn.Parameter | None
-    indices: Tensor | None
-    bias: nn.Parameter | None
-    _values_require_grad: bool = True  # what a packed layer gives its values back
-
-    @property
-    def weight(self) -> Sparse24 | Sparse24Panels:
-        """The weight as the format it is held in: portable while trainable, panels while packed."""
-        shape = (self.out_features, self.in_features)
-        if self._panels_dtype is not None:
-            assert self.panels is not None
-            return Sparse24Panels(self.panels, shape, self._panels_dtype)
-        assert self.values is not None
-        assert self.indices is not None
-        return Sparse24(self.values, self.indices, shape)
-
-    def pack(self) -> Self:
-        """Hold the weight in the layout that its device reads fastest, for inference only.
-
-        ``values`` and ``indices`` are None from here on, so an optimizer made before no longer
-        reaches the weight. Nothing happens to a packed layer.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        TypeError
-            If the weight is float64, which has no panels.
-        """
-        # Outside inference mode, or its tensors could never be saved for a backward again.
-        with torch.inference_mode(False):
-            self._hold_panels()
-        return self
-
-    def unpack(self) -> Self:
-        """Bring the Parameter ``values`` and ``indices`` back, for training.
-
-        ``values`` is a new Parameter: give it to the optimizer. Nothing happens to a trainable
-        layer.
-
-        Returns
-        -------
-        self
-        """
-        self._unpack()
-        return self
-
-    @property
-    def weight_requires_grad(self) -> bool:
-        """Whether ``values`` is trained, or will be once unpacked."""
-        return self._values_require_grad if self.values is None else self.values.requires_grad
-
-    def _portable(self) -> Sparse24:
-        weight = self.weight
-        return weight if isinstance(weight, Sparse24) else weight.to_sparse24()
-
-    def _set_portable(self, weight: Sparse24, requires_grad: bool) -> None:
-        self.values = nn.Parameter(weight.values, requires_grad=requires_grad)
-        self.indices = weight.indices
-        self.format = weight.state()["format"].to(weight.device)
-        self.panels = self._panels_dtype = None
-
-    def _hold_portable(self) -> None:
-        weight = self.weight
-        if isinstance(weight, Sparse24Panels):
-            self._set_portable(weight.to_sparse24(), requires_grad=self._values_require_grad)
-
-    def _hold_panels(self) -> None:
-        weight = self.weight
-        if isinstance(weight, Sparse24):
-            panels = Sparse24Panels.from_sparse24(weight)
-            self._values_require_grad = weight.values.requires_grad
-            self.values = self.indices = None
-            self.panels, self._panels_dtype = panels.panels, panels.dtype
-
-    def _can_pack(self) -> bool:
-        weight = self.weight
-        return weight.dtype in PANEL_DTYPES and obstacle(weight.device) is None
-
-    def _wants_panels(self) -> bool:
-        return self.packed
-
-    def _takes_dtype(self, t: Tensor) -> bool:
-        return t.is_floating_point()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self.packed:
-            weight = self._portable()
-            values = nn.Parameter(weight.values, requires_grad=self._values_require_grad)
-            state["_parameters"] = {**self._parameters, "values": values}
-            state["_buffers"] = {**self._buffers, "indices": weight.indices, "panels": None}
-        return state

@@ -1,7 +1,16 @@
 """The ops: of each its schema, native implementation, fake, gradient and public function."""
 
+from .blocksparse import blocksparse_conv, blocksparse_linear
 from .quantize_rows import quantize_rows
 from .sparse24 import sparse24_linear
+from .sparse24_conv import sparse24_conv
 from .sparse24_quantized import sparse24_linear_quantized
 
-__all__ = ["quantize_rows", "sparse24_linear", "sparse24_linear_quantized"]
+__all__ = [
+    "blocksparse_conv",
+    "blocksparse_linear",
+    "quantize_rows",
+    "sparse24_conv",
+    "sparse24_linear",
+    "sparse24_linear_quantized",
+]

@@ -9,18 +9,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _C
 from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import Sparse24, Sparse24Panels
 from .cuda_workspace import aligned_rows, workspace
+from .operands import (
+    activation_of,
+    apply_function,
+    as_rows,
+    autocast_dtype,
+    autocast_to,
+    check_bias,
+    check_devices,
+    check_features,
+    gradient_wanted,
+)
 from .sparse24_layout import Gather, ToDense
 
-_ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_OP = "sparse24_linear"
 
 
 def sparse24_linear(
@@ -87,16 +96,14 @@ def sparse24_linear_tensors(
     activation: str = "none",
 ) -> Tensor:
     """``sparse24_linear`` on a format's tensors: values and indices, or panels and None."""
-    autocast = None
-    device = "cpu" if x.is_cpu else "cuda"
-    if torch.is_autocast_enabled(device) and (x.is_cpu or x.is_cuda):
-        autocast = torch.get_autocast_dtype(device)
+    autocast = autocast_dtype(x)
+    if autocast is not None:
         if indices is not None:
-            stored = _autocast_to(stored, autocast)
+            stored = autocast_to(stored, autocast)
             dtype = stored.dtype
         # Panels keep their dtype: rewriting them at every call would cost more than the product.
-        x = _autocast_to(x, dtype)
-        bias = None if bias is None else _autocast_to(bias, dtype)
+        x = autocast_to(x, dtype)
+        bias = None if bias is None else autocast_to(bias, dtype)
     # Panels are words: past this line nothing knows the dtype of what they hold.
     if x.dtype != dtype:
         raise TypeError(f"sparse24_linear: x is {x.dtype}, the weight {dtype}")
@@ -104,20 +111,7 @@ def sparse24_linear_tensors(
     # Eager code skips the dispatcher's Python call of the autograd kernel, 2 us of overhead.
     call = _linear if torch.compiler.is_compiling() else _linear_autograd
     y: Tensor = call(x, stored, indices, bias, in_features, out_features, activation)
-    return y if autocast is None else _autocast_to(y, autocast)
-
-
-def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    # Autocast leaves float64 and integers alone, as it does for torch's own ops.
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-
-def _activation(name: str) -> Any:
-    if name not in _ACTIVATIONS:
-        raise ValueError(
-            f"sparse24_linear: activation {name!r}, expected None, 'relu', 'gelu' or 'silu'"
-        )
-    return _ACTIVATIONS[name]
+    return y if autocast is None else autocast_to(y, autocast)
 
 
 library.define(
@@ -140,7 +134,8 @@ def _linear_native(
     activation: str,
 ) -> Tensor:
     dims = x.dim()
-    rows = _rows(x, dims, in_features)
+    check_features(_OP, x, dims, in_features)
+    rows = as_rows(x, dims)
     if rows.stride(1) != 1:  # each task of the kernels would gather its columns anew
         rows = rows.contiguous()
     out = x.new_empty((rows.shape[0], out_features))
@@ -168,7 +163,8 @@ def _linear_native_cuda(
     if x.device != values.device:  # one of them may be on the CPU
         raise ValueError(f"sparse24_linear: x is on {x.device}, the weight on {values.device}")
     dims = x.dim()
-    rows = aligned_rows(_rows(x, dims, in_features))
+    check_features(_OP, x, dims, in_features)
+    rows = aligned_rows(as_rows(x, dims))
     if indices is not None:
         if x.dtype == torch.float64:
             raise TypeError("sparse24_linear: float64 has a kernel on the CPU only")
@@ -186,12 +182,6 @@ def _linear_native_cuda(
     return out if dims == 2 else out.view(*x.shape[:-1], out_features)
 
 
-def _rows(x: Tensor, dims: int, in_features: int) -> Tensor:
-    """x as a matrix; a view where its strides allow."""
-    _check_features(x, dims, in_features)
-    return x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
-
-
 def _linear_fake(
     x: Tensor,
     values: Tensor,
@@ -201,26 +191,11 @@ def _linear_fake(
     out_features: int,
     activation: str,
 ) -> Tensor:
-    _check_features(x, x.dim(), in_features)
-    _activation(activation)
-    # One real operand among meta tensors comes here too, and would get a result of no content.
-    for name, operand in (("weight", values), ("indices", indices), ("bias", bias)):
-        if operand is not None and operand.device != x.device:
-            raise ValueError(f"sparse24_linear: x is on {x.device}, {name} on {operand.device}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"sparse24_linear: bias has shape {list(bias.shape)}, expected [{out_features}]"
-        )
+    check_features(_OP, x, x.dim(), in_features)
+    activation_of(_OP, activation)
+    check_devices(_OP, x, weight=values, indices=indices, bias=bias)
+    check_bias(_OP, bias, out_features)
     return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _check_features(x: Tensor, dims: int, in_features: int) -> None:
-    if dims == 0:
-        raise ValueError("sparse24_linear: x is 0-d, it needs at least one dimension")
-    if x.shape[-1] != in_features:
-        raise ValueError(
-            f"sparse24_linear: x has {x.shape[-1]} features, the weight expects {in_features}"
-        )
 
 
 def _linear_autograd(
@@ -232,16 +207,9 @@ def _linear_autograd(
     out_features: int,
     activation: str,
 ) -> Tensor:
-    wanted = torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    # Forward-mode derivatives exist without requires_grad; _Linear refuses them aloud.
-    if wanted or forward_ad._current_level >= 0:
-        # Function.apply binds its arguments by name for functorch, which takes 16 us.
-        functorch = torch._C._are_functorch_transforms_active()
-        apply = _Linear.apply if functorch else _apply_linear
-        y: Tensor = apply(x, values, indices, bias, in_features, out_features)
-        activate = _activation(activation)  # outside, for torch to differentiate
+    if gradient_wanted(x, values, bias):
+        y: Tensor = _apply_linear(x, values, indices, bias, in_features, out_features)
+        activate = activation_of(_OP, activation)  # outside, for torch to differentiate
         return y if activate is None else activate(y)
     with torch._C._AutoDispatchBelowAutograd():
         return _linear(x, values, indices, bias, in_features, out_features, activation)
@@ -295,4 +263,4 @@ class _Linear(torch.autograd.Function):
         return dx, dvalues, None, db, None, None
 
 
-_apply_linear = super(torch.autograd.Function, _Linear).apply
+_apply_linear = apply_function(_Linear)

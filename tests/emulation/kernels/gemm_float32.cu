@@ -26,7 +26,7 @@ GOSSAMER_EXPORT int gemm(void* out, const void* x, int64_t x_stride, const uint3
     args.m = m, args.n = n, args.k = k;
     args.panels = panels;
     args.x = x, args.x_stride = x_stride;
-    args.bias = bias, args.activation = static_cast<sparse24::Activation>(activation);
+    args.bias = bias, args.activation = static_cast<Activation>(activation);
     args.out = out;
     args.config = {sparse24::CudaKernel::kFloat32, static_cast<int>(tile_n),
                    static_cast<int>(tile_m), static_cast<int>(warps_k), static_cast<int>(split_k)};

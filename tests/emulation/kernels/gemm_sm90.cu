@@ -14,7 +14,7 @@ GOSSAMER_EXPORT int gemm_sm90(void* out, const void* x, const uint32_t* fragment
     sparse24::CudaGemmArgs args{};
     args.dtype = static_cast<DType>(settings[0]);
     args.out_dtype = static_cast<DType>(settings[1]);
-    args.activation = static_cast<sparse24::Activation>(settings[2]);
+    args.activation = static_cast<Activation>(settings[2]);
     args.m = settings[3];
     args.n = settings[4];
     args.k = settings[5];

@@ -2,9 +2,9 @@
 // The fused activations, as the serial kernels apply them. `static`: see common/dtype.h.
 #include <cmath>
 
-#include "sparse24/sparse24.h"
+#include "common/activation.h"
 
-namespace gossamer::sparse24 {
+namespace gossamer {
 
 template <class Real>
 static inline Real activate(Real z, Activation activation) {
@@ -17,4 +17,4 @@ static inline Real activate(Real z, Activation activation) {
   return z;
 }
 
-}  // namespace gossamer::sparse24
+}  // namespace gossamer

@@ -1,0 +1,168 @@
+// The border: what Python hands over is checked here, the indices at every call.
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "blocksparse/blocksparse.h"
+#include "common/border.h"
+#include "common/py_tensor.h"
+
+namespace py = pybind11;
+
+namespace gossamer::blocksparse {
+namespace {
+
+// Sums and products of two sizes below this stay within 64 bits.
+constexpr int64_t kMaxSize = int64_t{1} << 30;
+
+using Axes = std::array<int64_t, 3>;  // d, h, w
+
+void check_size(const char* op, const char* what, int64_t size, int64_t lowest) {
+  GOSSAMER_CHECK(size >= lowest && size <= kMaxSize, op, ": ", what, " is ", size, ", expected ",
+                 lowest, " to 2**30");
+}
+
+void check_dims(const char* op, const char* what, const TensorView& t, int ndim) {
+  GOSSAMER_CHECK(t.ndim == ndim, op, ": ", what, " of shape ", shape_text(t), " has ", t.ndim,
+                 " dimensions, expected ", ndim);
+  check_contiguous(op, what, t);
+  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
+                 ", the kernels are the CPU's");
+}
+
+// What a weight of these sizes is, without its blocks.
+Weight empty_weight(const char* op, DType dtype, int64_t out_channels, int64_t taps,
+                    int64_t group_in, int64_t groups, int64_t rows, int64_t cols) {
+  check_size(op, "the number of output channels", out_channels, 1);
+  check_size(op, "the number of taps", taps, 1);
+  check_size(op, "the number of input channels", group_in, 1);
+  check_size(op, "the number of groups", groups, 1);
+  GOSSAMER_CHECK(out_channels % groups == 0, op, ": ", out_channels, " output channels in ", groups,
+                 " groups");
+  GOSSAMER_CHECK(rows >= 1 && rows <= kMaxBlock && cols >= 1 && cols <= kMaxBlock, op,
+                 ": blocks of ", rows, " x ", cols, ", expected 1 to ", kMaxBlock);
+  const Weight w{dtype,   groups, out_channels / groups, taps, group_in, rows, cols, 0, nullptr,
+                 nullptr, nullptr};
+  check_size(op, "the number of block columns", w.block_columns(), 1);
+  // Further than any memory reaches, and still an offset.
+  GOSSAMER_CHECK(out_channels <= (int64_t{1} << 60) / (taps * group_in), op, ": a weight of ",
+                 out_channels, " x ", taps, " x ", group_in, " is too large");
+  return w;
+}
+
+// The same with blocks, whose indices are checked.
+Weight weight_of(const char* op, const TensorView& values, const TensorView& crow,
+                 const TensorView& col, int64_t out_channels, int64_t taps, int64_t group_in,
+                 int64_t groups) {
+  check_weight_dtype(op, "values", values);
+  check_dims(op, "values", values, 3);
+  check_dims(op, "crow_indices", crow, 1);
+  check_dims(op, "col_indices", col, 1);
+  check_dtype(op, "crow_indices", crow, DType::kInt32);
+  check_dtype(op, "col_indices", col, DType::kInt32);
+  Weight w = empty_weight(op, values.dtype, out_channels, taps, group_in, groups, values.shape[1],
+                          values.shape[2]);
+  check_vector(op, "crow_indices", crow, w.block_rows() + 1);
+  check_vector(op, "col_indices", col, values.shape[0]);
+  w.nnz = values.shape[0];
+  w.crow_indices = crow.as<const int32_t>();
+  w.col_indices = col.as<const int32_t>();
+  w.values = values.data;
+  check_indices(w);
+  return w;
+}
+
+void bind_find_live(const TensorView& dense, const TensorView& live, int64_t rows, int64_t cols,
+                    int64_t groups, int threads) {
+  constexpr const char* op = "blocksparse_find_live";
+  check_weight_dtype(op, "dense", dense);
+  check_dims(op, "dense", dense, 3);
+  check_dims(op, "live", live, 2);
+  check_dtype(op, "live", live, DType::kUInt8);
+  const Weight w = empty_weight(op, dense.dtype, dense.shape[0], dense.shape[1], dense.shape[2],
+                                groups, rows, cols);
+  check_shape(op, "live", live, w.block_rows(), w.block_columns());
+  find_live(dense.data, w, live.as<uint8_t>(), threads);
+}
+
+// The weight whose dense form is [C_out, taps, C_in / groups].
+Weight with_dense(const char* op, const TensorView& dense, const TensorView& values,
+                  const TensorView& crow, const TensorView& col, int64_t groups) {
+  check_dims(op, "dense", dense, 3);
+  check_dtype(op, "values", values, dense.dtype);
+  return weight_of(op, values, crow, col, dense.shape[0], dense.shape[1], dense.shape[2], groups);
+}
+
+void bind_gather(const TensorView& dense, const TensorView& crow, const TensorView& col,
+                 const TensorView& values, int64_t groups, int threads) {
+  const Weight w = with_dense("blocksparse_gather", dense, values, crow, col, groups);
+  gather(dense.data, w, values.data, threads);
+}
+
+void bind_to_dense(const TensorView& values, const TensorView& crow, const TensorView& col,
+                   const TensorView& dense, int64_t groups, int threads) {
+  const Weight w = with_dense("blocksparse_to_dense", dense, values, crow, col, groups);
+  to_dense(w, dense.data, threads);
+}
+
+void bind_validate(const TensorView& values, const TensorView& crow, const TensorView& col,
+                   int64_t out_channels, int64_t taps, int64_t group_in, int64_t groups) {
+  check_padding(weight_of("BlockSparse", values, crow, col, out_channels, taps, group_in, groups));
+}
+
+void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
+               const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
+               int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
+               const Axes& dilation, const std::string& activation, int threads) {
+  constexpr const char* op = "blocksparse_conv";
+  check_dims(op, "x", x, 5);
+  check_dims(op, "out", out, 5);
+  check_dtype(op, "x", x, values.dtype);
+  check_dtype(op, "out", out, values.dtype);
+  ConvShape s{};
+  s.batch = x.shape[0], s.in_channels = x.shape[4], s.out_channels = out.shape[4];
+  s.groups = groups;
+  GOSSAMER_CHECK(out.shape[0] == s.batch, op, ": x has a batch of ", s.batch, ", out of ",
+                 out.shape[0]);
+  for (int axis = 0; axis < 3; ++axis) {
+    s.in[axis] = x.shape[1 + axis], s.out[axis] = out.shape[1 + axis];
+    s.kernel[axis] = kernel[axis], s.stride[axis] = stride[axis];
+    s.padding[axis] = padding[axis], s.dilation[axis] = dilation[axis];
+    check_size(op, "an extent of x", s.in[axis], 0);
+    check_size(op, "an extent of out", s.out[axis], 0);
+    check_size(op, "the kernel size", s.kernel[axis], 1);
+    check_size(op, "the stride", s.stride[axis], 1);
+    check_size(op, "the dilation", s.dilation[axis], 1);
+    check_size(op, "the padding", s.padding[axis], 0);
+  }
+  check_size(op, "the kernel size", s.kernel[0] * s.kernel[1], 1);
+  check_size(op, "the number of groups", groups, 1);
+  GOSSAMER_CHECK(s.in_channels % groups == 0, op, ": x has ", s.in_channels, " channels in ",
+                 groups, " groups");
+  const Weight w = weight_of(op, values, crow, col, s.out_channels, s.taps(), s.group_in(), groups);
+  conv({w, s, x.data, bias_of(op, bias, s.out_channels, x.dtype, x), activation_of(op, activation),
+        out.data, threads});
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("blocksparse_find_live", &bind_find_live, py::arg("dense"), py::arg("live"),
+        py::arg("rows"), py::arg("cols"), py::arg("groups"), py::arg("threads"), release());
+  m.def("blocksparse_gather", &bind_gather, py::arg("dense"), py::arg("crow_indices"),
+        py::arg("col_indices"), py::arg("values"), py::arg("groups"), py::arg("threads"),
+        release());
+  m.def("blocksparse_to_dense", &bind_to_dense, py::arg("values"), py::arg("crow_indices"),
+        py::arg("col_indices"), py::arg("dense"), py::arg("groups"), py::arg("threads"), release());
+  m.def("blocksparse_validate", &bind_validate, py::arg("values"), py::arg("crow_indices"),
+        py::arg("col_indices"), py::arg("out_channels"), py::arg("taps"), py::arg("group_in"),
+        py::arg("groups"), release());
+  m.def("blocksparse_conv", &bind_conv, py::arg("out"), py::arg("x"), py::arg("values"),
+        py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("groups"),
+        py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+        py::arg("activation"), py::arg("threads"), release());
+  m.attr("blocksparse_max_block") = kMaxBlock;
+}
+
+}  // namespace gossamer::blocksparse

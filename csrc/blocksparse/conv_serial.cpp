@@ -1,0 +1,86 @@
+// The readable definition, for every dtype and any machine.
+#include <vector>
+
+#include "blocksparse/blocksparse.h"
+#include "common/activate_serial.h"
+#include "common/parallel.h"
+
+namespace gossamer::blocksparse {
+namespace {
+
+// The channels of x under one tap of an output, or null where the tap is in the padding.
+template <class T>
+const T* x_at(const ConvShape& s, const T* x, int64_t image, const int64_t (&out)[3], int64_t tap) {
+  const int64_t t[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1],
+                        tap % s.kernel[2]};
+  int64_t pixel = image;
+  for (int axis = 0; axis < 3; ++axis) {
+    const int64_t at = out[axis] * s.stride[axis] + t[axis] * s.dilation[axis] - s.padding[axis];
+    if (at < 0 || at >= s.in[axis]) return nullptr;
+    pixel = pixel * s.in[axis] + at;
+  }
+  return x + pixel * s.in_channels;
+}
+
+// The outputs of one block row for one pixel: sum[r] += W[row r, live blocks] x.
+template <class T, class Real>
+void add_block_row(const Weight& w, int64_t block_row, const T* const* taps_of_x, Real* sum) {
+  const auto* values = static_cast<const T*>(w.values);
+  const int64_t first_channel = block_row / w.row_blocks() * w.group_in;
+  for (int64_t block = w.crow_indices[block_row]; block < w.crow_indices[block_row + 1]; ++block) {
+    const int64_t tap = w.col_indices[block] / w.col_blocks();
+    const int64_t channel = w.col_indices[block] % w.col_blocks() * w.cols;
+    if (taps_of_x[tap] == nullptr) continue;
+    const T* x = taps_of_x[tap] + first_channel + channel;
+    const int64_t cols = std::min(w.cols, w.group_in - channel);
+    for (int64_t r = 0; r < w.rows; ++r) {
+      const T* row = values + (block * w.rows + r) * w.cols;
+      for (int64_t c = 0; c < cols; ++c) sum[r] += to_float(row[c]) * to_float(x[c]);
+    }
+  }
+}
+
+template <class T>
+void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
+  using Real = decltype(to_float(T{}));  // double for double, float for the rest
+  const Weight& w = args.weight;
+  const ConvShape& s = args.shape;
+  const auto* bias = static_cast<const T*>(args.bias);
+  std::vector<const T*> taps_of_x(s.taps());
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    const int64_t within = pixel % s.out_pixels();
+    const int64_t at[3] = {within / (s.out[1] * s.out[2]), within / s.out[2] % s.out[1],
+                           within % s.out[2]};
+    for (int64_t tap = 0; tap < s.taps(); ++tap) {
+      taps_of_x[tap] = x_at(s, static_cast<const T*>(args.x), pixel / s.out_pixels(), at, tap);
+    }
+    T* out = static_cast<T*>(args.out) + pixel * s.out_channels;
+    for (int64_t block_row = 0; block_row < w.block_rows(); ++block_row) {
+      Real sum[kMaxBlock] = {};
+      add_block_row(w, block_row, taps_of_x.data(), sum);
+      const int64_t in_group = block_row % w.row_blocks() * w.rows;
+      const int64_t first = block_row / w.row_blocks() * w.group_out + in_group;
+      for (int64_t r = 0; r < std::min(w.rows, w.group_out - in_group); ++r) {
+        if (bias != nullptr) sum[r] += to_float(bias[first + r]);
+        round_to(activate(sum[r], args.activation), out[first + r]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void conv_serial(const ConvArgs& args) {
+  parallel_ranges(args.threads, args.shape.batch * args.shape.out_pixels(),
+                  [&](int64_t begin, int64_t end) {
+                    switch (args.weight.dtype) {
+                      case DType::kFloat64: return conv_pixels<double>(args, begin, end);
+                      case DType::kFloat32: return conv_pixels<float>(args, begin, end);
+                      case DType::kBFloat16: return conv_pixels<BFloat16>(args, begin, end);
+                      case DType::kFloat16: return conv_pixels<Float16>(args, begin, end);
+                      default: return;  // refused at the border
+                    }
+                  });
+}
+
+}  // namespace gossamer::blocksparse

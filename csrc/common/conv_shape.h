@@ -1,0 +1,32 @@
+#pragma once
+// Where a convolution takes its inputs from. Tensors are channels-last: x is [batch, d, h, w, C_in]
+// and y [batch, d, h, w, C_out], contiguous; a 1-D or 2-D convolution has leading extents of 1. Of
+// output position o along an axis, tap t of the kernel sees x at
+//
+//   o * stride + t * dilation - padding
+//
+// and x reads as 0 where that lies outside of it. Group g takes the input channels from
+// g * group_in() on and gives the outputs from g * group_out() on. A linear layer is the case in
+// which the kernel and all extents are 1 and the batch is its rows.
+#include <cstdint>
+
+namespace gossamer {
+
+struct ConvShape {
+  int64_t batch;
+  int64_t in[3];  // extents of x: d, h, w
+  int64_t in_channels;
+  int64_t out[3];  // extents of y
+  int64_t out_channels;
+  int64_t groups;  // divides both numbers of channels
+  int64_t kernel[3], stride[3], dilation[3];
+  int64_t padding[3];  // zeros before the first element; those behind the last follow from `out`
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t group_in() const { return in_channels / groups; }
+  int64_t group_out() const { return out_channels / groups; }
+  int64_t in_pixels() const { return in[0] * in[1] * in[2]; }  // of one image
+  int64_t out_pixels() const { return out[0] * out[1] * out[2]; }
+};
+
+}  // namespace gossamer

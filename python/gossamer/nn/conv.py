@@ -1,0 +1,242 @@
+"""SparseConv: a convolution that keeps only part of its weight, 2:4 or in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import Block
+from ..ops.blocksparse import blocksparse_conv_tensors
+from ..ops.conv_geometry import PADDING_MODES, Sizes, padding_of, per_axis
+from ..ops.sparse24_conv import sparse24_conv_tensors
+from .patterns import pattern_of
+from .trainable import TrainableModule
+
+if TYPE_CHECKING:
+    pass
+
+# Leaves for torch.fx, which could not follow their branches on x.
+torch.fx.wrap("blocksparse_conv_tensors")
+torch.fx.wrap("sparse24_conv_tensors")
+
+_DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class SparseConv(TrainableModule):
+    """``torch.nn.Conv1d``, ``2d`` or ``3d`` whose weight is 2:4, or zero in whole blocks.
+
+    How many axes it has is that of ``kernel_size`` here; ``SparseConv1d``, ``SparseConv2d`` and
+    ``SparseConv3d`` say it by their name. The weight is the Parameter ``values`` under the fixed
+    pattern of its indices. A ``state_dict``, a pickle and a deep copy hold an open format and are
+    validated before a layer takes them over. ``pack()`` leaves a convolution as it is, so far.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Any numbers from 1 on that ``groups`` divides.
+    kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        As for ``torch.nn.Conv2d``.
+    pattern : "2:4" or Block
+        At most two non-zeros in every four input channels of an output, group and tap; or blocks
+        of output by input channels.
+    device, dtype
+        As for ``torch.nn.Conv2d``: float32, bfloat16, float16, or float64.
+    density : float, optional
+        The share of blocks that are live, in (0, 1], of a pattern of blocks, which needs it.
+
+    Attributes
+    ----------
+    values : Parameter
+        The kept weights, as ``gossamer.formats.Sparse24Conv`` or ``BlockSparse`` has them.
+    indices, or crow_indices and col_indices : Tensor
+        Where they are.
+    format : Tensor
+        int64: what a ``state_dict`` says of itself.
+    bias : Parameter or None
+        [C_out].
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a size, the pattern, the density or another argument is none of those above.
+    """
+
+    axes: ClassVar[int | None] = None
+
+    values: nn.Parameter
+    indices: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        pattern: str | Block = "2:4",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        density: float | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        axes = self.axes
+        if axes is None:
+            if not isinstance(kernel_size, Sequence):
+                raise ValueError(
+                    f"{name}: kernel_size {kernel_size!r}, expected a number an axis, or take "
+                    "SparseConv1d, SparseConv2d or SparseConv3d"
+                )
+            axes = len(kernel_size)
+        if groups < 1 or in_channels < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{name}: in_channels {in_channels} and out_channels {out_channels} in {groups} "
+                "groups: all at least 1, and groups divide both"
+            )
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(
+                f"{name}: padding_mode {padding_mode!r}, expected one of {PADDING_MODES}"
+            )
+        kernel = per_axis(name, "kernel_size", kernel_size, axes, 1)
+        held = pattern_of(name, pattern, (out_channels, in_channels // groups, *kernel), groups)
+        held.check(name, density, wanted=True)
+        padding_of(name, padding, kernel, stride, dilation)  # or it is an error
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel
+        self.stride = per_axis(name, "stride", stride, axes, 1)
+        self.padding: str | tuple[int, ...] = (
+            padding if isinstance(padding, str) else per_axis(name, "padding", padding, axes, 0)
+        )
+        self.dilation = per_axis(name, "dilation", dilation, axes, 1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.pattern = pattern
+        self._set_up(held, bias, density, device, dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(
+        cls,
+        conv: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+        pattern: str | Block = "2:4",
+        prune: str | None = None,
+        density: float | None = None,
+    ) -> SparseConv:
+        """A trainable layer with the weight and a copy of the bias of a dense one.
+
+        Parameters
+        ----------
+        conv : torch.nn.Conv1d, Conv2d or Conv3d
+            Its weight must fit the pattern, unless ``prune`` says how to make it fit. Of blocks,
+            those are live that hold a non-zero.
+        pattern : "2:4" or Block
+            The sparsity pattern.
+        prune : {None, "magnitude"}
+            "magnitude" keeps the two largest of every four input channels
+            (``gossamer.prune.magnitude_24``), or the blocks of largest norm
+            (``gossamer.prune.magnitude_blocks``).
+        density : float, optional
+            The share of blocks that pruning keeps.
+
+        Returns
+        -------
+        SparseConv1d, SparseConv2d or SparseConv3d
+            Of as many axes as ``conv``; of the class that this is called on, if it has as many.
+
+        Raises
+        ------
+        TypeError
+            If ``conv`` is no such layer (a transposed one is none), or there are no kernels for
+            its dtype.
+        ValueError
+            If the weight does not fit and ``prune`` is None, or an argument is unknown, missing
+            or superfluous.
+        """
+        op = f"{cls.__name__}.from_dense"
+        allowed = _DENSE if cls.axes is None else _DENSE[cls.axes - 1]
+        if not isinstance(conv, allowed):
+            expected = "Conv1d, Conv2d or Conv3d" if cls.axes is None else f"Conv{cls.axes}d"
+            raise TypeError(f"{op}: {type(conv).__name__}, expected torch.nn.{expected}")
+        held = pattern_of(op, pattern, tuple(conv.weight.shape), conv.groups)
+        weight = cls._sparse_weight(conv.weight.detach(), held, prune, density)
+        made = _NAMED[len(conv.kernel_size) - 1] if cls is SparseConv else cls
+        layer = made(
+            **_arguments(conv),
+            pattern=pattern,
+            device="meta",
+            dtype=weight.dtype,
+            density=held.any_density,
+        )
+        return layer._take_from(conv, weight)
+
+    def to_dense(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        """A dense layer with the same weight and a copy of the bias."""
+        weight = self.weight.to_dense().detach()
+        dense = _DENSE[len(self.kernel_size) - 1]
+        conv = dense(**_arguments(self), device="meta", dtype=weight.dtype)
+        self._give_to(conv, weight)
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch."""
+        values, bias, shape = self.values, self.bias, self._pattern.shape
+        geometry = (self.stride, self.padding, self.dilation, self.padding_mode)
+        if isinstance(self.pattern, Block):
+            crow, col = self.crow_indices, self.col_indices
+            return blocksparse_conv_tensors(
+                x, values, crow, col, bias, shape, self.groups, *geometry
+            )
+        return sparse24_conv_tensors(x, values, self.indices, bias, shape, self.groups, *geometry)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        parts.append(f"stride={self.stride}")
+        plain = {
+            "padding": (0,) * len(self.kernel_size),
+            "dilation": (1,) * len(self.kernel_size),
+            "groups": 1,
+            "padding_mode": "zeros",
+        }
+        for name, usual in plain.items():
+            if getattr(self, name) != usual:
+                parts.append(f"{name}={getattr(self, name)}")
+        parts.append(f"bias={self.bias is not None}")
+        return ", ".join([*parts, self._pattern_repr()])
+
+
+class SparseConv1d(SparseConv):
+    """``torch.nn.Conv1d`` with a sparse weight: see ``SparseConv``."""
+
+    axes = 1
+
+
+class SparseConv2d(SparseConv):
+    """``torch.nn.Conv2d`` with a sparse weight: see ``SparseConv``."""
+
+    axes = 2
+
+
+class SparseConv3d(SparseConv):
+    """``torch.nn.Conv3d`` with a sparse weight: see ``SparseConv``."""
+
+    axes = 3
+
+
+_NAMED = (SparseConv1d, SparseConv2d, SparseConv3d)
+
+
+def _arguments(conv: nn.Module) -> dict[str, Any]:
+    """What a convolution, dense or sparse, is constructed with."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    arguments = {name: getattr(conv, name) for name in (*names, "groups", "padding_mode")}
+    return {**arguments, "bias": conv.bias is not None}

@@ -1,0 +1,189 @@
+"""How a layer holds a weight of one pattern: its tensors, and how it comes from a dense weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..formats import (
+    Block,
+    BlockSparse,
+    Sparse24,
+    Sparse24Conv,
+    Sparse24Panels,
+    sparse24_shapes,
+)
+from ..formats.geometry import check_weight_shape
+from ..formats.sparse24_conv import sparse24_matrix_shape
+from ..prune import (
+    blocks_kept,
+    check_density,
+    largest_blocks,
+    magnitude_24,
+    magnitude_blocks,
+)
+
+Portable = Sparse24 | Sparse24Conv | BlockSparse
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The pattern of one layer's weight.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the dense weight.
+    groups : int
+        The convolution's.
+    """
+
+    index_names: ClassVar[tuple[str, ...]]  # the layer's buffers beside its values
+    any_density: ClassVar[float | None]  # for a layer that is given its weight afterwards
+
+    shape: tuple[int, ...]
+    groups: int
+
+    def check(self, op: str, density: float | None, wanted: bool) -> None:
+        """Raise ValueError unless a density is given where one is wanted, and only there."""
+        raise NotImplementedError
+
+    def prune(self, dense: Tensor, density: float | None) -> Tensor:
+        """A dense weight, on any device, that keeps its largest parts and fits."""
+        raise NotImplementedError
+
+    def pruned(self, dense: Tensor, density: float | None) -> Portable:
+        """The weight with the largest parts of a dense one that the pattern has room for."""
+        raise NotImplementedError
+
+    def from_dense(self, dense: Tensor) -> Portable:
+        """The weight of a dense one that fits; ValueError of one that does not."""
+        raise NotImplementedError
+
+    def empty(
+        self, density: float | None, device: torch.device | str | int | None, dtype: torch.dtype
+    ) -> Portable:
+        """A weight of no content."""
+        raise NotImplementedError
+
+    def portable(self, values: Tensor, *indices: Tensor) -> Portable:
+        """The weight of a layer's tensors."""
+        raise NotImplementedError
+
+    def packed(self, weight: Portable) -> Sparse24Panels | None:
+        """The weight in the layout that its device reads fastest, or None if there is no other."""
+        return None
+
+
+@dataclass(frozen=True)
+class Pattern24(Pattern):
+    """2:4 along the inputs; only the matrix of a linear layer has another layout so far."""
+
+    index_names, any_density = ("indices",), None
+
+    def check(self, op: str, density: float | None, wanted: bool) -> None:
+        if density is not None:
+            raise ValueError(f"{op}: density {density} with pattern '2:4', which has its own")
+
+    def prune(self, dense: Tensor, density: float | None) -> Tensor:
+        return magnitude_24(dense, dim=1)
+
+    def pruned(self, dense: Tensor, density: float | None) -> Sparse24 | Sparse24Conv:
+        return self.from_dense(self.prune(dense, density))
+
+    def from_dense(self, dense: Tensor) -> Sparse24 | Sparse24Conv:
+        if len(self.shape) == 2:
+            return Sparse24.from_dense(dense)
+        return Sparse24Conv.from_dense(dense, self.groups)
+
+    def empty(
+        self, density: float | None, device: torch.device | str | int | None, dtype: torch.dtype
+    ) -> Sparse24 | Sparse24Conv:
+        matrix = self.shape if len(self.shape) == 2 else sparse24_matrix_shape(self.shape)
+        value_shape, index_shape = sparse24_shapes(matrix[0], matrix[1])
+        values = torch.empty(value_shape, device=device, dtype=dtype)
+        return self.portable(values, torch.empty(index_shape, device=device, dtype=torch.uint8))
+
+    def portable(self, values: Tensor, *indices: Tensor) -> Sparse24 | Sparse24Conv:
+        (positions,) = indices
+        if len(self.shape) == 2:
+            return Sparse24(values, positions, (self.shape[0], self.shape[1]))
+        return Sparse24Conv(values, positions, self.shape, self.groups)
+
+    def packed(self, weight: Portable) -> Sparse24Panels | None:
+        return Sparse24Panels.from_sparse24(weight) if isinstance(weight, Sparse24) else None
+
+    def __str__(self) -> str:
+        return "2:4"
+
+
+@dataclass(frozen=True)
+class PatternBlocks(Pattern):
+    """Zero in whole blocks."""
+
+    index_names, any_density = ("crow_indices", "col_indices"), 1.0
+
+    block: Block
+
+    def check(self, op: str, density: float | None, wanted: bool) -> None:
+        if (density is not None) != wanted:
+            given = "no density" if density is None else f"density {density}"
+            raise ValueError(
+                f"{op}: {given}: a pattern of blocks takes the share of them to keep where there "
+                "is something to prune, and only there"
+            )
+        if density is not None:
+            check_density(op, density)
+
+    def prune(self, dense: Tensor, density: float | None) -> Tensor:
+        assert density is not None
+        pruned = magnitude_blocks(dense, self.block, density, self.groups)
+        assert isinstance(pruned, Tensor)
+        return pruned
+
+    def pruned(self, dense: Tensor, density: float | None) -> BlockSparse:
+        assert density is not None
+        # With its mask: a block that is kept may hold zeros alone.
+        mask = largest_blocks(dense, self.block, density, self.groups)
+        return BlockSparse.from_dense(self.prune(dense, density), self.block, mask, self.groups)
+
+    def from_dense(self, dense: Tensor) -> BlockSparse:
+        return BlockSparse.from_dense(dense, self.block, groups=self.groups)
+
+    def empty(
+        self, density: float | None, device: torch.device | str | int | None, dtype: torch.dtype
+    ) -> BlockSparse:
+        block_rows, block_columns = self.block.grid(self.shape, self.groups)
+        live = 0 if density is None else blocks_kept(block_rows * block_columns, density)
+        values = torch.empty(live, self.block.rows, self.block.cols, device=device, dtype=dtype)
+        crow = torch.empty(block_rows + 1, device=device, dtype=torch.int32)
+        return self.portable(values, crow, torch.empty(live, device=device, dtype=torch.int32))
+
+    def portable(self, values: Tensor, *indices: Tensor) -> BlockSparse:
+        crow, col = indices
+        return BlockSparse(values, crow, col, self.shape, self.groups)
+
+    def __str__(self) -> str:
+        return str(self.block)
+
+
+def pattern_of(op: str, pattern: str | Block, shape: tuple[int, ...], groups: int = 1) -> Pattern:
+    """The pattern of a layer by what a user calls it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no such pattern, or no such weight.
+    """
+    try:
+        check_weight_shape(shape, groups)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: {error}") from None
+    if isinstance(pattern, Block):
+        return PatternBlocks(shape, groups, pattern)
+    if pattern != "2:4":
+        raise ValueError(f"{op}: pattern {pattern!r}, expected '2:4' or a gossamer.Block")
+    return Pattern24(shape, groups)

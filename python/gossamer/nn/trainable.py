@@ -1,0 +1,244 @@
+"""A layer whose sparse weight is trained under a fixed pattern, and may be packed to run faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._cuda_module import obstacle
+from ..formats import PANEL_DTYPES, VALUE_DTYPES, Block, BlockSparse, Sparse24Panels
+from .packable import PackableModule
+from .patterns import Pattern, Portable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TrainableModule(PackableModule):
+    """A layer whose weight is trained while portable, and packed for inference.
+
+    Trainable, it holds the Parameter ``values`` and the buffers that its pattern names; packed, the
+    buffer ``panels``. A pattern without panels stays portable.
+    """
+
+    values: nn.Parameter | None
+    bias: nn.Parameter | None
+    pattern: str | Block
+    _pattern: Pattern
+    _values_require_grad: bool = True  # what a packed layer gives its values back
+
+    def _set_up(
+        self,
+        pattern: Pattern,
+        bias: bool,
+        density: float | None,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Register the tensors of a fresh layer, without content."""
+        name = type(self).__name__
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in VALUE_DTYPES:
+            raise TypeError(f"{name}: dtype {dtype}, expected float32, bfloat16, float16, float64")
+        self._pattern = pattern
+        weight = pattern.empty(density, device, dtype)
+        state = weight.state()
+        self.values = nn.Parameter(weight.values)
+        for key in (*pattern.index_names, "format"):
+            self.register_buffer(key, state[key].to(weight.device))
+        self.register_buffer("panels", None, persistent=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(pattern.shape[0], device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a dense weight and a bias as torch's layer does, and keep the largest part.
+
+        As much is kept as the layer holds: of blocks as many as there are.
+        """
+        name = type(self).__name__
+        if self.values is None:
+            raise RuntimeError(f"{name}: reset_parameters() on a packed layer; unpack() first")
+        if self.values.is_meta:
+            return
+        shape, held = self._pattern.shape, self._portable()
+        dense = self.values.new_empty(shape)
+        nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
+        if self.values.numel() > 0:
+            density = getattr(held, "density", None)
+            weight = self._pattern.pruned(dense, density).state()
+            for key, tensor in held.state().items():
+                if key != "format":
+                    tensor.copy_(weight[key])
+        else:  # no block is live
+            self._buffers["crow_indices"].zero_()  # type: ignore[union-attr]
+        self.format.copy_(held.state()["format"])
+        if self.bias is not None:
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def _sparse_weight(
+        cls, dense: Tensor, pattern: Pattern, prune: str | None, density: float | None
+    ) -> Portable:
+        """The weight of a dense layer that fits, or that is made to fit."""
+        op = f"{cls.__name__}.from_dense"
+        if prune not in (None, "magnitude"):
+            raise ValueError(f"{op}: prune {prune!r}, expected None or 'magnitude'")
+        pattern.check(op, density, wanted=prune is not None)
+        return pattern.from_dense(dense) if prune is None else pattern.pruned(dense, density)
+
+    def _take_from(self, dense: nn.Module, weight: Portable) -> Self:
+        """Hold a weight, and what else a dense layer has: flags and a copy of the bias."""
+        assert isinstance(dense.weight, Tensor)
+        self._set_portable(weight, requires_grad=dense.weight.requires_grad)
+        if isinstance(dense.bias, Tensor):
+            bias = dense.bias.detach().clone()
+            self.bias = nn.Parameter(bias, requires_grad=dense.bias.requires_grad)
+        return self.train(dense.training)
+
+    def _give_to(self, dense: nn.Module, weight: Tensor) -> None:
+        """Put a dense weight, a copy of the bias and the flags into a layer of torch's."""
+        dense.weight = nn.Parameter(weight, requires_grad=self.weight_requires_grad)
+        if self.bias is not None:
+            bias = self.bias.detach().clone()
+            dense.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        dense.train(self.training)
+
+    @property
+    def weight(self) -> Portable | Sparse24Panels:
+        """The weight as the format it is held in: portable while trainable, panels while packed."""
+        if self._panels_dtype is not None:
+            assert self.panels is not None
+            shape = (self._pattern.shape[0], self._pattern.shape[1])
+            return Sparse24Panels(self.panels, shape, self._panels_dtype)
+        assert self.values is not None
+        indices = [getattr(self, name) for name in self._pattern.index_names]
+        return self._pattern.portable(self.values, *indices)
+
+    def pack(self) -> Self:
+        """Hold the weight in the layout that its device reads fastest, for inference only.
+
+        ``values`` and the indices are None from here on, so an optimizer made before no longer
+        reaches the weight. Nothing happens to a packed layer, nor where there is no other layout
+        (blocks and convolutions, so far).
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError
+            If the weight is float64, which has no panels.
+        """
+        # Outside inference mode, or its tensors could never be saved for a backward again.
+        with torch.inference_mode(False):
+            self._hold_panels()
+        return self
+
+    def unpack(self) -> Self:
+        """Bring the Parameter ``values`` and the indices back, for training.
+
+        ``values`` is a new Parameter: give it to the optimizer. Nothing happens to a trainable
+        layer.
+
+        Returns
+        -------
+        self
+        """
+        self._unpack()
+        return self
+
+    @property
+    def weight_requires_grad(self) -> bool:
+        """Whether ``values`` is trained, or will be once unpacked."""
+        return self._values_require_grad if self.values is None else self.values.requires_grad
+
+    def _pattern_repr(self) -> str:
+        weight = self.weight
+        state = f"packed={self.packed}"
+        if isinstance(weight, BlockSparse):
+            state = f"density={weight.density:.3g}"
+        return f"pattern={self.pattern}, {state}"
+
+    def _refuse_training(self) -> None:
+        """Called by the forward of a packed layer."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}: a packed layer cannot be trained: call unpack() to train "
+                "it, or eval() to run it"
+            )
+
+    def _portable(self) -> Portable:
+        weight = self.weight
+        return weight.to_sparse24() if isinstance(weight, Sparse24Panels) else weight
+
+    def _set_portable(self, weight: Portable, requires_grad: bool) -> None:
+        state = weight.state()
+        self.values = nn.Parameter(weight.values, requires_grad=requires_grad)
+        for name in self._pattern.index_names:
+            setattr(self, name, state[name])
+        self.format = state["format"].to(weight.device)
+        self.panels = self._panels_dtype = None
+
+    def _hold_portable(self) -> None:
+        weight = self.weight
+        if isinstance(weight, Sparse24Panels):
+            self._set_portable(weight.to_sparse24(), requires_grad=self._values_require_grad)
+
+    def _hold_panels(self) -> None:
+        weight = self.weight
+        if isinstance(weight, Sparse24Panels):
+            return
+        panels = self._pattern.packed(weight)
+        if panels is not None:
+            self._values_require_grad = weight.values.requires_grad
+            self.values = None
+            for name in self._pattern.index_names:
+                setattr(self, name, None)
+            self.panels, self._panels_dtype = panels.panels, panels.dtype
+
+    def _can_pack(self) -> bool:
+        weight = self.weight
+        return weight.dtype in PANEL_DTYPES and obstacle(weight.device) is None
+
+    def _wants_panels(self) -> bool:
+        return self.packed
+
+    def _takes_dtype(self, t: Tensor) -> bool:
+        return t.is_floating_point()
+
+    def _load_checked_state(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        *rest: Any,
+    ) -> None:
+        # Assigned, a weight may have another number of blocks; torch compares shapes all the same.
+        if local_metadata.get("assign_to_params_buffers", False) and self.values is not None:
+            for name in ("values", *self._pattern.index_names):
+                held, given = getattr(self, name), state_dict.get(prefix + name)
+                if given is not None and given.shape != held.shape:
+                    room = torch.empty_like(given)
+                    if name == "values":
+                        room = nn.Parameter(room, requires_grad=held.requires_grad)
+                    setattr(self, name, room)
+        super()._load_checked_state(state_dict, prefix, local_metadata, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.packed:
+            portable = self._portable().state()
+            values = nn.Parameter(portable["values"], requires_grad=self._values_require_grad)
+            indices = {name: portable[name] for name in self._pattern.index_names}
+            state["_parameters"] = {**self._parameters, "values": values}
+            state["_buffers"] = {**self._buffers, **indices, "panels": None}
+        return state

@@ -1,0 +1,380 @@
+"""Linear layers and convolutions with a block-sparse weight: y = act(W * x + b).
+
+Both are one registered op, ``blocksparse_product``: a linear layer is the convolution of no axes.
+``_product`` applies autocast, ``_autograd`` picks the gradient or goes below it, ``_native``
+allocates the result and crosses into C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._library import library
+from ..formats import BlockSparse
+from ..formats.geometry import channels_last, taps_of
+from .blocksparse_layout import Gather, ToDense
+from .conv_geometry import Sizes, check_channels, output_sizes, prepare
+from .operands import (
+    activation_of,
+    apply_function,
+    as_rows,
+    autocast_dtype,
+    autocast_to,
+    check_bias,
+    check_devices,
+    check_features,
+    gradient_wanted,
+)
+
+_LINEAR, _CONV = "blocksparse_linear", "blocksparse_conv"
+
+
+def blocksparse_linear(
+    x: Tensor, weight: BlockSparse, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Linear layer with a block-sparse weight: ``act(x @ W.T + bias)``.
+
+    Sums run over the live blocks only: a NaN or an infinity in ``x`` goes through every position
+    of a live block, zeros included, and never through the others.
+
+    Parameters
+    ----------
+    x : Tensor
+        [..., K] in the weight's dtype, of any strides; leading dimensions may be empty.
+    weight : BlockSparse
+        The [N, K] weight. Gradients flow to its values.
+    bias : Tensor, optional
+        [N] in the weight's dtype.
+    activation : {None, "relu", "gelu", "silu"}
+        Applied to the sum; "gelu" is the exact one, by erf.
+
+    Returns
+    -------
+    Tensor
+        [..., N] in the dtype of ``x``, contiguous. Under autocast x, weight and bias are cast to
+        autocast's dtype first, as ``torch.nn.functional.linear`` does.
+
+    Raises
+    ------
+    TypeError
+        If ``weight`` is no ``BlockSparse``, or dtypes differ.
+    ValueError
+        If shapes or devices do not match, the indices are not valid, or the activation is unknown.
+    """
+    check_format(_LINEAR, weight)
+    if len(weight.shape) != 2:
+        raise ValueError(
+            f"{_LINEAR}: a weight of shape {list(weight.shape)} is a convolution's: "
+            "gossamer.blocksparse_conv"
+        )
+    blocks = (weight.values, weight.crow_indices, weight.col_indices)
+    return blocksparse_linear_tensors(x, *blocks, bias, weight.shape, activation or "none")
+
+
+def blocksparse_linear_tensors(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    activation: str = "none",
+) -> Tensor:
+    """``blocksparse_linear`` on a format's tensors."""
+    dims = x.dim()
+    check_features(_LINEAR, x, dims, shape[1])
+    blocks = (values, crow_indices, col_indices)
+    y = _product(_LINEAR, as_rows(x, dims), *blocks, bias, shape, 1, (), (), (), activation)
+    return y if dims == 2 else y.view(*x.shape[:-1], shape[0])
+
+
+def blocksparse_conv(
+    x: Tensor,
+    weight: BlockSparse,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    activation: str | None = None,
+) -> Tensor:
+    """Convolution with a block-sparse weight, of as many axes as its kernel has: 1, 2 or 3.
+
+    Sums run over the live blocks only: a NaN or an infinity in ``x`` goes through every position
+    of a live block, zeros included, and never through the others.
+
+    Parameters
+    ----------
+    x : Tensor
+        [batch, C_in, *extents] in the weight's dtype, of any strides; or without batch. The batch
+        may be empty.
+    weight : BlockSparse
+        The [C_out, C_in / groups, *kernel size] weight; the groups are its own. Gradients flow to
+        its values.
+    bias : Tensor, optional
+        [C_out] in the weight's dtype.
+    stride, dilation : int or sequence of int
+        As for ``torch.nn.functional.conv2d``.
+    padding : int, sequence of int, "same" or "valid"
+        As for ``torch.nn.functional.conv2d``; "same" needs stride 1.
+    padding_mode : {"zeros", "reflect", "replicate", "circular"}
+        As for ``torch.nn.Conv2d``.
+    activation : {None, "relu", "gelu", "silu"}
+        Applied to the sum; "gelu" is the exact one, by erf.
+
+    Returns
+    -------
+    Tensor
+        [batch, C_out, *extents] in the dtype and the memory format (contiguous or channels-last)
+        of ``x``. Under autocast x, weight and bias are cast to autocast's dtype first.
+
+    Raises
+    ------
+    TypeError
+        If ``weight`` is no ``BlockSparse``, or dtypes differ.
+    ValueError
+        If shapes or devices do not match, the kernel is larger than the padded x, the indices are
+        not valid, or another argument is none of those above.
+    """
+    check_format(_CONV, weight)
+    if len(weight.shape) == 2:
+        raise ValueError(
+            f"{_CONV}: a weight of shape {list(weight.shape)} is a linear layer's: "
+            "gossamer.blocksparse_linear"
+        )
+    blocks = (weight.values, weight.crow_indices, weight.col_indices)
+    return blocksparse_conv_tensors(
+        x,
+        *blocks,
+        bias,
+        weight.shape,
+        weight.groups,
+        stride,
+        padding,
+        dilation,
+        padding_mode,
+        activation or "none",
+    )
+
+
+def blocksparse_conv_tensors(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    groups: int,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    activation: str = "none",
+) -> Tensor:
+    """``blocksparse_conv`` on a format's tensors."""
+    conv = prepare(_CONV, x, shape, groups, stride, padding, dilation, padding_mode)
+    blocks, steps = (values, crow_indices, col_indices), (conv.stride, conv.padding, conv.dilation)
+    return conv.result(
+        _product(_CONV, conv.x, *blocks, bias, tuple(shape), groups, *steps, activation)
+    )
+
+
+def check_format(op: str, weight: object) -> None:
+    if not isinstance(weight, BlockSparse):
+        raise TypeError(
+            f"{op}: weight is {type(weight).__name__}, expected BlockSparse "
+            "(gossamer.formats.BlockSparse.from_dense makes one of a dense weight)"
+        )
+
+
+def _product(
+    op: str, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    autocast = autocast_dtype(x)
+    if autocast is not None:
+        x, values = autocast_to(x, autocast), autocast_to(values, autocast)
+        bias = None if bias is None else autocast_to(bias, autocast)
+    for name, operand in (("x", x), ("bias", bias)):
+        if operand is not None and operand.dtype != values.dtype:
+            raise TypeError(f"{op}: {name} is {operand.dtype}, the weight {values.dtype}")
+    # Eager code skips the dispatcher's Python call of the autograd kernel.
+    call = _op if torch.compiler.is_compiling() else _autograd
+    y: Tensor = call(x, values, crow, col, bias, *rest)
+    return y
+
+
+library.define(
+    "blocksparse_product(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
+    "Tensor? bias, SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, str activation) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_op = torch.ops.gossamer.blocksparse_product.default
+
+
+class _Geometry(NamedTuple):
+    """What the op is told of the weight and of the convolution."""
+
+    shape: Sequence[int]
+    groups: int
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    @property
+    def op(self) -> str:
+        """The public function, for the error messages."""
+        return _CONV if len(self.shape) > 2 else _LINEAR
+
+    def in_3d(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Kernel, stride, padding and dilation, with the leading axes that are not there."""
+        absent = 3 - len(self.stride)
+        ones, zeros = [1] * absent, [0] * absent
+        kernel, stride = [*ones, *self.shape[2:]], [*ones, *self.stride]
+        return kernel, stride, [*zeros, *self.padding], [*ones, *self.dilation]
+
+
+def _native(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    *numbers, activation = rest
+    geometry = _Geometry(*numbers)
+    out = _empty_result(x, bias, geometry)
+    pixels = x.movedim(1, -1).contiguous()
+    absent = 3 - len(geometry.stride)
+    _C.blocksparse_conv(
+        out.view(out.shape[0], *(1,) * absent, *out.shape[1:]),
+        pixels.view(pixels.shape[0], *(1,) * absent, *pixels.shape[1:]),
+        values.contiguous(),
+        crow.contiguous(),
+        col.contiguous(),
+        None if bias is None else bias.contiguous(),
+        geometry.groups,
+        *geometry.in_3d(),
+        activation,
+        torch.get_num_threads(),
+    )
+    return _in_format_of(x, out)
+
+
+def _empty_result(x: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+    """Memory for y, channels last: [batch, *extents, C_out]."""
+    shape, groups, *steps = geometry
+    check_channels(geometry.op, x, shape, groups)
+    check_bias(geometry.op, bias, shape[0])
+    sizes = output_sizes(geometry.op, x, shape[2:], *steps)
+    return x.new_empty((x.shape[0], *sizes, shape[0]))
+
+
+def _in_format_of(x: Tensor, out: Tensor) -> Tensor:
+    """A channels-last result as torch would return it: in the memory format of x."""
+    memory_format = torch.contiguous_format
+    if x.dim() > 3 and not x.is_contiguous():
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        memory_format = last if x.is_contiguous(memory_format=last) else memory_format
+    return out.movedim(-1, 1).contiguous(memory_format=memory_format)
+
+
+def _fake(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    *numbers, activation = rest
+    geometry = _Geometry(*numbers)
+    activation_of(geometry.op, activation)
+    indices = {"crow_indices": crow, "col_indices": col}
+    check_devices(geometry.op, x, weight=values, **indices, bias=bias)
+    return _in_format_of(x, _empty_result(x, bias, geometry))
+
+
+def _autograd(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    if gradient_wanted(x, values, bias):
+        *numbers, activation = rest
+        # Lists as tuples: functorch keeps them.
+        numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
+        y: Tensor = _apply_product(x, values, crow, col, bias, *numbers)
+        # Outside, for torch to differentiate.
+        activate = activation_of(_Geometry(*numbers).op, activation)
+        return y if activate is None else activate(y)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(x, values, crow, col, bias, *rest)
+
+
+library.impl("blocksparse_product", _native, "CPU")
+library.impl("blocksparse_product", _autograd, "Autograd")
+torch.library.register_fake("gossamer::blocksparse_product", _fake, lib=library)
+
+
+class _Product(torch.autograd.Function):
+    """The gradient, through the dense weight: dx and dW as torch has them, dW at live blocks."""
+
+    generate_vmap_rule = True  # for per-sample gradients
+
+    @staticmethod
+    def forward(*operands: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(*operands, "none")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, crow, col, _, *ctx.geometry = inputs
+        ctx.x_shape, ctx.block = x.shape, values.shape[1:]
+        # x serves dvalues alone, and the values dx alone.
+        ctx.save_for_backward(
+            x if values.requires_grad else None, values if x.requires_grad else None, crow, col
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, *indices = ctx.saved_tensors
+        geometry = _Geometry(*ctx.geometry)
+        shape, groups = geometry.shape, geometry.groups
+        dense = dvalues = db = None
+        if values is not None:
+            sizes = (shape[0], taps_of(shape), shape[1], groups)
+            dense = ToDense.apply(values, *indices, *sizes).transpose(1, 2).reshape(shape)
+        dx, dweight = _dense_gradients(dy, x, dense, ctx.x_shape, geometry)
+        if dweight is not None:
+            dvalues = Gather.apply(channels_last(dweight), *indices, *ctx.block, groups)
+        if ctx.needs_input_grad[4]:
+            db = dy.sum([axis for axis in range(dy.dim()) if axis != 1])
+        return dx, dvalues, None, None, db, *(None,) * 5
+
+
+def _dense_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    dense: Tensor | None,
+    x_shape: Sequence[int],
+    geometry: _Geometry,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dW); dx where the weight is given, dW where x is."""
+    shape, groups, *steps = geometry
+    if len(shape) == 2:
+        return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
+    wanted = (dense is not None, x is not None, False)
+    if not any(wanted):
+        return None, None
+    # Only the shape of what is not given is looked at.
+    operands = [
+        dy,
+        dy.new_empty(1).expand(x_shape) if x is None else x,
+        dy.new_empty(1).expand(shape) if dense is None else dense,
+    ]
+    if dy.dtype == torch.float16 and dy.is_cpu:  # torch has no such kernel on every CPU
+        operands = [operand.float() for operand in operands]
+    rest = (None, *steps, False, (0,) * len(shape[2:]), groups, wanted)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *rest)
+    return (
+        dx.to(dy.dtype) if dense is not None else None,
+        dweight.to(dy.dtype) if x is not None else None,
+    )
+
+
+_apply_product = apply_function(_Product)

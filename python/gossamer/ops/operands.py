@@ -1,0 +1,76 @@
+"""What the ops do with their operands before a kernel sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def activation_of(op: str, name: str) -> Callable[[Tensor], Tensor] | None:
+    """The activation by its name, or None for "none"."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"{op}: activation {name!r}, expected None, 'relu', 'gelu' or 'silu'")
+    return _ACTIVATIONS[name]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast, where it is on for the device of x, would compute in."""
+    device = "cpu" if x.is_cpu else "cuda"
+    if torch.is_autocast_enabled(device) and (x.is_cpu or x.is_cuda):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # Autocast leaves float64 and integers alone, as it does for torch's own ops.
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def gradient_wanted(*operands: Tensor | None) -> bool:
+    """Whether a call has to go through an autograd.Function."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    # Forward-mode derivatives exist without requires_grad; the Function refuses them aloud.
+    return wanted or forward_ad._current_level >= 0
+
+
+def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without what it does for functorch where none of that is active."""
+    # Function.apply binds its arguments by name for functorch, which takes 16 us.
+    plain = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args: Any) -> Any:
+        functorch = torch._C._are_functorch_transforms_active()
+        return function.apply(*args) if functorch else plain(*args)
+
+    return apply
+
+
+def as_rows(x: Tensor, dims: int) -> Tensor:
+    """x [..., K] as a matrix; a view where its strides allow."""
+    return x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
+
+
+def check_features(op: str, x: Tensor, dims: int, in_features: int) -> None:
+    if dims == 0:
+        raise ValueError(f"{op}: x is 0-d, it needs at least one dimension")
+    if x.shape[-1] != in_features:
+        raise ValueError(f"{op}: x has {x.shape[-1]} features, the weight expects {in_features}")
+
+
+def check_bias(op: str, bias: Tensor | None, outputs: int) -> None:
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"{op}: bias has shape {list(bias.shape)}, expected [{outputs}]")
+
+
+def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    # One real operand among meta tensors would get a result of no content.
+    for name, operand in others.items():
+        if operand is not None and operand.device != x.device:
+            raise ValueError(f"{op}: x is on {x.device}, {name} on {operand.device}")

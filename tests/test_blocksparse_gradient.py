@@ -1,0 +1,189 @@
+"""Derivatives of the block-sparse products and layouts: both orders, per sample, under autocast."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import compress, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import SumOracle
+from conv_cases import CASES, CONVS, ConvCase, block_sparse, typical
+from gossamer import Block, blocksparse_conv, blocksparse_linear, reference
+from gossamer.formats import BlockSparse
+from torch import Tensor
+from torch.func import functional_call, grad, jvp, vmap
+
+ops = torch.ops.gossamer
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("kernel", [(), (3,), (2, 3), (2, 1, 2)], ids=str)
+def test_first_and_second_derivatives(
+    serial_target: str, kernel: tuple[int, ...], activation: str | None
+) -> None:
+    groups = 2 if kernel else 1
+    sparse = block_sparse((4, 3, *kernel), Block(2, 2), 0.6, groups, torch.float64)
+
+    def layer(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        weight = replace(sparse, values=values)
+        if not kernel:
+            return blocksparse_linear(x, weight, bias, activation)
+        return blocksparse_conv(x, weight, bias, 2, 1, padding_mode="zeros", activation=activation)
+
+    operands = (double(2, 3 * groups, *(3,) * len(kernel)), double(*sparse.values.shape), double(4))
+    assert torch.autograd.gradcheck(layer, operands)
+    assert torch.autograd.gradgradcheck(layer, operands)
+
+
+def test_layout_derivatives(serial_target: str) -> None:
+    sparse = block_sparse((4, 3, 2), Block(3, 2), 0.6, 2, torch.float64)
+    indices = (sparse.crow_indices, sparse.col_indices)
+
+    def to_dense(values: Tensor) -> Tensor:
+        return BlockSparse(values, *indices, sparse.shape, 2).to_dense()
+
+    def gather(dense: Tensor) -> Tensor:
+        return ops.blocksparse_gather(dense, *indices, 3, 2, 2)
+
+    for function, operand in (
+        (to_dense, double(*sparse.values.shape)),
+        (gather, double(4, 2, 3)),
+    ):
+        assert torch.autograd.gradcheck(function, (operand,))
+        assert torch.autograd.gradgradcheck(function, (operand,))
+
+
+def dense_gradients(case: ConvCase, x: Tensor, dense: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x, dense = x.requires_grad_(), dense.requires_grad_()
+    dx, dweight = torch.autograd.grad(case.dense(x, dense, None), (x, dense), dy)
+    return dx, dweight
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=map(str, range(0, len(CASES), 3)))
+def test_gradients_are_those_of_the_dense_layer(target: str, case: ConvCase) -> None:
+    weight, x, bias = case.weight(), case.x(), torch.randn(case.shape[0]).to(case.dtype)
+    operands = (x.requires_grad_(), weight.values.requires_grad_(), bias.requires_grad_())
+    y = blocksparse_conv(x, weight, bias, **case.geometry)
+    dy = torch.randn_like(y)
+    dx, dvalues, db = torch.autograd.grad(y, operands, dy)
+
+    exact = [t.detach().double() for t in (x, weight.to_dense(), dy)]
+    wanted = dense_gradients(case, *exact)
+    sizes = dense_gradients(case, *(t.abs() for t in exact))
+    products = (case.group_out * weight.to_dense()[0, 0].numel(), max(1, dy.numel() // dy.shape[1]))
+    SumOracle(wanted[0], sizes[0], products[0], case.dtype).check(dx)
+    indices = (weight.crow_indices, weight.col_indices, weight.block, weight.groups)
+    kept = [reference.blocksparse_gather(t, *indices) for t in (wanted[1], sizes[1])]
+    SumOracle(*kept, products[1], case.dtype).check(dvalues)
+    axes = [0, *range(2, dy.dim())]
+    SumOracle(exact[2].sum(axes), exact[2].abs().sum(axes), products[1], case.dtype).check(db)
+
+
+@pytest.mark.parametrize("wanted", [w for w in product([True, False], repeat=3) if any(w)])
+@pytest.mark.parametrize("axes", [0, 2])
+def test_any_operand_alone(axes: int, wanted: tuple[bool, bool, bool]) -> None:
+    weight = block_sparse((6, 5, *(3,) * axes), Block(4, 2))
+    x, bias = torch.randn(2, 5, *(4,) * axes), torch.randn(6)
+    operands = [x.requires_grad_(wanted[0]), weight.values.requires_grad_(wanted[1])]
+    operands += [bias.requires_grad_(wanted[2])]
+    call = blocksparse_conv if axes else blocksparse_linear
+    got = torch.autograd.grad(
+        call(x, weight, bias).square().sum(), list(compress(operands, wanted))
+    )
+    dense = weight.to_dense()
+    twin = CONVS[axes - 1](x, dense, bias) if axes else F.linear(x, dense, bias)
+    expected = torch.autograd.grad(twin.square().sum(), list(compress(operands, wanted)))
+    torch.testing.assert_close(got, expected)
+
+
+def test_no_gradient_is_wanted_where_none_is_asked_for() -> None:
+    weight, x = block_sparse((6, 12), Block(2, 4)), torch.randn(2, 12)
+    assert not blocksparse_linear(x, weight).requires_grad
+    weight.values.requires_grad_()
+    with torch.no_grad():
+        assert not blocksparse_linear(x, weight).requires_grad
+
+
+def test_padding_gets_no_gradient() -> None:
+    weight = block_sparse((5, 3, 3), Block(4, 4), 1.0)
+    weight.values.requires_grad_()
+    blocksparse_conv(torch.randn(2, 3, 7), weight).square().sum().backward()
+    replace(weight, values=weight.values.grad).validate()
+
+
+def test_raw_op_has_the_same_gradient() -> None:
+    case = typical()
+    weight, x, bias = case.weight(), case.x().requires_grad_(), torch.randn(21, requires_grad=True)
+    operands = (x, weight.values.requires_grad_(), bias)
+    blocks = (weight.values, weight.crow_indices, weight.col_indices)
+    geometry = (case.shape, 1, (1, 1), (1, 1), (1, 1))
+    raw = ops.blocksparse_product(x, *blocks, bias, *geometry, "gelu")
+    public = blocksparse_conv(x, weight, bias, padding=1, activation="gelu")
+    assert torch.equal(raw, public)
+    for got, want in zip(
+        torch.autograd.grad(raw.sum(), operands),
+        torch.autograd.grad(public.sum(), operands),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+class Twin(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sparse = block_sparse((6, 4, 3), Block(4, 2))
+        self.values = torch.nn.Parameter(self.sparse.values)
+        self.bias = torch.nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return blocksparse_conv(x, replace(self.sparse, values=self.values), self.bias, padding=1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms() -> None:
+    layer, x = Twin(), torch.randn(3, 2, 4, 7)
+    params = dict(layer.named_parameters())
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(layer, params, (x,)).square().sum()
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(params, x)
+    for i, sample in enumerate(x):
+        expected = torch.autograd.grad(loss(params, sample), list(params.values()))
+        for got, want in zip(per_sample.values(), expected, strict=True):
+            torch.testing.assert_close(got[i], want)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(layer)(x), torch.stack([layer(sample) for sample in x]))
+
+
+def test_forward_mode_is_refused_and_not_dropped() -> None:
+    weight, x = block_sparse((6, 10), Block(2, 4)), torch.randn(4, 10)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        jvp(lambda x: blocksparse_linear(x, weight), (x,), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_as_the_dense_layer_does(dtype: torch.dtype) -> None:
+    layer, x = Twin(), torch.randn(3, 4, 7, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+        twin = F.conv1d(x, layer.sparse.to_dense(), layer.bias, padding=1)
+    assert y.dtype == twin.dtype == dtype
+    torch.testing.assert_close(y, twin)
+    y.float().sum().backward()
+    assert layer.values.grad is not None
+    assert layer.values.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone(serial_target: str) -> None:
+    weight = block_sparse((6, 12), Block(2, 4), dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = blocksparse_linear(torch.randn(3, 12, dtype=torch.float64), weight)
+    assert y.dtype == torch.float64
