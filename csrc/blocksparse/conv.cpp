@@ -22,35 +22,26 @@ const Unit* unit_of([[maybe_unused]] Target target, [[maybe_unused]] DType dtype
 
 thread_local Scratch panel_scratch, weight_scratch, sum_scratch;
 
-// The chunks of consecutive block rows, with their weights as float32, [column][row of the chunk].
+// The chunks of consecutive block rows for the panel of one strip.
 class Batch {
  public:
-  Batch(const Weight& weight, const ConvShape& shape, int chunk)
-      : weight_(weight), shape_(shape), most_rows_(chunk) {}
+  // `weights` are those of all blocks, as the units' `expand` makes them.
+  Batch(const Weight& weight, const float* weights, const ConvShape& shape, int most_rows)
+      : weight_(weight), weights_(weights), shape_(shape), most_rows_(most_rows) {}
 
   // Block rows from `begin` on, up to `end`, until they give kBatchOutputs; the first one after
   // them.
   int64_t fill(int64_t begin, int64_t end, const Panel& panel, int64_t width) {
     chunks_.clear(), blocks_.clear();
     outputs_ = 0;
-    int64_t block_row = begin, floats = 0;
+    int64_t block_row = begin;
     for (; block_row < end && outputs_ < kBatchOutputs; ++block_row) {
       outputs_ += rows_of(block_row);
-      floats += rows_of(block_row) * add_blocks(block_row, panel, width);
+      add_blocks(block_row, panel, width);
     }
-    float* weights = static_cast<float*>(weight_scratch.at_least(4 * floats));
-    size_t first_block = 0;
+    const LiveBlock* blocks = blocks_.data();
     for (int64_t row = begin; row < block_row; ++row) {
-      const auto count =
-          static_cast<int64_t>(weight_.crow_indices[row + 1]) - weight_.crow_indices[row];
-      for (int64_t r = 0, rows = rows_of(row); r < rows;) {
-        int chunk = most_rows_;
-        while (chunk > rows - r) chunk /= 2;
-        chunks_.push_back({chunk, weights, blocks_.data() + first_block, count});
-        weights = expand(row, r, chunk, blocks_.data() + first_block, weights);
-        r += chunk;
-      }
-      first_block += static_cast<size_t>(count);
+      blocks = add_chunks(row, blocks);
     }
     return block_row;
   }
@@ -64,11 +55,9 @@ class Batch {
     return std::min(weight_.rows, weight_.group_out - row);
   }
 
-  // How many columns they have together.
-  int64_t add_blocks(int64_t block_row, const Panel& panel, int64_t width) {
+  void add_blocks(int64_t block_row, const Panel& panel, int64_t width) {
     const Weight& w = weight_;
     const ConvShape& s = shape_;
-    int64_t columns = 0;
     for (int64_t b = w.crow_indices[block_row]; b < w.crow_indices[block_row + 1]; ++b) {
       const int64_t tap = w.col_indices[b] / w.col_blocks();
       const int64_t in_group = w.col_indices[b] % w.col_blocks() * w.cols;
@@ -78,36 +67,27 @@ class Batch {
       const int64_t plane = (kd * phases(s) + phase) * s.kernel[2] + kw;
       const int64_t channel =
           block_row / w.row_blocks() * w.group_in + in_group - panel.first_channel;
-      const LiveBlock block{
-          plane * panel.plane_stride + channel * panel.channel_stride + shift(s, kh) * width,
-          std::min(w.cols, w.group_in - in_group)};
-      columns += block.columns;
-      blocks_.push_back(block);
+      blocks_.push_back(
+          {plane * panel.plane_stride + channel * panel.channel_stride + shift(s, kh) * width,
+           std::min(w.cols, w.group_in - in_group)});
     }
-    return columns;
   }
 
-  float* expand(int64_t block_row, int64_t first, int rows, const LiveBlock* blocks, float* to) {
-    switch (weight_.dtype) {
-      case DType::kFloat32: return expand<float>(block_row, first, rows, blocks, to);
-      case DType::kBFloat16: return expand<BFloat16>(block_row, first, rows, blocks, to);
-      default: return expand<Float16>(block_row, first, rows, blocks, to);
-    }
-  }
-  template <class T>
-  float* expand(int64_t block_row, int64_t first, int rows, const LiveBlock* blocks, float* to) {
+  const LiveBlock* add_chunks(int64_t block_row, const LiveBlock* blocks) {
     const Weight& w = weight_;
-    const int64_t begin = w.crow_indices[block_row], end = w.crow_indices[block_row + 1];
-    for (int64_t b = begin; b < end; ++b, ++blocks) {
-      const T* from = static_cast<const T*>(w.values) + (b * w.rows + first) * w.cols;
-      for (int64_t c = 0; c < blocks->columns; ++c, to += rows) {
-        for (int r = 0; r < rows; ++r) to[r] = to_float(from[r * w.cols + c]);
-      }
+    const int64_t first = w.crow_indices[block_row], count = w.crow_indices[block_row + 1] - first;
+    const float* weights = weights_ + first * w.rows * w.cols;
+    for (int64_t r = 0, rows = rows_of(block_row); r < rows;) {
+      int chunk = most_rows_;
+      while (chunk > rows - r) chunk /= 2;
+      chunks_.push_back({chunk, weights + r, w.rows, w.rows * w.cols, blocks, count});
+      r += chunk;
     }
-    return to;
+    return blocks + count;
   }
 
   const Weight& weight_;
+  const float* weights_;
   const ConvShape& shape_;
   int most_rows_;
   int64_t outputs_ = 0;
@@ -127,8 +107,8 @@ void pack(const ConvShape& s, const void* x, const Unit& unit, const Strip& stri
   }
 }
 
-void conv_strip(const ConvArgs& args, const ConvShape& s, const Unit& unit, const Strip& strip,
-                int64_t begin, int64_t end) {
+void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, const Unit& unit,
+                const Strip& strip, int64_t begin, int64_t end) {
   const Weight& w = args.weight;
   const int64_t first_group = begin / w.row_blocks();
   const int64_t groups = ceil_div(end, w.row_blocks()) - first_group;
@@ -140,7 +120,7 @@ void conv_strip(const ConvArgs& args, const ConvShape& s, const Unit& unit, cons
   const int64_t first_pixel =
       ((strip.image * s.out[0] + strip.depth) * s.out[1] + strip.row) * s.out[2] + strip.column;
   const int64_t size = size_of(w.dtype);
-  Batch batch(w, s, unit.chunk);
+  Batch batch(w, weights, s, unit.chunk);
   for (int64_t block_row = begin; block_row < end;) {
     const int64_t output =
         block_row / w.row_blocks() * w.group_out + block_row % w.row_blocks() * w.rows;
@@ -161,6 +141,13 @@ void conv_vectors(const ConvArgs& args, const Unit& unit) {
   const ConvShape s = collapsed(args.shape);
   const Weight& w = args.weight;
   const ConvConfig config = choose_conv_config(s, w, unit.lanes, args.threads);
+  const int64_t block_size = w.rows * w.cols;
+  auto* weights = static_cast<float*>(weight_scratch.at_least(4 * w.nnz * block_size));
+  const int expanding = threads_for_bytes(config.threads, 4 * w.nnz * block_size);
+  parallel_ranges(expanding, w.nnz, [&](int64_t begin, int64_t end) {
+    const auto* values = static_cast<const char*>(w.values) + begin * block_size * size_of(w.dtype);
+    unit.expand(values, w.rows, w.cols, end - begin, weights + begin * block_size);
+  });
   const int64_t columns = ceil_div(s.out[2], config.strip_width);
   const int64_t rows = ceil_div(s.out[1], config.strip_rows);
   const int64_t strips = s.batch * s.out[0] * rows * columns;
@@ -178,7 +165,7 @@ void conv_vectors(const ConvArgs& args, const Unit& unit) {
                                      std::min(config.strip_rows, s.out[1] - row),
                                      column,
                                      std::min(config.strip_width, s.out[2] - column)};
-                   conv_strip(args, s, unit, strip, w.block_rows() * part / config.parts,
+                   conv_strip(args, weights, s, unit, strip, w.block_rows() * part / config.parts,
                               w.block_rows() * (part + 1) / config.parts);
                  }
                });

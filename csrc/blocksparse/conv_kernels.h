@@ -32,10 +32,13 @@ struct ConvKernels {
 #pragma GCC unroll 12
       for (F& s : row) s = S::zero();
     }
-    const auto* weight = reinterpret_cast<const uint32_t*>(chunk.weights);
+    const int64_t column_stride = chunk.column_stride;
     for (int64_t b = 0; b < chunk.count; ++b) {
       const float* x = panel + chunk.blocks[b].x;
-      for (int64_t c = chunk.blocks[b].columns; c > 0; --c, x += channel_stride, weight += Rows) {
+      const auto* weight =
+          reinterpret_cast<const uint32_t*>(chunk.weights + b * chunk.block_stride);
+      for (int64_t c = chunk.blocks[b].columns; c > 0;
+           --c, x += channel_stride, weight += column_stride) {
         F pixels[Vectors];
         if constexpr (Rows > 1) {
 #pragma GCC unroll 12
@@ -163,7 +166,30 @@ struct ConvKernels {
     }
   }
 
-  static constexpr Unit unit = {S::kLanes, kChunk, pack, batch};
+  static void expand(const void* values, int64_t rows, int64_t cols, int64_t count, float* to) {
+    const auto* from = static_cast<const T*>(values);
+    const bool squares = rows % S::kLanes == 0 && cols % S::kLanes == 0;
+    for (int64_t block = 0; block < count; ++block, from += rows * cols, to += rows * cols) {
+      if (squares) {
+        for (int64_t r = 0; r < rows; r += S::kLanes) {
+          for (int64_t c = 0; c < cols; c += S::kLanes) {
+            typename S::I words[S::kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < S::kLanes; ++i) {
+              words[i] = S::as_int(S::load(from + (r + i) * cols + c));
+            }
+            S::transpose(words, to + c * rows + r, rows * sizeof(float));
+          }
+        }
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < cols; ++c) to[c * rows + r] = to_float(from[r * cols + c]);
+      }
+    }
+  }
+
+  static constexpr Unit unit = {S::kLanes, kChunk, pack, batch, expand};
 };
 
 template <class S>

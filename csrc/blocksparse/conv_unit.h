@@ -35,8 +35,7 @@ struct Panel {
   float* data;
 };
 
-// A block as a kernel sees it: columns of float32 weights, [column][row] in the chunk of rows at
-// hand, that meet consecutive channels of a panel.
+// A block as a kernel sees it: columns of weights that meet consecutive channels of a panel.
 struct LiveBlock {
   int64_t x;  // where they begin in the panel, for output 0 of the strip
   int64_t columns;
@@ -46,7 +45,9 @@ struct LiveBlock {
 constexpr int kMaxChunk = 8;
 struct Chunk {
   int rows;
-  const float* weights;
+  const float* weights;   // of the chunk's first row in its first block, [column][row of a block]
+  int64_t column_stride;  // floats from a column to the next one,
+  int64_t block_stride;   // and from a block to the next one
   const LiveBlock* blocks;
   int64_t count;
 };
@@ -69,6 +70,8 @@ struct Unit {
   void (*pack)(const ConvShape& shape, const void* x, const Strip& strip, const Panel& panel,
                int64_t kd, int64_t phase, int64_t kw, float* plane);
   void (*batch)(const BatchTask& task);
+  // `count` blocks as float32, each transposed.
+  void (*expand)(const void* values, int64_t rows, int64_t cols, int64_t count, float* to);
 };
 
 // Null where the unit has no kernels for the dtype.
