@@ -211,6 +211,36 @@ def test_strided_columns_are_refused_at_the_border() -> None:
     assert out.eq(7.0).all()
 
 
+@pytest.mark.parametrize("tiny", ["x", "one entry of x", "weight", "one weight"])
+@pytest.mark.parametrize("batch", [3, 40])
+def test_floats_near_the_smallest_keep_their_bits(target: str, batch: int, tiny: str) -> None:
+    """Where a product splits float32 numbers into parts, the last part must not vanish."""
+    x, dense = torch.randn(batch, 4), dense_24(20, 4)
+    scale = 2.0**-110
+    if tiny == "x":
+        x *= scale
+    elif tiny == "weight":
+        dense *= scale
+    elif tiny == "one entry of x":  # and the others meet zeros
+        x[1, 2] *= scale
+        dense[5:9] = torch.tensor([0.0, 0.0, 1.2345678, 0.0])
+    else:
+        dense[5] = torch.tensor([0.0, 1.2345678 * scale, 0.0, 0.0])
+    weight = Sparse24.from_dense(dense)
+    Oracle(x, weight).check(sparse24_linear(x, weight))
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+def test_floats_near_the_largest_do_not_overflow_on_the_way(target: str, batch: int) -> None:
+    largest = torch.finfo(torch.float32).max
+    x = torch.full((batch, 4), largest)
+    x[0] = torch.tensor([largest, -largest, 1.0, 0.0])
+    weight = Sparse24.from_dense(
+        torch.tensor([[0.5, 0, 0, 0.25], [-0.5, 0.25, 0, 0], [0, 0, 0.25, 0.5]])
+    )
+    Oracle(x, weight).check(sparse24_linear(x, weight))
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("in_features", [1, 2, 3, 5, 30, 37])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

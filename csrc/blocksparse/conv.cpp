@@ -1,11 +1,196 @@
-// Hands a convolution to the kernels of the target in force.
+// Cuts a convolution into tasks and hands them to the kernels of the target in force.
+#include <memory>
+#include <vector>
+
 #include "blocksparse/blocksparse.h"
+#include "blocksparse/conv_config.h"
+#include "blocksparse/conv_unit.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/target.h"
 
 namespace gossamer::blocksparse {
+namespace {
+
+const Unit* unit_of([[maybe_unused]] Target target, [[maybe_unused]] DType dtype) {
+#ifdef GOSSAMER_X86
+  if (target >= Target::kAVX512) return unit_avx512(dtype);
+  if (target == Target::kAVX2) return unit_avx2(dtype);
+#endif
+  return nullptr;
+}
+
+thread_local Scratch panel_scratch, weight_scratch, sum_scratch;
+
+// The chunks of consecutive block rows, with their weights as float32, [column][row of the chunk].
+class Batch {
+ public:
+  Batch(const Weight& weight, const ConvShape& shape, int chunk)
+      : weight_(weight), shape_(shape), most_rows_(chunk) {}
+
+  // Block rows from `begin` on, up to `end`, until they give kBatchOutputs; the first one after
+  // them.
+  int64_t fill(int64_t begin, int64_t end, const Panel& panel, int64_t width) {
+    chunks_.clear(), blocks_.clear();
+    outputs_ = 0;
+    int64_t block_row = begin, floats = 0;
+    for (; block_row < end && outputs_ < kBatchOutputs; ++block_row) {
+      outputs_ += rows_of(block_row);
+      floats += rows_of(block_row) * add_blocks(block_row, panel, width);
+    }
+    float* weights = static_cast<float*>(weight_scratch.at_least(4 * floats));
+    size_t first_block = 0;
+    for (int64_t row = begin; row < block_row; ++row) {
+      const auto count =
+          static_cast<int64_t>(weight_.crow_indices[row + 1]) - weight_.crow_indices[row];
+      for (int64_t r = 0, rows = rows_of(row); r < rows;) {
+        int chunk = most_rows_;
+        while (chunk > rows - r) chunk /= 2;
+        chunks_.push_back({chunk, weights, blocks_.data() + first_block, count});
+        weights = expand(row, r, chunk, blocks_.data() + first_block, weights);
+        r += chunk;
+      }
+      first_block += static_cast<size_t>(count);
+    }
+    return block_row;
+  }
+
+  int64_t outputs() const { return outputs_; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+
+ private:
+  int64_t rows_of(int64_t block_row) const {
+    const int64_t row = block_row % weight_.row_blocks() * weight_.rows;
+    return std::min(weight_.rows, weight_.group_out - row);
+  }
+
+  // How many columns they have together.
+  int64_t add_blocks(int64_t block_row, const Panel& panel, int64_t width) {
+    const Weight& w = weight_;
+    const ConvShape& s = shape_;
+    int64_t columns = 0;
+    for (int64_t b = w.crow_indices[block_row]; b < w.crow_indices[block_row + 1]; ++b) {
+      const int64_t tap = w.col_indices[b] / w.col_blocks();
+      const int64_t in_group = w.col_indices[b] % w.col_blocks() * w.cols;
+      const int64_t kd = tap / (s.kernel[1] * s.kernel[2]);
+      const int64_t kh = tap / s.kernel[2] % s.kernel[1], kw = tap % s.kernel[2];
+      const int64_t phase = kh * s.dilation[1] % s.stride[1];
+      const int64_t plane = (kd * phases(s) + phase) * s.kernel[2] + kw;
+      const int64_t channel =
+          block_row / w.row_blocks() * w.group_in + in_group - panel.first_channel;
+      const LiveBlock block{
+          plane * panel.plane_stride + channel * panel.channel_stride + shift(s, kh) * width,
+          std::min(w.cols, w.group_in - in_group)};
+      columns += block.columns;
+      blocks_.push_back(block);
+    }
+    return columns;
+  }
+
+  float* expand(int64_t block_row, int64_t first, int rows, const LiveBlock* blocks, float* to) {
+    switch (weight_.dtype) {
+      case DType::kFloat32: return expand<float>(block_row, first, rows, blocks, to);
+      case DType::kBFloat16: return expand<BFloat16>(block_row, first, rows, blocks, to);
+      default: return expand<Float16>(block_row, first, rows, blocks, to);
+    }
+  }
+  template <class T>
+  float* expand(int64_t block_row, int64_t first, int rows, const LiveBlock* blocks, float* to) {
+    const Weight& w = weight_;
+    const int64_t begin = w.crow_indices[block_row], end = w.crow_indices[block_row + 1];
+    for (int64_t b = begin; b < end; ++b, ++blocks) {
+      const T* from = static_cast<const T*>(w.values) + (b * w.rows + first) * w.cols;
+      for (int64_t c = 0; c < blocks->columns; ++c, to += rows) {
+        for (int r = 0; r < rows; ++r) to[r] = to_float(from[r * w.cols + c]);
+      }
+    }
+    return to;
+  }
+
+  const Weight& weight_;
+  const ConvShape& shape_;
+  int most_rows_;
+  int64_t outputs_ = 0;
+  std::vector<Chunk> chunks_;
+  std::vector<LiveBlock> blocks_;
+};
+
+void pack(const ConvShape& s, const void* x, const Unit& unit, const Strip& strip,
+          const Panel& panel) {
+  float* plane = panel.data;
+  for (int64_t kd = 0; kd < s.kernel[0]; ++kd) {
+    for (int64_t phase = 0; phase < phases(s); ++phase) {
+      for (int64_t kw = 0; kw < s.kernel[2]; ++kw, plane += panel.plane_stride) {
+        unit.pack(s, x, strip, panel, kd, phase, kw, plane);
+      }
+    }
+  }
+}
+
+void conv_strip(const ConvArgs& args, const ConvShape& s, const Unit& unit, const Strip& strip,
+                int64_t begin, int64_t end) {
+  const Weight& w = args.weight;
+  const int64_t first_group = begin / w.row_blocks();
+  const int64_t groups = ceil_div(end, w.row_blocks()) - first_group;
+  Panel panel = panel_of(s, strip.rows, strip.width, groups * w.group_in, unit.lanes);
+  panel.first_channel = first_group * w.group_in;
+  panel.data = static_cast<float*>(panel_scratch.at_least(4 * planes(s) * panel.plane_stride));
+  pack(s, args.x, unit, strip, panel);
+
+  const int64_t first_pixel =
+      ((strip.image * s.out[0] + strip.depth) * s.out[1] + strip.row) * s.out[2] + strip.column;
+  const int64_t size = size_of(w.dtype);
+  Batch batch(w, s, unit.chunk);
+  for (int64_t block_row = begin; block_row < end;) {
+    const int64_t output =
+        block_row / w.row_blocks() * w.group_out + block_row % w.row_blocks() * w.rows;
+    block_row = batch.fill(block_row, end, panel, strip.width);
+    const int64_t sums = (batch.outputs() + kBatchOutputs) * kTileVectors * unit.lanes;
+    const auto* bias = static_cast<const char*>(args.bias);
+    const Epilogue epilogue{
+        bias == nullptr ? nullptr : bias + output * size, args.activation,
+        static_cast<char*>(args.out) + (first_pixel * s.out_channels + output) * size,
+        s.out_channels, s.out_channels - output};
+    unit.batch({batch.chunks().data(), static_cast<int64_t>(batch.chunks().size()), batch.outputs(),
+                panel.data, panel.channel_stride, strip.rows * strip.width,
+                static_cast<float*>(sum_scratch.at_least(4 * sums)), epilogue});
+  }
+}
+
+void conv_vectors(const ConvArgs& args, const Unit& unit) {
+  const ConvShape s = collapsed(args.shape);
+  const Weight& w = args.weight;
+  const ConvConfig config = choose_conv_config(s, w, unit.lanes, args.threads);
+  const int64_t columns = ceil_div(s.out[2], config.strip_width);
+  const int64_t rows = ceil_div(s.out[1], config.strip_rows);
+  const int64_t strips = s.batch * s.out[0] * rows * columns;
+  const int64_t tasks = strips * config.parts;
+  parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)),
+               [&](int thread, int team) {
+                 for (int64_t task = thread; task < tasks; task += team) {
+                   const int64_t part = task % config.parts, at = task / config.parts;
+                   const int64_t column = at % columns * config.strip_width;
+                   const int64_t row = at / columns % rows * config.strip_rows;
+                   const int64_t slice = at / columns / rows;
+                   const Strip strip{slice / s.out[0],
+                                     slice % s.out[0],
+                                     row,
+                                     std::min(config.strip_rows, s.out[1] - row),
+                                     column,
+                                     std::min(config.strip_width, s.out[2] - column)};
+                   conv_strip(args, s, unit, strip, w.block_rows() * part / config.parts,
+                              w.block_rows() * (part + 1) / config.parts);
+                 }
+               });
+}
+
+}  // namespace
 
 void conv(const ConvArgs& args) {
   if (args.shape.batch * args.shape.out_pixels() == 0) return;
-  conv_serial(args);
+  const Unit* unit = unit_of(target(), args.weight.dtype);
+  if (unit == nullptr) return conv_serial(args);
+  conv_vectors(args, *unit);
 }
 
 }  // namespace gossamer::blocksparse

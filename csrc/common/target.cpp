@@ -18,7 +18,8 @@ namespace {
 
 constexpr const char* kNames[] = {"serial", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
-// The tiles are 8 KiB more to save for each thread, so Linux lets a process use them on request only.
+// The tiles are 8 KiB more to save for each thread, so Linux lets a process use them on request
+// only.
 bool may_use_amx() {
 #if defined(GOSSAMER_AMX) && defined(__linux__)
   constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, edx

@@ -123,13 +123,12 @@ bool gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
       const int64_t block = task / config.tiles * config.blocks_per_task;
       const int64_t row = task % config.tiles * tile_rows;
       const int64_t rows = std::min(tile_rows, args.m - row);
-      const bool good =
-          unit.many_rows({panels + block * w.block_words(),
-                      std::min(config.blocks_per_task, all_blocks - block), w.records(),
-                      config.records_per_pass, rows_at(args, row, rows),
-                      static_cast<int>(ceil_div(rows, lanes)), scratch, scratch + panel_words,
-                      reinterpret_cast<float*>(scratch + panel_words + weight_words),
-                      epilogue_at(args, row, (first_block + block) * kBlockN)});
+      const bool good = unit.many_rows(
+          {panels + block * w.block_words(), std::min(config.blocks_per_task, all_blocks - block),
+           w.records(), config.records_per_pass, rows_at(args, row, rows),
+           static_cast<int>(ceil_div(rows, lanes)), scratch, scratch + panel_words,
+           reinterpret_cast<float*>(scratch + panel_words + weight_words),
+           epilogue_at(args, row, (first_block + block) * kBlockN)});
       if (!good) trusted = false;
     }
   };

@@ -1,4 +1,5 @@
-// many_rows by AMX: y[m, n] = act(sum_k x[m, k] W[n, k] + b[n]), 16 rows of x and 16 outputs a tile.
+// many_rows by AMX: y[m, n] = act(sum_k x[m, k] W[n, k] + b[n]), 16 rows of x and 16 outputs a
+// tile.
 //
 //   A    16 rows of x, 32 columns of each              packed once a pass
 //   B    those 32 columns of 16 outputs, two columns   the kept pairs, spread with zeros between
@@ -6,13 +7,13 @@
 //   C += A B    float32
 //
 // The tile unit knows no sparsity: what is saved is memory, 9/16 of the bytes of a dense weight. It
-// multiplies bfloat16 only. A wider type is a sum of bfloat16 terms, which is exact: float16 of two,
-// float32 of three (8 bits of the significand each); their products, but for those of float32 below
-// 2^-26 of the result, are the product.
+// multiplies bfloat16 only. A wider type is a sum of bfloat16 terms, which is exact: float16 of
+// two, float32 of three (8 bits of the significand each); their products, but for those of float32
+// below 2^-26 of the result, are the product.
 //
-//   32 outputs are expanded for the depth of a pass, into L2, together with the first rows' product;
-//   for each 32 rows: four tiles of C, over the whole depth; two of A and two of B from L2.
-//   Meanwhile the sums of the rows before get their bias and activation and are written.
+//   32 outputs are expanded for the depth of a pass, into L2, together with the first rows'
+//   product; for each 32 rows: four tiles of C, over the whole depth; two of A and two of B from
+//   L2. Meanwhile the sums of the rows before get their bias and activation and are written.
 //
 // Single rows of tiles take 64 outputs: four chains of products, whose latency is 52 cycles.
 //
@@ -21,7 +22,6 @@
 // inf - inf; and a float32 below 2^-100, whose last term would be subnormal, which counts as zero
 // here.
 #include "common/amx.h"
-
 #include "common/ceil_div.h"
 #include "common/simd_avx512.h"
 #include "sparse24/gemm_ends.h"
@@ -32,10 +32,10 @@ namespace {
 using F = Simd::F;
 using I = Simd::I;
 
-// Where the bytes of a kept pair go, by its nibble idx0 | idx1 << 2: the pair of columns 0 and 1 and
-// the pair of columns 2 and 3, as two byte shuffles of the word that holds both values. Bits 0 and 1
-// of a byte name the source and bit 7 makes a zero in the first; turned right by four bits, the same
-// word is the second.
+// Where the bytes of a kept pair go, by its nibble idx0 | idx1 << 2: the pair of columns 0 and 1
+// and the pair of columns 2 and 3, as two byte shuffles of the word that holds both values. Bits 0
+// and 1 of a byte name the source and bit 7 makes a zero in the first; turned right by four bits,
+// the same word is the second.
 struct SpreadTable {
   alignas(64) uint32_t entry[16];
 };
@@ -249,7 +249,8 @@ struct TileGemm {
     for (int p = 0; p < kProducts; ++p) {
       const Product now = Terms<T>::kProducts[p];
       const Product before = Terms<T>::kProducts[p == 0 ? 0 : p - 1];
-      const bool load_a = p == 0 || now.x != before.x, load_b = p == 0 || now.weight != before.weight;
+      const bool load_a = p == 0 || now.x != before.x,
+                 load_b = p == 0 || now.weight != before.weight;
       const char* tile_a = a + now.x * Tiles::kBytes;
       const char* tile_b = b + now.weight * Tiles::kBytes;
       if (load_a) _tile_loadd(4, tile_a, kStride);
@@ -345,7 +346,7 @@ struct TileGemm {
     const uint32_t* panels;  // of the first of its blocks
     int64_t panel_step;      // words from a block to the next one
     char* b;                 // [depth][block][term] tiles
-    int64_t depth;           // the first rows of a deeper pass, if it has no others, use B as a ring
+    int64_t depth;  // the first rows of a deeper pass, if it has no others, use B as a ring
     bool first, last;
   };
 
@@ -375,8 +376,8 @@ struct TileGemm {
     for (int64_t record = 0; record < pass.records; ++record) {
       if (kExpand && record + kAhead < pass.records) {
         const int64_t ahead = slot + kAhead;
-        expand_record<Blocks>(pass, record + kAhead, ahead < pass.depth ? ahead : ahead - pass.depth,
-                              range);
+        expand_record<Blocks>(pass, record + kAhead,
+                              ahead < pass.depth ? ahead : ahead - pass.depth, range);
       }
       multiply_record<RowTiles, Blocks>(a + record * RowTiles * kRecordBytes,
                                         pass.b + slot * Blocks * kRecordBytes);
@@ -385,8 +386,8 @@ struct TileGemm {
     }
   }
 
-  // All rows of the task and the outputs of `Blocks` blocks. Each product leaves the sums of its last
-  // pass in one of two Finish, for the next one to write out.
+  // All rows of the task and the outputs of `Blocks` blocks. Each product leaves the sums of its
+  // last pass in one of two Finish, for the next one to write out.
   template <int Blocks, bool kOneTile>
   static void run_blocks(const ManyRowsTask& task, int64_t block, const Pass& pass,
                          Finish* (&finish)[2], Range& range) {
@@ -441,8 +442,13 @@ struct TileGemm {
       pack(task.x, begin, records, reinterpret_cast<char*>(task.panel), range);
       if (!range.good()) return false;
       const int64_t step = task.records * kRecordWords;
-      Pass pass{records, task.panels + begin * kRecordWords, step, reinterpret_cast<char*>(task.weights),
-                task.tile <= 2 ? kTileRing : records, begin == 0, records == left};
+      Pass pass{records,
+                task.panels + begin * kRecordWords,
+                step,
+                reinterpret_cast<char*>(task.weights),
+                task.tile <= 2 ? kTileRing : records,
+                begin == 0,
+                records == left};
       int64_t block = 0;
       const auto blocks = [&](auto count, auto one_tile) {
         for (; block + count() <= task.blocks; block += count()) {
@@ -472,9 +478,12 @@ struct TileGemm {
 
 template <class T>
 const Unit* unit(const Unit* vectors) {
-  static const Unit unit = {vectors->few_rows_element_bytes, TileGemm<T>::kPanelRows,
-                            TileGemm<T>::kWeightWords, vectors->pack_few,
-                            vectors->few_rows, TileGemm<T>::run};
+  static const Unit unit = {vectors->few_rows_element_bytes,
+                            TileGemm<T>::kPanelRows,
+                            TileGemm<T>::kWeightWords,
+                            vectors->pack_few,
+                            vectors->few_rows,
+                            TileGemm<T>::run};
   return &unit;
 }
 

@@ -49,8 +49,7 @@ constexpr int few_rows_limit(Target target, DType dtype) {
     case Target::kAVX2: return 32;
     case Target::kAVX512:
     case Target::kAVX512BF16: return 56;
-    case Target::kAMXBF16:
-      return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 4;
+    case Target::kAMXBF16: return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 4;
     case Target::kSerial: break;
   }
   return 0;

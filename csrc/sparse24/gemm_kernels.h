@@ -19,8 +19,8 @@ template <class S, class T, class Multiply>
 struct Kernels {
   using Few = FewRows<S, T, Multiply>;
   using Many = ManyRows<S, T, Multiply>;
-  static constexpr Unit unit = {sizeof(typename Multiply::X), Multiply::kPanelRows, 0, Few::pack,
-                                Few::run, Many::run};
+  static constexpr Unit unit = {
+      sizeof(typename Multiply::X), Multiply::kPanelRows, 0, Few::pack, Few::run, Many::run};
 };
 
 // The unit of float32 multiply-adds; null for a dtype without kernels.

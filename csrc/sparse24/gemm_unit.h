@@ -22,8 +22,9 @@ struct TileTerms {
 // otherwise the depth of a pass, at most so many over the terms.
 constexpr int kTileRing = 4, kTileDepth = 64;
 constexpr TileTerms tile_terms(DType dtype) {
-  return dtype == DType::kBFloat16 ? TileTerms{1, 1}
-                                   : dtype == DType::kFloat16 ? TileTerms{2, 4} : TileTerms{3, 6};
+  return dtype == DType::kBFloat16  ? TileTerms{1, 1}
+         : dtype == DType::kFloat16 ? TileTerms{2, 4}
+                                    : TileTerms{3, 6};
 }
 
 // Rows of x, each contiguous, and where they end: rows and columns past the end read as zero.

@@ -1,0 +1,8 @@
+#include "blocksparse/conv_kernels.h"
+#include "common/simd_avx2.h"
+
+namespace gossamer::blocksparse {
+
+const Unit* unit_avx2(DType dtype) { return conv_unit<Simd>(dtype); }
+
+}  // namespace gossamer::blocksparse

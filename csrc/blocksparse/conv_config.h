@@ -1,0 +1,98 @@
+#pragma once
+// How a convolution is cut up: a pure function of its shape and weight, the unit and the threads.
+#include <algorithm>
+#include <cstdint>
+
+#include "blocksparse/blocksparse.h"
+#include "blocksparse/conv_unit.h"
+#include "common/ceil_div.h"
+
+namespace gossamer::blocksparse {
+
+struct ConvConfig {
+  int64_t strip_rows, strip_width;  // of y
+  int64_t parts;                    // of the block rows; each packs its own panels
+  int threads;
+};
+
+// The same convolution with its pixels in as few rows as they go: where no pixel of x is seen by
+// two outputs and none is left out, all of them are one row.
+inline ConvShape collapsed(ConvShape s) {
+  for (int axis = 0; axis < 3; ++axis) {
+    if (s.kernel[axis] != 1 || s.stride[axis] != 1 || s.padding[axis] != 0 ||
+        s.in[axis] != s.out[axis]) {
+      return s;
+    }
+  }
+  s.in[2] = s.out[2] = s.batch * s.out_pixels();
+  s.batch = s.in[0] = s.out[0] = s.in[1] = s.out[1] = 1;
+  return s;
+}
+
+// Of the taps along h, those of one phase read the same rows: row j of phase f is
+// (row + j) * stride + f - padding, and tap kh of phase f = kh * dilation % stride starts at
+// j = kh * dilation / stride.
+inline int64_t phases(const ConvShape& s) {
+  int64_t count = 0;
+  for (int64_t kh = 0; kh < s.kernel[1]; ++kh) {
+    count = std::max(count, kh * s.dilation[1] % s.stride[1] + 1);
+  }
+  return count;
+}
+inline int64_t shift(const ConvShape& s, int64_t kh) { return kh * s.dilation[1] / s.stride[1]; }
+
+inline int64_t planes(const ConvShape& s) { return s.kernel[0] * phases(s) * s.kernel[2]; }
+
+// Without its memory. `channels` are those of the groups that a task works on.
+inline Panel panel_of(const ConvShape& s, int64_t rows, int64_t width, int64_t channels,
+                      int64_t lanes) {
+  Panel panel{};
+  panel.channels = channels;
+  panel.plane_rows = rows + shift(s, s.kernel[1] - 1);
+  panel.channel_stride = ceil_div(panel.plane_rows * width, lanes) * lanes + lanes;
+  panel.plane_stride = channels * panel.channel_stride;
+  return panel;
+}
+
+// A strip's panel shares the L2 with the weights of a batch of outputs.
+constexpr int64_t kPanelBytes = 512 << 10;
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kWorkPerThread = 1 << 16;
+
+inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_t lanes,
+                                     int threads) {
+  const double work = static_cast<double>(s.batch) * s.out_pixels() * w.nnz * w.rows * w.cols;
+  const int team =
+      static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(threads, 1)));
+  const auto bytes = [&](int64_t rows, int64_t width) {
+    return 4 * planes(s) * panel_of(s, rows, width, s.in_channels, lanes).plane_stride;
+  };
+  ConvConfig config{s.out[1], s.out[2], 1, team};
+  while (config.strip_rows > 1 && bytes(config.strip_rows, s.out[2]) > kPanelBytes) {
+    config.strip_rows = ceil_div(config.strip_rows, 2);
+  }
+  // A part of a row is a whole number of tiles.
+  const int64_t tile = kTileVectors * lanes;
+  while (config.strip_rows == 1 && config.strip_width > tile &&
+         bytes(1, config.strip_width) > kPanelBytes) {
+    config.strip_width = ceil_div(ceil_div(config.strip_width, 2), tile) * tile;
+  }
+  // Fewer strips than threads, or a last round of them with idle threads: shorter ones where that
+  // costs little (rows are read again around each), else the outputs are shared out.
+  const auto strips = [&] {
+    return s.batch * s.out[0] * ceil_div(s.out[1], config.strip_rows) *
+           ceil_div(s.out[2], config.strip_width);
+  };
+  const auto idle = [&](int64_t tasks) {
+    return static_cast<double>(ceil_div(tasks, team) * team - tasks) / tasks;
+  };
+  if (idle(strips()) > 0.1 && config.strip_rows >= 8 * (1 + shift(s, s.kernel[1] - 1))) {
+    config.strip_rows = ceil_div(config.strip_rows, team);
+  } else if (idle(strips()) > 0.1 && config.strip_rows == 1 && config.strip_width >= 4 * tile) {
+    config.strip_width = ceil_div(ceil_div(config.strip_width, team), tile) * tile;
+  }
+  if (idle(strips()) > 0.1) config.parts = std::min<int64_t>(team, w.block_rows());
+  return config;
+}
+
+}  // namespace gossamer::blocksparse
