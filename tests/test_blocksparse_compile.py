@@ -119,6 +119,17 @@ def test_compiled_training_matches_eager(backend: str) -> None:
         )
 
 
+def test_sizes_may_be_dynamic() -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def function(x: Tensor, weight: BlockSparse) -> Tensor:
+        return blocksparse_conv(x, weight, padding="same") * weight.to_dense().sum()
+
+    for channels, block in ((5, Block(2, 4)), (6, Block(3, 2)), (9, Block(4, 4))):
+        weight, x = block_sparse((channels, 4, 3), block), torch.randn(2, 4, channels)
+        expected = blocksparse_conv(x, weight, padding="same") * weight.to_dense().sum()
+        torch.testing.assert_close(function(x, weight), expected)
+
+
 def test_compiled_autocast_and_formats_as_arguments() -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def function(x: Tensor, weight: BlockSparse) -> Tensor:

@@ -78,7 +78,11 @@ def test_version_has_one_source() -> None:
 def test_public_names_exist_and_are_listed() -> None:
     assert all(hasattr(gossamer, name) for name in gossamer.__all__)
     assert {
+        "Block",
+        "blocksparse_conv",
+        "blocksparse_linear",
         "convert",
+        "fold_batchnorm",
         "info",
         "formats",
         "nn",

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from cases import dense_24, sparse_24
-from gossamer import _C, sparse24_linear
-from gossamer.formats import Sparse24, Sparse24Panels
+from gossamer import _C, Block, blocksparse_linear, sparse24_linear
+from gossamer.formats import BlockSparse, Sparse24, Sparse24Panels
 from gossamer.nn import SparseLinear
+from gossamer.prune import magnitude_blocks
 
 # Large enough for a team in every regime.
 LARGE, FEW, MANY = 1024, 8, 128
@@ -141,10 +142,13 @@ def test_a_forked_child_works_serially(threads: int) -> None:
     sparse, dense = sparse_24(LARGE, LARGE), dense_24(LARGE, LARGE)
     inputs = [torch.randn(m, LARGE) for m in (FEW, MANY)]
     weights = (sparse, Sparse24Panels.from_sparse24(sparse))
+    blocks = BlockSparse.from_dense(magnitude_blocks(dense, Block(16, 16), 0.05), Block(16, 16))
 
     def results() -> list[bytes]:
         # Compared as bytes: torch's own parallel loops hang in a forked child.
-        return [sparse24_linear(x, w).numpy().tobytes() for x in inputs for w in weights]
+        found = [sparse24_linear(x, w) for x in inputs for w in weights]
+        found.append(blocksparse_linear(inputs[0], blocks))
+        return [y.numpy().tobytes() for y in found]
 
     expected = results()  # and the team exists from here on
 

@@ -139,11 +139,9 @@ def _kernel(layer: nn.Module, pattern: str | Block, rows: int | None) -> str:
     """``target/kernel``; the kernel depends on the rows, which only a sample tells."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if isinstance(pattern, Block):
-        return "serial/serial"
-    if is_conv(layer):
+    if is_conv(layer) and not isinstance(pattern, Block):
         return "torch/dense"
-    if rows is None:
+    if rows is None or isinstance(pattern, Block):
         return _target(weight)
     shape, dtype = (rows, weight.shape[0], weight.shape[1]), dtype_name(weight.dtype)
     if weight.is_cuda:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .. import _C
 from .geometry import check_weight_shape, taps_of
 
@@ -35,7 +37,7 @@ class Block:
 
     def __post_init__(self) -> None:
         for size in (self.rows, self.cols):
-            if not isinstance(size, int) or isinstance(size, bool):
+            if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
                 raise TypeError(f"Block: {self.rows!r} x {self.cols!r}, expected whole numbers")
         if not (1 <= self.rows <= MAX_BLOCK and 1 <= self.cols <= MAX_BLOCK):
             raise ValueError(f"Block: {self.rows} x {self.cols}, expected 1 to {MAX_BLOCK} of each")

@@ -116,9 +116,6 @@ class Pattern24(Pattern):
     def packed(self, weight: Portable) -> Sparse24Panels | None:
         return Sparse24Panels.from_sparse24(weight) if isinstance(weight, Sparse24) else None
 
-    def __str__(self) -> str:
-        return "2:4"
-
 
 @dataclass(frozen=True)
 class PatternBlocks(Pattern):
@@ -165,9 +162,6 @@ class PatternBlocks(Pattern):
     def portable(self, values: Tensor, *indices: Tensor) -> BlockSparse:
         crow, col = indices
         return BlockSparse(values, crow, col, self.shape, self.groups)
-
-    def __str__(self) -> str:
-        return str(self.block)
 
 
 def pattern_of(op: str, pattern: str | Block, shape: tuple[int, ...], groups: int = 1) -> Pattern:

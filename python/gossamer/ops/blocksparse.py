@@ -306,7 +306,8 @@ def _autograd(
         return _op(x, values, crow, col, bias, *rest)
 
 
-library.impl("blocksparse_product", _native, "CPU")
+for _device in ("CPU", "CUDA"):  # the border says that there is no kernel for a GPU
+    library.impl("blocksparse_product", _native, _device)
 library.impl("blocksparse_product", _autograd, "Autograd")
 torch.library.register_fake("gossamer::blocksparse_product", _fake, lib=library)
 
