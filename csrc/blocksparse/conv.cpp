@@ -31,13 +31,13 @@ class Batch {
 
   // Block rows from `begin` on, up to `end`, until they give kBatchOutputs; the first one after
   // them.
-  int64_t fill(int64_t begin, int64_t end, const Panel& panel, int64_t width) {
+  int64_t fill(int64_t begin, int64_t end, const Panel& panel) {
     chunks_.clear(), blocks_.clear();
     outputs_ = 0;
     int64_t block_row = begin;
     for (; block_row < end && outputs_ < kBatchOutputs; ++block_row) {
       outputs_ += rows_of(block_row);
-      add_blocks(block_row, panel, width);
+      add_blocks(block_row, panel);
     }
     const LiveBlock* blocks = blocks_.data();
     for (int64_t row = begin; row < block_row; ++row) {
@@ -55,7 +55,7 @@ class Batch {
     return std::min(weight_.rows, weight_.group_out - row);
   }
 
-  void add_blocks(int64_t block_row, const Panel& panel, int64_t width) {
+  void add_blocks(int64_t block_row, const Panel& panel) {
     const Weight& w = weight_;
     const ConvShape& s = shape_;
     for (int64_t b = w.crow_indices[block_row]; b < w.crow_indices[block_row + 1]; ++b) {
@@ -63,13 +63,14 @@ class Batch {
       const int64_t in_group = w.col_indices[b] % w.col_blocks() * w.cols;
       const int64_t kd = tap / (s.kernel[1] * s.kernel[2]);
       const int64_t kh = tap / s.kernel[2] % s.kernel[1], kw = tap % s.kernel[2];
-      const int64_t phase = kh * s.dilation[1] % s.stride[1];
-      const int64_t plane = (kd * phases(s) + phase) * s.kernel[2] + kw;
+      const int64_t plane_w = panel.own_columns ? kw : phase(s, 2, kw);
+      const int64_t plane = (kd * phases(s, 1) + phase(s, 1, kh)) * planes_w(s, panel) + plane_w;
+      const int64_t shifted =
+          shift(s, 1, kh) * panel.pitch + (panel.own_columns ? 0 : shift(s, 2, kw));
       const int64_t channel =
           block_row / w.row_blocks() * w.group_in + in_group - panel.first_channel;
-      blocks_.push_back(
-          {plane * panel.plane_stride + channel * panel.channel_stride + shift(s, kh) * width,
-           std::min(w.cols, w.group_in - in_group)});
+      blocks_.push_back({plane * panel.plane_stride + channel * panel.channel_stride + shifted,
+                         std::min(w.cols, w.group_in - in_group)});
     }
   }
 
@@ -99,9 +100,11 @@ void pack(const ConvShape& s, const void* x, const Unit& unit, const Strip& stri
           const Panel& panel) {
   float* plane = panel.data;
   for (int64_t kd = 0; kd < s.kernel[0]; ++kd) {
-    for (int64_t phase = 0; phase < phases(s); ++phase) {
-      for (int64_t kw = 0; kw < s.kernel[2]; ++kw, plane += panel.plane_stride) {
-        unit.pack(s, x, strip, panel, kd, phase, kw, plane);
+    for (int64_t h = 0; h < phases(s, 1); ++h) {
+      for (int64_t w = 0; w < planes_w(s, panel); ++w, plane += panel.plane_stride) {
+        const int64_t offset[3] = {kd * s.dilation[0], h,
+                                   panel.own_columns ? w * s.dilation[2] : w};
+        unit.pack(s, x, strip, panel, offset, plane);
       }
     }
   }
@@ -114,7 +117,8 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
   const int64_t groups = ceil_div(end, w.row_blocks()) - first_group;
   Panel panel = panel_of(s, strip.rows, strip.width, groups * w.group_in, unit.lanes);
   panel.first_channel = first_group * w.group_in;
-  panel.data = static_cast<float*>(panel_scratch.at_least(4 * planes(s) * panel.plane_stride));
+  panel.data =
+      static_cast<float*>(panel_scratch.at_least(4 * planes(s, panel) * panel.plane_stride));
   pack(s, args.x, unit, strip, panel);
 
   const int64_t first_pixel =
@@ -124,7 +128,7 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
   for (int64_t block_row = begin; block_row < end;) {
     const int64_t output =
         block_row / w.row_blocks() * w.group_out + block_row % w.row_blocks() * w.rows;
-    block_row = batch.fill(block_row, end, panel, strip.width);
+    block_row = batch.fill(block_row, end, panel);
     const int64_t sums = (batch.outputs() + kBatchOutputs) * kTileVectors * unit.lanes;
     const auto* bias = static_cast<const char*>(args.bias);
     const Epilogue epilogue{
@@ -132,7 +136,7 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
         static_cast<char*>(args.out) + (first_pixel * s.out_channels + output) * size,
         s.out_channels, s.out_channels - output};
     unit.batch({batch.chunks().data(), static_cast<int64_t>(batch.chunks().size()), batch.outputs(),
-                panel.data, panel.channel_stride, strip.rows * strip.width,
+                panel.data, panel.channel_stride, strip.rows, panel.pitch, strip.width,
                 static_cast<float*>(sum_scratch.at_least(4 * sums)), epilogue});
   }
 }

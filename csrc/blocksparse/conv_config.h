@@ -29,29 +29,44 @@ inline ConvShape collapsed(ConvShape s) {
   return s;
 }
 
-// Of the taps along h, those of one phase read the same rows: row j of phase f is
-// (row + j) * stride + f - padding, and tap kh of phase f = kh * dilation % stride starts at
-// j = kh * dilation / stride.
-inline int64_t phases(const ConvShape& s) {
-  int64_t count = 0;
-  for (int64_t kh = 0; kh < s.kernel[1]; ++kh) {
-    count = std::max(count, kh * s.dilation[1] % s.stride[1] + 1);
+// Taps of one phase see the same pixels, each shifted by `shift` of them.
+inline int64_t phase(const ConvShape& s, int axis, int64_t tap) {
+  return tap * s.dilation[axis] % s.stride[axis];
+}
+inline int64_t shift(const ConvShape& s, int axis, int64_t tap) {
+  return tap * s.dilation[axis] / s.stride[axis];
+}
+inline int64_t most_shift(const ConvShape& s, int axis) {
+  return shift(s, axis, s.kernel[axis] - 1);
+}
+inline int64_t phases(const ConvShape& s, int axis) {
+  int64_t count = 1;
+  for (int64_t tap = 0; tap < s.kernel[axis]; ++tap) {
+    count = std::max(count, phase(s, axis, tap) + 1);
   }
   return count;
 }
-inline int64_t shift(const ConvShape& s, int64_t kh) { return kh * s.dilation[1] / s.stride[1]; }
-
-inline int64_t planes(const ConvShape& s) { return s.kernel[0] * phases(s) * s.kernel[2]; }
 
 // Without its memory. `channels` are those of the groups that a task works on.
 inline Panel panel_of(const ConvShape& s, int64_t rows, int64_t width, int64_t channels,
                       int64_t lanes) {
   Panel panel{};
   panel.channels = channels;
-  panel.plane_rows = rows + shift(s, s.kernel[1] - 1);
-  panel.channel_stride = ceil_div(panel.plane_rows * width, lanes) * lanes + lanes;
+  // Columns past the strip's cost arithmetic, a plane for each tap costs packing.
+  panel.own_columns = 10 * most_shift(s, 2) > width;
+  panel.rows = rows + most_shift(s, 1);
+  panel.pitch = width + (panel.own_columns ? 0 : most_shift(s, 2));
+  // A shift along w of the last output's register ends at most that much past the last row.
+  const int64_t pixels = panel.rows * panel.pitch + (panel.pitch - width);
+  panel.channel_stride = ceil_div(pixels, lanes) * lanes + lanes;
   panel.plane_stride = channels * panel.channel_stride;
   return panel;
+}
+inline int64_t planes_w(const ConvShape& s, const Panel& panel) {
+  return panel.own_columns ? s.kernel[2] : phases(s, 2);
+}
+inline int64_t planes(const ConvShape& s, const Panel& panel) {
+  return s.kernel[0] * phases(s, 1) * planes_w(s, panel);
 }
 
 // A strip's panel shares the L2 with the weights of a batch of outputs.
@@ -65,7 +80,8 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
   const int team =
       static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(threads, 1)));
   const auto bytes = [&](int64_t rows, int64_t width) {
-    return 4 * planes(s) * panel_of(s, rows, width, s.in_channels, lanes).plane_stride;
+    const Panel panel = panel_of(s, rows, width, s.in_channels, lanes);
+    return 4 * planes(s, panel) * panel.plane_stride;
   };
   ConvConfig config{s.out[1], s.out[2], 1, team};
   while (config.strip_rows > 1 && bytes(config.strip_rows, s.out[2]) > kPanelBytes) {
@@ -86,7 +102,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
   const auto idle = [&](int64_t tasks) {
     return static_cast<double>(ceil_div(tasks, team) * team - tasks) / tasks;
   };
-  if (idle(strips()) > 0.1 && config.strip_rows >= 8 * (1 + shift(s, s.kernel[1] - 1))) {
+  if (idle(strips()) > 0.1 && config.strip_rows >= 8 * (1 + most_shift(s, 1))) {
     config.strip_rows = ceil_div(config.strip_rows, team);
   } else if (idle(strips()) > 0.1 && config.strip_rows == 1 && config.strip_width >= 4 * tile) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, team), tile) * tile;

@@ -15,8 +15,8 @@
 
 namespace gossamer::blocksparse {
 
-template <class S, class T>
-struct ConvKernels {
+template <class S>
+struct ConvMultiply {
   using F = typename S::F;
   // Sums, which leave registers for `Vectors` of x and a weight.
   static constexpr int kSums = S::kLanes == 16 ? 24 : 12;
@@ -63,71 +63,93 @@ struct ConvKernels {
     }
   }
 
-  // As many registers of pixels at a time as the sums allow, then what is left of them.
+  // As many registers of pixels at a time as the sums allow, in parts of nearly one size.
   template <int Rows, int Vectors>
-  static void multiply_tile(const Chunk& chunk, const float* panel, int64_t channel_stride,
+  static void multiply_part(const Chunk& chunk, const float* panel, int64_t channel_stride,
                             int64_t vectors, float* sums) {
-    for (; vectors >= Vectors; vectors -= Vectors) {
-      multiply<Rows, Vectors>(chunk, panel, channel_stride, sums);
-      panel += Vectors * S::kLanes;
-      sums += Vectors * S::kLanes;
-    }
+    if (vectors == Vectors) return multiply<Rows, Vectors>(chunk, panel, channel_stride, sums);
     if constexpr (Vectors > 1) {
-      if (vectors > 0) {
-        multiply_tile<Rows, Vectors / 2>(chunk, panel, channel_stride, vectors, sums);
-      }
+      multiply_part<Rows, Vectors - 1>(chunk, panel, channel_stride, vectors, sums);
     }
   }
   template <int Rows>
-  static void multiply_rows(const Chunk& chunk, const float* panel, int64_t channel_stride,
+  static void multiply_tile(const Chunk& chunk, const float* panel, int64_t channel_stride,
                             int64_t vectors, float* sums) {
     constexpr int kVectors = kSums / Rows < kTileVectors ? kSums / Rows : kTileVectors;
     if (chunk.rows == Rows) {
-      return multiply_tile<Rows, kVectors>(chunk, panel, channel_stride, vectors, sums);
+      for (int64_t parts = (vectors + kVectors - 1) / kVectors; parts > 0; --parts) {
+        const int64_t part = (vectors + parts - 1) / parts;
+        multiply_part<Rows, kVectors>(chunk, panel, channel_stride, part, sums);
+        panel += part * S::kLanes;
+        sums += part * S::kLanes;
+        vectors -= part;
+      }
+      return;
     }
     if constexpr (Rows > 1) {
-      multiply_rows<Rows / 2>(chunk, panel, channel_stride, vectors, sums);
+      multiply_tile<Rows / 2>(chunk, panel, channel_stride, vectors, sums);
     }
   }
+};
+
+template <class S, class T>
+struct ConvKernels {
+  using Multiply = ConvMultiply<S>;
+  static constexpr int64_t kTilePixels = Multiply::kTilePixels;
 
   static void batch(const BatchTask& task) {
-    Epilogue e = task.epilogue;
-    for (int64_t q = 0; q < task.pixels; q += kTilePixels) {
-      const int64_t left = task.pixels - q;
-      const int64_t pixels = left < kTilePixels ? left : kTilePixels;
-      const int64_t vectors = (pixels + S::kLanes - 1) / S::kLanes;
+    // The last row's columns past the strip's need no sums.
+    const int64_t all = (task.rows - 1) * task.pitch + task.width;
+    for (int64_t q = 0; q < all; q += kTilePixels) {
+      const int64_t end = q + kTilePixels < all ? q + kTilePixels : all;
       float* sums = task.sums;
       for (int64_t i = 0; i < task.count; ++i) {
         const Chunk& chunk = task.chunks[i];
-        multiply_rows<kChunk>(chunk, task.panel + q, task.channel_stride, vectors, sums);
+        Multiply::template multiply_tile<Multiply::kChunk>(
+            chunk, task.panel + q, task.channel_stride, (end - q + S::kLanes - 1) / S::kLanes,
+            sums);
         sums += chunk.rows * kTilePixels;
       }
-      Finish<S, T>::all(e, task.sums, kTilePixels, pixels, task.outputs);
-      e.out = static_cast<T*>(e.out) + pixels * e.out_stride;
+      finish(task, q, end);
+    }
+  }
+
+  // What of the tile [q, end) is output, row by row of the strip.
+  static void finish(const BatchTask& task, int64_t q, int64_t end) {
+    for (int64_t at = q; at < end;) {
+      const int64_t row = at / task.pitch, column = at % task.pitch;
+      const int64_t row_end = (row + 1) * task.pitch;
+      const int64_t outputs = row * task.pitch + task.width;  // end of the row's
+      const int64_t stop = task.pitch == task.width ? end : outputs < end ? outputs : end;
+      if (stop > at) {
+        Epilogue e = task.epilogue;
+        e.out = static_cast<T*>(e.out) + (row * task.width + column) * e.out_stride;
+        Finish<S, T>::all(e, task.sums + (at - q), kTilePixels, stop - at, task.outputs);
+      }
+      at = task.pitch == task.width ? end : row_end;
     }
   }
 
   // x channels-last: a square of kLanes pixels by as many channels at a time is transposed.
   static void pack(const ConvShape& s, const void* all_x, const Strip& strip, const Panel& panel,
-                   int64_t kd, int64_t phase, int64_t kw, float* plane) {
+                   const int64_t (&offset)[3], float* plane) {
     const T* x = static_cast<const T*>(all_x) + panel.first_channel;
-    const int64_t depth = strip.depth * s.stride[0] + kd * s.dilation[0] - s.padding[0];
+    const int64_t depth = strip.depth * s.stride[0] + offset[0] - s.padding[0];
     const bool in_depth = depth >= 0 && depth < s.in[0];
-    const int64_t count = panel.plane_rows * strip.width;
+    const int64_t count = panel.rows * panel.pitch;
     int64_t row = 0, column = 0;  // of the plane, of the next pixel
     for (int64_t q = 0; q < count; q += S::kLanes) {
       const T* pixel[S::kLanes];
       for (auto& p : pixel) {
         p = nullptr;
-        if (row == panel.plane_rows) continue;
-        const int64_t at_h = (strip.row + row) * s.stride[1] + phase - s.padding[1];
-        const int64_t at_w =
-            (strip.column + column) * s.stride[2] + kw * s.dilation[2] - s.padding[2];
+        if (row == panel.rows) continue;
+        const int64_t at_h = (strip.row + row) * s.stride[1] + offset[1] - s.padding[1];
+        const int64_t at_w = (strip.column + column) * s.stride[2] + offset[2] - s.padding[2];
         if (in_depth && at_h >= 0 && at_h < s.in[1] && at_w >= 0 && at_w < s.in[2]) {
           const int64_t within = (depth * s.in[1] + at_h) * s.in[2] + at_w;
           p = x + (strip.image * s.in_pixels() + within) * s.in_channels;
         }
-        if (++column == strip.width) column = 0, ++row;
+        if (++column == panel.pitch) column = 0, ++row;
       }
       for (int64_t c = 0; c < panel.channels; c += S::kLanes) {
         pack_square(pixel, c, panel.channels - c, plane + c * panel.channel_stride + q,
@@ -136,9 +158,12 @@ struct ConvKernels {
     }
     // Registers that a shift moves past the last pixel read what no output needs; a subnormal there
     // would cost time.
+    const int64_t packed = (count + S::kLanes - 1) / S::kLanes * S::kLanes;
     for (int64_t c = 0; c < panel.channels; ++c) {
-      float* end = plane + (c + 1) * panel.channel_stride - S::kLanes;
-      S::store(end, S::zero());
+      float* channel = plane + c * panel.channel_stride;
+      for (int64_t q = packed; q < panel.channel_stride; q += S::kLanes) {
+        S::store(channel + q, S::zero());
+      }
     }
   }
 
@@ -189,7 +214,7 @@ struct ConvKernels {
     }
   }
 
-  static constexpr Unit unit = {S::kLanes, kChunk, pack, batch, expand};
+  static constexpr Unit unit = {S::kLanes, Multiply::kChunk, pack, batch, expand};
 };
 
 template <class S>

@@ -21,17 +21,23 @@ struct Strip {
 };
 
 // The part of x that a strip sees, as float32 with the pixels of a channel side by side: what a
-// register of outputs reads for one weight is then consecutive. One plane for each (tap along d,
-// row phase, tap along w) that the kernel has, [channels][plane rows][strip width]: stride and
-// padding along w are in it, and a tap along h is a shift by whole rows.
+// register of outputs reads for one weight is then consecutive. Stride and padding are in it.
+// Pixels that are `stride` apart lie next to each other, in one plane of [channels][rows][pitch]
+// for each phase; a tap is a shift within its plane:
 //
-//   output q of the strip under tap (kd, kh, kw), channel c:
-//     plane(kd, kh * dilation % stride, kw)[c][q + kh * dilation / stride * width]
+//   output (row, column) of the strip under tap (kd, kh, kw), channel c:
+//     plane(kd, kh * dilation % stride, kw * dilation % stride)
+//       [c][row + kh * dilation / stride][column + kw * dilation / stride]
+//
+// The sums are computed for whole rows of the plane; those of its columns past the strip's are no
+// outputs. Where these would be many (narrow strips), each tap along w has a plane of its own
+// instead, and no column more than the strip.
 struct Panel {
   int64_t first_channel, channels;
-  int64_t plane_rows;
+  int64_t rows, pitch;     // of a plane
   int64_t channel_stride;  // floats; a little more than the rows, for the last register of a shift
   int64_t plane_stride;
+  bool own_columns;  // a plane for each tap along w
   float* data;
 };
 
@@ -58,17 +64,18 @@ struct BatchTask {
   int64_t outputs;
   const float* panel;
   int64_t channel_stride;
-  int64_t pixels;  // of the strip
-  float* sums;     // scratch: [outputs + kBatchOutputs][kTileVectors * lanes]
+  int64_t rows, pitch, width;  // of the strip, in the panel: `width` of each `pitch` are outputs
+  float* sums;                 // scratch: [outputs + kBatchOutputs][kTileVectors * lanes]
   Epilogue epilogue;
 };
 
 struct Unit {
   int lanes;
   int chunk;  // the most rows of a Chunk
-  // The plane of `x` for taps kd, kw and a row phase; x is all of it.
+  // A plane of x (all of it is given), whose first pixel is seen by the strip's first output with
+  // the offsets along d, h and w.
   void (*pack)(const ConvShape& shape, const void* x, const Strip& strip, const Panel& panel,
-               int64_t kd, int64_t phase, int64_t kw, float* plane);
+               const int64_t (&offset)[3], float* plane);
   void (*batch)(const BatchTask& task);
   // `count` blocks as float32, each transposed.
   void (*expand)(const void* values, int64_t rows, int64_t cols, int64_t count, float* to);
