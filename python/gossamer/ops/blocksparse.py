@@ -217,7 +217,7 @@ library.define(
 _op = torch.ops.gossamer.blocksparse_product.default
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """What the op is told of the weight and of the convolution."""
 
     shape: Sequence[int]
@@ -243,7 +243,7 @@ def _native(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     *numbers, activation = rest
-    geometry = _Geometry(*numbers)
+    geometry = Geometry(*numbers)
     out = _empty_result(x, bias, geometry)
     pixels = x.movedim(1, -1).contiguous()
     absent = 3 - len(geometry.stride)
@@ -262,7 +262,7 @@ def _native(
     return _in_format_of(x, out)
 
 
-def _empty_result(x: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+def _empty_result(x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Memory for y, channels last: [batch, *extents, C_out]."""
     shape, groups, *steps = geometry
     check_channels(geometry.op, x, shape, groups)
@@ -284,7 +284,7 @@ def _fake(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     *numbers, activation = rest
-    geometry = _Geometry(*numbers)
+    geometry = Geometry(*numbers)
     activation_of(geometry.op, activation)
     indices = {"crow_indices": crow, "col_indices": col}
     check_devices(geometry.op, x, weight=values, **indices, bias=bias)
@@ -300,7 +300,7 @@ def _autograd(
         numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
         y: Tensor = _apply_product(x, values, crow, col, bias, *numbers)
         # Outside, for torch to differentiate.
-        activate = activation_of(_Geometry(*numbers).op, activation)
+        activate = activation_of(Geometry(*numbers).op, activation)
         return y if activate is None else activate(y)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, values, crow, col, bias, *rest)
@@ -334,7 +334,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        geometry = _Geometry(*ctx.geometry)
+        geometry = Geometry(*ctx.geometry)
         shape, groups = geometry.shape, geometry.groups
         dense = dvalues = db = None
         if values is not None:
@@ -353,7 +353,7 @@ def _dense_gradients(
     x: Tensor | None,
     dense: Tensor | None,
     x_shape: Sequence[int],
-    geometry: _Geometry,
+    geometry: Geometry,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dW); dx where the weight is given, dW where x is."""
     shape, groups, *steps = geometry
