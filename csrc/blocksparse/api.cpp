@@ -113,19 +113,22 @@ void bind_validate(const TensorView& values, const TensorView& crow, const Tenso
 void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
                const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
                int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
-               const Axes& dilation, const std::string& activation, int threads) {
+               const Axes& dilation, bool channels_last, const std::string& activation,
+               int threads) {
   constexpr const char* op = "blocksparse_conv";
   check_dims(op, "x", x, 5);
   check_dims(op, "out", out, 5);
   check_dtype(op, "x", x, values.dtype);
   check_dtype(op, "out", out, values.dtype);
   ConvShape s{};
-  s.batch = x.shape[0], s.in_channels = x.shape[4], s.out_channels = out.shape[4];
+  const int channel = channels_last ? 4 : 1, first_axis = channels_last ? 1 : 2;
+  s.channels_last = channels_last;
+  s.batch = x.shape[0], s.in_channels = x.shape[channel], s.out_channels = out.shape[channel];
   s.groups = groups;
   GOSSAMER_CHECK(out.shape[0] == s.batch, op, ": x has a batch of ", s.batch, ", out of ",
                  out.shape[0]);
   for (int axis = 0; axis < 3; ++axis) {
-    s.in[axis] = x.shape[1 + axis], s.out[axis] = out.shape[1 + axis];
+    s.in[axis] = x.shape[first_axis + axis], s.out[axis] = out.shape[first_axis + axis];
     s.kernel[axis] = kernel[axis], s.stride[axis] = stride[axis];
     s.padding[axis] = padding[axis], s.dilation[axis] = dilation[axis];
     check_size(op, "an extent of x", s.in[axis], 0);
@@ -161,7 +164,7 @@ void bind(py::module_& m) {
   m.def("blocksparse_conv", &bind_conv, py::arg("out"), py::arg("x"), py::arg("values"),
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("groups"),
         py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-        py::arg("activation"), py::arg("threads"), release());
+        py::arg("channels_last"), py::arg("activation"), py::arg("threads"), release());
   m.attr("blocksparse_max_block") = kMaxBlock;
 }
 
