@@ -25,9 +25,9 @@ struct FewRows {
         for (int64_t record = 0; record < records; ++record) {
           X columns[kRecordK];
           Ends::fetch(x, first + row, record * kRecordK, columns);
-          X* chunks = out + record * kRecordK * tile + row * Multiply::kChunk;
-          for (int k = 0; k < kRecordK; k += Multiply::kChunk) {
-            __builtin_memcpy(chunks + k * tile, columns + k, Multiply::kChunk * sizeof(X));
+          X* groups = out + record * kRecordK * tile + 4 * row;
+          for (int k = 0; k < kRecordK; k += 4) {
+            __builtin_memcpy(groups + k * tile, columns + k, 4 * sizeof(X));
           }
         }
       }
@@ -89,9 +89,8 @@ struct FewRows {
           for (int r = 0; r < kRegs; ++r) indices[r] = S::load_words(words + r * S::kLanes);
 #pragma GCC unroll 8
           for (int g = 0; g < kRecordGroups; ++g) {
-            Multiply::template multiply_group<Rows, kRegs, kChains>(
-                words, g, indices, columns + 4 * g / Multiply::kChunk * Multiply::kChunk * Rows,
-                sum);
+            Multiply::template multiply_group<Rows, kRegs, kChains>(words, g, indices,
+                                                                    columns + 4 * g * Rows, sum);
 #pragma GCC unroll 2
             for (auto& nibbles : indices) nibbles = S::template shift_right<4>(nibbles);
           }

@@ -31,7 +31,7 @@ struct Epilogue {
 struct FewRowsTask {
   const uint32_t* panels;
   int64_t blocks, records;
-  const void* x;  // tiles of `tile` rows: [tiles][records * 32 / chunk][tile][chunk columns]
+  const void* x;  // tiles of `tile` rows: [tiles][records * 8 groups][tile][4 columns]
   int tile;
   int64_t rows;
   Epilogue epilogue;
