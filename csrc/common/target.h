@@ -14,4 +14,7 @@ std::vector<std::string> machine_targets();
 Target target();                             // the one in force
 void force_target(const std::string& name);  // empty: back to the best; ValueError if unavailable
 
+// Whether the cores do one shuffle of full registers a cycle, as Intel's do, where others do two.
+bool one_shuffle_a_cycle();
+
 }  // namespace gossamer

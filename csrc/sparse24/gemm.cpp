@@ -148,7 +148,8 @@ void gemm(const GemmArgs& args) {
   const Weight& w = args.weight;
   if (args.m == 0 || w.n == 0) return;
   const Target target = gossamer::target();  // once: another thread may force a different one
-  const GemmConfig config = choose_gemm_config(args.m, w.n, w.k, w.dtype, target, args.threads);
+  const GemmConfig config =
+      choose_gemm_config(args.m, w.n, w.k, w.dtype, target, one_shuffle_a_cycle(), args.threads);
   const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target, w.dtype);
   if (unit == nullptr) return gemm_serial_any(args);
   if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);

@@ -28,19 +28,38 @@ struct GemmConfig {
   int threads;
 };
 
+// Up to so many rows of x few_rows is the faster kernel. It shuffles once for each multiply-add, so
+// where there is one shuffle a cycle (and, for AVX-512, on one of the two ports that multiply) it
+// does one multiply-add a cycle at best, and many_rows passes it earlier.
+struct FewRowsLimits {
+  int two_shuffles;  // a cycle; measured on Zen 5
+  int one_shuffle;   // measured on Emerald Rapids
+};
+
 struct TargetTraits {
-  int lanes;           // 32-bit lanes of a register
-  int few_rows_limit;  // up to this m few_rows is the faster one (measured on Zen 5)
+  int lanes;  // 32-bit lanes of a register
+  FewRowsLimits few_rows;
 };
 
 constexpr TargetTraits traits(Target target) {
   switch (target) {
-    case Target::kAVX2: return {8, 32};
+    case Target::kAVX2: return {8, {32, 14}};
     case Target::kAVX512:
-    case Target::kAVX512BF16: return {16, 56};
+    case Target::kAVX512BF16: return {16, {56, 28}};
     case Target::kSerial: break;
   }
-  return {1, 0};
+  return {1, {0, 0}};
+}
+
+// Whether a kept pair is one dot product, rather than two multiply-adds.
+constexpr bool by_pairs(Target target, DType dtype) {
+  return target == Target::kAVX512BF16 && dtype == DType::kBFloat16;
+}
+
+constexpr int few_rows_limit(Target target, DType dtype, bool one_shuffle) {
+  const FewRowsLimits limits = traits(target).few_rows;
+  // Where there is one shuffle a cycle there is also one dot product a cycle, on another port.
+  return one_shuffle && !by_pairs(target, dtype) ? limits.one_shuffle : limits.two_shuffles;
 }
 
 // The panel of x that a pass keeps in L1. 37 KiB (three quarters of 48) beat 24 KiB where measured;
@@ -58,7 +77,7 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
   const int64_t lanes = traits(target).lanes;
   const int64_t vectors = ceil_div(m, lanes), blocks = ceil_div(n, kBlockN);
   // bf16 dot products read pairs of columns: six possible pairs of 32 bits for every four columns.
-  const bool pairs = target == Target::kAVX512BF16 && dtype == DType::kBFloat16;
+  const bool pairs = by_pairs(target, dtype);
   const int64_t weights = pairs ? kRecordGroups : 2 * kRecordGroups;  // of an output in a record
   const int64_t panel_rows = pairs ? 6 * kRecordGroups : kRecordK;
   // Measured, in loads, for a record: packing one register's rows; and, for one output, computing
@@ -90,7 +109,7 @@ inline GemmConfig many_rows_config(int64_t m, int64_t n, DType dtype, Target tar
 }
 
 inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
-                                     int threads) {
+                                     bool one_shuffle, int threads) {
   const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
   const double work = static_cast<double>(m) * (blocks * kBlockN * records * (kRecordK / 2));
   const int team =
@@ -98,9 +117,8 @@ inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtyp
   if (target == Target::kSerial || dtype == DType::kFloat64) {
     return {Kernel::kSerial, 1, m, records, blocks, 1};
   }
-  const TargetTraits t = traits(target);
-  if (m <= t.few_rows_limit) {
-    const int64_t tiles = ceil_div(m, max_few_rows(t.lanes));
+  if (m <= few_rows_limit(target, dtype, one_shuffle)) {
+    const int64_t tiles = ceil_div(m, max_few_rows(traits(target).lanes));
     return {Kernel::kFewRows, static_cast<int>(ceil_div(m, tiles)), tiles, records, blocks, team};
   }
   return many_rows_config(m, n, dtype, target, team);

@@ -21,8 +21,8 @@ struct FewRows {
     const int64_t records = (x.k + kRecordK - 1) / kRecordK;
     X* out = static_cast<X*>(packed);
     for (int64_t first = 0; first < x.rows; first += tile, out += records * kRecordK * tile) {
-      for (int row = 0; row < tile; ++row) {
-        for (int64_t record = 0; record < records; ++record) {
+      for (int64_t record = 0; record < records; ++record) {
+        for (int row = 0; row < tile; ++row) {
           X columns[kRecordK];
           Ends::fetch(x, first + row, record * kRecordK, columns);
           X* groups = out + record * kRecordK * tile + 4 * row;

@@ -88,7 +88,7 @@ struct ManyRows {
 #pragma GCC unroll 8
             for (int o = 0; o < Outputs; ++o) {
               const F broadcast = S::broadcast(weight + (4 * q + step) * kBlockN + o);
-              const char* x = panel + static_cast<uint16_t>(quad[o] >> (16 * step));
+              const char* x = S::opaque(panel + static_cast<uint16_t>(quad[o] >> (16 * step)));
 #pragma GCC unroll 16
               for (int v = 0; v < Vectors; ++v) {
                 sum[o][v] =
