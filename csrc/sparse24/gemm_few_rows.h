@@ -56,7 +56,8 @@ struct FewRows {
   }
 
   // How far ahead of the multiply the weights are fetched: past the end of the 4 KiB page, where
-  // the hardware's own prefetch stops. One or two rows are bound by memory alone and gain nothing.
+  // the hardware's own prefetch stops. On Zen 5 one and two rows, bound by memory alone, gain
+  // nothing; on Emerald Rapids they gain 5 to 9 % from the L3 and 20 % from memory.
   static constexpr int64_t kAheadBytes = 4096;
 
   template <int Rows>
@@ -81,7 +82,7 @@ struct FewRows {
         const X* columns = x;
         for (int64_t record = 0; record < task.records; ++record, columns += kRecordK * Rows) {
           const uint32_t* words = panels + record * Ends::kRecordWords;
-          for (int word = 0; Rows > 2 && word < Ends::kRecordWords; word += kBlockN) {
+          for (int word = 0; word < Ends::kRecordWords; word += kBlockN) {
             __builtin_prefetch(words + kAheadBytes / 4 + word, 0, 3);
           }
           typename S::I indices[kRegs];
