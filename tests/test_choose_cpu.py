@@ -1,4 +1,4 @@
-"""Which CPU kernel a product gets: a pure function of the shape, the target and the shuffles."""
+"""Which CPU kernel a product gets: a pure function of the shape, the target and the cores."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from gossamer import _C
 
-LIMITS = {  # rows up to which few_rows is chosen: two shuffles a cycle, one shuffle
+LIMITS = {  # rows up to which few_rows is chosen: Zen, Intel
     ("avx2", "float32"): (32, 14),
     ("avx512", "float32"): (56, 28),
     ("avx512_bf16", "float32"): (56, 28),
-    ("avx512_bf16", "bfloat16"): (56, 56),  # one shuffle beside one dot product a cycle
+    ("avx512_bf16", "bfloat16"): (56, 56),  # Intel: one shuffle beside one dot product a cycle
 }
 
 
-def choose(m: int, dtype: str, one_shuffle: bool | None) -> dict[str, Any]:
-    chosen: dict[str, Any] = _C.sparse24_choose(m, 384, 768, dtype, 2, one_shuffle)
+def choose(m: int, dtype: str, intel: bool | None) -> dict[str, Any]:
+    chosen: dict[str, Any] = _C.sparse24_choose(m, 384, 768, dtype, 2, intel)
     return chosen
 
 
@@ -24,8 +24,8 @@ def choose(m: int, dtype: str, one_shuffle: bool | None) -> dict[str, Any]:
 def test_few_rows_up_to_a_limit(target: str, dtype: str) -> None:
     if (target, dtype) not in LIMITS:
         pytest.skip("no vector kernel, or the limits of another dtype")
-    for one_shuffle, limit in zip((False, True), LIMITS[target, dtype], strict=True):
-        few, many = choose(limit, dtype, one_shuffle), choose(limit + 1, dtype, one_shuffle)
+    for intel, limit in zip((False, True), LIMITS[target, dtype], strict=True):
+        few, many = choose(limit, dtype, intel), choose(limit + 1, dtype, intel)
         assert (few["kernel"], many["kernel"]) == ("few_rows", "many_rows")
         assert str(limit) in few["why"]
         assert str(limit) in many["why"]

@@ -67,7 +67,7 @@ std::vector<std::string> machine_targets() { return names_up_to(best()); }
 
 Target target() { return in_force().load(std::memory_order_relaxed); }
 
-bool one_shuffle_a_cycle() {
+bool intel_cores() {
 #ifdef GOSSAMER_X86
   static const bool intel = [] {
     __builtin_cpu_init();

@@ -14,7 +14,8 @@ std::vector<std::string> machine_targets();
 Target target();                             // the one in force
 void force_target(const std::string& name);  // empty: back to the best; ValueError if unavailable
 
-// Whether the cores do one shuffle of full registers a cycle, as Intel's do, where others do two.
-bool one_shuffle_a_cycle();
+// Whether the cores are Intel's: where choices were measured on two kinds of cores, Zen 5 speaks
+// for all others.
+bool intel_cores();
 
 }  // namespace gossamer

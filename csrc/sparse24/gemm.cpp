@@ -119,7 +119,7 @@ void gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
       const int64_t rows = std::min(tile_rows, args.m - row);
       unit.many_rows({panels + block * w.block_words(),
                       std::min(config.blocks_per_task, all_blocks - block), w.records(),
-                      config.records_per_pass, rows_at(args, row, rows),
+                      config.records_per_pass, config.spread_fetch, rows_at(args, row, rows),
                       static_cast<int>(ceil_div(rows, lanes)), scratch,
                       reinterpret_cast<float*>(scratch + panel_words),
                       epilogue_at(args, row, (first_block + block) * kBlockN)});
@@ -148,8 +148,9 @@ void gemm(const GemmArgs& args) {
   const Weight& w = args.weight;
   if (args.m == 0 || w.n == 0) return;
   const Target target = gossamer::target();  // once: another thread may force a different one
+  const bool intel = intel_cores();
   const GemmConfig config =
-      choose_gemm_config(args.m, w.n, w.k, w.dtype, target, one_shuffle_a_cycle(), args.threads);
+      choose_gemm_config(args.m, w.n, w.k, w.dtype, target, intel, args.threads);
   const Unit* unit = config.kernel == Kernel::kSerial ? nullptr : unit_of(target, w.dtype);
   if (unit == nullptr) return gemm_serial_any(args);
   if (config.kernel == Kernel::kFewRows) return gemm_few_rows(args, *unit, config);
@@ -164,9 +165,10 @@ void gemm(const GemmArgs& args) {
     parallel_ranges(config.threads, blocks, [&](int64_t begin, int64_t end) {
       to_panels(w, first + begin, first + end, panels + begin * w.block_words());
     });
-    gemm_many_rows(args, *unit,
-                   many_rows_config(args.m, blocks * kBlockN, w.dtype, target, config.threads),
-                   lanes, panels, first, blocks);
+    gemm_many_rows(
+        args, *unit,
+        many_rows_config(args.m, blocks * kBlockN, w.dtype, target, intel, config.threads), lanes,
+        panels, first, blocks);
   }
 }
 

@@ -40,6 +40,7 @@ struct FewRowsTask {
 struct ManyRowsTask {
   const uint32_t* panels;
   int64_t blocks, records, records_per_pass;
+  bool spread_fetch;  // of the weights to come, over the outputs of a block
   XRows x;
   int tile;         // in registers of rows
   uint32_t* panel;  // scratch for a pass of x: [records_per_pass][panel_rows][tile * lanes]
