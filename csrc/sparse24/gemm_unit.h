@@ -45,7 +45,7 @@ struct Epilogue {
 struct FewRowsTask {
   const uint32_t* panels;
   int64_t blocks, records;
-  const void* x;  // tiles of `tile` rows: [tiles][records * 32 / chunk][tile][chunk columns]
+  const void* x;  // tiles of `tile` rows: [tiles][records * 8 groups][tile][4 columns]
   int tile;
   int64_t rows;
   Epilogue epilogue;
@@ -54,6 +54,7 @@ struct FewRowsTask {
 struct ManyRowsTask {
   const uint32_t* panels;
   int64_t blocks, records, records_per_pass;
+  bool spread_fetch;  // of the weights to come, over the outputs of a block
   XRows x;
   int tile;         // in registers of rows
   uint32_t* panel;  // scratch for a pass of x, words: records_per_pass * panel_rows * tile * lanes
