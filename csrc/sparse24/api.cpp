@@ -229,7 +229,7 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int t
       report["why"] = "up to " + limit + " rows: bound by reading the weights once";
       break;
     case Kernel::kManyRows:
-      report["kernel"] = target == Target::kAMXBF16 ? "tiles" : "many_rows";
+      report["kernel"] = by_tiles(target, type) ? "tiles" : "many_rows";
       report["why"] = "above " + limit + " rows: bound by arithmetic";
       break;
   }

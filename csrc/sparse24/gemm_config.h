@@ -58,10 +58,13 @@ constexpr bool by_pairs(Target target, DType dtype) {
   return target == Target::kAVX512BF16 && dtype == DType::kBFloat16;
 }
 
+// Whether many_rows goes by AMX tiles.
+constexpr bool by_tiles(Target target, DType dtype) {
+  return target == Target::kAMXBF16 && dtype != DType::kFloat32;
+}
+
 constexpr int few_rows_limit(Target target, DType dtype, bool intel) {
-  if (target == Target::kAMXBF16) {  // measured on Emerald Rapids
-    return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 8;
-  }
+  if (by_tiles(target, dtype)) return dtype == DType::kBFloat16 ? 1 : 8;  // on Emerald Rapids
   const FewRowsLimits limits = traits(target).few_rows;
   // Intel does one dot product a cycle as well, on another port than the shuffle.
   return intel && !by_pairs(target, dtype) ? limits.intel : limits.zen;
@@ -130,7 +133,7 @@ inline GemmConfig tiles_config(int64_t m, int64_t n, int64_t k, DType dtype, int
   // expanding a block of weights that comes from the L3; packing 16 rows of x. And a tile of sums,
   // stored and loaded between passes or finished.
   constexpr double kProduct = 28, kSums = 300;
-  const double expand = of.terms == 1 ? 60 : of.terms == 2 ? 90 : 150, pack = 60.0 * of.terms;
+  const double expand = of.terms == 1 ? 60 : 90, pack = 60.0 * of.terms;
 
   GemmConfig best{};
   double least = 0;
@@ -169,8 +172,8 @@ inline GemmConfig tiles_config(int64_t m, int64_t n, int64_t k, DType dtype, int
 
 inline GemmConfig many_rows_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,
                                    bool intel, int team) {
-  return target == Target::kAMXBF16 ? tiles_config(m, n, k, dtype, team)
-                                    : vectors_config(m, n, dtype, target, intel, team);
+  return by_tiles(target, dtype) ? tiles_config(m, n, k, dtype, team)
+                                 : vectors_config(m, n, dtype, target, intel, team);
 }
 
 inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtype, Target target,

@@ -14,18 +14,16 @@ constexpr int max_many_vectors(int lanes) { return lanes == 16 ? 12 : 10; }
 constexpr int kMaxRecordsPerPass = 8;
 
 // What a storage type is to a tile unit that multiplies bfloat16: a sum of so many bfloat16 terms,
-// whose products that count are so many (gemm_amx.cpp).
+// with so many products of terms in one of its own (gemm_amx.cpp).
 struct TileTerms {
   int terms, products;
 };
+constexpr TileTerms tile_terms(DType dtype) {
+  return dtype == DType::kBFloat16 ? TileTerms{1, 1} : TileTerms{2, 4};
+}
 // Records of expanded weights: where they serve one tile or pair of tiles of x, a ring of so many;
 // otherwise the depth of a pass, at most so many over the terms.
 constexpr int kTileRing = 4, kTileDepth = 64;
-constexpr TileTerms tile_terms(DType dtype) {
-  return dtype == DType::kBFloat16  ? TileTerms{1, 1}
-         : dtype == DType::kFloat16 ? TileTerms{2, 4}
-                                    : TileTerms{3, 6};
-}
 
 // Rows of x, each contiguous, and where they end: rows and columns past the end read as zero.
 struct XRows {
