@@ -1,9 +1,9 @@
 // Cuts a GEMM into tasks and hands them to the kernels of the target in force.
 #include <atomic>
-#include <memory>
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/target.h"
 #include "sparse24/gemm_config.h"
 #include "sparse24/gemm_unit.h"
@@ -26,27 +26,6 @@ const Unit* unit_of(Target target, DType dtype) {
   (void)target, (void)dtype;
   return nullptr;
 }
-
-// Memory that a thread keeps from call to call and for as long as it lives, so that a call
-// allocates nothing in the steady state.
-struct Scratch {
-  void* at_least(int64_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();  // before the larger one is there
-      size_ = 0;
-      memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  int64_t size_ = 0;
-};
 
 thread_local Scratch packed_x, many_rows_scratch, packed_weight;
 

@@ -159,52 +159,9 @@ struct ManyRows {
                                           {next, next + lines * kBlockN, step});
       }
     }
-    // Rows outside, so that neighbouring outputs of a row are written soon after each other.
     const int64_t padded = task.blocks * kBlockN;
     const int64_t outputs = task.epilogue.n < padded ? task.epilogue.n : padded;
-    for (int64_t row = 0; row < task.x.rows; row += S::kLanes) {
-      for (int64_t first = 0; first < outputs; first += kSquare) {
-        finish_square<kTileRows>(task, row, first, outputs - first);
-      }
-    }
-  }
-
-  // The sums lie output by output, y row by row: a square of kLanes rows by as many words of y is
-  // finished, rounded and then transposed. Where the task's outputs end inside the square, the sums
-  // past them are whatever the memory holds, and are not written.
-  static constexpr int kPerWord = 4 / sizeof(T);
-  static constexpr int kSquare = S::kLanes * kPerWord;  // outputs
-
-  template <int64_t kTileRows>
-  static void finish_square(const ManyRowsTask& task, int64_t row, int64_t first, int64_t outputs) {
-    const Epilogue& e = task.epilogue;
-    const float* sums = task.sums + first * kTileRows + row;
-    float bias[kSquare];
-    Ends::load_bias(e, first, bias);
-    const auto finished = [&](int output) {
-      const F sum = S::load(sums + output * kTileRows);
-      return Ends::activate(S::add(sum, S::set1(bias[output])), e.activation);
-    };
-    typename S::I words[S::kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < S::kLanes; ++i) {
-      if constexpr (kPerWord == 1) {
-        words[i] = S::as_int(finished(i));
-      } else {
-        words[i] = S::pair(finished(2 * i), finished(2 * i + 1), T{});
-      }
-    }
-    T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
-    const int64_t rows = task.x.rows - row;
-    if (outputs >= kSquare && rows >= S::kLanes) {
-      return S::transpose(words, out, e.out_stride * sizeof(T));
-    }
-    alignas(64) T square[S::kLanes][kSquare];
-    S::transpose(words, square, sizeof square[0]);
-    for (int64_t i = 0; i < rows && i < S::kLanes; ++i) {
-      __builtin_memcpy(out + i * e.out_stride, square[i],
-                       (outputs < kSquare ? outputs : kSquare) * sizeof(T));
-    }
+    Ends::all(task.epilogue, task.sums, kTileRows, task.x.rows, outputs);
   }
 
   template <int Vectors>

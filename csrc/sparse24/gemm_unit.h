@@ -3,6 +3,7 @@
 // one instruction set. Plain structs and function pointers.
 #include <cstdint>
 
+#include "common/epilogue.h"
 #include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {
@@ -30,14 +31,6 @@ struct XRows {
   const void* data;
   int64_t stride;  // between rows, in elements
   int64_t rows, k;
-};
-
-struct Epilogue {
-  const void* bias;  // of the task's first output on, or null
-  Activation activation;
-  void* out;  // the task's first row and output
-  int64_t out_stride;
-  int64_t n;  // outputs from the first one to the end of the row
 };
 
 struct FewRowsTask {
