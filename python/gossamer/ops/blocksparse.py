@@ -280,9 +280,7 @@ def _is_channels_last(x: Tensor) -> bool:
     if x.dim() == 2:
         return True
     return (
-        x.dim() in _LAST
-        and not x.is_contiguous()
-        and x.is_contiguous(memory_format=_LAST[x.dim()])
+        x.dim() in _LAST and not x.is_contiguous() and x.is_contiguous(memory_format=_LAST[x.dim()])
     )
 
 
