@@ -2,7 +2,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['blocksparse_conv', 'blocksparse_find_live', 'blocksparse_gather', 'blocksparse_max_block', 'blocksparse_to_dense', 'blocksparse_validate', 'cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
+__all__: list[str] = ['blocksparse_conv', 'blocksparse_find_live', 'blocksparse_gather', 'blocksparse_max_block', 'blocksparse_to_dense', 'blocksparse_validate', 'cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'intel_cores', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'parallel_team', 'sparse24_attach_cuda', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'target', 'targets_built']
 def blocksparse_conv(out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, bias: torch.Tensor | None, groups: typing.SupportsInt | typing.SupportsIndex, kernel: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], stride: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], padding: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], dilation: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], channels_last: bool, activation: str, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def blocksparse_find_live(dense: torch.Tensor, live: torch.Tensor, rows: typing.SupportsInt | typing.SupportsIndex, cols: typing.SupportsInt | typing.SupportsIndex, groups: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
@@ -18,6 +18,8 @@ def cuda_relax_capture() -> None:
 def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:
     ...
 def force_target(name: str | None) -> None:
+    ...
+def intel_cores() -> bool:
     ...
 def machine_targets() -> list[str]:
     ...

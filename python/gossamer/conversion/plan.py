@@ -115,7 +115,8 @@ def _gain(
         if is_conv(layer):
             return False, NO_FIGURES.format("convolutions"), {}
         sizes = (weight.shape[0], weight.shape[1])
-        return (*worth_swapping(*sizes, dtype_name(weight.dtype), _target(weight)), {})
+        where = (_target(weight), _C.intel_cores())
+        return (*worth_swapping(*sizes, dtype_name(weight.dtype), *where), {})
     if not calls.given:
         return False, "the sample does not reach it", {}
     # What a layer says of itself, and how much of it is stored.
