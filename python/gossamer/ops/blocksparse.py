@@ -268,8 +268,10 @@ def _empty_result(x: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor
     check_channels(geometry.op, x, shape, groups)
     check_bias(geometry.op, bias, shape[0])
     sizes = output_sizes(geometry.op, x, shape[2:], *steps)
-    y = x.new_empty((x.shape[0], shape[0], *sizes))
-    return y.to(memory_format=_LAST[x.dim()]) if x.dim() > 2 and _is_channels_last(x) else y
+    last = _LAST.get(x.dim()) if _is_channels_last(x) else None
+    memory_format = torch.contiguous_format if last is None else last
+    size = (x.shape[0], shape[0], *sizes)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
