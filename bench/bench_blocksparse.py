@@ -97,7 +97,7 @@ class Subject:
         pruned = self.layer.to_dense()
         names = ("stride", "padding") if isinstance(pruned, nn.Conv2d) else ()
         self.choice: dict[str, Any] = blocksparse_choice(
-            x.shape, weight, **{name: getattr(pruned, name) for name in names}
+            x.shape, weight, **{name: getattr(pruned, name) for name in names}, channels_last=True
         )
         self.kept = int((pruned.weight != 0).sum())
         self.expected = pruned.double()(x.double()).float()

@@ -16,6 +16,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("targets_built", &gossamer::targets_built);
   m.def("machine_targets", &gossamer::machine_targets);
+  m.def("intel_cores", &gossamer::intel_cores);
   m.def("target", [] { return std::string(gossamer::name(gossamer::target())); });
   m.def(
       "force_target",

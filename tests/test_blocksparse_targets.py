@@ -33,7 +33,9 @@ def test_other_targets_compute_what_the_best_below_does(target: str, dtype: torc
 def test_choice_says_how_the_outputs_are_cut(blocksparse_target: str) -> None:
     for case in CASES[:60]:
         weight, shape = case.weight(), case.x().shape
-        chosen = blocksparse_choice(shape, weight, **case.geometry)
+        chosen = blocksparse_choice(
+            shape, weight, **case.geometry, channels_last=case.channels_last
+        )
         assert chosen["target"] == blocksparse_target
         assert chosen["threads"] >= 1
         vectors = blocksparse_target != "serial"
@@ -63,7 +65,7 @@ def test_choice_has_the_errors_of_the_product(
 
 def test_mistakes_at_the_border() -> None:
     pixels, ones, zeros = (1, 1, 9, 9, 8), (1, 1, 1), (0, 0, 0)
-    rest = (ones, ones, zeros, ones, 2)
+    rest = (ones, ones, zeros, ones, True, 2)
     with pytest.raises(ValueError, match="5 live blocks of 4"):
         _C.blocksparse_choose(pixels, pixels, "float32", 4, 4, 5, 1, *rest)
     with pytest.raises(ValueError, match="batch of 1, out of 2"):

@@ -10,6 +10,7 @@ import gossamer
 import pytest
 import torch
 from convert_models import MLP, fix_speedup, pruned_copy, small_mlp, small_sample
+from gossamer import _C
 from gossamer.conversion import timing
 from gossamer.conversion.cost_table import worth_swapping
 from torch import Tensor, nn
@@ -126,6 +127,7 @@ def test_layer_called_repeatedly_counts_every_call(monkeypatch: pytest.MonkeyPat
     [
         ((1024, 1024), "float32", "avx512", True),
         ((1024, 1024), "float32", "serial", False),
+        ((1024, 1024), "bfloat16", "amx_bf16", False),
         ((1024, 1024), "float64", "avx512", False),
         ((64, 64), "float32", "avx512", False),
         ((32, 1 << 20), "float32", "avx512", False),
@@ -140,10 +142,16 @@ def test_cost_table_is_a_pure_function(
     assert "cost table" in reason
 
 
+def test_cost_table_of_intel_is_another() -> None:
+    assert worth_swapping(512, 512, "float32", "avx512", intel=False)[0]
+    assert not worth_swapping(512, 512, "float32", "avx512", intel=True)[0]
+    assert worth_swapping(1024, 1024, "float32", "amx_bf16", intel=True)[0]
+
+
 def test_without_a_sample_the_cost_table_decides(target: str) -> None:
     model = nn.Sequential(nn.Linear(1024, 1024))
     report = gossamer.convert(model, prune="magnitude")
-    verdict = worth_swapping(1024, 1024, "float32", target)
+    verdict = worth_swapping(1024, 1024, "float32", target, _C.intel_cores())
     assert (report["0"].swapped, report["0"].reason) == verdict
     assert report["0"].rows is None
     assert report["0"].pruned

@@ -276,7 +276,7 @@ def test_nothing_beside_x_is_read(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 8, 100])
+@pytest.mark.parametrize("batch", [1, 8, 40, 100])
 def test_same_result_every_time_and_for_any_thread_count(
     target: str, threads: int, dtype: torch.dtype, batch: int
 ) -> None:

@@ -115,16 +115,18 @@ void bind_validate(const TensorView& values, const TensorView& crow, const Tenso
   check_padding(weight_of("BlockSparse", values, crow, col, out_channels, taps, group_in, groups));
 }
 
-// x and out as [batch, d, h, w, channels].
+// Of x and out, [batch, d, h, w, channels] or [batch, channels, d, h, w].
 ConvShape shape_of(const char* op, const int64_t* x, const int64_t* out, int64_t groups,
                    const Axes& kernel, const Axes& stride, const Axes& padding,
-                   const Axes& dilation) {
+                   const Axes& dilation, bool channels_last) {
   ConvShape s{};
-  s.batch = x[0], s.in_channels = x[4], s.out_channels = out[4];
+  const int channel = channels_last ? 4 : 1, first_axis = channels_last ? 1 : 2;
+  s.channels_last = channels_last;
+  s.batch = x[0], s.in_channels = x[channel], s.out_channels = out[channel];
   s.groups = groups;
   GOSSAMER_CHECK(out[0] == s.batch, op, ": x has a batch of ", s.batch, ", out of ", out[0]);
   for (int axis = 0; axis < 3; ++axis) {
-    s.in[axis] = x[1 + axis], s.out[axis] = out[1 + axis];
+    s.in[axis] = x[first_axis + axis], s.out[axis] = out[first_axis + axis];
     s.kernel[axis] = kernel[axis], s.stride[axis] = stride[axis];
     s.padding[axis] = padding[axis], s.dilation[axis] = dilation[axis];
     check_size(op, "an extent of x", s.in[axis], 0);
@@ -144,13 +146,15 @@ ConvShape shape_of(const char* op, const int64_t* x, const int64_t* out, int64_t
 void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
                const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
                int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
-               const Axes& dilation, const std::string& activation, int threads) {
+               const Axes& dilation, bool channels_last, const std::string& activation,
+               int threads) {
   constexpr const char* op = "blocksparse_conv";
   check_dims(op, "x", x, 5);
   check_dims(op, "out", out, 5);
   check_dtype(op, "x", x, values.dtype);
   check_dtype(op, "out", out, values.dtype);
-  const ConvShape s = shape_of(op, x.shape, out.shape, groups, kernel, stride, padding, dilation);
+  const ConvShape s =
+      shape_of(op, x.shape, out.shape, groups, kernel, stride, padding, dilation, channels_last);
   const Weight w = weight_of(op, values, crow, col, s.out_channels, s.taps(), s.group_in(), groups);
   conv({w, s, x.data, bias_of(op, bias, s.out_channels, x.dtype, x), activation_of(op, activation),
         out.data, threads});
@@ -171,13 +175,13 @@ std::pair<Target, const Unit*> unit_in_force([[maybe_unused]] DType dtype) {
 py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
                 const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
                 const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,
-                int threads) {
+                bool channels_last, int threads) {
   constexpr const char* op = "blocksparse_choose";
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error(op + (": no kernels for " + dtype));
   check_size(op, "the batch", x[0], 0);
-  check_size(op, "the number of input channels", x[4], 1);
-  const ConvShape s = shape_of(op, x.data(), out.data(), groups, kernel, stride, padding, dilation);
+  const ConvShape s =
+      shape_of(op, x.data(), out.data(), groups, kernel, stride, padding, dilation, channels_last);
   Weight w = empty_weight(op, type, s.out_channels, s.taps(), s.group_in(), groups, rows, cols);
   GOSSAMER_CHECK(nnz >= 0 && nnz <= w.block_rows() * w.block_columns(), op, ": ", nnz,
                  " live blocks of ", w.block_rows() * w.block_columns());
@@ -196,8 +200,9 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   report["why"] = "lanes are pixels, so blocks of any size fill them";
   const bool empty = s.batch * s.out_pixels() == 0;  // nothing to cut up
   const ConvConfig config =
-      empty ? ConvConfig{0, 0, 0, 1} : choose_conv_config(collapsed(s), w, unit->lanes, threads);
+      empty ? ConvConfig{0, 0, 0, 0, 1} : choose_conv_config(collapsed(s), w, unit->lanes, threads);
   report["threads"] = config.threads;
+  report["strip_images"] = config.strip_images;
   report["strip_rows"] = config.strip_rows;
   report["strip_width"] = config.strip_width;
   report["parts"] = config.parts;
@@ -221,10 +226,12 @@ void bind(py::module_& m) {
   m.def("blocksparse_conv", &bind_conv, py::arg("out"), py::arg("x"), py::arg("values"),
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("groups"),
         py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-        py::arg("activation"), py::arg("threads"), release());
+        py::arg("channels_last"), py::arg("activation"), py::arg("threads"), release());
+
   m.def("blocksparse_choose", &choose, py::arg("x"), py::arg("out"), py::arg("dtype"),
         py::arg("rows"), py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"),
-        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads"));
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),
+        py::arg("threads"));
   m.attr("blocksparse_max_block") = kMaxBlock;
 }
 

@@ -67,10 +67,10 @@ struct Weight {
 struct ConvArgs {
   Weight weight;  // agrees with the shape in groups, taps and channels
   ConvShape shape;
-  const void* x;     // [batch, in, in_channels] in the weight's dtype, contiguous
+  const void* x;     // in the weight's dtype
   const void* bias;  // [out_channels] or null
   Activation activation;
-  void* out;  // [batch, out, out_channels], contiguous
+  void* out;
   int threads;
 };
 

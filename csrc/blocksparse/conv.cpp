@@ -32,6 +32,7 @@ class Batch {
   // Block rows from `begin` on, up to `end`, until they give kBatchOutputs; the first one after
   // them.
   int64_t fill(int64_t begin, int64_t end, const Panel& panel) {
+    if (taps_.empty()) place_taps(panel);
     chunks_.clear(), blocks_.clear();
     outputs_ = 0;
     int64_t block_row = begin;
@@ -55,21 +56,28 @@ class Batch {
     return std::min(weight_.rows, weight_.group_out - row);
   }
 
-  void add_blocks(int64_t block_row, const Panel& panel) {
-    const Weight& w = weight_;
+  void place_taps(const Panel& panel) {
     const ConvShape& s = shape_;
-    for (int64_t b = w.crow_indices[block_row]; b < w.crow_indices[block_row + 1]; ++b) {
-      const int64_t tap = w.col_indices[b] / w.col_blocks();
-      const int64_t in_group = w.col_indices[b] % w.col_blocks() * w.cols;
+    for (int64_t tap = 0; tap < weight_.taps; ++tap) {
       const int64_t kd = tap / (s.kernel[1] * s.kernel[2]);
       const int64_t kh = tap / s.kernel[2] % s.kernel[1], kw = tap % s.kernel[2];
       const int64_t plane_w = panel.own_columns ? kw : phase(s, 2, kw);
       const int64_t plane = (kd * phases(s, 1) + phase(s, 1, kh)) * planes_w(s, panel) + plane_w;
       const int64_t shifted =
           shift(s, 1, kh) * panel.pitch + (panel.own_columns ? 0 : shift(s, 2, kw));
-      const int64_t channel =
-          block_row / w.row_blocks() * w.group_in + in_group - panel.first_channel;
-      blocks_.push_back({plane * panel.plane_stride + channel * panel.channel_stride + shifted,
+      taps_.push_back(plane * panel.plane_stride + shifted);
+    }
+  }
+
+  void add_blocks(int64_t block_row, const Panel& panel) {
+    const Weight& w = weight_;
+    const int64_t first_channel = block_row / w.row_blocks() * w.group_in - panel.first_channel;
+    const auto col_blocks = static_cast<uint32_t>(w.col_blocks());
+    for (int64_t b = w.crow_indices[block_row]; b < w.crow_indices[block_row + 1]; ++b) {
+      const auto column = static_cast<uint32_t>(w.col_indices[b]);
+      const uint32_t tap = column / col_blocks;
+      const int64_t in_group = (column - tap * col_blocks) * w.cols;
+      blocks_.push_back({taps_[tap] + (first_channel + in_group) * panel.channel_stride,
                          std::min(w.cols, w.group_in - in_group)});
     }
   }
@@ -92,6 +100,7 @@ class Batch {
   const ConvShape& shape_;
   int most_rows_;
   int64_t outputs_ = 0;
+  std::vector<int64_t> taps_;  // where each begins in the panel
   std::vector<Chunk> chunks_;
   std::vector<LiveBlock> blocks_;
 };
@@ -115,14 +124,16 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
   const Weight& w = args.weight;
   const int64_t first_group = begin / w.row_blocks();
   const int64_t groups = ceil_div(end, w.row_blocks()) - first_group;
-  Panel panel = panel_of(s, strip.rows, strip.width, groups * w.group_in, unit.lanes);
+  Panel panel = panel_of(s, strip.images, strip.rows, strip.width, groups * w.group_in, unit.lanes);
   panel.first_channel = first_group * w.group_in;
   panel.data =
       static_cast<float*>(panel_scratch.at_least(4 * planes(s, panel) * panel.plane_stride));
   pack(s, args.x, unit, strip, panel);
 
   const int64_t first_pixel =
-      ((strip.image * s.out[0] + strip.depth) * s.out[1] + strip.row) * s.out[2] + strip.column;
+      (strip.depth * s.out[1] + strip.row) * s.out[2] + strip.column;  // of the first image
+  const int64_t image_stride = s.out_pixels() * s.out_channels;
+  const int64_t first = strip.image * image_stride + first_pixel * s.out_pixel_stride();
   const int64_t size = size_of(w.dtype);
   Batch batch(w, weights, s, unit.chunk);
   for (int64_t block_row = begin; block_row < end;) {
@@ -133,11 +144,12 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
     const auto* bias = static_cast<const char*>(args.bias);
     const Epilogue epilogue{
         bias == nullptr ? nullptr : bias + output * size, args.activation,
-        static_cast<char*>(args.out) + (first_pixel * s.out_channels + output) * size,
-        s.out_channels, s.out_channels - output};
+        static_cast<char*>(args.out) + (first + output * s.out_channel_stride()) * size,
+        s.channels_last ? s.out_pixel_stride() : s.out_channel_stride(), s.out_channels - output};
     unit.batch({batch.chunks().data(), static_cast<int64_t>(batch.chunks().size()), batch.outputs(),
-                panel.data, panel.channel_stride, strip.rows, panel.pitch, strip.width,
-                static_cast<float*>(sum_scratch.at_least(4 * sums)), epilogue});
+                panel.data, panel.channel_stride, strip.images, panel.image_rows, strip.rows,
+                panel.pitch, strip.width, static_cast<float*>(sum_scratch.at_least(4 * sums)),
+                s.channels_last, image_stride, epilogue});
   }
 }
 
@@ -154,7 +166,8 @@ void conv_vectors(const ConvArgs& args, const Unit& unit) {
   });
   const int64_t columns = ceil_div(s.out[2], config.strip_width);
   const int64_t rows = ceil_div(s.out[1], config.strip_rows);
-  const int64_t strips = s.batch * s.out[0] * rows * columns;
+  const int64_t images = ceil_div(s.batch, config.strip_images);
+  const int64_t strips = images * s.out[0] * rows * columns;
   const int64_t tasks = strips * config.parts;
   parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)),
                [&](int thread, int team) {
@@ -163,7 +176,9 @@ void conv_vectors(const ConvArgs& args, const Unit& unit) {
                    const int64_t column = at % columns * config.strip_width;
                    const int64_t row = at / columns % rows * config.strip_rows;
                    const int64_t slice = at / columns / rows;
-                   const Strip strip{slice / s.out[0],
+                   const int64_t image = slice / s.out[0] * config.strip_images;
+                   const Strip strip{image,
+                                     std::min(config.strip_images, s.batch - image),
                                      slice % s.out[0],
                                      row,
                                      std::min(config.strip_rows, s.out[1] - row),

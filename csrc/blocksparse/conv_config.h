@@ -10,6 +10,7 @@
 namespace gossamer::blocksparse {
 
 struct ConvConfig {
+  int64_t strip_images;             // several where a strip holds whole images,
   int64_t strip_rows, strip_width;  // of y
   int64_t parts;                    // of the block rows; each packs its own panels
   int threads;
@@ -24,8 +25,10 @@ inline ConvShape collapsed(ConvShape s) {
       return s;
     }
   }
-  s.in[2] = s.out[2] = s.batch * s.out_pixels();
-  s.batch = s.in[0] = s.out[0] = s.in[1] = s.out[1] = 1;
+  const int64_t images = s.channels_last ? s.batch : 1;  // whose pixels follow each other
+  s.in[2] = s.out[2] = images * s.out_pixels();
+  s.batch /= images;
+  s.in[0] = s.out[0] = s.in[1] = s.out[1] = 1;
   return s;
 }
 
@@ -48,13 +51,14 @@ inline int64_t phases(const ConvShape& s, int axis) {
 }
 
 // Without its memory. `channels` are those of the groups that a task works on.
-inline Panel panel_of(const ConvShape& s, int64_t rows, int64_t width, int64_t channels,
-                      int64_t lanes) {
+inline Panel panel_of(const ConvShape& s, int64_t images, int64_t rows, int64_t width,
+                      int64_t channels, int64_t lanes) {
   Panel panel{};
   panel.channels = channels;
   // Columns past the strip's cost arithmetic, a plane for each tap costs packing.
   panel.own_columns = 10 * most_shift(s, 2) > width;
-  panel.rows = rows + most_shift(s, 1);
+  panel.image_rows = rows + most_shift(s, 1);
+  panel.rows = images * panel.image_rows;
   panel.pitch = width + (panel.own_columns ? 0 : most_shift(s, 2));
   // A shift along w of the last output's register ends at most that much past the last row.
   const int64_t pixels = panel.rows * panel.pitch + (panel.pitch - width);
@@ -80,10 +84,10 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
   const int team =
       static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(threads, 1)));
   const auto bytes = [&](int64_t rows, int64_t width) {
-    const Panel panel = panel_of(s, rows, width, s.in_channels, lanes);
+    const Panel panel = panel_of(s, 1, rows, width, s.in_channels, lanes);
     return 4 * planes(s, panel) * panel.plane_stride;
   };
-  ConvConfig config{s.out[1], s.out[2], 1, team};
+  ConvConfig config{1, s.out[1], s.out[2], 1, team};
   while (config.strip_rows > 1 && bytes(config.strip_rows, s.out[2]) > kPanelBytes) {
     config.strip_rows = ceil_div(config.strip_rows, 2);
   }
@@ -93,18 +97,26 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
          bytes(1, config.strip_width) > kPanelBytes) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, 2), tile) * tile;
   }
+  // Small images together, so that the weights are read once for all of them.
+  if (s.out[0] == 1 && config.strip_rows == s.out[1] && config.strip_width == s.out[2]) {
+    const int64_t fit =
+        std::max<int64_t>(kPanelBytes / std::max<int64_t>(bytes(s.out[1], s.out[2]), 1), 1);
+    config.strip_images = std::min(fit, ceil_div(s.batch, team));
+  }
   // Fewer strips than threads, or a last round of them with idle threads: shorter ones where that
   // costs little (rows are read again around each), else the outputs are shared out.
   const auto strips = [&] {
-    return s.batch * s.out[0] * ceil_div(s.out[1], config.strip_rows) *
-           ceil_div(s.out[2], config.strip_width);
+    return ceil_div(s.batch, config.strip_images) * s.out[0] *
+           ceil_div(s.out[1], config.strip_rows) * ceil_div(s.out[2], config.strip_width);
   };
   const auto idle = [&](int64_t tasks) {
     return static_cast<double>(ceil_div(tasks, team) * team - tasks) / tasks;
   };
-  if (idle(strips()) > 0.1 && config.strip_rows >= 8 * (1 + most_shift(s, 1))) {
+  if (config.strip_images == 1 && idle(strips()) > 0.1 &&
+      config.strip_rows >= 8 * (1 + most_shift(s, 1))) {
     config.strip_rows = ceil_div(config.strip_rows, team);
-  } else if (idle(strips()) > 0.1 && config.strip_rows == 1 && config.strip_width >= 4 * tile) {
+  } else if (config.strip_images == 1 && idle(strips()) > 0.1 && config.strip_rows == 1 &&
+             config.strip_width >= 4 * tile) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, team), tile) * tile;
   }
   if (idle(strips()) > 0.1) config.parts = std::min<int64_t>(team, w.block_rows());

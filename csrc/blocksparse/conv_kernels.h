@@ -99,7 +99,8 @@ struct ConvKernels {
 
   static void batch(const BatchTask& task) {
     // The last row's columns past the strip's need no sums.
-    const int64_t all = (task.rows - 1) * task.pitch + task.width;
+    const int64_t last_row = (task.images - 1) * task.image_rows + task.rows - 1;
+    const int64_t all = last_row * task.pitch + task.width;
     for (int64_t q = 0; q < all; q += kTilePixels) {
       const int64_t end = q + kTilePixels < all ? q + kTilePixels : all;
       float* sums = task.sums;
@@ -114,55 +115,145 @@ struct ConvKernels {
     }
   }
 
-  // What of the tile [q, end) is output, row by row of the strip.
+  // What of the tile [q, end) is output, in runs that follow each other in y.
   static void finish(const BatchTask& task, int64_t q, int64_t end) {
+    const bool whole_rows = task.pitch == task.width;
     for (int64_t at = q; at < end;) {
-      const int64_t row = at / task.pitch, column = at % task.pitch;
-      const int64_t row_end = (row + 1) * task.pitch;
-      const int64_t outputs = row * task.pitch + task.width;  // end of the row's
-      const int64_t stop = task.pitch == task.width ? end : outputs < end ? outputs : end;
-      if (stop > at) {
-        Epilogue e = task.epilogue;
-        e.out = static_cast<T*>(e.out) + (row * task.width + column) * e.out_stride;
-        Finish<S, T>::all(e, task.sums + (at - q), kTilePixels, stop - at, task.outputs);
+      const int64_t panel_row = at / task.pitch, column = at % task.pitch;
+      const int64_t image = panel_row / task.image_rows, row = panel_row % task.image_rows;
+      if (row >= task.rows) {  // the next image's first is the next output
+        at = (image + 1) * task.image_rows * task.pitch;
+        continue;
       }
-      at = task.pitch == task.width ? end : row_end;
+      const int64_t run_end = whole_rows ? (image * task.image_rows + task.rows) * task.pitch
+                                         : panel_row * task.pitch + task.width;
+      const int64_t stop = run_end < end ? run_end : end;
+      if (stop > at) {
+        const int64_t pixel = row * task.width + column;
+        Epilogue e = task.epilogue;
+        const int64_t pixel_stride = task.channels_last ? e.out_stride : 1;
+        e.out = static_cast<T*>(e.out) + image * task.image_stride + pixel * pixel_stride;
+        const float* sums = task.sums + (at - q);
+        if (task.channels_last) {
+          Finish<S, T>::all(e, sums, kTilePixels, stop - at, task.outputs);
+        } else {
+          Finish<S, T>::outputs_first(e, sums, kTilePixels, stop - at, task.outputs);
+        }
+      }
+      at = whole_rows ? run_end : (panel_row + 1) * task.pitch;
     }
   }
 
-  // x channels-last: a square of kLanes pixels by as many channels at a time is transposed.
-  static void pack(const ConvShape& s, const void* all_x, const Strip& strip, const Panel& panel,
+  static void pack(const ConvShape& s, const void* x, const Strip& strip, const Panel& panel,
                    const int64_t (&offset)[3], float* plane) {
-    const T* x = static_cast<const T*>(all_x) + panel.first_channel;
-    const int64_t depth = strip.depth * s.stride[0] + offset[0] - s.padding[0];
-    const bool in_depth = depth >= 0 && depth < s.in[0];
+    const T* first = static_cast<const T*>(x) + strip.image * s.in_pixels() * s.in_channels +
+                     panel.first_channel * s.in_channel_stride();
+    if (s.channels_last) {
+      pack_channels_last(s, first, strip, panel, offset, plane);
+    } else {
+      pack_channels_first(s, first, strip, panel, offset, plane);
+    }
+    // Registers that a shift moves past the last pixel read what no output needs; a subnormal there
+    // would cost time.
     const int64_t count = panel.rows * panel.pitch;
-    int64_t row = 0, column = 0;  // of the plane, of the next pixel
+    for (int64_t c = 0; c < panel.channels; ++c) {
+      float* channel = plane + c * panel.channel_stride;
+      float padded[S::kLanes] = {};
+      const int64_t whole = count / S::kLanes * S::kLanes;
+      __builtin_memcpy(padded, channel + whole, (count - whole) * sizeof(float));
+      for (int64_t q = whole; q < panel.channel_stride; q += S::kLanes) {
+        S::store(channel + q, q == whole ? S::load(padded) : S::zero());
+      }
+    }
+  }
+
+  // Where x has the pixel that row `row` and column `column` of a plane stand for: an index within
+  // the strip's images, or -1.
+  struct Place {
+    const ConvShape& s;
+    const Strip& strip;
+    const Panel& panel;
+    int64_t depth, h, w;  // of the first one
+    Place(const ConvShape& shape, const Strip& of, const Panel& in, const int64_t (&offset)[3])
+        : s(shape),
+          strip(of),
+          panel(in),
+          depth(of.depth * shape.stride[0] + offset[0] - shape.padding[0]),
+          h(of.row * shape.stride[1] + offset[1] - shape.padding[1]),
+          w(of.column * shape.stride[2] + offset[2] - shape.padding[2]) {}
+    int64_t row_of(int64_t row) const {  // of all rows of x
+      const int64_t at = h + row % panel.image_rows * s.stride[1];
+      if (depth < 0 || depth >= s.in[0] || at < 0 || at >= s.in[1]) return -1;
+      return (row / panel.image_rows * s.in[0] + depth) * s.in[1] + at;
+    }
+    int64_t column_of(int64_t column) const {
+      const int64_t at = w + column * s.stride[2];
+      return at < 0 || at >= s.in[2] ? -1 : at;
+    }
+  };
+
+  // A row of a channel at a time.
+  static void pack_channels_first(const ConvShape& s, const T* x, const Strip& strip,
+                                  const Panel& panel, const int64_t (&offset)[3], float* plane) {
+    const Place place(s, strip, panel, offset);
+    // The columns [first, last) lie in x, which begins left of the others and ends right of them.
+    int64_t first = 0, last = panel.pitch;
+    while (first < last && place.column_of(first) < 0) ++first;
+    while (last > first && place.column_of(last - 1) < 0) --last;
+    for (int64_t row = 0; row < panel.rows; ++row) {
+      const int64_t x_row = place.row_of(row);
+      // An image's rows follow those of all channels of the one before.
+      const int64_t image = row / panel.image_rows;
+      const int64_t in_image = x_row - image * s.in[0] * s.in[1];
+      const T* from =
+          x + image * s.in_pixels() * s.in_channels + in_image * s.in[2] + place.column_of(first);
+      float* to = plane + row * panel.pitch;
+      for (int64_t c = 0; c < panel.channels;
+           ++c, from += s.in_pixels(), to += panel.channel_stride) {
+        if (x_row < 0 || first == last) {
+          for (int64_t i = 0; i < panel.pitch; ++i) to[i] = 0;
+          continue;
+        }
+        for (int64_t i = 0; i < first; ++i) to[i] = 0;
+        copy_pixels(from, s.stride[2], last - first, to + first);
+        for (int64_t i = last; i < panel.pitch; ++i) to[i] = 0;
+      }
+    }
+  }
+
+  static void copy_pixels(const T* from, int64_t stride, int64_t count, float* to) {
+    int64_t i = 0;
+    if (stride == 1) {
+      for (; i + S::kLanes <= count; i += S::kLanes) S::store(to + i, S::load(from + i));
+    }
+    while (i < count) {
+      T some[S::kLanes] = {};
+      const int64_t n = count - i < S::kLanes ? count - i : S::kLanes;
+      for (int64_t j = 0; j < n; ++j) some[j] = from[(i + j) * stride];
+      float floats[S::kLanes];
+      S::store(floats, S::load(some));
+      __builtin_memcpy(to + i, floats, n * sizeof(float));
+      i += n;
+    }
+  }
+
+  // A square of kLanes pixels by as many channels at a time is transposed.
+  static void pack_channels_last(const ConvShape& s, const T* x, const Strip& strip,
+                                 const Panel& panel, const int64_t (&offset)[3], float* plane) {
+    const Place place(s, strip, panel, offset);
+    const int64_t count = panel.rows * panel.pitch;
+    int64_t row = 0, column = 0, x_row = place.row_of(0);  // of the plane, of the next pixel
     for (int64_t q = 0; q < count; q += S::kLanes) {
       const T* pixel[S::kLanes];
       for (auto& p : pixel) {
-        p = nullptr;
-        if (row == panel.rows) continue;
-        const int64_t at_h = (strip.row + row) * s.stride[1] + offset[1] - s.padding[1];
-        const int64_t at_w = (strip.column + column) * s.stride[2] + offset[2] - s.padding[2];
-        if (in_depth && at_h >= 0 && at_h < s.in[1] && at_w >= 0 && at_w < s.in[2]) {
-          const int64_t within = (depth * s.in[1] + at_h) * s.in[2] + at_w;
-          p = x + (strip.image * s.in_pixels() + within) * s.in_channels;
-        }
-        if (++column == panel.pitch) column = 0, ++row;
+        const int64_t x_column = place.column_of(column);
+        const bool there = row < panel.rows && x_row >= 0 && x_column >= 0;
+        p = there ? x + (x_row * s.in[2] + x_column) * s.in_channels : nullptr;
+        if (++column == panel.pitch) column = 0, x_row = place.row_of(++row);
       }
       for (int64_t c = 0; c < panel.channels; c += S::kLanes) {
         pack_square(pixel, c, panel.channels - c, plane + c * panel.channel_stride + q,
                     panel.channel_stride);
-      }
-    }
-    // Registers that a shift moves past the last pixel read what no output needs; a subnormal there
-    // would cost time.
-    const int64_t packed = (count + S::kLanes - 1) / S::kLanes * S::kLanes;
-    for (int64_t c = 0; c < panel.channels; ++c) {
-      float* channel = plane + c * panel.channel_stride;
-      for (int64_t q = packed; q < panel.channel_stride; q += S::kLanes) {
-        S::store(channel + q, S::zero());
       }
     }
   }

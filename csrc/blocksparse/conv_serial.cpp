@@ -13,29 +13,31 @@ template <class T>
 const T* x_at(const ConvShape& s, const T* x, int64_t image, const int64_t (&out)[3], int64_t tap) {
   const int64_t t[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1],
                         tap % s.kernel[2]};
-  int64_t pixel = image;
+  int64_t pixel = 0;
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t at = out[axis] * s.stride[axis] + t[axis] * s.dilation[axis] - s.padding[axis];
     if (at < 0 || at >= s.in[axis]) return nullptr;
     pixel = pixel * s.in[axis] + at;
   }
-  return x + pixel * s.in_channels;
+  return x + image * s.in_pixels() * s.in_channels + pixel * s.in_pixel_stride();
 }
 
 // The outputs of one block row for one pixel: sum[r] += W[row r, live blocks] x.
 template <class T, class Real>
-void add_block_row(const Weight& w, int64_t block_row, const T* const* taps_of_x, Real* sum) {
+void add_block_row(const Weight& w, int64_t block_row, const T* const* taps_of_x,
+                   int64_t channel_stride, Real* sum) {
   const auto* values = static_cast<const T*>(w.values);
   const int64_t first_channel = block_row / w.row_blocks() * w.group_in;
   for (int64_t block = w.crow_indices[block_row]; block < w.crow_indices[block_row + 1]; ++block) {
     const int64_t tap = w.col_indices[block] / w.col_blocks();
     const int64_t channel = w.col_indices[block] % w.col_blocks() * w.cols;
     if (taps_of_x[tap] == nullptr) continue;
-    const T* x = taps_of_x[tap] + first_channel + channel;
+    const T* x = taps_of_x[tap] + (first_channel + channel) * channel_stride;
     const int64_t cols = std::min(w.cols, w.group_in - channel);
     for (int64_t r = 0; r < w.rows; ++r) {
       const T* row = values + (block * w.rows + r) * w.cols;
-      for (int64_t c = 0; c < cols; ++c) sum[r] += to_float(row[c]) * to_float(x[c]);
+      for (int64_t c = 0; c < cols; ++c)
+        sum[r] += to_float(row[c]) * to_float(x[c * channel_stride]);
     }
   }
 }
@@ -54,15 +56,16 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t tap = 0; tap < s.taps(); ++tap) {
       taps_of_x[tap] = x_at(s, static_cast<const T*>(args.x), pixel / s.out_pixels(), at, tap);
     }
-    T* out = static_cast<T*>(args.out) + pixel * s.out_channels;
+    T* out = static_cast<T*>(args.out) + pixel / s.out_pixels() * s.out_pixels() * s.out_channels +
+             within * s.out_pixel_stride();
     for (int64_t block_row = 0; block_row < w.block_rows(); ++block_row) {
       Real sum[kMaxBlock] = {};
-      add_block_row(w, block_row, taps_of_x.data(), sum);
+      add_block_row(w, block_row, taps_of_x.data(), s.in_channel_stride(), sum);
       const int64_t in_group = block_row % w.row_blocks() * w.rows;
       const int64_t first = block_row / w.row_blocks() * w.group_out + in_group;
       for (int64_t r = 0; r < std::min(w.rows, w.group_out - in_group); ++r) {
         if (bias != nullptr) sum[r] += to_float(bias[first + r]);
-        round_to(activate(sum[r], args.activation), out[first + r]);
+        round_to(activate(sum[r], args.activation), out[(first + r) * s.out_channel_stride()]);
       }
     }
   }

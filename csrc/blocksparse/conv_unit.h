@@ -13,9 +13,10 @@ namespace gossamer::blocksparse {
 // them: a square of a 16-bit type.
 constexpr int kTileVectors = 12, kBatchOutputs = 32;
 
-// Consecutive output pixels of one image and depth: whole rows, or a part of one.
+// Consecutive output pixels of one image and depth: whole rows, or a part of one; or several whole
+// images without depth.
 struct Strip {
-  int64_t image, depth;
+  int64_t image, images, depth;
   int64_t row, rows;      // of y
   int64_t column, width;  // of y; the whole width where there are several rows
 };
@@ -34,7 +35,8 @@ struct Strip {
 // instead, and no column more than the strip.
 struct Panel {
   int64_t first_channel, channels;
-  int64_t rows, pitch;     // of a plane
+  int64_t image_rows;      // of a plane
+  int64_t rows, pitch;     // of a plane, of all images
   int64_t channel_stride;  // floats; a little more than the rows, for the last register of a shift
   int64_t plane_stride;
   bool own_columns;  // a plane for each tap along w
@@ -64,9 +66,13 @@ struct BatchTask {
   int64_t outputs;
   const float* panel;
   int64_t channel_stride;
-  int64_t rows, pitch, width;  // of the strip, in the panel: `width` of each `pitch` are outputs
-  float* sums;                 // scratch: [outputs + kBatchOutputs][kTileVectors * lanes]
-  Epilogue epilogue;
+  // Of the panel's columns `width` of each `pitch` are outputs, of its rows `rows` of each
+  // `image_rows`.
+  int64_t images, image_rows, rows, pitch, width;
+  float* sums;  // scratch: [outputs + kBatchOutputs][kTileVectors * lanes]
+  bool channels_last;
+  int64_t image_stride;  // of y
+  Epilogue epilogue;     // out_stride: between pixels, or between outputs where these come first
 };
 
 struct Unit {

@@ -1,6 +1,7 @@
 #pragma once
-// Where a convolution takes its inputs from. Tensors are channels-last: x is [batch, d, h, w, C_in]
-// and y [batch, d, h, w, C_out], contiguous; a 1-D or 2-D convolution has leading extents of 1. Of
+// Where a convolution takes its inputs from. Tensors are contiguous: channels last, x is
+// [batch, d, h, w, C_in] and y [batch, d, h, w, C_out], or first, [batch, C_in, d, h, w] and
+// [batch, C_out, d, h, w]; a 1-D or 2-D convolution has leading extents of 1. Of
 // output position o along an axis, tap t of the kernel sees x at
 //
 //   o * stride + t * dilation - padding
@@ -13,6 +14,7 @@
 namespace gossamer {
 
 struct ConvShape {
+  bool channels_last;
   int64_t batch;
   int64_t in[3];  // extents of x: d, h, w
   int64_t in_channels;
@@ -25,6 +27,11 @@ struct ConvShape {
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t group_in() const { return in_channels / groups; }
   int64_t group_out() const { return out_channels / groups; }
+  // Between neighbouring channels of a pixel, and neighbouring pixels of a channel.
+  int64_t in_channel_stride() const { return channels_last ? 1 : in_pixels(); }
+  int64_t in_pixel_stride() const { return channels_last ? in_channels : 1; }
+  int64_t out_channel_stride() const { return channels_last ? 1 : out_pixels(); }
+  int64_t out_pixel_stride() const { return channels_last ? out_channels : 1; }
   int64_t in_pixels() const { return in[0] * in[1] * in[2]; }  // of one image
   int64_t out_pixels() const { return out[0] * out[1] * out[2]; }
 };

@@ -70,8 +70,12 @@ struct Simd : SimdOffsets {
     return as_float(_mm256_set1_epi32(static_cast<int>(*p)));
   }
 
-  // In each lane, the lane of x that the index names by its low bits.
-  static F permute(F x, I index) { return _mm256_permutevar8x32_ps(x, index); }
+  // Four floats in both halves, and in each lane that of them which the index names by its two low
+  // bits.
+  static F broadcast4(const float* p) {
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+  }
+  static F pick(F four, I index) { return _mm256_permutevar_ps(four, index); }
 
   static F low(I pair, BFloat16) { return as_float(_mm256_slli_epi32(pair, 16)); }
   static F high(I pair, BFloat16) { return as_float(and_(pair, set1(0xffff0000u))); }

@@ -68,8 +68,10 @@ struct Simd : SimdOffsets {
     return as_float(_mm512_set1_epi32(static_cast<int>(*p)));
   }
 
-  // In each lane, the lane of x that the index names by its low bits.
-  static F permute(F x, I index) { return _mm512_permutexvar_ps(index, x); }
+  // Four floats in every 128 bits, and in each lane that of them which the index names by its two
+  // low bits.
+  static F broadcast4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+  static F pick(F four, I index) { return _mm512_permutevar_ps(four, index); }
 
   // The low and the high 16-bit float of each lane.
   static F low(I pair, BFloat16) { return as_float(_mm512_slli_epi32(pair, 16)); }

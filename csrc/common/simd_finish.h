@@ -82,6 +82,29 @@ struct Finish {
       }
     }
   }
+
+  // The same into y whose outputs come first, rows of it being out_stride apart.
+  static void outputs_first(const Epilogue& e, const float* sums, int64_t sums_stride, int64_t rows,
+                            int64_t outputs) {
+    for (int64_t first = 0; first < outputs; first += S::kLanes) {
+      float bias[S::kLanes];
+      load_bias(e, first, bias);
+      for (int64_t o = first; o < outputs && o < first + S::kLanes; ++o) {
+        const F added = S::set1(bias[o - first]);
+        T* out = static_cast<T*>(e.out) + o * e.out_stride;
+        for (int64_t row = 0; row < rows; row += S::kLanes) {
+          const F y = activate(S::add(S::load(sums + o * sums_stride + row), added), e.activation);
+          if (row + S::kLanes <= rows) {
+            S::store(out + row, y);
+          } else {
+            T padded[S::kLanes];
+            S::store(padded, y);
+            __builtin_memcpy(out + row, padded, (rows - row) * sizeof(T));
+          }
+        }
+      }
+    }
+  }
 };
 
 }  // namespace

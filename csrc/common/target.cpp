@@ -94,6 +94,18 @@ std::vector<std::string> machine_targets() { return names_up_to(best()); }
 
 Target target() { return in_force().load(std::memory_order_relaxed); }
 
+bool intel_cores() {
+#ifdef GOSSAMER_X86
+  static const bool intel = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+  }();
+  return intel;
+#else
+  return false;
+#endif
+}
+
 void force_target(const std::string& wanted) {
   in_force().store(wanted.empty() ? best() : parse(wanted, "force_target"),
                    std::memory_order_relaxed);

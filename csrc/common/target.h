@@ -15,4 +15,8 @@ std::vector<std::string> machine_targets();
 Target target();                             // the one in force
 void force_target(const std::string& name);  // empty: back to the best; ValueError if unavailable
 
+// Whether the cores are Intel's: where choices were measured on two kinds of cores, Zen 5 speaks
+// for all others.
+bool intel_cores();
+
 }  // namespace gossamer

@@ -203,19 +203,21 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
         out.data, threads});
 }
 
-py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int threads) {
+py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int threads,
+                std::optional<bool> intel) {
   GOSSAMER_CHECK(m >= 1 && m <= int64_t{1} << 40, "sparse24_choose: m is ", m,
                  ", expected 1 to 2**40");
   check_size("sparse24_choose", n, k);
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error("sparse24_choose: no kernels for " + dtype);
   const Target target = gossamer::target();
-  const GemmConfig config = choose_gemm_config(m, n, k, type, target, threads);
+  const bool on_intel = intel.value_or(intel_cores());
+  const GemmConfig config = choose_gemm_config(m, n, k, type, target, on_intel, threads);
+  const std::string limit = std::to_string(few_rows_limit(target, type, on_intel));
   py::dict report;
   report["target"] = name(config.kernel == Kernel::kSerial ? Target::kSerial : target);
   report["threads"] = config.threads;
   report["tile"] = config.tile;
-  const std::string limit = std::to_string(few_rows_limit(target, type));
   switch (config.kernel) {
     case Kernel::kSerial:
       report["kernel"] = "serial";
@@ -227,7 +229,7 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, int t
       report["why"] = "up to " + limit + " rows: bound by reading the weights once";
       break;
     case Kernel::kManyRows:
-      report["kernel"] = target == Target::kAMXBF16 ? "tiles" : "many_rows";
+      report["kernel"] = by_tiles(target, type) ? "tiles" : "many_rows";
       report["why"] = "above " + limit + " rows: bound by arithmetic";
       break;
   }
@@ -259,7 +261,7 @@ void bind(py::module_& m) {
   m.def("sparse24_linear", &bind_linear, py::arg("out"), py::arg("x"), py::arg("weight"),
         py::arg("indices"), py::arg("bias"), py::arg("activation"), py::arg("threads"), release());
   m.def("sparse24_choose", &choose, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("intel") = py::none());
   bind_cuda(m);
 }
 

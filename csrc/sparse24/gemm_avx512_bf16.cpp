@@ -44,7 +44,6 @@ struct DotBF16 {
   static constexpr int kPanelRows = kPairs * kRecordGroups;
 
   // few_rows: the nibble becomes the byte shuffle that picks the pair out of the four columns.
-  static constexpr int kChunk = 4;  // a group: eight bytes, broadcast
   template <int Rows, int Regs, int Chains>
   static void multiply_group(const uint32_t* block, int g, const I (&indices)[Regs], const X* x,
                              F (&sum)[Rows][Regs][Chains]) {
@@ -52,7 +51,7 @@ struct DotBF16 {
     const auto pair = (__m512bh)Simd::load_words(block + (1 + g) * kBlockN);
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
-      int64_t four;
+      int64_t four;  // of 16 bits, in every 64 bits of a register
       __builtin_memcpy(&four, x + 4 * row, sizeof four);
       const I columns = _mm512_set1_epi64(four);
       F& a = sum[row][0][g % Chains];

@@ -21,13 +21,13 @@ struct FewRows {
     const int64_t records = (x.k + kRecordK - 1) / kRecordK;
     X* out = static_cast<X*>(packed);
     for (int64_t first = 0; first < x.rows; first += tile, out += records * kRecordK * tile) {
-      for (int row = 0; row < tile; ++row) {
-        for (int64_t record = 0; record < records; ++record) {
+      for (int64_t record = 0; record < records; ++record) {
+        for (int row = 0; row < tile; ++row) {
           X columns[kRecordK];
           Ends::fetch(x, first + row, record * kRecordK, columns);
-          X* chunks = out + record * kRecordK * tile + row * Multiply::kChunk;
-          for (int k = 0; k < kRecordK; k += Multiply::kChunk) {
-            __builtin_memcpy(chunks + k * tile, columns + k, Multiply::kChunk * sizeof(X));
+          X* groups = out + record * kRecordK * tile + 4 * row;
+          for (int k = 0; k < kRecordK; k += 4) {
+            __builtin_memcpy(groups + k * tile, columns + k, 4 * sizeof(X));
           }
         }
       }
@@ -56,7 +56,8 @@ struct FewRows {
   }
 
   // How far ahead of the multiply the weights are fetched: past the end of the 4 KiB page, where
-  // the hardware's own prefetch stops. One or two rows are bound by memory alone and gain nothing.
+  // the hardware's own prefetch stops. On Zen 5 one and two rows, bound by memory alone, gain
+  // nothing; on Emerald Rapids they gain 5 to 9 % from the L3 and 20 % from memory.
   static constexpr int64_t kAheadBytes = 4096;
 
   template <int Rows>
@@ -81,7 +82,7 @@ struct FewRows {
         const X* columns = x;
         for (int64_t record = 0; record < task.records; ++record, columns += kRecordK * Rows) {
           const uint32_t* words = panels + record * Ends::kRecordWords;
-          for (int word = 0; Rows > 2 && word < Ends::kRecordWords; word += kBlockN) {
+          for (int word = 0; word < Ends::kRecordWords; word += kBlockN) {
             __builtin_prefetch(words + kAheadBytes / 4 + word, 0, 3);
           }
           typename S::I indices[kRegs];
@@ -89,9 +90,8 @@ struct FewRows {
           for (int r = 0; r < kRegs; ++r) indices[r] = S::load_words(words + r * S::kLanes);
 #pragma GCC unroll 8
           for (int g = 0; g < kRecordGroups; ++g) {
-            Multiply::template multiply_group<Rows, kRegs, kChains>(
-                words, g, indices, columns + 4 * g / Multiply::kChunk * Multiply::kChunk * Rows,
-                sum);
+            Multiply::template multiply_group<Rows, kRegs, kChains>(words, g, indices,
+                                                                    columns + 4 * g * Rows, sum);
 #pragma GCC unroll 2
             for (auto& nibbles : indices) nibbles = S::template shift_right<4>(nibbles);
           }

@@ -8,7 +8,6 @@
 // Per Multiply:  X            element of a packed few_rows x
 //                kSteps       broadcast weights a record holds per output (many_rows)
 //                kPanelRows   packed rows of x a record of many_rows reads
-//                kChunk       columns of a row of x that lie together in a packed few_rows x
 #include "sparse24/gemm_few_rows.h"
 #include "sparse24/gemm_many_rows.h"
 #include "sparse24/multiply_add.h"

@@ -37,6 +37,18 @@ struct ManyRows {
     }
   }
 
+  // The weights to come, in lines of 64 bytes; some are fetched with each step of outputs.
+  struct Fetch {
+    const uint32_t* next;
+    const uint32_t* end;
+    int64_t lines_a_step;
+    void step() {
+      for (int64_t i = 0; i < lines_a_step && next < end; ++i, next += kBlockN) {
+        __builtin_prefetch(next, 0, 3);
+      }
+    }
+  };
+
   // One pass: 16 outputs of a block against all rows of the tile, over `records` records of K.
   //
   // A multiply-add reads x from memory, so the loads are the limit: (Vectors + 1) of them for
@@ -46,7 +58,7 @@ struct ManyRows {
   // steps ahead.
   template <int Vectors, int Outputs>
   static void multiply_block(const uint32_t* words, const uint32_t* weights, int64_t records,
-                             const char* panel, bool first_pass, float* sums) {
+                             const char* panel, bool first_pass, float* sums, Fetch ahead) {
     constexpr int kRowBytes = Vectors * S::kLanes * sizeof(float);
     constexpr int kQuads = Multiply::kSteps / 4;
     typename S::H offsets[Outputs], next_offsets[Outputs];
@@ -57,6 +69,7 @@ struct ManyRows {
       quad[o] = S::quad(offsets[o], 0);
     }
     for (int first = 0; first < kBlockN; first += Outputs, sums += Outputs * Vectors * S::kLanes) {
+      ahead.step();
       F sum[Outputs][Vectors];
 #pragma GCC unroll 8
       for (int o = 0; o < Outputs; ++o) {
@@ -88,7 +101,7 @@ struct ManyRows {
 #pragma GCC unroll 8
             for (int o = 0; o < Outputs; ++o) {
               const F broadcast = S::broadcast(weight + (4 * q + step) * kBlockN + o);
-              const char* x = panel + static_cast<uint16_t>(quad[o] >> (16 * step));
+              const char* x = S::opaque(panel + static_cast<uint16_t>(quad[o] >> (16 * step)));
 #pragma GCC unroll 16
               for (int v = 0; v < Vectors; ++v) {
                 sum[o][v] =
@@ -131,9 +144,8 @@ struct ManyRows {
         const int64_t next_begin = block + 2 < task.blocks ? begin : begin + records;
         const uint32_t* next =
             task.panels + (next_block * task.records + next_begin) * Ends::kRecordWords;
-        for (int64_t word = 0; word < records * Ends::kRecordWords; word += kBlockN) {
-          __builtin_prefetch(next + word, 0, 3);
-        }
+        const int64_t lines = records * Ends::kRecordLines;
+        const int64_t step = task.spread_fetch ? (lines * kOutputs - 1) / kBlockN + 1 : lines;
         // This block's share of the rows of x that the next pass packs.
         const T* x = static_cast<const T*>(task.x.data) + (begin + records) * kRecordK;
         for (int64_t row = task.x.rows * block / task.blocks;
@@ -143,55 +155,13 @@ struct ManyRows {
           }
         }
         multiply_block<Vectors, kOutputs>(words, weights, records, panel, begin == 0,
-                                          task.sums + block * kBlockN * kTileRows);
+                                          task.sums + block * kBlockN * kTileRows,
+                                          {next, next + lines * kBlockN, step});
       }
     }
-    // Rows outside, so that neighbouring outputs of a row are written soon after each other.
     const int64_t padded = task.blocks * kBlockN;
     const int64_t outputs = task.epilogue.n < padded ? task.epilogue.n : padded;
-    for (int64_t row = 0; row < task.x.rows; row += S::kLanes) {
-      for (int64_t first = 0; first < outputs; first += kSquare) {
-        finish_square<kTileRows>(task, row, first, outputs - first);
-      }
-    }
-  }
-
-  // The sums lie output by output, y row by row: a square of kLanes rows by as many words of y is
-  // finished, rounded and then transposed. Where the task's outputs end inside the square, the sums
-  // past them are whatever the memory holds, and are not written.
-  static constexpr int kPerWord = 4 / sizeof(T);
-  static constexpr int kSquare = S::kLanes * kPerWord;  // outputs
-
-  template <int64_t kTileRows>
-  static void finish_square(const ManyRowsTask& task, int64_t row, int64_t first, int64_t outputs) {
-    const Epilogue& e = task.epilogue;
-    const float* sums = task.sums + first * kTileRows + row;
-    float bias[kSquare];
-    Ends::load_bias(e, first, bias);
-    const auto finished = [&](int output) {
-      const F sum = S::load(sums + output * kTileRows);
-      return Ends::activate(S::add(sum, S::set1(bias[output])), e.activation);
-    };
-    typename S::I words[S::kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < S::kLanes; ++i) {
-      if constexpr (kPerWord == 1) {
-        words[i] = S::as_int(finished(i));
-      } else {
-        words[i] = S::pair(finished(2 * i), finished(2 * i + 1), T{});
-      }
-    }
-    T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
-    const int64_t rows = task.x.rows - row;
-    if (outputs >= kSquare && rows >= S::kLanes) {
-      return S::transpose(words, out, e.out_stride * sizeof(T));
-    }
-    alignas(64) T square[S::kLanes][kSquare];
-    S::transpose(words, square, sizeof square[0]);
-    for (int64_t i = 0; i < rows && i < S::kLanes; ++i) {
-      __builtin_memcpy(out + i * e.out_stride, square[i],
-                       (outputs < kSquare ? outputs : kSquare) * sizeof(T));
-    }
+    Ends::all(task.epilogue, task.sums, kTileRows, task.x.rows, outputs);
   }
 
   template <int Vectors>

@@ -3,6 +3,7 @@
 // one instruction set. Plain structs and function pointers.
 #include <cstdint>
 
+#include "common/epilogue.h"
 #include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {
@@ -14,18 +15,16 @@ constexpr int max_many_vectors(int lanes) { return lanes == 16 ? 12 : 10; }
 constexpr int kMaxRecordsPerPass = 8;
 
 // What a storage type is to a tile unit that multiplies bfloat16: a sum of so many bfloat16 terms,
-// whose products that count are so many (gemm_amx.cpp).
+// with so many products of terms in one of its own (gemm_amx.cpp).
 struct TileTerms {
   int terms, products;
 };
+constexpr TileTerms tile_terms(DType dtype) {
+  return dtype == DType::kBFloat16 ? TileTerms{1, 1} : TileTerms{2, 4};
+}
 // Records of expanded weights: where they serve one tile or pair of tiles of x, a ring of so many;
 // otherwise the depth of a pass, at most so many over the terms.
 constexpr int kTileRing = 4, kTileDepth = 64;
-constexpr TileTerms tile_terms(DType dtype) {
-  return dtype == DType::kBFloat16  ? TileTerms{1, 1}
-         : dtype == DType::kFloat16 ? TileTerms{2, 4}
-                                    : TileTerms{3, 6};
-}
 
 // Rows of x, each contiguous, and where they end: rows and columns past the end read as zero.
 struct XRows {
@@ -34,18 +33,10 @@ struct XRows {
   int64_t rows, k;
 };
 
-struct Epilogue {
-  const void* bias;  // of the task's first output on, or null
-  Activation activation;
-  void* out;  // the task's first row and output
-  int64_t out_stride;
-  int64_t n;  // outputs from the first one to the end of the row
-};
-
 struct FewRowsTask {
   const uint32_t* panels;
   int64_t blocks, records;
-  const void* x;  // tiles of `tile` rows: [tiles][records * 32 / chunk][tile][chunk columns]
+  const void* x;  // tiles of `tile` rows: [tiles][records * 8 groups][tile][4 columns]
   int tile;
   int64_t rows;
   Epilogue epilogue;
@@ -54,6 +45,7 @@ struct FewRowsTask {
 struct ManyRowsTask {
   const uint32_t* panels;
   int64_t blocks, records, records_per_pass;
+  bool spread_fetch;  // of the weights to come, over the outputs of a block
   XRows x;
   int tile;         // in registers of rows
   uint32_t* panel;  // scratch for a pass of x, words: records_per_pass * panel_rows * tile * lanes

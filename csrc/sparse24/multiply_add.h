@@ -14,30 +14,28 @@ struct MultiplyAdd {
   static constexpr int kPanelRows = kRecordK;
 
   // few_rows, group g: the kept pairs of 16 outputs against `Rows` rows of x. The group's nibble is
-  // at the bottom of `indices`; x points to the kChunk columns of each row that hold the group.
-  static constexpr int kChunk = S::kLanes;
+  // at the bottom of `indices`, of which a lane's pick reads two bits; x points to each row's four
+  // columns of the group.
   template <int Rows, int Regs, int Chains>
   static void multiply_group(const uint32_t* block, int g, const I (&indices)[Regs], const X* x,
                              F (&sum)[Rows][Regs][Chains]) {
     F weight[2][Regs];
     I column[2][Regs];
-    const I first_column = S::set1(static_cast<uint32_t>(4 * g % kChunk));
 #pragma GCC unroll 2
     for (int r = 0; r < Regs; ++r) {
       load_pair(block, g, r, weight[0][r], weight[1][r], T{});
-      column[0][r] = S::or_(S::and_(indices[r], S::set1(3u)), first_column);
-      column[1][r] =
-          S::or_(S::and_(S::template shift_right<2>(indices[r]), S::set1(3u)), first_column);
+      column[0][r] = indices[r];
+      column[1][r] = S::template shift_right<2>(indices[r]);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
-      const F columns = S::load(x + kChunk * row);
+      const F columns = S::broadcast4(x + 4 * row);
 #pragma GCC unroll 2
       for (int slot = 0; slot < 2; ++slot) {
 #pragma GCC unroll 2
         for (int r = 0; r < Regs; ++r) {
           F& a = sum[row][r][(2 * g + slot) % Chains];
-          a = S::fma(weight[slot][r], S::permute(columns, column[slot][r]), a);
+          a = S::fma(weight[slot][r], S::pick(columns, column[slot][r]), a);
         }
       }
     }

@@ -116,7 +116,8 @@ def _gain(
         if is_conv(layer):
             return False, NO_FIGURES.format("convolutions"), {}
         sizes = (weight.shape[0], weight.shape[1])
-        return (*worth_swapping(*sizes, dtype_name(weight.dtype), _target(weight)), {})
+        where = (_target(weight), _C.intel_cores())
+        return (*worth_swapping(*sizes, dtype_name(weight.dtype), *where), {})
     if (commonest := calls.commonest) is None:
         return False, "the sample does not reach it", {}
     # What a layer says of itself, and how much of it is stored.
@@ -148,7 +149,9 @@ def _kernel(layer: Any, sparse: SparseLayer, calls: Calls | None) -> str:
         names = ("stride", "padding", "dilation", "padding_mode") if is_conv(layer) else ()
         blocks = sparse.weight
         assert isinstance(blocks, BlockSparse)
-        chosen = blocksparse_choice(shape, blocks, **{name: getattr(layer, name) for name in names})
+        geometry = {name: getattr(layer, name) for name in names}
+        last = given is not None and given.channels_last
+        chosen = blocksparse_choice(shape, blocks, **geometry, channels_last=last)
         return f"{chosen['target']}/{chosen['kernel']}"
     if given is None:
         return _target(weight)

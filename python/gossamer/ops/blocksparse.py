@@ -244,40 +244,53 @@ def _native(
 ) -> Tensor:
     *numbers, activation = rest
     geometry = Geometry(*numbers)
-    out = _empty_result(x, bias, geometry)
-    pixels = x.movedim(1, -1).contiguous()
-    absent = 3 - len(geometry.stride)
+    last = is_channels_last(x)
+    y = empty_result(x, bias, geometry)
     _C.blocksparse_conv(
-        out.view(out.shape[0], *(1,) * absent, *out.shape[1:]),
-        pixels.view(pixels.shape[0], *(1,) * absent, *pixels.shape[1:]),
+        as_5d(y, last),
+        as_5d(x.contiguous() if x.dim() == 2 or not last else x, last),
         values.contiguous(),
         crow.contiguous(),
         col.contiguous(),
         None if bias is None else bias.contiguous(),
         geometry.groups,
         *geometry.in_3d(),
+        last,
         activation,
         torch.get_num_threads(),
     )
-    return _in_format_of(x, out)
+    return y
 
 
-def _empty_result(x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Memory for y, channels last: [batch, *extents, C_out]."""
+def empty_result(x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Memory for y [batch, C_out, *extents], in the memory format of x as torch chooses it."""
     shape, groups, *steps = geometry
     check_channels(geometry.op, x, shape, groups)
     check_bias(geometry.op, bias, shape[0])
     sizes = output_sizes(geometry.op, x, shape[2:], *steps)
-    return x.new_empty((x.shape[0], *sizes, shape[0]))
+    last = LAST.get(x.dim()) if is_channels_last(x) else None
+    memory_format = torch.contiguous_format if last is None else last
+    size = (x.shape[0], shape[0], *sizes)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-def _in_format_of(x: Tensor, out: Tensor) -> Tensor:
-    """A channels-last result as torch would return it: in the memory format of x."""
-    memory_format = torch.contiguous_format
-    if x.dim() > 3 and not x.is_contiguous():
-        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        memory_format = last if x.is_contiguous(memory_format=last) else memory_format
-    return out.movedim(-1, 1).contiguous(memory_format=memory_format)
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x, and so y, has its channels side by side: a matrix has, and what torch says has."""
+    if x.dim() == 2:
+        return True
+    return (
+        x.dim() in LAST and not x.is_contiguous() and x.is_contiguous(memory_format=LAST[x.dim()])
+    )
+
+
+def as_5d(t: Tensor, channels_last: bool) -> Tensor:
+    """[batch, d, h, w, C], or [batch, C, d, h, w], over the same memory."""
+    t = t.movedim(1, -1) if channels_last else t
+    axis = 1 if channels_last else 2
+    return t.view(*t.shape[:axis], *(1,) * (5 - t.dim()), *t.shape[axis:])
 
 
 def _fake(
@@ -288,7 +301,7 @@ def _fake(
     activation_of(geometry.op, activation)
     indices = {"crow_indices": crow, "col_indices": col}
     check_devices(geometry.op, x, weight=values, **indices, bias=bias)
-    return _in_format_of(x, _empty_result(x, bias, geometry))
+    return empty_result(x, bias, geometry)
 
 
 def _autograd(

@@ -9,8 +9,8 @@ import torch
 
 from .. import _C
 from ..formats import BlockSparse
-from .blocksparse import Geometry
-from .conv_geometry import Sizes, output_sizes, prepare
+from .blocksparse import LAST, Geometry, as_5d, empty_result, is_channels_last
+from .conv_geometry import Sizes, prepare
 
 _OP = "blocksparse_choice"
 
@@ -22,6 +22,7 @@ def blocksparse_choice(
     padding: Sizes | str = 0,
     dilation: Sizes = 1,
     padding_mode: str = "zeros",
+    channels_last: bool = False,
 ) -> dict[str, Any]:
     """What a product on the CPU does with an x of this shape, in the weight's dtype.
 
@@ -33,6 +34,8 @@ def blocksparse_choice(
         Of any device; only its sizes and the number of its blocks matter.
     stride, padding, dilation, padding_mode
         The convolution's.
+    channels_last : bool
+        Of x, where its dimensions have that memory format.
 
     Returns
     -------
@@ -46,20 +49,21 @@ def blocksparse_choice(
         As the product itself.
     """
     x = torch.empty(x_shape, device="meta", dtype=weight.values.dtype)
+    if channels_last and x.dim() in LAST:
+        x = x.to(memory_format=LAST[x.dim()])
     conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
-    steps = (conv.stride, conv.padding, conv.dilation)
-    sizes = output_sizes(_OP, conv.x, weight.shape[2:], *steps)
-    absent = (1,) * (5 - conv.x.dim())
-    batch, channels, *extents = conv.x.shape
+    geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
+    last = is_channels_last(conv.x)
     chosen: dict[str, Any] = _C.blocksparse_choose(
-        (batch, *absent, *extents, channels),
-        (batch, *absent, *sizes, weight.shape[0]),
+        tuple(as_5d(conv.x, last).shape),
+        tuple(as_5d(empty_result(conv.x, None, geometry), last).shape),
         str(weight.values.dtype).removeprefix("torch."),
         weight.block.rows,
         weight.block.cols,
         weight.values.shape[0],
         weight.groups,
-        *Geometry(weight.shape, weight.groups, *steps).in_3d(),
+        *geometry.in_3d(),
+        last,
         torch.get_num_threads(),
     )
     return chosen

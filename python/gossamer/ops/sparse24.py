@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from .._cuda_module import on_cuda
-from .._library import library
+from .._library import calls_cpu_kernel, library
 from ..formats import Sparse24, Sparse24Panels
 from .cuda_workspace import aligned_rows, workspace
 from .operands import (
@@ -211,6 +211,8 @@ def _linear_autograd(
         y: Tensor = _apply_linear(x, values, indices, bias, in_features, out_features)
         activate = activation_of(_OP, activation)  # outside, for torch to differentiate
         return y if activate is None else activate(y)
+    if calls_cpu_kernel(x, values, indices, bias):
+        return _linear_native(x, values, indices, bias, in_features, out_features, activation)
     with torch._C._AutoDispatchBelowAutograd():
         return _linear(x, values, indices, bias, in_features, out_features, activation)
 

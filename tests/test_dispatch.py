@@ -1,0 +1,73 @@
+"""Plain calls skip torch's dispatcher; what torch or a user puts in between still sees the op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import sparse_24
+from gossamer import sparse24_linear
+from gossamer._library import calls_cpu_kernel
+from gossamer.formats import Sparse24
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OP = torch.ops.gossamer.sparse24_linear.default
+
+
+@pytest.fixture
+def weight() -> Sparse24:
+    return sparse_24(16, 32)
+
+
+def test_plain_tensors_skip_the_dispatcher() -> None:
+    x = torch.ones(4, 4)
+    assert calls_cpu_kernel(x, x[:, ::2], None, torch.nn.Parameter(x))
+    with torch.no_grad():
+        assert calls_cpu_kernel(x)
+    with torch.inference_mode():
+        assert calls_cpu_kernel(x, torch.ones(4))
+
+
+def test_a_dispatch_mode_sees_the_op(weight: Sparse24) -> None:
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        sparse24_linear(torch.ones(2, 32), weight)
+    assert OP in seen
+
+
+def test_a_profiler_sees_the_op(weight: Sparse24) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sparse24_linear(torch.ones(2, 32), weight)
+    assert any(event.key == "gossamer::sparse24_linear" for event in profile.key_averages())
+
+
+def test_a_trace_holds_the_op(weight: Sparse24) -> None:
+    def layer(x: Tensor) -> Tensor:
+        return sparse24_linear(x, weight)
+
+    traced = torch.jit.trace(layer, torch.ones(2, 32))
+    assert "gossamer::sparse24_linear" in str(traced.graph)
+
+
+def test_tensors_without_memory_are_not_for_the_kernel() -> None:
+    with torch._subclasses.FakeTensorMode():
+        assert not calls_cpu_kernel(torch.ones(2, 32))
+    assert not calls_cpu_kernel(torch.ones(2, 32, device="meta"))
+
+
+def test_a_negated_view_is_read_negated(weight: Sparse24) -> None:
+    x = torch.randn(2, 32)
+    negated = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert negated.is_neg()
+    with torch.no_grad():
+        assert torch.equal(sparse24_linear(negated, weight), sparse24_linear(-x, weight))
