@@ -71,7 +71,7 @@ def print_cases(console: Console, cases: Sequence[Case]) -> None:
     first = cases[0]
     console.print(f"[bold]{first.feature} {first.place}[/]")
     table = columns_table(
-        *(first.point[1], OURS, "best dense", "", "vs best", "(quartiles)", f"vs {first.default}"),
+        *(first.point[1], OURS, "best dense", "", "vs best", "(quartiles)", f"vs\n{first.default}"),
         *("vs CSR", *first.rates, "GB/s", "of peak", "of limit", "right"),
     )
     table.columns[3].justify = "left"
