@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from bench_sparse24 import check_answer
@@ -24,7 +23,6 @@ from timing import Contender, Effort, measure
 from torch import Tensor, nn
 
 DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05)
-DEFAULT_BLOCK = Block(16, 16)
 # Kept operations up to which torch's sparse products are timed: they reach a tenth of the peak.
 MOST_SPARSE_FLOP = 0.5e9
 
@@ -96,15 +94,16 @@ class Subject:
         self.nbytes = weight.nbytes
         pruned = self.layer.to_dense()
         names = ("stride", "padding") if isinstance(pruned, nn.Conv2d) else ()
-        self.choice: dict[str, Any] = blocksparse_choice(
-            x.shape, weight, **{name: getattr(pruned, name) for name in names}, channels_last=True
-        )
+        geometry = {name: getattr(pruned, name) for name in names}
+        choice = blocksparse_choice(x.shape, weight, **geometry, channels_last=True)
+        self.kernel = f"{choice['target']}/{choice['kernel']}"
         self.kept = int((pruned.weight != 0).sum())
-        self.expected = pruned.double()(x.double()).float()
+        expected = pruned.double()(x.double()).float()
+        self.y_shape = expected.shape
         self.layer.pack()
         given = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
         self.contenders = [Contender(self.label(OURS), partial(self.layer, given), subject=True)]
-        self.check: Check = check_answer(self.layer(given), self.expected, TOLERANCES[x.dtype])
+        self.check: Check = check_answer(self.layer(given), expected, TOLERANCES[x.dtype])
         flop = 2 * x.shape[0] * self.kept
         if x.dim() == 2 and x.dtype is torch.float32 and flop <= MOST_SPARSE_FLOP:
             matrix = pruned.weight.detach().float()
@@ -127,10 +126,10 @@ def run_problem(
     ours = [contender for subject in subjects for contender in subject.contenders]
     timings = measure([*ours, *rivals], plan.effort)
     best = min((rival.name for rival in rivals), key=lambda name: timings[name].median)
-    weight, y = dense.layer.weight, subjects[0].expected
-    # Each weight meets every pixel of y in one image, or every row.
-    meetings = y.numel() // y.shape[1]
-    activations = x.nbytes + y.numel() * x.element_size()
+    weight, y_shape = dense.layer.weight, subjects[0].y_shape
+    # Each weight meets every pixel of y, or every row.
+    meetings = y_shape.numel() // y_shape[1]
+    activations = x.nbytes + y_shape.numel() * x.element_size()
     flops, dense_nbytes = 2 * meetings * weight.numel(), weight.nbytes + activations
     cases = []
     for subject in subjects:
@@ -145,7 +144,7 @@ def run_problem(
             shape=dense.shape,
             dtype=dense.dtype,
             rows=rows,
-            kernel=f"{subject.choice['target']}/{subject.choice['kernel']}",
+            kernel=subject.kernel,
             check=subject.check,
             timings=mine | {rival.name: timings[rival.name] for rival in rivals},
             best_dense=best,
