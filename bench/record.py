@@ -16,7 +16,7 @@ from typing import Any
 from machine import Limits, describe_versions, now
 from pytest_benchmark import __version__ as layout_version
 from rivals import CSR, DEFAULT
-from shapes import LinearShape
+from shapes import Shape
 from timing import Ratio, Timing, speedup
 
 OURS = "gossamer"
@@ -39,7 +39,7 @@ class Case:
     """One shape, dtype and number of rows: was it right, and how fast was everybody."""
 
     feature: str
-    shape: LinearShape
+    shape: Shape
     dtype: str
     rows: int
     kernel: str
@@ -58,6 +58,33 @@ class Case:
         return f"{self.feature}/{self.dtype}/{self.shape.name}/m{self.rows}"
 
     @property
+    def default(self) -> str:
+        """The contender that a model runs if nobody does anything about it."""
+        return DEFAULT
+
+    @property
+    def place(self) -> str:
+        """What the cases of one table share,"""
+        return f"{self.dtype} {self.shape}"
+
+    @property
+    def point(self) -> tuple[str, str]:
+        """and what tells them apart: a number and what it is of."""
+        return str(self.rows), "rows"
+
+    @property
+    def rates(self) -> dict[str, str]:
+        """How its speed is given in the tables."""
+        return {"GFLOP/s": f"{self.gflops:.0f}"}
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {"shape": self.shape.name, **self.shape.sizes} | {
+            "dtype": self.dtype,
+            "rows": self.rows,
+        }
+
+    @property
     def ours(self) -> Timing:
         return self.timings[OURS]
 
@@ -67,7 +94,7 @@ class Case:
 
     @property
     def against_default(self) -> Ratio:
-        return speedup(self.ours, self.timings[DEFAULT])
+        return speedup(self.ours, self.timings[self.default])
 
     @property
     def against_csr(self) -> Ratio | None:
@@ -97,9 +124,9 @@ class Case:
         """How many times faster than dense the machine allows, were both as fast as it allows."""
         return self.dense_limit_seconds / self.limit_seconds
 
-    def entries(self) -> list[dict[str, Any]]:
-        """The case for the record: one entry a contender, the finding with our own."""
-        finding = {
+    def finding(self) -> dict[str, Any]:
+        """What the record says of it."""
+        return {
             "kernel": self.kernel,
             "check": asdict(self.check) | {"passed": self.check.passed},
             "best_dense": self.best_dense,
@@ -118,19 +145,16 @@ class Case:
             "dense_limit_seconds": self.dense_limit_seconds,
             "ratio_of_limits": self.ratio_of_limits,
         }
-        params = {
-            "shape": self.shape.name,
-            "out_features": self.shape.out_features,
-            "in_features": self.shape.in_features,
-            "dtype": self.dtype,
-            "rows": self.rows,
-        }
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The case for the record: one entry a contender, the finding with our own."""
+        finding = self.finding()
         return [
             {
                 "group": self.name,
                 "name": f"{self.name}/{contender}",
                 "fullname": f"{self.name}/{contender}",
-                "params": params,
+                "params": self.params,
                 "param": None,
                 "extra_info": finding if contender == OURS else {},
                 "options": {},

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from block_case import BlockCase
 from machine import MIB, Limits
 from models import ModelResult
 from record import OURS, Case
@@ -20,26 +21,26 @@ BUSY = 0.5  # cores' worth of other work that disturbs a measurement
 LOSS = 1.0  # below this ratio the dense path was faster
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     for unit, scale in (("us", 1e6), ("ms", 1e3)):
         if seconds * scale < 999.5:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds:.3g} s"
 
 
-def _table(*columns: str) -> Table:
+def columns_table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _ratio(value: float, spec: str = ".2f") -> str:
+def ratio_text(value: float, spec: str = ".2f") -> str:
     colour = "green" if value >= 1.05 else "red" if value < LOSS else "yellow"
     return f"[{colour}]{value:{spec}}x[/]"
 
 
-def _quartiles(ratio: Ratio) -> str:
+def quartiles_text(ratio: Ratio) -> str:
     return f"{ratio.low:.2f}-{ratio.high:.2f}"
 
 
@@ -66,26 +67,26 @@ def print_machine(
 
 
 def print_cases(console: Console, cases: Sequence[Case]) -> None:
-    """One table for the cases of one shape and dtype."""
+    """One table for the cases of one place."""
     first = cases[0]
-    console.print(f"[bold]{first.feature} {first.dtype} {first.shape}[/]")
-    table = _table(
-        *("rows", OURS, "best dense", "", "vs best", "(quartiles)", f"vs {DEFAULT}", "vs CSR"),
-        *("GFLOP/s", "GB/s", "of peak", "of limit", "right"),
+    console.print(f"[bold]{first.feature} {first.place}[/]")
+    table = columns_table(
+        *(first.point[1], OURS, "best dense", "", "vs best", "(quartiles)", f"vs\n{first.default}"),
+        *("vs CSR", *first.rates, "GB/s", "of peak", "of limit", "right"),
     )
     table.columns[3].justify = "left"
     for case in cases:
         csr = case.against_csr
         table.add_row(
-            str(case.rows),
-            f"{_time(case.ours.median)} ±{case.ours.spread / 2:.0%}",
-            _time(case.timings[case.best_dense].median),
+            case.point[0],
+            f"{time_text(case.ours.median)} ±{case.ours.spread / 2:.0%}",
+            time_text(case.timings[case.best_dense].median),
             case.best_dense,
-            _ratio(case.against_best.median),
-            _quartiles(case.against_best),
-            _ratio(case.against_default.median),
-            _ratio(csr.median, ".1f") if csr else "-",
-            f"{case.gflops:.0f}",
+            ratio_text(case.against_best.median),
+            quartiles_text(case.against_best),
+            ratio_text(case.against_default.median),
+            ratio_text(csr.median, ".1f") if csr else "-",
+            *case.rates.values(),
             f"{case.gigabytes_per_second:.1f}",
             f"{case.share_of_peak:.0%}",
             f"{case.share_of_limit:.0%}",
@@ -94,17 +95,17 @@ def print_cases(console: Console, cases: Sequence[Case]) -> None:
     console.print(table)
 
 
-def _mean_of(cases: Iterable[Case], ratio: Callable[[Case], float]) -> str:
+def mean_text(cases: Iterable[Case], ratio: Callable[[Case], float]) -> str:
     mean = geometric_mean(ratio(case) for case in cases)
-    return "-" if mean != mean else _ratio(mean)
+    return "-" if mean != mean else ratio_text(mean)
 
 
 def _print_cases_summary(console: Console, cases: Sequence[Case]) -> None:
-    """Geometric means by dtype, then every loss and every wrong answer by name."""
+    """Geometric means by dtype, then what went wrong."""
     few, many = f"up to {FEW_ROWS} rows", f"from {MANY_ROWS} rows"
     today = f"{DEFAULT}, torch today"
     console.print("[bold]2:4 layers: times faster than dense, geometric mean over all shapes[/]")
-    table = _table(
+    table = columns_table(
         *("dtype", f"best dense,\n{few}", f"best dense,\n{many}"),
         *(f"limits allow,\n{few}", f"limits allow,\n{many}"),
         *(f"{today},\n{few}", f"{today},\n{many}", "slower than\nbest dense"),
@@ -118,17 +119,22 @@ def _print_cases_summary(console: Console, cases: Sequence[Case]) -> None:
         slower = sum(case.against_best.median < LOSS for case in mine)
         table.add_row(
             dtype,
-            *(_mean_of(group, lambda case: case.against_best.median) for group in groups),
-            *(_mean_of(group, lambda case: case.ratio_of_limits) for group in groups),
-            *(_mean_of(group, lambda case: case.against_default.median) for group in groups),
+            *(mean_text(group, lambda case: case.against_best.median) for group in groups),
+            *(mean_text(group, lambda case: case.ratio_of_limits) for group in groups),
+            *(mean_text(group, lambda case: case.against_default.median) for group in groups),
             f"{slower} of {len(mine)} cases",
         )
     console.print(table)
+    print_verdicts(console, cases)
+
+
+def print_verdicts(console: Console, cases: Sequence[Case]) -> None:
+    """Every loss and every wrong answer by name."""
     losses = [case for case in cases if case.against_best.median < LOSS]
     console.print("Slower than the best dense path:" if losses else "Never slower than dense.")
-    for (dtype, shape), group in groupby(losses, key=lambda case: (case.dtype, case.shape)):
-        found = ", ".join(f"{_ratio(c.against_best.median)} at {c.rows}" for c in group)
-        console.print(f"  {dtype} {shape}: {found} rows")
+    for place, group in groupby(losses, key=lambda case: case.place):
+        found = [f"{ratio_text(c.against_best.median)} at {' '.join(c.point)}" for c in group]
+        console.print(f"  {place}: {', '.join(found)}")
     wrong = [case for case in cases if not case.check.passed]
     console.print(f"Answers equal to dense: {len(cases) - len(wrong)} of {len(cases)} cases")
     for case in wrong:
@@ -141,19 +147,18 @@ def _print_cases_summary(console: Console, cases: Sequence[Case]) -> None:
 def _print_model(console: Console, result: ModelResult) -> None:
     """The model's speed at every batch size, and what happened to its answers."""
     console.print(
-        f"[bold]{result.name}, {result.dtype}, {result.swapped} of {len(result.layers)} linear "
-        "layers 2:4 sparse: tokens per second on real sentences[/]"
+        f"[bold]{result.name}, {result.dtype}, {result.swapped} of {len(result.layers)} layers "
+        f"{result.pattern}: {result.unit} per second on {result.data}[/]"
     )
-    table = _table(
-        *("batch", *result.speeds[0].timings, "vs best dense", "(quartiles)", f"vs {DEFAULT}"),
-    )
+    names, default = result.speeds[0].timings, result.speeds[0].default
+    table = columns_table("batch", *names, "vs best dense", "(quartiles)", f"vs {default}")
     for speed in result.speeds:
         table.add_row(
             str(speed.batch),
-            *(f"{speed.tokens_per_second(name):.0f}" for name in speed.timings),
-            _ratio(speed.against_best.median),
-            _quartiles(speed.against_best),
-            _ratio(speed.against_default.median),
+            *(f"{speed.per_second(name):.0f}" for name in speed.timings),
+            ratio_text(speed.against_best.median),
+            quartiles_text(speed.against_best),
+            ratio_text(speed.against_default.median),
         )
     console.print(table)
     answers = result.answers
@@ -162,17 +167,30 @@ def _print_model(console: Console, result: ModelResult) -> None:
         f"{OURS} against the same pruned weights run densely: largest difference "
         f"{answers.max_difference:.1e}, mean {answers.mean_difference:.1e}: {verdict} (mean "
         f"distance from float64: sparse {answers.sparse_rounding:.1e}, dense "
-        f"{answers.dense_rounding:.1e})\n"
+        f"{answers.dense_rounding:.1e})"
+    )
+    if answers.cosine_mean is None:
+        return
+    console.print(
         "What pruning itself costs, without retraining: cosine similarity of sentence embeddings "
         f"to the unpruned model {answers.cosine_mean:.3f} on average, "
         f"{answers.cosine_least:.3f} at worst"
     )
 
 
-def print_summary(console: Console, cases: Sequence[Case], models: Sequence[ModelResult]) -> None:
+def print_summary(
+    console: Console,
+    cases: Sequence[Case],
+    blocks: Sequence[BlockCase],
+    models: Sequence[ModelResult],
+) -> None:
     """What somebody reads who reads nothing else."""
     console.rule("Summary")
     if cases:
         _print_cases_summary(console, cases)
+    if blocks:
+        from block_report import print_block_summary  # whose tables are made as those here
+
+        print_block_summary(console, blocks)
     for result in models:
         _print_model(console, result)

@@ -16,7 +16,7 @@ from timing import Contender
 from torch import Tensor, nn
 
 DEFAULT = "F.linear"  # what a model runs if nobody does anything about it
-CSR = "torch CSR"
+CSR, BSR = "torch CSR", "torch BSR"
 
 Linear = Callable[[Tensor], Tensor]  # x [M, K] -> y [M, N]
 
@@ -128,6 +128,21 @@ def sparse_csr(weights: Sequence[Tensor], x: Tensor) -> Contender:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse CSR tensor support is in beta.*")
         return Contender(CSR, _rotate(_csr, weights, x))
+
+
+def sparse_bsr(weight: Tensor, rows: int, cols: int, x: Tensor) -> Contender | None:
+    """torch's product with a weight of blocks; None where they do not divide it."""
+    if weight.shape[0] % rows or weight.shape[1] % cols:
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]parse (CSR|BSR) tensor support.*")
+        bsr = weight.to_sparse_bsr((rows, cols))
+        run = lambda: (bsr @ x.t()).t()  # noqa: E731
+        try:
+            run()
+        except (RuntimeError, NotImplementedError):
+            return None  # this torch has no MKL
+    return Contender(BSR, run)
 
 
 class PackedLinear(nn.Module):

@@ -23,7 +23,7 @@ from record import default_path, write_entries
 from shapes import LinearShape
 
 if TYPE_CHECKING:
-    from run import Options
+    from command_line import Options
 
 QUICK_ROUNDS = Rounds(budget=0.2, least=7, most=21)
 QUICK_SWEEP_SECONDS = 0.7

@@ -1,4 +1,4 @@
-"""Linear layers of real models, the batch sizes, and how exact an answer has to be.
+"""Layers of real models, the batch sizes, and how exact an answer has to be.
 
 A linear layer maps ``in_features`` (K) to ``out_features`` (N) for each of M rows of input.
 """
@@ -6,7 +6,8 @@ A linear layer maps ``in_features`` (K) to ``out_features`` (N) for each of M ro
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,12 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 QUICK_ROWS = (1, 4, 16, 64, 256, 1024)
 FEW_ROWS = 16  # up to here reading the weights decides
 MANY_ROWS = 64  # from here on arithmetic does
+
+# Of block-sparse layers, whose cases have densities and sizes of blocks as well.
+BLOCK_ROWS = (1, 16, 128)
+QUICK_BLOCK_ROWS = (16,)
+IMAGES = (1, 8)
+QUICK_IMAGES = (8,)
 
 DTYPES = {
     "float32": torch.float32,
@@ -33,6 +40,10 @@ class LinearShape:
     @property
     def model(self) -> str:
         return self.name.partition(".")[0]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"out_features": self.out_features, "in_features": self.in_features}
 
     def __str__(self) -> str:
         size = f"{self.out_features}x{self.in_features}"
@@ -58,6 +69,81 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
+class ConvShape:
+    """A named 2-D convolution on square images that keeps its extents but for the stride."""
+
+    name: str
+    out_channels: int
+    in_channels: int
+    kernel: int
+    extent: int  # of x
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def out_extent(self) -> int:
+        return (self.extent + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        sizes = asdict(self)
+        del sizes["name"]
+        return sizes
+
+    def __str__(self) -> str:
+        rest = f", stride {self.stride}" * (self.stride > 1)
+        rest += f", {self.groups} groups" * (self.groups > 1)
+        return (
+            f"{self.name} {self.in_channels} -> {self.out_channels} channels on "
+            f"{self.extent}x{self.extent}{rest}"
+        )
+
+
+def _conv(name: str, out: int, channels: int, kernel: int, extent: int, **rest: int) -> ConvShape:
+    return ConvShape(
+        f"{name}.{kernel}x{kernel}.{extent}.{channels}", out, channels, kernel, extent, **rest
+    )
+
+
+CONV_SHAPES = (
+    # ResNet-50, of each stage: the 3 x 3, the 1 x 1 before it and the one behind it
+    *(
+        shape
+        for extent, width in ((56, 64), (28, 128), (14, 256), (7, 512))
+        for shape in (
+            _conv("resnet50", width, width, 3, extent),
+            _conv("resnet50", width, 4 * width, 1, extent),
+            _conv("resnet50", 4 * width, width, 1, extent),
+        )
+    ),
+    # and what halves the extents between two stages: the 3 x 3 and the 1 x 1 beside it
+    *(
+        shape
+        for extent, width in ((56, 128), (28, 256), (14, 512))
+        for shape in (
+            _conv("resnet50-strided", width, width, 3, extent, stride=2),
+            _conv("resnet50-strided", 4 * width, 2 * width, 1, extent, stride=2),
+        )
+    ),
+    # ResNeXt-50 32x4d, the 3 x 3 of its third stage; MobileNetV2, a depthwise one
+    _conv("resnext50", 512, 512, 3, 14, groups=32),
+    _conv("mobilenet", 192, 192, 3, 28, groups=192),
+)
+# What the goals of block-sparse convolutions speak of.
+GOAL_MODEL = "resnet50"
+
+Shape = LinearShape | ConvShape
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """An error may reach ``relative`` times the answer plus ``of_rms`` times the answers' RMS."""
 
@@ -74,9 +160,7 @@ TOLERANCES = {
 }
 
 
-def find_shapes(
-    names: list[str] | None, known: tuple[LinearShape, ...] = SHAPES
-) -> tuple[LinearShape, ...]:
+def find_shapes(names: list[str] | None, known: tuple[Shape, ...] = SHAPES) -> tuple[Shape, ...]:
     """The shapes that the names mean: a shape, a model (all its shapes) or ``NxK``; None means all.
 
     Raises
@@ -86,7 +170,7 @@ def find_shapes(
     """
     if names is None:
         return known
-    found: list[LinearShape] = []
+    found: list[Shape] = []
     for name in names:
         matches = [s for s in known if name in (s.name, s.model)]
         if size := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):

@@ -30,12 +30,14 @@ class Contender:
     """One way to do the job of a case.
 
     ``session`` is entered around the calls of every round and is not timed: where a way to compute
-    needs a global setting, it goes there.
+    needs a global setting, it goes there. A ``subject`` is no rival: it is timed in every round,
+    however slow.
     """
 
     name: str
     run: Callable[[], Any]
     session: Callable[[], AbstractContextManager[Any]] = nullcontext
+    subject: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def measure(
     ----------
     contenders : sequence of Contender
         With distinct names; the first is the one that the others, its rivals, are compared with.
+        There may be further subjects.
     effort : Effort
         Slices, rounds and the budget, all in seconds.
     clock : callable
@@ -175,12 +178,13 @@ def measure(
                 warm_call = expected < WARM_CALL_BELOW
                 taken = _seconds_per_call(contender, calls, warm_call, clock)
                 seconds[contender.name].append(taken)
-            if round_index + 1 == STRAGGLER_ROUNDS and len(active) > 1:
+            rivals = [c for c in active[1:] if not c.subject]
+            if round_index + 1 == STRAGGLER_ROUNDS and rivals:
                 # The least time, since a disturbed round must not turn the best rival away. Calls
                 # that fit a time slice cost nothing more than the others.
-                least = {c.name: min(seconds[c.name]) for c in active[1:]}
+                least = {c.name: min(seconds[c.name]) for c in rivals}
                 limit = max(effort.slice, STRAGGLER * min(least.values()))
-                active[1:] = [c for c in active[1:] if least[c.name] <= limit]
+                active = [c for c in active if least.get(c.name, 0.0) <= limit]
     finally:
         if collecting:
             gc.enable()

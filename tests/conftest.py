@@ -45,6 +45,17 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
         yield from _forced(request.param)
 
 
+# Those with block-sparse kernels of their own (csrc/blocksparse/conv.cpp); any other runs those of
+# the best one below it. tests/test_blocksparse_targets.py fails where this list is not up to date.
+BLOCKSPARSE_TARGETS = ("serial", "avx2", "avx512")
+
+
+@pytest.fixture(params=[name for name in BLOCKSPARSE_TARGETS if name in _C.machine_targets()])
+def blocksparse_target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each target that computes blocks in a way of its own, in turn, in force for one test."""
+    yield from _forced(request.param)
+
+
 @pytest.fixture
 def serial_target() -> Iterator[str]:
     """The readable definition, the only one with float64."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench_sparse24
+import command_line
 import models
 import pytest
 import run
@@ -17,16 +18,18 @@ import torch
 from bench_sparse24 import Plan, Weight, run_case
 from machine import Limits
 from record import OURS, Case, Check
-from shapes import DTYPES, QUICK_ROWS, ROWS, SHAPES
+from shapes import CONV_SHAPES, DTYPES, QUICK_ROWS, ROWS, SHAPES
 from tiny_bench import HASTE, LIMITS, TINY
 
 
 def test_command_line_defaults() -> None:
-    options = run.parse([])
+    options = command_line.parse([])
     assert options.rows == ROWS
     assert options.dtypes == tuple(DTYPES)
-    assert options.features == run.FEATURES
+    assert options.features == command_line.FEATURES
     assert options.shapes == SHAPES
+    assert options.conv_shapes == CONV_SHAPES
+    assert options.blocks == ((16, 16),)
     assert options.threads == torch.get_num_threads()
     assert options.json is None
     assert options.plot is None
@@ -35,16 +38,17 @@ def test_command_line_defaults() -> None:
 def test_command_line_choices() -> None:
     what = ["--feature", "sparse24", "--dtype", "bfloat16,float32", "--shapes", "llama.kv,8x8"]
     how = ["--m", "2,64", "--threads", "1", "--cold", "--json", "--plot", "here.png"]
-    options = run.parse(["--quick", *what, *how])
+    options = command_line.parse(["--quick", *what, *how])
     assert options.features == ("sparse24",)
     assert options.dtypes == ("bfloat16", "float32")
     assert [shape.name for shape in options.shapes] == ["llama.kv", "8x8"]
+    assert options.conv_shapes == ()
     assert options.rows == (2, 64)
     assert options.threads == 1
     assert options.cold
-    assert options.json == run.RESULTS
+    assert options.json == command_line.RESULTS
     assert options.plot == Path("here.png")
-    assert run.parse(["--quick"]).rows == QUICK_ROWS
+    assert command_line.parse(["--quick"]).rows == QUICK_ROWS
 
 
 @pytest.mark.parametrize(
@@ -55,15 +59,25 @@ def test_command_line_choices() -> None:
         (["--shapes", "gpt5"], "gpt5"),
         (["--m", "0"], "rows"),
         (["--threads", "0"], "thread"),
+        (["--block", "16"], "16x16"),
+        (["--block", "100x4"], "100x4"),
     ],
 )
 def test_command_line_mistakes(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        run.parse(arguments)
+        command_line.parse(arguments)
     assert stop.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_quick_leaves_the_long_feature_out() -> None:
+    options = command_line.parse(["--quick", "--block", "16x16,1x4", "--shapes", "resnet50,bert"])
+    assert options.features == command_line.FEATURES[:-1]
+    assert options.blocks == ((16, 16), (1, 4))
+    assert {shape.model for shape in options.conv_shapes} == {"resnet50"}
+    assert {shape.model for shape in options.shapes} == {"bert"}
 
 
 @pytest.fixture
@@ -128,7 +142,7 @@ def test_summary_has_the_mean_ratio_of_limits(capsys: pytest.CaptureFixture[str]
         replace(case, rows=rows, limit_seconds=1.0, dense_limit_seconds=ratio)
         for rows, ratio in ((1, 2.0), (16, 8.0), (64, 3.0))
     ]
-    report.print_summary(console, cases, [])
+    report.print_summary(console, cases, [], [])
     assert re.search(r"float32( +\S+){2} +4.00x +3.00x", capsys.readouterr().out)
 
 

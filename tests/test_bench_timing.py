@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import timing
@@ -117,6 +118,19 @@ def test_straggling_rival_leaves_but_subject_stays(clock: FakeClock) -> None:
     timings = measure(contenders, Effort(budget=0, least_rounds=6, most_rounds=6), clock)
     rounds = {name: len(timing.seconds) for name, timing in timings.items()}
     assert rounds == {"subject": 6, "best": 6, "straggler": timing.STRAGGLER_ROUNDS}
+
+
+def test_every_subject_stays(clock: FakeClock) -> None:
+    contenders = [
+        clock.contender("first", 0.1),
+        replace(clock.contender("second", 0.9), subject=True),
+        clock.contender("best", 0.1),
+        clock.contender("straggler", 0.3),
+    ]
+    timings = measure(contenders, Effort(budget=0, least_rounds=6, most_rounds=6), clock)
+    rounds = {name: len(timing.seconds) for name, timing in timings.items()}
+    assert rounds == {"first": 6, "second": 6, "best": 6, "straggler": timing.STRAGGLER_ROUNDS}
+    assert list(timings) == [contender.name for contender in contenders]
 
 
 def test_disturbed_round_does_not_turn_best_rival_away(clock: FakeClock) -> None:

@@ -22,7 +22,7 @@ def call(case: ConvCase, x: Tensor, weight: BlockSparse, bias: Tensor | None) ->
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(str, range(len(CASES))))
-def test_matches_dense(target: str, case: ConvCase) -> None:
+def test_matches_dense(blocksparse_target: str, case: ConvCase) -> None:
     weight, x = case.weight(), case.x()
     bias = torch.randn(case.shape[0]).to(case.dtype) if case.bias else None
     y = call(case, x, weight, bias)
@@ -41,7 +41,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_block_on_any_layer(target: str, dtype: torch.dtype, block: Block) -> None:
+def test_any_block_on_any_layer(blocksparse_target: str, dtype: torch.dtype, block: Block) -> None:
     for group_in, group_out in ((64, 64), (70, 33), (3, 5)):
         case = typical(
             block=block, dtype=dtype, group_in=group_in, group_out=group_out, extents=(5, 6)
@@ -51,7 +51,7 @@ def test_any_block_on_any_layer(target: str, dtype: torch.dtype, block: Block) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whole_numbers_are_exact(target: str, dtype: torch.dtype) -> None:
+def test_whole_numbers_are_exact(blocksparse_target: str, dtype: torch.dtype) -> None:
     case = typical(dtype=dtype)
     weight = case.weight()
     values = weight.values.copy_(weight.values.float().clamp(-3, 3).round().to(dtype))
@@ -89,7 +89,7 @@ def test_padding_modes(axes: int, mode: str, padding: int | str | tuple[int, ...
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activation(target: str, dtype: torch.dtype, activation: str | None) -> None:
+def test_activation(blocksparse_target: str, dtype: torch.dtype, activation: str | None) -> None:
     case = typical(dtype=dtype)
     weight, x, bias = case.weight(), case.x(), torch.linspace(-9, 9, case.shape[0]).to(dtype)
     y = blocksparse_conv(x, weight, bias, **case.geometry, activation=activation)
@@ -113,7 +113,7 @@ def test_reference_is_torchs_convolution() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_non_finite_x_goes_through_live_blocks_only(
-    target: str, dtype: torch.dtype, poison: float
+    blocksparse_target: str, dtype: torch.dtype, poison: float
 ) -> None:
     case = typical(dtype=dtype, groups=2, group_in=5, group_out=9, block=Block(4, 4), density=0.3)
     weight, x = case.weight(), case.x()
@@ -131,7 +131,7 @@ def test_non_finite_x_goes_through_live_blocks_only(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_beside_x_is_read(target: str, dtype: torch.dtype) -> None:
+def test_nothing_beside_x_is_read(blocksparse_target: str, dtype: torch.dtype) -> None:
     case = typical(dtype=dtype, batch=1)
     weight = case.weight()
     for group_in in (19, 17, 1):
@@ -145,7 +145,7 @@ def test_nothing_beside_x_is_read(target: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_result_every_time_and_for_any_thread_count(
-    target: str, threads: int, dtype: torch.dtype
+    blocksparse_target: str, threads: int, dtype: torch.dtype
 ) -> None:
     case = typical(dtype=dtype)
     weight, x = case.weight(), case.x()
@@ -256,7 +256,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_indices_are_checked_at_every_call(target: str, case: str) -> None:
+def test_indices_are_checked_at_every_call(blocksparse_target: str, case: str) -> None:
     text, crow, col = HOSTILE[case]
     indices = (torch.tensor(crow, dtype=torch.int32), torch.tensor(col, dtype=torch.int32))
     weight = BlockSparse(torch.ones(4, 2, 4), *indices, (6, 4, 3, 3))

@@ -67,7 +67,7 @@ def dense_gradients(case: ConvCase, x: Tensor, dense: Tensor, dy: Tensor) -> tup
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=map(str, range(0, len(CASES), 3)))
-def test_gradients_are_those_of_the_dense_layer(target: str, case: ConvCase) -> None:
+def test_gradients_are_those_of_the_dense_layer(blocksparse_target: str, case: ConvCase) -> None:
     weight, x, bias = case.weight(), case.x(), torch.randn(case.shape[0]).to(case.dtype)
     operands = (x.requires_grad_(), weight.values.requires_grad_(), bias.requires_grad_())
     y = blocksparse_conv(x, weight, bias, **case.geometry)

@@ -24,7 +24,9 @@ def oracle(x: Tensor, weight: BlockSparse, bias: Tensor | None = None) -> SumOra
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_dense(target: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_matches_dense(
+    blocksparse_target: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     m, n, k = shape
     x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
     for block in (*BLOCKS, Block(64, 64)):
@@ -34,7 +36,7 @@ def test_matches_dense(target: str, dtype: torch.dtype, shape: tuple[int, int, i
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
-def test_no_block_and_all_of_them(target: str, density: float) -> None:
+def test_no_block_and_all_of_them(blocksparse_target: str, density: float) -> None:
     weight, x, bias = block_sparse((9, 13), Block(4, 4), density), torch.randn(5, 13), torch.ones(9)
     assert weight.density == density
     oracle(x, weight, bias).check(blocksparse_linear(x, weight, bias))

@@ -80,6 +80,8 @@ def test_matches_pruned_dense(
     assert report["grouped"].shape == (16, 4, 3, 3)
     assert all(layer.rows == 2 and layer.error_max < 1e-5 for layer in report)
     assert "16x4x3x3 float32 pruned" in str(report)
+    for layer in report if arguments is BLOCKS else ():
+        assert layer.kernel in ("serial/serial", "avx2/vectors", "avx512/vectors")
 
 
 @PATTERNS
@@ -92,6 +94,7 @@ def test_forced_without_a_sample_and_slower_layers(net: Net, arguments: dict[str
     assert all(layer.pruned for layer in report)
     forced = gossamer.convert(net, force=True, **arguments)
     assert len(forced.swapped) == 4
+    assert all("/" in layer.kernel for layer in forced.swapped if layer.name != "head")
     x = torch.randn(1, 3, 9, 9)
     torch.testing.assert_close(net(x), twin(x), rtol=1e-5, atol=1e-5)
 

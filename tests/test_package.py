@@ -157,6 +157,8 @@ def test_info_says_what_runs_here() -> None:
     assert told.targets_built == tuple(_C.targets_built())
     assert all(choice.target in _C.machine_targets() for choice in told.choices)
     assert {choice.kernel for choice in told.choices if choice.dtype == "float64"} == {"serial"}
+    (conv,) = [c for c in told.choices if (c.operation, c.dtype) == ("blocksparse_conv", "float32")]
+    assert (conv.m, conv.n, conv.k) == (56 * 56, 64, 9 * 64)
     text = str(told)
     for word in (told.version, told.target, *told.targets_built, "CUDA", "float32", "bfloat16"):
         assert word in text

@@ -1,11 +1,16 @@
 // The border: what Python hands over is checked here, the indices at every call.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <utility>
 
 #include "blocksparse/blocksparse.h"
+#include "blocksparse/conv_config.h"
+#include "blocksparse/conv_unit.h"
 #include "common/border.h"
 #include "common/py_tensor.h"
+#include "common/target.h"
 
 namespace py = pybind11;
 
@@ -110,25 +115,18 @@ void bind_validate(const TensorView& values, const TensorView& crow, const Tenso
   check_padding(weight_of("BlockSparse", values, crow, col, out_channels, taps, group_in, groups));
 }
 
-void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
-               const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
-               int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
-               const Axes& dilation, bool channels_last, const std::string& activation,
-               int threads) {
-  constexpr const char* op = "blocksparse_conv";
-  check_dims(op, "x", x, 5);
-  check_dims(op, "out", out, 5);
-  check_dtype(op, "x", x, values.dtype);
-  check_dtype(op, "out", out, values.dtype);
+// Of x and out, [batch, d, h, w, channels] or [batch, channels, d, h, w].
+ConvShape shape_of(const char* op, const int64_t* x, const int64_t* out, int64_t groups,
+                   const Axes& kernel, const Axes& stride, const Axes& padding,
+                   const Axes& dilation, bool channels_last) {
   ConvShape s{};
   const int channel = channels_last ? 4 : 1, first_axis = channels_last ? 1 : 2;
   s.channels_last = channels_last;
-  s.batch = x.shape[0], s.in_channels = x.shape[channel], s.out_channels = out.shape[channel];
+  s.batch = x[0], s.in_channels = x[channel], s.out_channels = out[channel];
   s.groups = groups;
-  GOSSAMER_CHECK(out.shape[0] == s.batch, op, ": x has a batch of ", s.batch, ", out of ",
-                 out.shape[0]);
+  GOSSAMER_CHECK(out[0] == s.batch, op, ": x has a batch of ", s.batch, ", out of ", out[0]);
   for (int axis = 0; axis < 3; ++axis) {
-    s.in[axis] = x.shape[first_axis + axis], s.out[axis] = out.shape[first_axis + axis];
+    s.in[axis] = x[first_axis + axis], s.out[axis] = out[first_axis + axis];
     s.kernel[axis] = kernel[axis], s.stride[axis] = stride[axis];
     s.padding[axis] = padding[axis], s.dilation[axis] = dilation[axis];
     check_size(op, "an extent of x", s.in[axis], 0);
@@ -142,9 +140,73 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
   check_size(op, "the number of groups", groups, 1);
   GOSSAMER_CHECK(s.in_channels % groups == 0, op, ": x has ", s.in_channels, " channels in ",
                  groups, " groups");
+  return s;
+}
+
+void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
+               const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
+               int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
+               const Axes& dilation, bool channels_last, const std::string& activation,
+               int threads) {
+  constexpr const char* op = "blocksparse_conv";
+  check_dims(op, "x", x, 5);
+  check_dims(op, "out", out, 5);
+  check_dtype(op, "x", x, values.dtype);
+  check_dtype(op, "out", out, values.dtype);
+  const ConvShape s =
+      shape_of(op, x.shape, out.shape, groups, kernel, stride, padding, dilation, channels_last);
   const Weight w = weight_of(op, values, crow, col, s.out_channels, s.taps(), s.group_in(), groups);
   conv({w, s, x.data, bias_of(op, bias, s.out_channels, x.dtype, x), activation_of(op, activation),
         out.data, threads});
+}
+
+// The target whose kernels run, and its unit; null where that is the serial definition.
+std::pair<Target, const Unit*> unit_in_force([[maybe_unused]] DType dtype) {
+#ifdef GOSSAMER_X86
+  const Target best = std::min(target(), Target::kAVX512);
+  const Unit* unit = best == Target::kAVX512 ? unit_avx512(dtype)
+                     : best == Target::kAVX2 ? unit_avx2(dtype)
+                                             : nullptr;
+  if (unit != nullptr) return {best, unit};
+#endif
+  return {Target::kSerial, nullptr};
+}
+
+py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
+                const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
+                const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,
+                bool channels_last, int threads) {
+  constexpr const char* op = "blocksparse_choose";
+  const DType type = dlpack::dtype_from_name(dtype);
+  if (!is_weight_dtype(type)) throw py::type_error(op + (": no kernels for " + dtype));
+  check_size(op, "the batch", x[0], 0);
+  const ConvShape s =
+      shape_of(op, x.data(), out.data(), groups, kernel, stride, padding, dilation, channels_last);
+  Weight w = empty_weight(op, type, s.out_channels, s.taps(), s.group_in(), groups, rows, cols);
+  GOSSAMER_CHECK(nnz >= 0 && nnz <= w.block_rows() * w.block_columns(), op, ": ", nnz,
+                 " live blocks of ", w.block_rows() * w.block_columns());
+  w.nnz = nnz;
+  const auto [chosen, unit] = unit_in_force(type);
+  py::dict report;
+  report["target"] = name(chosen);
+  if (unit == nullptr) {
+    report["kernel"] = "serial";
+    report["why"] = target() == Target::kSerial ? "no vector target is in force"
+                                                : "float64 has the serial kernel only";
+    report["threads"] = threads;
+    return report;
+  }
+  report["kernel"] = "vectors";
+  report["why"] = "lanes are pixels, so blocks of any size fill them";
+  const bool empty = s.batch * s.out_pixels() == 0;  // nothing to cut up
+  const ConvConfig config =
+      empty ? ConvConfig{0, 0, 0, 0, 1} : choose_conv_config(collapsed(s), w, unit->lanes, threads);
+  report["threads"] = config.threads;
+  report["strip_images"] = config.strip_images;
+  report["strip_rows"] = config.strip_rows;
+  report["strip_width"] = config.strip_width;
+  report["parts"] = config.parts;
+  return report;
 }
 
 }  // namespace
@@ -165,6 +227,11 @@ void bind(py::module_& m) {
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("groups"),
         py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
         py::arg("channels_last"), py::arg("activation"), py::arg("threads"), release());
+
+  m.def("blocksparse_choose", &choose, py::arg("x"), py::arg("out"), py::arg("dtype"),
+        py::arg("rows"), py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),
+        py::arg("threads"));
   m.attr("blocksparse_max_block") = kMaxBlock;
 }
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import torch
 
 from . import _C
 from ._cuda_module import load_cuda, obstacle
+from .formats import Block, BlockSparse
+from .nn.patterns import pattern_of
+from .ops.blocksparse_choice import blocksparse_choice
 
 # (m, n, k, where it occurs): the regimes of the kernels, on shapes that somebody would recognise.
 _TYPICAL_SHAPES = (
@@ -20,12 +25,21 @@ _TYPICAL_SHAPES = (
     (16, 3072, 768, "BERT-base intermediate, 16 tokens"),
     (512, 3072, 768, "BERT-base intermediate, 512 tokens"),
 )
+# (shapes of x and of the weight, padding, where it occurs); _DENSITY of its blocks are live.
+_TYPICAL_BLOCKS = (
+    ((512, 768), (3072, 768), 0, "BERT-base intermediate, 512 tokens"),
+    ((1, 64, 56, 56), (64, 64, 3, 3), 1, "ResNet-50 3x3 on 56x56, 1 image"),
+)
+_BLOCK, _DENSITY = Block(16, 16), 0.25
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that an operation will use for x [m, k] and a weight [n, k], and why."""
+    """The kernel that an operation will use for x [m, k] and a weight [n, k], and why.
+
+    Of a convolution, m is the pixels of y and k the input channels of all taps.
+    """
 
     operation: str
     example: str
@@ -151,6 +165,7 @@ def info() -> Info:
             for dtype in _DTYPES
             for shape in _TYPICAL_SHAPES
         )
+        + tuple(_blocksparse_choices())
         + _cuda_choices(devices),
         warnings=tuple(warnings),
     )
@@ -171,6 +186,19 @@ def _cuda_choices(devices: tuple[dict[str, Any], ...]) -> tuple[Choice, ...]:
             where = f"sparse24_linear on {device}"
             choices.append(Choice(where, example, m, n, k, dtype, target, kernel, why))
     return tuple(choices)
+
+
+def _blocksparse_choices() -> Iterator[Choice]:
+    for (x_shape, shape, padding, example), dtype in product(_TYPICAL_BLOCKS, _DTYPES):
+        pattern = pattern_of("info", _BLOCK, shape)
+        weight = pattern.empty(_DENSITY, "meta", getattr(torch, dtype))
+        assert isinstance(weight, BlockSparse)
+        chosen = blocksparse_choice(x_shape, weight, padding=padding)
+        target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
+        operation = "blocksparse_conv" if len(shape) > 2 else "blocksparse_linear"
+        # Padded to the extents of x.
+        m, n, k = math.prod(x_shape) // x_shape[1], shape[0], math.prod(shape[1:])
+        yield Choice(operation, example, m, n, k, dtype, target, kernel, why)
 
 
 def _sparse24_choice(shape: tuple[int, int, int, str], dtype: str, threads: int) -> Choice:

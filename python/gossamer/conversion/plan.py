@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import _C
-from ..formats import Block
+from ..formats import Block, BlockSparse
+from ..ops.blocksparse_choice import blocksparse_choice
 from .cost_table import NO_FIGURES, worth_swapping
 from .eligibility import Obstacles, dtype_name
 from .kinds import SparseLayer, is_conv, make_sparse
 from .selection import LayerSite, layer_sites, left_out
-from .timing import Calls, Speed, measure_speed, output_error, record_calls
+from .timing import Calls, Speed, measure_speed, noise_shape, output_error, record_calls
 
 # A smaller measured gain is within the noise of the measurement, so the layer stays dense.
 SWAP_THRESHOLD = 1.05
@@ -96,7 +97,7 @@ def _try_sparse(
         error_max, error_mean = output_error(layer, dense_weight, sparse, mine)
         plan.measured |= {"error_max": error_max, "error_mean": error_mean}
         plan.reason = reason if swap else f"forced: {reason}"
-        plan.kernel = _kernel(layer, wanted.pattern, measured.get("rows"))
+        plan.kernel = _kernel(layer, sparse, mine)
         # The same Parameter, so that ties and optimizers stay whole.
         sparse.bias = layer.bias  # type: ignore[assignment]
         plan.replacement = sparse
@@ -117,7 +118,7 @@ def _gain(
         sizes = (weight.shape[0], weight.shape[1])
         where = (_target(weight), _C.intel_cores())
         return (*worth_swapping(*sizes, dtype_name(weight.dtype), *where), {})
-    if not calls.given:
+    if (commonest := calls.commonest) is None:
         return False, "the sample does not reach it", {}
     # What a layer says of itself, and how much of it is stored.
     kind = (type(layer), layer.extra_repr(), weight.dtype, sparse.weight.nbytes)
@@ -128,7 +129,7 @@ def _gain(
     swap = speed.ratio >= SWAP_THRESHOLD
     reason = "measured" if swap else f"measured {speed.ratio:.2f}x, below {SWAP_THRESHOLD}x"
     measured = {
-        "rows": calls.given.most_common(1)[0][0].rows,
+        "rows": commonest.rows,
         "dense_seconds": speed.dense_seconds,
         "sparse_seconds": speed.sparse_seconds,
         "speedup": speed.ratio,
@@ -136,19 +137,29 @@ def _gain(
     return swap, reason, measured
 
 
-def _kernel(layer: nn.Module, pattern: str | Block, rows: int | None) -> str:
-    """``target/kernel``; the kernel depends on the rows, which only a sample tells."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if is_conv(layer) and not isinstance(pattern, Block):
+def _kernel(layer: Any, sparse: SparseLayer, calls: Calls | None) -> str:
+    """``target/kernel``; which one may depend on the shape of x, which only a sample tells."""
+    weight, given = layer.weight, None if calls is None else calls.commonest
+    if is_conv(layer) and not isinstance(sparse.pattern, Block):
         return "torch/dense"
-    if rows is None or isinstance(pattern, Block):
+    if isinstance(sparse.pattern, Block):
+        if weight.is_cuda:
+            return _target(weight)
+        shape = noise_shape(layer) if given is None else (given.rows, *given.shape)
+        names = ("stride", "padding", "dilation", "padding_mode") if is_conv(layer) else ()
+        blocks = sparse.weight
+        assert isinstance(blocks, BlockSparse)
+        geometry = {name: getattr(layer, name) for name in names}
+        last = given is not None and given.channels_last
+        chosen = blocksparse_choice(shape, blocks, **geometry, channels_last=last)
+        return f"{chosen['target']}/{chosen['kernel']}"
+    if given is None:
         return _target(weight)
-    shape, dtype = (rows, weight.shape[0], weight.shape[1]), dtype_name(weight.dtype)
+    sizes, dtype = (given.rows, weight.shape[0], weight.shape[1]), dtype_name(weight.dtype)
     if weight.is_cuda:
-        chosen = _C.sparse24_choose_cuda(*shape, dtype, weight.get_device())
+        chosen = _C.sparse24_choose_cuda(*sizes, dtype, weight.get_device())
     else:
-        chosen = _C.sparse24_choose(*shape, dtype, torch.get_num_threads())
+        chosen = _C.sparse24_choose(*sizes, dtype, torch.get_num_threads())
     return f"{chosen['target']}/{chosen['kernel']}"
 
 

@@ -63,6 +63,11 @@ class Calls:
         is_last = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
         self.given[Given(x.numel() // math.prod(shape), shape, is_last)] += 1
 
+    @property
+    def commonest(self) -> Given | None:
+        """The x of most calls, or None without any."""
+        return self.given.most_common(1)[0][0] if self.given else None
+
     def example(self, given: Given) -> Tensor:
         """An x like one of the calls."""
         kept = self.inputs[given.shape]
@@ -157,15 +162,18 @@ def output_error(
     return difference.max().item(), difference.mean().item()
 
 
-def _noise(dense: Any, weight: Tensor) -> Tensor:
+def noise_shape(dense: Any) -> tuple[int, ...]:
     """A few rows, or images in which the kernel has some room along each axis."""
-    shape = (16, weight.shape[1])
-    if is_conv(dense):
-        padding = (0,) * len(dense.kernel_size)
-        padding = padding if isinstance(dense.padding, str) else dense.padding
-        room = zip(dense.kernel_size, dense.dilation, padding, strict=True)
-        shape = (2, dense.in_channels, *(d * k + p + 8 for k, d, p in room))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    if not is_conv(dense):
+        return (16, dense.in_features)
+    padding = (0,) * len(dense.kernel_size)
+    padding = padding if isinstance(dense.padding, str) else dense.padding
+    room = zip(dense.kernel_size, dense.dilation, padding, strict=True)
+    return (2, dense.in_channels, *(d * k + p + 8 for k, d, p in room))
+
+
+def _noise(dense: nn.Module, weight: Tensor) -> Tensor:
+    return torch.randn(noise_shape(dense), generator=torch.Generator().manual_seed(0)).to(weight)
 
 
 def _seconds(function: Callable[[], Tensor]) -> float:

@@ -217,7 +217,7 @@ library.define(
 _op = torch.ops.gossamer.blocksparse_product.default
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """What the op is told of the weight and of the convolution."""
 
     shape: Sequence[int]
@@ -243,12 +243,12 @@ def _native(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     *numbers, activation = rest
-    geometry = _Geometry(*numbers)
-    last = _is_channels_last(x)
-    y = _empty_result(x, bias, geometry)
+    geometry = Geometry(*numbers)
+    last = is_channels_last(x)
+    y = empty_result(x, bias, geometry)
     _C.blocksparse_conv(
-        _as_5d(y, last),
-        _as_5d(x.contiguous() if x.dim() == 2 or not last else x, last),
+        as_5d(y, last),
+        as_5d(x.contiguous() if x.dim() == 2 or not last else x, last),
         values.contiguous(),
         crow.contiguous(),
         col.contiguous(),
@@ -262,31 +262,31 @@ def _native(
     return y
 
 
-def _empty_result(x: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+def empty_result(x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Memory for y [batch, C_out, *extents], in the memory format of x as torch chooses it."""
     shape, groups, *steps = geometry
     check_channels(geometry.op, x, shape, groups)
     check_bias(geometry.op, bias, shape[0])
     sizes = output_sizes(geometry.op, x, shape[2:], *steps)
-    last = _LAST.get(x.dim()) if _is_channels_last(x) else None
+    last = LAST.get(x.dim()) if is_channels_last(x) else None
     memory_format = torch.contiguous_format if last is None else last
     size = (x.shape[0], shape[0], *sizes)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether x, and so y, has its channels side by side: a matrix has, and what torch says has."""
     if x.dim() == 2:
         return True
     return (
-        x.dim() in _LAST and not x.is_contiguous() and x.is_contiguous(memory_format=_LAST[x.dim()])
+        x.dim() in LAST and not x.is_contiguous() and x.is_contiguous(memory_format=LAST[x.dim()])
     )
 
 
-def _as_5d(t: Tensor, channels_last: bool) -> Tensor:
+def as_5d(t: Tensor, channels_last: bool) -> Tensor:
     """[batch, d, h, w, C], or [batch, C, d, h, w], over the same memory."""
     t = t.movedim(1, -1) if channels_last else t
     axis = 1 if channels_last else 2
@@ -297,11 +297,11 @@ def _fake(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     *numbers, activation = rest
-    geometry = _Geometry(*numbers)
+    geometry = Geometry(*numbers)
     activation_of(geometry.op, activation)
     indices = {"crow_indices": crow, "col_indices": col}
     check_devices(geometry.op, x, weight=values, **indices, bias=bias)
-    return _empty_result(x, bias, geometry)
+    return empty_result(x, bias, geometry)
 
 
 def _autograd(
@@ -313,7 +313,7 @@ def _autograd(
         numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
         y: Tensor = _apply_product(x, values, crow, col, bias, *numbers)
         # Outside, for torch to differentiate.
-        activate = activation_of(_Geometry(*numbers).op, activation)
+        activate = activation_of(Geometry(*numbers).op, activation)
         return y if activate is None else activate(y)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, values, crow, col, bias, *rest)
@@ -347,7 +347,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        geometry = _Geometry(*ctx.geometry)
+        geometry = Geometry(*ctx.geometry)
         shape, groups = geometry.shape, geometry.groups
         dense = dvalues = db = None
         if values is not None:
@@ -366,7 +366,7 @@ def _dense_gradients(
     x: Tensor | None,
     dense: Tensor | None,
     x_shape: Sequence[int],
-    geometry: _Geometry,
+    geometry: Geometry,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dW); dx where the weight is given, dW where x is."""
     shape, groups, *steps = geometry

@@ -1,0 +1,181 @@
+"""Block-sparse layers against every dense way torch has: convolutions and linear layers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from bench_sparse24 import check_answer
+from block_case import BlockCase
+from conv_rivals import dense_convs
+from gossamer import Block
+from gossamer.nn import SparseConv2d, SparseLinear
+from gossamer.ops.blocksparse_choice import blocksparse_choice
+from machine import Limits
+from record import OURS, Check
+from rivals import BSR, CSR, dense_linears, sparse_bsr, sparse_csr
+from shapes import DTYPES, TOLERANCES, ConvShape, Shape
+from timing import Contender, Effort, measure
+from torch import Tensor, nn
+
+DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05)
+DEFAULT_BLOCK = Block(16, 16)
+# Kept operations up to which torch's sparse products are timed: they reach a tenth of the peak.
+MOST_SPARSE_FLOP = 0.5e9
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which cases to run, and how."""
+
+    problems: Sequence[tuple[Shape, int]]  # with rows or images
+    dtypes: Sequence[str]
+    blocks: Sequence[Block]
+    effort: Effort
+    densities: Sequence[float] = DENSITIES
+
+    def __len__(self) -> int:
+        sizes = (self.dtypes, self.problems, self.blocks, self.densities)
+        return math.prod(len(size) for size in sizes)
+
+
+@dataclass
+class Dense:
+    """The layer of a shape before it is pruned."""
+
+    shape: Shape
+    dtype: str
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made: nn.Conv2d | nn.Linear
+            if isinstance(shape, ConvShape):
+                made = nn.Conv2d(
+                    shape.in_channels, shape.out_channels, shape.kernel, shape.stride,
+                    shape.padding, groups=shape.groups, bias=False,
+                )  # fmt: skip
+            else:
+                made = nn.Linear(shape.in_features, shape.out_features, bias=False)
+        self.layer = made.to(DTYPES[self.dtype]).eval()
+
+    def x(self, rows: int) -> Tensor:
+        shape = self.shape
+        size: tuple[int, ...] = (rows,)
+        if isinstance(shape, ConvShape):
+            size += (shape.in_channels, shape.extent, shape.extent)
+        else:
+            size += (shape.in_features,)
+        generator = torch.Generator().manual_seed(rows)
+        return torch.randn(size, generator=generator).to(DTYPES[self.dtype])
+
+    def rivals(self, x: Tensor) -> list[Contender]:
+        if isinstance(self.layer, nn.Conv2d):
+            return dense_convs(self.layer, x)
+        return dense_linears([self.layer.weight.detach()], x)
+
+    def pruned(self, block: Block, density: float) -> SparseConv2d | SparseLinear:
+        kind = SparseConv2d if isinstance(self.layer, nn.Conv2d) else SparseLinear
+        sparse = kind.from_dense(self.layer, block, "magnitude", density)  # type: ignore[arg-type]
+        return sparse.eval()
+
+
+class Subject:
+    """Our layer at one density: its numbers, and torch's sparse products with the same weight."""
+
+    def __init__(self, dense: Dense, x: Tensor, block: Block, density: float) -> None:
+        self.density = density
+        self.layer = dense.pruned(block, density)
+        weight = self.layer.weight
+        self.nbytes = weight.nbytes
+        pruned = self.layer.to_dense()
+        names = ("stride", "padding") if isinstance(pruned, nn.Conv2d) else ()
+        self.choice: dict[str, Any] = blocksparse_choice(
+            x.shape, weight, **{name: getattr(pruned, name) for name in names}, channels_last=True
+        )
+        self.kept = int((pruned.weight != 0).sum())
+        self.expected = pruned.double()(x.double()).float()
+        self.layer.pack()
+        given = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+        self.contenders = [Contender(self.label(OURS), partial(self.layer, given), subject=True)]
+        self.check: Check = check_answer(self.layer(given), self.expected, TOLERANCES[x.dtype])
+        flop = 2 * x.shape[0] * self.kept
+        if x.dim() == 2 and x.dtype is torch.float32 and flop <= MOST_SPARSE_FLOP:
+            matrix = pruned.weight.detach().float()
+            others = [sparse_csr([matrix], x), sparse_bsr(matrix, block.rows, block.cols, x)]
+            self.contenders += [
+                Contender(self.label(other.name), other.run) for other in others if other
+            ]
+
+    def label(self, name: str) -> str:
+        return f"{name} {self.density:.0%}"
+
+
+def run_problem(
+    dense: Dense, rows: int, block: Block, plan: BlockPlan, limits: Limits
+) -> list[BlockCase]:
+    """Check and time a layer at every density, all in the same rounds as the dense ways."""
+    x = dense.x(rows)
+    subjects = [Subject(dense, x, block, density) for density in plan.densities]
+    rivals = dense.rivals(x)
+    ours = [contender for subject in subjects for contender in subject.contenders]
+    timings = measure([*ours, *rivals], plan.effort)
+    best = min((rival.name for rival in rivals), key=lambda name: timings[name].median)
+    weight, y = dense.layer.weight, subjects[0].expected
+    # Each weight meets every pixel of y in one image, or every row.
+    meetings = y.numel() // y.shape[1]
+    activations = x.nbytes + y.numel() * x.element_size()
+    flops, dense_nbytes = 2 * meetings * weight.numel(), weight.nbytes + activations
+    cases = []
+    for subject in subjects:
+        kept, nbytes = 2 * meetings * max(subject.kept, 1), subject.nbytes + activations
+        mine = {
+            name: timings[subject.label(name)]
+            for name in (OURS, CSR, BSR)
+            if subject.label(name) in timings
+        }
+        case = BlockCase(
+            feature="blocksparse",
+            shape=dense.shape,
+            dtype=dense.dtype,
+            rows=rows,
+            kernel=f"{subject.choice['target']}/{subject.choice['kernel']}",
+            check=subject.check,
+            timings=mine | {rival.name: timings[rival.name] for rival in rivals},
+            best_dense=best,
+            dense_flops=flops,
+            real_flops=kept,
+            nbytes=nbytes,
+            peak_flops=limits.flops[dense.dtype],
+            limit_seconds=limits.seconds(dense.dtype, kept, nbytes),
+            dense_limit_seconds=limits.seconds(dense.dtype, flops, dense_nbytes),
+            block=str(block),
+            density=subject.density,
+            bytes_seconds=limits.seconds(dense.dtype, 0, nbytes),
+        )
+        cases.append(case)
+    return cases
+
+
+def run(plan: BlockPlan, limits: Limits) -> Iterator[BlockCase]:
+    """All cases of the plan, those of one shape together."""
+    with torch.no_grad():
+        for dtype, (shape, problems) in itertools.product(
+            plan.dtypes, _by_shape(plan.problems).items()
+        ):
+            dense = Dense(shape, dtype)
+            for rows, block in itertools.product(problems, plan.blocks):
+                yield from run_problem(dense, rows, block, plan, limits)
+
+
+def _by_shape(problems: Sequence[tuple[Shape, int]]) -> dict[Shape, list[int]]:
+    found: dict[Shape, list[int]] = {}
+    for shape, rows in problems:
+        found.setdefault(shape, []).append(rows)
+    return found

@@ -1,0 +1,178 @@
+"""The options of ``run.py``, and what each of them means where the command line says nothing."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from shapes import (
+    CONV_SHAPES,
+    DTYPES,
+    QUICK_ROWS,
+    ROWS,
+    SHAPES,
+    ConvShape,
+    LinearShape,
+    find_shapes,
+)
+
+FEATURES = ("sparse24", "blocksparse", "model", "resnet50")
+QUICK_FEATURES = FEATURES[:-1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a device's bench offers, and what it runs where the command line says nothing."""
+
+    features: tuple[str, ...]
+    quick_features: tuple[str, ...]
+    shapes: tuple[LinearShape, ...]
+    conv_shapes: tuple[ConvShape, ...]
+    rows: tuple[int, ...]
+    quick_rows: tuple[int, ...]
+    known_dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    quick_dtypes: tuple[str, ...]
+
+
+def choices_of(device: str) -> Choices:
+    if device == "cpu":
+        every = tuple(DTYPES)
+        layers, rows = (SHAPES, CONV_SHAPES), (ROWS, QUICK_ROWS)
+        quick_dtypes = ("float32", "bfloat16")
+        return Choices(FEATURES, QUICK_FEATURES, *layers, *rows, every, every, quick_dtypes)
+    import cuda_shapes as gpu
+
+    features, default = ("sparse24",), gpu.DEFAULT_DTYPES
+    layers, rows = (gpu.SHAPES, ()), (gpu.ROWS, gpu.QUICK_ROWS)
+    return Choices(features, features, *layers, *rows, tuple(gpu.DTYPES), default, default)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, with its defaults worked out."""
+
+    quick: bool
+    features: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    model_dtypes: tuple[str, ...]
+    shapes: tuple[LinearShape, ...]
+    conv_shapes: tuple[ConvShape, ...]
+    rows: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...]
+    threads: int
+    cold: bool
+    json: Path | None
+    plot: Path | None
+    device: str = "cpu"
+    commit: str | None = None
+    shapes_given: bool = False  # not a default
+    rows_given: bool = False
+    seconds: float | None = None
+
+
+def _comma_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    rows = tuple(int(part) for part in _comma_list(text))
+    if not rows or min(rows) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: rows are whole numbers from 1 on")
+    return rows
+
+
+def _blocks(text: str) -> tuple[tuple[int, int], ...]:
+    found = [re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", part) for part in _comma_list(text)]
+    if not found or None in found:
+        raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4")
+    return tuple((int(size[1]), int(size[2])) for size in found if size)
+
+
+def _threads(text: str) -> int:
+    if (threads := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: at least one thread")
+    return threads
+
+
+def _parser(description: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench/run.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer rows and rounds: about four minutes")
+    add("--feature", type=_comma_list, metavar="A,B", help=f"of {', '.join(FEATURES)}; default all")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    on_gpu = "on a GPU bf16, fp16, fp8, int8, fp32"
+    add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
+    add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
+    add("--m", type=_rows, metavar="1,16,...", help="rows of input")
+    add("--block", type=_blocks, default=((16, 16),), metavar="16x16,4x4", help="of blocksparse")
+    add("--threads", type=_threads, help="default: what torch would use")
+    add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
+    add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
+    add("--commit", help="for the record, where git does not tell it")
+    for kind in ("json", "plot"):
+        add(
+            f"--{kind}",
+            type=Path,
+            nargs="?",
+            const=RESULTS,
+            metavar="PATH",
+            help=("write the record" if kind == "json" else "draw a PNG")
+            + "; without PATH under bench/results, by date, device and commit",
+        )
+    return parser
+
+
+def _check_names(
+    parser: argparse.ArgumentParser, option: str, given: list[str], known: Sequence[str]
+) -> None:
+    for name in given:
+        if name not in known:
+            parser.error(f"argument {option}: {name!r} is none of {', '.join(known)}")
+
+
+def parse(arguments: Sequence[str], description: str | None = None) -> Options:
+    """The command line as options; argparse's own exit (status 2) on a mistake."""
+    parser = _parser(description)
+    given = parser.parse_args(arguments)
+    choices = choices_of(given.device)
+    features = given.feature or (choices.quick_features if given.quick else choices.features)
+    defaults = choices.quick_dtypes if given.quick else choices.dtypes
+    dtypes = given.dtype or list(defaults)
+    _check_names(parser, "--feature", features, choices.features)
+    _check_names(parser, "--dtype", dtypes, choices.known_dtypes)
+    try:
+        layers = find_shapes(given.shapes, choices.shapes + choices.conv_shapes)
+    except ValueError as error:
+        parser.error(f"argument --shapes: {error}")
+    model_dtypes = (
+        dtypes if given.dtype else ["float32"] if given.quick else ["float32", "bfloat16"]
+    )
+    return Options(
+        quick=given.quick,
+        features=tuple(features),
+        dtypes=tuple(dtypes),
+        model_dtypes=tuple(model_dtypes),
+        shapes=tuple(shape for shape in layers if isinstance(shape, LinearShape)),
+        conv_shapes=tuple(shape for shape in layers if isinstance(shape, ConvShape)),
+        rows=given.m or (choices.quick_rows if given.quick else choices.rows),
+        blocks=given.block,
+        threads=given.threads or torch.get_num_threads(),
+        cold=given.cold,
+        json=given.json,
+        plot=given.plot,
+        device=given.device,
+        commit=given.commit,
+        shapes_given=bool(given.shapes),
+        rows_given=bool(given.m),
+        seconds=given.seconds,
+    )

@@ -1,0 +1,69 @@
+"""Which kernel a linear layer or a convolution with a block-sparse weight runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _C
+from ..formats import BlockSparse
+from .blocksparse import LAST, Geometry, as_5d, empty_result, is_channels_last
+from .conv_geometry import Sizes, prepare
+
+_OP = "blocksparse_choice"
+
+
+def blocksparse_choice(
+    x_shape: Sequence[int],
+    weight: BlockSparse,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    channels_last: bool = False,
+) -> dict[str, Any]:
+    """What a product on the CPU does with an x of this shape, in the weight's dtype.
+
+    Parameters
+    ----------
+    x_shape : sequence of int
+        Of a linear layer [rows, K], of a convolution [batch, C_in, *extents].
+    weight : BlockSparse
+        Of any device; only its sizes and the number of its blocks matter.
+    stride, padding, dilation, padding_mode
+        The convolution's.
+    channels_last : bool
+        Of x, where its dimensions have that memory format.
+
+    Returns
+    -------
+    dict
+        ``target``, ``kernel``, ``why`` and ``threads``; of the vector kernel also how it cuts the
+        outputs up.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the product itself.
+    """
+    x = torch.empty(x_shape, device="meta", dtype=weight.values.dtype)
+    if channels_last and x.dim() in LAST:
+        x = x.to(memory_format=LAST[x.dim()])
+    conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
+    geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
+    last = is_channels_last(conv.x)
+    chosen: dict[str, Any] = _C.blocksparse_choose(
+        tuple(as_5d(conv.x, last).shape),
+        tuple(as_5d(empty_result(conv.x, None, geometry), last).shape),
+        str(weight.values.dtype).removeprefix("torch."),
+        weight.block.rows,
+        weight.block.cols,
+        weight.values.shape[0],
+        weight.groups,
+        *geometry.in_3d(),
+        last,
+        torch.get_num_threads(),
+    )
+    return chosen

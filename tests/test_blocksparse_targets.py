@@ -1,0 +1,74 @@
+"""Which kernel block-sparse products run on each target, and what they say of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BLOCKSPARSE_TARGETS
+from conv_cases import CASES, DTYPES, block_sparse, typical
+from gossamer import _C, Block, blocksparse_conv
+from gossamer.ops.blocksparse_choice import blocksparse_choice
+
+
+def chosen_target(dtype: torch.dtype = torch.float32) -> str:
+    weight = block_sparse((8, 8), Block(4, 4), dtype=dtype)
+    return str(blocksparse_choice((3, 8), weight)["target"])
+
+
+def test_targets_with_kernels_of_their_own(target: str) -> None:
+    names = _C.targets_built()
+    below = [name for name in names[: names.index(target) + 1] if name in BLOCKSPARSE_TARGETS]
+    assert chosen_target() == below[-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_targets_compute_what_the_best_below_does(target: str, dtype: torch.dtype) -> None:
+    case = typical(dtype=dtype)
+    weight, x = case.weight(), case.x()
+    y = blocksparse_conv(x, weight, **case.geometry)
+    _C.force_target(chosen_target())
+    assert torch.equal(blocksparse_conv(x, weight, **case.geometry), y)
+
+
+def test_choice_says_how_the_outputs_are_cut(blocksparse_target: str) -> None:
+    for case in CASES[:60]:
+        weight, shape = case.weight(), case.x().shape
+        chosen = blocksparse_choice(
+            shape, weight, **case.geometry, channels_last=case.channels_last
+        )
+        assert chosen["target"] == blocksparse_target
+        assert chosen["threads"] >= 1
+        vectors = blocksparse_target != "serial"
+        assert chosen["kernel"] == ("vectors" if vectors else "serial")
+        assert vectors == ("strip_rows" in chosen)
+        assert all(chosen[key] >= 0 for key in ("strip_rows", "strip_width") if vectors)
+
+
+def test_float64_is_serial(target: str) -> None:
+    assert chosen_target(torch.float64) == "serial"
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "text"),
+    [
+        ((1, 3, 9, 9), {}, r"\[1, 3, 9, 9\].*4 channels"),
+        ((1, 4, 9, 9), {"stride": 0}, "stride 0"),
+        ((1, 4, 2, 9), {}, r"extents \[2, 9\]"),
+    ],
+)
+def test_choice_has_the_errors_of_the_product(
+    shape: tuple[int, ...], arguments: dict[str, int], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        blocksparse_choice(shape, block_sparse((6, 4, 3, 3), Block(2, 4)), **arguments)
+
+
+def test_mistakes_at_the_border() -> None:
+    pixels, ones, zeros = (1, 1, 9, 9, 8), (1, 1, 1), (0, 0, 0)
+    rest = (ones, ones, zeros, ones, True, 2)
+    with pytest.raises(ValueError, match="5 live blocks of 4"):
+        _C.blocksparse_choose(pixels, pixels, "float32", 4, 4, 5, 1, *rest)
+    with pytest.raises(ValueError, match="batch of 1, out of 2"):
+        _C.blocksparse_choose(pixels, (2, *pixels[1:]), "float32", 4, 4, 1, 1, *rest)
+    with pytest.raises(TypeError, match="int32"):
+        _C.blocksparse_choose(pixels, pixels, "int32", 4, 4, 1, 1, *rest)
