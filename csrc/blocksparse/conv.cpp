@@ -5,6 +5,7 @@
 #include "blocksparse/blocksparse.h"
 #include "blocksparse/conv_config.h"
 #include "blocksparse/conv_unit.h"
+#include "common/cache_size.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/target.h"
@@ -156,7 +157,7 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
 void conv_vectors(const ConvArgs& args, const Unit& unit) {
   const ConvShape s = collapsed(args.shape);
   const Weight& w = args.weight;
-  const ConvConfig config = choose_conv_config(s, w, unit.lanes, args.threads);
+  const ConvConfig config = choose_conv_config(s, w, unit.lanes, l2_bytes(), args.threads);
   const int64_t block_size = w.rows * w.cols;
   auto* weights = static_cast<float*>(weight_scratch.at_least(4 * w.nnz * block_size));
   const int expanding = threads_for_bytes(config.threads, 4 * w.nnz * block_size);

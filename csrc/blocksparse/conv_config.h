@@ -73,13 +73,20 @@ inline int64_t planes(const ConvShape& s, const Panel& panel) {
   return s.kernel[0] * phases(s, 1) * planes_w(s, panel);
 }
 
-// A strip's panel shares the L2 with the weights of a batch of outputs.
-constexpr int64_t kPanelBytes = 512 << 10;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 16;
 
-inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_t lanes,
+// Registers of pixels that strips of so many rows take, those of a last shorter one included.
+inline int64_t vectors_of(const ConvShape& s, int64_t rows, int64_t pitch, int64_t lanes) {
+  const auto of_strip = [&](int64_t r) { return ceil_div((r - 1) * pitch + s.out[2], lanes); };
+  const int64_t rest = s.out[1] % rows;
+  return s.out[1] / rows * of_strip(rows) + (rest == 0 ? 0 : of_strip(rest));
+}
+
+// A strip's panel takes half of the L2, which it shares with the weights of a batch of outputs.
+inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_t lanes, int64_t l2,
                                      int threads) {
+  const int64_t panel_bytes = l2 / 2;
   const double work = static_cast<double>(s.batch) * s.out_pixels() * w.nnz * w.rows * w.cols;
   const int team =
       static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(threads, 1)));
@@ -88,19 +95,32 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
     return 4 * planes(s, panel) * panel.plane_stride;
   };
   ConvConfig config{1, s.out[1], s.out[2], 1, team};
-  while (config.strip_rows > 1 && bytes(config.strip_rows, s.out[2]) > kPanelBytes) {
-    config.strip_rows = ceil_div(config.strip_rows, 2);
+  int64_t most_rows = 1, too_many = s.out[1] + 1;
+  while (too_many - most_rows > 1) {
+    const int64_t rows = (most_rows + too_many) / 2;
+    (bytes(rows, s.out[2]) > panel_bytes ? too_many : most_rows) = rows;
+  }
+  config.strip_rows = ceil_div(s.out[1], ceil_div(s.out[1], most_rows));
+  // Of about that many rows those whose pixels fill the registers best.
+  const int64_t pitch = panel_of(s, 1, 1, s.out[2], 1, lanes).pitch;
+  int64_t fewest = vectors_of(s, config.strip_rows, pitch, lanes);
+  for (int64_t rows = config.strip_rows + 1; rows <= std::min(most_rows, config.strip_rows + 3);
+       ++rows) {
+    if (vectors_of(s, rows, pitch, lanes) < fewest) {
+      fewest = vectors_of(s, rows, pitch, lanes);
+      config.strip_rows = rows;
+    }
   }
   // A part of a row is a whole number of tiles.
   const int64_t tile = kTileVectors * lanes;
   while (config.strip_rows == 1 && config.strip_width > tile &&
-         bytes(1, config.strip_width) > kPanelBytes) {
+         bytes(1, config.strip_width) > panel_bytes) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, 2), tile) * tile;
   }
   // Small images together, so that the weights are read once for all of them.
   if (s.out[0] == 1 && config.strip_rows == s.out[1] && config.strip_width == s.out[2]) {
     const int64_t fit =
-        std::max<int64_t>(kPanelBytes / std::max<int64_t>(bytes(s.out[1], s.out[2]), 1), 1);
+        std::max<int64_t>(panel_bytes / std::max<int64_t>(bytes(s.out[1], s.out[2]), 1), 1);
     config.strip_images = std::min(fit, ceil_div(s.batch, team));
   }
   // Fewer strips than threads, or a last round of them with idle threads: shorter ones where that

@@ -200,41 +200,34 @@ struct ConvKernels {
     int64_t first = 0, last = panel.pitch;
     while (first < last && place.column_of(first) < 0) ++first;
     while (last > first && place.column_of(last - 1) < 0) --last;
-    for (int64_t row = 0; row < panel.rows; ++row) {
-      const int64_t x_row = place.row_of(row);
-      // An image's rows follow those of all channels of the one before.
-      const int64_t image = row / panel.image_rows;
-      const int64_t in_image = x_row - image * s.in[0] * s.in[1];
-      const T* from =
-          x + image * s.in_pixels() * s.in_channels + in_image * s.in[2] + place.column_of(first);
-      float* to = plane + row * panel.pitch;
-      for (int64_t c = 0; c < panel.channels;
-           ++c, from += s.in_pixels(), to += panel.channel_stride) {
-        if (x_row < 0 || first == last) {
-          for (int64_t i = 0; i < panel.pitch; ++i) to[i] = 0;
-          continue;
+    const int64_t image_size = s.in_pixels() * s.in_channels;
+    for (int64_t image = 0; image < strip.images; ++image) {
+      for (int64_t c = 0; c < panel.channels; ++c) {
+        const T* channel = x + image * image_size + c * s.in_pixels() + place.column_of(first);
+        float* to = plane + c * panel.channel_stride + image * panel.image_rows * panel.pitch;
+        for (int64_t row = 0; row < panel.image_rows; ++row, to += panel.pitch) {
+          const int64_t x_row = place.row_of(row);
+          const bool there = x_row >= 0 && first < last;
+          const int64_t begin = there ? first : 0, end = there ? last : 0;
+          for (int64_t i = 0; i < begin; ++i) to[i] = 0;
+          if (there) {
+            copy_pixels(channel + x_row * s.in[2], s.stride[2], end - begin, to + begin);
+          }
+          for (int64_t i = end; i < panel.pitch; ++i) to[i] = 0;
         }
-        for (int64_t i = 0; i < first; ++i) to[i] = 0;
-        copy_pixels(from, s.stride[2], last - first, to + first);
-        for (int64_t i = last; i < panel.pitch; ++i) to[i] = 0;
       }
     }
   }
 
   static void copy_pixels(const T* from, int64_t stride, int64_t count, float* to) {
-    int64_t i = 0;
-    if (stride == 1) {
-      for (; i + S::kLanes <= count; i += S::kLanes) S::store(to + i, S::load(from + i));
+    if (stride == 1 && count >= S::kLanes) {
+      for (int64_t i = 0; i + S::kLanes < count; i += S::kLanes) {
+        S::store(to + i, S::load(from + i));
+      }
+      const int64_t last = count - S::kLanes;  // overlaps the one before
+      return S::store(to + last, S::load(from + last));
     }
-    while (i < count) {
-      T some[S::kLanes] = {};
-      const int64_t n = count - i < S::kLanes ? count - i : S::kLanes;
-      for (int64_t j = 0; j < n; ++j) some[j] = from[(i + j) * stride];
-      float floats[S::kLanes];
-      S::store(floats, S::load(some));
-      __builtin_memcpy(to + i, floats, n * sizeof(float));
-      i += n;
-    }
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * stride]);
   }
 
   // A square of kLanes pixels by as many channels at a time is transposed.

@@ -11,7 +11,7 @@ namespace gossamer::blocksparse {
 
 // Output pixels a unit works on at once, in registers, and outputs a batch gathers before it writes
 // them: a square of a 16-bit type.
-constexpr int kTileVectors = 12, kBatchOutputs = 32;
+constexpr int kTileVectors = 12, kBatchOutputs = 64;
 
 // Consecutive output pixels of one image and depth: whole rows, or a part of one; or several whole
 // images without depth.
