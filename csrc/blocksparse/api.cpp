@@ -9,6 +9,7 @@
 #include "blocksparse/conv_config.h"
 #include "blocksparse/conv_unit.h"
 #include "common/border.h"
+#include "common/cache_size.h"
 #include "common/py_tensor.h"
 #include "common/target.h"
 
@@ -200,7 +201,8 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   report["why"] = "lanes are pixels, so blocks of any size fill them";
   const bool empty = s.batch * s.out_pixels() == 0;  // nothing to cut up
   const ConvConfig config =
-      empty ? ConvConfig{0, 0, 0, 0, 1} : choose_conv_config(collapsed(s), w, unit->lanes, threads);
+      empty ? ConvConfig{0, 0, 0, 0, 1}
+            : choose_conv_config(collapsed(s), w, unit->lanes, l2_bytes(), threads);
   report["threads"] = config.threads;
   report["strip_images"] = config.strip_images;
   report["strip_rows"] = config.strip_rows;
