@@ -156,6 +156,16 @@ def test_same_result_every_time_and_for_any_thread_count(
         assert torch.equal(call(case, x, weight, None), expected)
 
 
+def test_dilation_wider_than_x(target: str) -> None:
+    dense = torch.randn(16, 8, 3, 3)
+    weight = BlockSparse.from_dense(dense, Block(4, 4))
+    for dilation in (7, 40, 1 << 20):
+        x = torch.randn(2, 8, 9, 9)
+        y = blocksparse_conv(x, weight, padding=dilation, dilation=dilation)
+        expected = torch.conv2d(x, dense, padding=dilation, dilation=dilation)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_unbatched_and_strided_x() -> None:
     case = typical()
     weight, x = case.weight(), case.x()

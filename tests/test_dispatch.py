@@ -11,6 +11,7 @@ from gossamer import sparse24_linear
 from gossamer._library import calls_cpu_kernel
 from gossamer.formats import Sparse24
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OP = torch.ops.gossamer.sparse24_linear.default
@@ -43,6 +44,37 @@ def test_a_dispatch_mode_sees_the_op(weight: Sparse24) -> None:
     with Record():
         sparse24_linear(torch.ones(2, 32), weight)
     assert OP in seen
+
+
+def test_a_function_mode_sees_the_op(weight: Sparse24) -> None:
+    seen = []
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        sparse24_linear(torch.ones(2, 32), weight)
+    assert OP in seen
+
+
+def test_a_subclass_sees_the_op(weight: Sparse24) -> None:
+    seen = []
+
+    class Recorded(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    y = sparse24_linear(torch.ones(2, 32).as_subclass(Recorded), weight)
+    assert OP in seen
+    assert type(y) is Recorded
 
 
 def test_a_profiler_sees_the_op(weight: Sparse24) -> None:

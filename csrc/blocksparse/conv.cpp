@@ -63,9 +63,10 @@ class Batch {
       const int64_t kd = tap / (s.kernel[1] * s.kernel[2]);
       const int64_t kh = tap / s.kernel[2] % s.kernel[1], kw = tap % s.kernel[2];
       const int64_t plane_w = panel.own_columns ? kw : phase(s, 2, kw);
-      const int64_t plane = (kd * phases(s, 1) + phase(s, 1, kh)) * planes_w(s, panel) + plane_w;
-      const int64_t shifted =
-          shift(s, 1, kh) * panel.pitch + (panel.own_columns ? 0 : shift(s, 2, kw));
+      const int64_t plane_h = panel.own_rows ? kh : phase(s, 1, kh);
+      const int64_t plane = (kd * planes_h(s, panel) + plane_h) * planes_w(s, panel) + plane_w;
+      const int64_t shifted = (panel.own_rows ? 0 : shift(s, 1, kh)) * panel.pitch +
+                              (panel.own_columns ? 0 : shift(s, 2, kw));
       taps_.push_back(plane * panel.plane_stride + shifted);
     }
   }
@@ -110,9 +111,9 @@ void pack(const ConvShape& s, const void* x, const Unit& unit, const Strip& stri
           const Panel& panel) {
   float* plane = panel.data;
   for (int64_t kd = 0; kd < s.kernel[0]; ++kd) {
-    for (int64_t h = 0; h < phases(s, 1); ++h) {
+    for (int64_t h = 0; h < planes_h(s, panel); ++h) {
       for (int64_t w = 0; w < planes_w(s, panel); ++w, plane += panel.plane_stride) {
-        const int64_t offset[3] = {kd * s.dilation[0], h,
+        const int64_t offset[3] = {kd * s.dilation[0], panel.own_rows ? h * s.dilation[1] : h,
                                    panel.own_columns ? w * s.dilation[2] : w};
         unit.pack(s, x, strip, panel, offset, plane);
       }

@@ -57,7 +57,8 @@ inline Panel panel_of(const ConvShape& s, int64_t images, int64_t rows, int64_t 
   panel.channels = channels;
   // Columns past the strip's cost arithmetic, a plane for each tap costs packing.
   panel.own_columns = 10 * most_shift(s, 2) > width;
-  panel.image_rows = rows + most_shift(s, 1);
+  panel.own_rows = s.kernel[1] * rows < phases(s, 1) * (rows + most_shift(s, 1));
+  panel.image_rows = rows + (panel.own_rows ? 0 : most_shift(s, 1));
   panel.rows = images * panel.image_rows;
   panel.pitch = width + (panel.own_columns ? 0 : most_shift(s, 2));
   // A shift along w of the last output's register ends at most that much past the last row.
@@ -66,11 +67,14 @@ inline Panel panel_of(const ConvShape& s, int64_t images, int64_t rows, int64_t 
   panel.plane_stride = channels * panel.channel_stride;
   return panel;
 }
+inline int64_t planes_h(const ConvShape& s, const Panel& panel) {
+  return panel.own_rows ? s.kernel[1] : phases(s, 1);
+}
 inline int64_t planes_w(const ConvShape& s, const Panel& panel) {
   return panel.own_columns ? s.kernel[2] : phases(s, 2);
 }
 inline int64_t planes(const ConvShape& s, const Panel& panel) {
-  return s.kernel[0] * phases(s, 1) * planes_w(s, panel);
+  return s.kernel[0] * planes_h(s, panel) * planes_w(s, panel);
 }
 
 // Below this many multiply-adds a second thread costs more than it brings.

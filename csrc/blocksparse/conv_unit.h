@@ -32,14 +32,15 @@ struct Strip {
 //
 // The sums are computed for whole rows of the plane; those of its columns past the strip's are no
 // outputs. Where these would be many (narrow strips), each tap along w has a plane of its own
-// instead, and no column more than the strip.
+// instead, and no column more than the strip; and so has each tap along h where that is less memory
+// (few rows under a dilated kernel).
 struct Panel {
   int64_t first_channel, channels;
   int64_t image_rows;      // of a plane
   int64_t rows, pitch;     // of a plane, of all images
   int64_t channel_stride;  // floats; a little more than the rows, for the last register of a shift
   int64_t plane_stride;
-  bool own_columns;  // a plane for each tap along w
+  bool own_rows, own_columns;  // a plane for each tap along h, along w
   float* data;
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 library = torch.library.Library("gossamer", "DEF")
 
@@ -35,6 +36,8 @@ def calls_cpu_kernel(*tensors: Tensor | None) -> bool:
     tracing, fake, conjugate or negated tensors, other devices, a running profiler.
     """
     if _keys_of_thread() not in _PLAIN_THREAD or _profiler_enabled():
+        return False
+    if has_torch_function_variadic(*tensors):  # has no key of its own
         return False
     for tensor in tensors:  # a generator would cost half a microsecond
         if tensor is not None and _keys_of(tensor) not in _PLAIN_TENSOR:
