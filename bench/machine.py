@@ -20,7 +20,12 @@ from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 KIB, MIB = 1024, 1024**2
-CORES = {("AuthenticAMD", 26): "zen5"}  # vendor and family, where the brand does not tell
+# Vendor, family and model (None: any), where the brand does not tell.
+CORES = {
+    ("AuthenticAMD", 26, None): "zen5",
+    ("GenuineIntel", 6, 143): "sapphirerapids",
+    ("GenuineIntel", 6, 207): "emeraldrapids",
+}
 UNKNOWN_CACHE = 32 * MIB  # bytes taken for the last-level cache where the system does not say
 BUFFERS = (256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 
@@ -87,7 +92,8 @@ def describe_versions() -> dict[str, str]:
 
 def cpu_name(cpu: dict[str, Any]) -> str:
     """A short name for records: the core's where it is known, else the vendor's name for it."""
-    known = CORES.get((cpu.get("vendor_id_raw"), cpu.get("family")))
+    vendor, family = cpu.get("vendor_id_raw"), cpu.get("family")
+    known = CORES.get((vendor, family, cpu.get("model"))) or CORES.get((vendor, family, None))
     return f"cpu-{known or slug(cpu.get('brand_raw', 'unknown'))}"
 
 

@@ -161,18 +161,6 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
         out.data, threads});
 }
 
-// The target whose kernels run, and its unit; null where that is the serial definition.
-std::pair<Target, const Unit*> unit_in_force([[maybe_unused]] DType dtype) {
-#ifdef GOSSAMER_X86
-  const Target best = std::min(target(), Target::kAVX512);
-  const Unit* unit = best == Target::kAVX512 ? unit_avx512(dtype)
-                     : best == Target::kAVX2 ? unit_avx2(dtype)
-                                             : nullptr;
-  if (unit != nullptr) return {best, unit};
-#endif
-  return {Target::kSerial, nullptr};
-}
-
 py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
                 const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
                 const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,

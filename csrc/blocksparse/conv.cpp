@@ -8,18 +8,9 @@
 #include "common/cache_size.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "common/target.h"
 
 namespace gossamer::blocksparse {
 namespace {
-
-const Unit* unit_of([[maybe_unused]] Target target, [[maybe_unused]] DType dtype) {
-#ifdef GOSSAMER_X86
-  if (target >= Target::kAVX512) return unit_avx512(dtype);
-  if (target == Target::kAVX2) return unit_avx2(dtype);
-#endif
-  return nullptr;
-}
 
 thread_local Scratch panel_scratch, weight_scratch, sum_scratch;
 
@@ -194,9 +185,20 @@ void conv_vectors(const ConvArgs& args, const Unit& unit) {
 
 }  // namespace
 
+std::pair<Target, const Unit*> unit_in_force([[maybe_unused]] DType dtype) {
+#ifdef GOSSAMER_X86
+  const Target best = std::min(target(), Target::kAVX512);
+  const Unit* unit = best == Target::kAVX512 ? unit_avx512(dtype)
+                     : best == Target::kAVX2 ? unit_avx2(dtype)
+                                             : nullptr;
+  if (unit != nullptr) return {best, unit};
+#endif
+  return {Target::kSerial, nullptr};
+}
+
 void conv(const ConvArgs& args) {
   if (args.shape.batch * args.shape.out_pixels() == 0) return;
-  const Unit* unit = unit_of(target(), args.weight.dtype);
+  const Unit* unit = unit_in_force(args.weight.dtype).second;
   if (unit == nullptr) return conv_serial(args);
   conv_vectors(args, *unit);
 }

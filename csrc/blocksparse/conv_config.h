@@ -2,12 +2,17 @@
 // How a convolution is cut up: a pure function of its shape and weight, the unit and the threads.
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "blocksparse/blocksparse.h"
 #include "blocksparse/conv_unit.h"
 #include "common/ceil_div.h"
+#include "common/target.h"
 
 namespace gossamer::blocksparse {
+
+// The target whose kernels run, and its unit; null where that is the serial definition.
+std::pair<Target, const Unit*> unit_in_force(DType dtype);
 
 struct ConvConfig {
   int64_t strip_images;             // several where a strip holds whole images,
