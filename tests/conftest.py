@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import gossamer
 import pytest
 import torch
+from cases import BLOCKSPARSE_TARGETS
 from gossamer import _C
 
 assert gossamer.__version__  # torch is imported first, through the package
@@ -43,11 +44,6 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
             yield "cuda"
     else:
         yield from _forced(request.param)
-
-
-# Those with block-sparse kernels of their own (csrc/blocksparse/conv.cpp); any other runs those of
-# the best one below it. tests/test_blocksparse_targets.py fails where this list is not up to date.
-BLOCKSPARSE_TARGETS = ("serial", "avx2", "avx512")
 
 
 @pytest.fixture(params=[name for name in BLOCKSPARSE_TARGETS if name in _C.machine_targets()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BLOCKSPARSE_TARGETS
+from cases import BLOCKSPARSE_TARGETS
 from conv_cases import CASES, DTYPES, block_sparse, typical
 from gossamer import _C, Block, blocksparse_conv
 from gossamer.ops.blocksparse_choice import blocksparse_choice
