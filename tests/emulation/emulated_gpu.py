@@ -53,6 +53,8 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
             lambda n, k, dtype, device: shape_on(n, k, dtype, torch.device("cuda")),
         )
     monkeypatch.setattr(sparse24_layout, "_status", lambda t: torch.empty(2, dtype=torch.int64))
+    # Tensors of a GPU do not go straight to the CPU's kernel, nor may those that stand for them.
+    monkeypatch.setattr(sparse24, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
     monkeypatch.setattr(sparse24_quantized, "_linear", sparse24_quantized._native_cuda)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
