@@ -7,6 +7,7 @@ statistics of the random images, so that activations have the size that they hav
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import gossamer
 import torch
@@ -22,6 +23,9 @@ NAME = "ResNet-50"
 IMAGES = (1, 8)
 EXTENT = 224
 BLOCK, DENSITY = Block(16, 16), 0.25
+# The logits are the head's, which sums its 512 live products in one chain, MKL in several: on equal
+# features it is 3 times as far from float64. The convolutions are no further than dense ones.
+ROUNDING = 4.0
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # width and number of bottlenecks
 
 
@@ -112,7 +116,9 @@ def run(dtype: str, effort: Effort) -> ModelResult:
         pruned = prune_like(original, report, prune)
         pruned_last = copy.deepcopy(pruned).to(memory_format=last)
         exact = copy.deepcopy(pruned).double()(sample.double())
-        answers = differences(sparse(sample).double(), pruned(sample).double(), exact)
+        answers = replace(
+            differences(sparse(sample).double(), pruned(sample).double(), exact), allowed=ROUNDING
+        )
         speeds = []
         for count in IMAGES:
             x = images(count, DTYPES[dtype])

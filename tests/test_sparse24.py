@@ -214,7 +214,7 @@ def test_strided_columns_are_refused_at_the_border() -> None:
 @pytest.mark.parametrize("tiny", ["x", "one entry of x", "weight", "one weight"])
 @pytest.mark.parametrize("batch", [3, 40])
 def test_floats_near_the_smallest_keep_their_bits(target: str, batch: int, tiny: str) -> None:
-    """Where a product splits float32 numbers into parts, the last part must not vanish."""
+    """No kernel may take for zero what is far above the subnormals, nor lose a part of it."""
     x, dense = torch.randn(batch, 4), dense_24(20, 4)
     scale = 2.0**-110
     if tiny == "x":

@@ -1,5 +1,4 @@
 // Cuts a convolution into tasks and hands them to the kernels of the target in force.
-#include <memory>
 #include <vector>
 
 #include "blocksparse/blocksparse.h"

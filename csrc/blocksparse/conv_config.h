@@ -7,6 +7,7 @@
 #include "blocksparse/blocksparse.h"
 #include "blocksparse/conv_unit.h"
 #include "common/ceil_div.h"
+#include "common/parallel.h"
 #include "common/target.h"
 
 namespace gossamer::blocksparse {
@@ -82,9 +83,6 @@ inline int64_t planes(const ConvShape& s, const Panel& panel) {
   return s.kernel[0] * planes_h(s, panel) * planes_w(s, panel);
 }
 
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kWorkPerThread = 1 << 16;
-
 // Registers of pixels that strips of so many rows take, those of a last shorter one included.
 inline int64_t vectors_of(const ConvShape& s, int64_t rows, int64_t pitch, int64_t lanes) {
   const auto of_strip = [&](int64_t r) { return ceil_div((r - 1) * pitch + s.out[2], lanes); };
@@ -97,8 +95,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
                                      int threads) {
   const int64_t panel_bytes = l2 / 2;
   const double work = static_cast<double>(s.batch) * s.out_pixels() * w.nnz * w.rows * w.cols;
-  const int team =
-      static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(threads, 1)));
+  const int team = threads_for_work(threads, work);
   const auto bytes = [&](int64_t rows, int64_t width) {
     const Panel panel = panel_of(s, 1, rows, width, s.in_channels, lanes);
     return 4 * planes(s, panel) * panel.plane_stride;

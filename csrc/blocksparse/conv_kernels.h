@@ -158,12 +158,7 @@ struct ConvKernels {
     const int64_t count = panel.rows * panel.pitch;
     for (int64_t c = 0; c < panel.channels; ++c) {
       float* channel = plane + c * panel.channel_stride;
-      float padded[S::kLanes] = {};
-      const int64_t whole = count / S::kLanes * S::kLanes;
-      __builtin_memcpy(padded, channel + whole, (count - whole) * sizeof(float));
-      for (int64_t q = whole; q < panel.channel_stride; q += S::kLanes) {
-        S::store(channel + q, q == whole ? S::load(padded) : S::zero());
-      }
+      for (int64_t q = count; q < panel.channel_stride; ++q) channel[q] = 0;
     }
   }
 

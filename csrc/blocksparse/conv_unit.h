@@ -50,8 +50,7 @@ struct LiveBlock {
   int64_t columns;
 };
 
-// Some rows of a block row: up to kMaxChunk of them share what they read of x.
-constexpr int kMaxChunk = 8;
+// Some rows of a block row, which share what they read of x.
 struct Chunk {
   int rows;
   const float* weights;   // of the chunk's first row in its first block, [column][row of a block]

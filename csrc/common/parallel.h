@@ -19,6 +19,13 @@ inline int threads_for_bytes(int threads, int64_t bytes) {
   return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::max(threads, 1)));
 }
 
+// The same for so many multiply-adds: below 65,536 a second thread costs more than it brings.
+inline int threads_for_work(int threads, double multiply_adds) {
+  constexpr int kWorkPerThread = 1 << 16;
+  return static_cast<int>(
+      std::clamp<double>(multiply_adds / kWorkPerThread, 1, std::max(threads, 1)));
+}
+
 // Splits [0, count) into one contiguous range a thread, the first ones longer by one.
 template <class Body>
 void parallel_ranges(int threads, int64_t count, const Body& body) {

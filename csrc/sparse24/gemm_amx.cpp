@@ -156,7 +156,7 @@ struct TileGemm {
       I pairs[kTerms];
       Terms<T>::pairs(record, g, pairs);
       const Spread spread(indices);
-#pragma GCC unroll 3
+#pragma GCC unroll 2
       for (int t = 0; t < kTerms; ++t) {
         spread.store(pairs[t], b + t * Tiles::kBytes + 2 * g * Tiles::kRowBytes);
       }
@@ -201,7 +201,7 @@ struct TileGemm {
     static_assert(RowTiles * Blocks <= 4 && (RowTiles == 1 || Blocks <= 2));
     constexpr int64_t kStride = Tiles::kRowBytes;
     Tiles::fence();
-#pragma GCC unroll 6
+#pragma GCC unroll 4
     for (int p = 0; p < kProducts; ++p) {
       const Product now = Terms<T>::kProducts[p];
       const Product before = Terms<T>::kProducts[p == 0 ? 0 : p - 1];
@@ -253,7 +253,7 @@ struct TileGemm {
   }
 
   // Sums on their way out: bias, activation, rounding, a row of 16 * blocks outputs at a time.
-  struct Finish {
+  struct Outgoing {
     float sums[4 * kTileFloats];
     float bias[4 * kBlockN];
     Epilogue e;
@@ -272,8 +272,8 @@ struct TileGemm {
           store_pair(out + block * kBlockN, first, second);
         }
         for (; block < blocks && e.n > block * kBlockN; ++block) {
-          T padded[kBlockN];
-          Simd::store(padded, finished(row, block));
+          T padded[2 * kBlockN];  // the same rounding in all places
+          store_pair(padded, finished(row, block), Simd::zero());
           const int64_t left = e.n - block * kBlockN;
           __builtin_memcpy(out + block * kBlockN, padded,
                            (left < kBlockN ? left : kBlockN) * sizeof(T));
@@ -321,7 +321,7 @@ struct TileGemm {
 
   // The first rows of a pass expand the weights, two records ahead of the product.
   template <int RowTiles, int Blocks, bool kExpand>
-  static void multiply(const Pass& pass, const char* a, float* sums, Finish& before) {
+  static void multiply(const Pass& pass, const char* a, float* sums, Outgoing& before) {
     constexpr int64_t kAhead = 2;
     const int64_t rows_a_record = ceil_div(before.rows, pass.records);
     load_sums<RowTiles, Blocks>(pass.first, sums);
@@ -343,18 +343,18 @@ struct TileGemm {
   }
 
   // All rows of the task and the outputs of `Blocks` blocks. Each product leaves the sums of its
-  // last pass in one of two Finish, for the next one to write out.
+  // last pass in one of two Outgoing, for the next one to write out.
   template <int Blocks, bool kOneTile>
   static void run_blocks(const ManyRowsTask& task, int64_t block, const Pass& pass,
-                         Finish* (&finish)[2]) {
+                         Outgoing* (&outgoing)[2]) {
     constexpr int kTiles = kOneTile ? 1 : 2;
     const auto* a = reinterpret_cast<const char*>(task.panel);
     float* sums = task.sums + block * task.tile * kTileFloats;
     for (int tile = 0; tile < task.tile; tile += kTiles, sums += kTiles * Blocks * kTileFloats) {
       const int row_tiles = task.tile - tile < kTiles ? 1 : kTiles;
       const char* rows = a + tile * pass.records * kRecordBytes;
-      Finish& before = *finish[0];
-      Finish& now = *finish[1];
+      Outgoing& before = *outgoing[0];
+      Outgoing& now = *outgoing[1];
       if (kOneTile) {
         multiply<1, Blocks, true>(pass, rows, sums, before);
         store_sums<1, Blocks>(pass.last ? now.sums : sums);
@@ -382,15 +382,15 @@ struct TileGemm {
       now.done = 0;
       now.blocks = Blocks;
       Ends::load_bias(now.e, 0, now.bias);
-      finish[0] = &now;
-      finish[1] = &before;
+      outgoing[0] = &now;
+      outgoing[1] = &before;
     }
   }
 
   static bool run(const ManyRowsTask& task) {
     const Tiles tiles;
-    Finish sums[2];
-    Finish* finish[2] = {&sums[0], &sums[1]};
+    Outgoing sums[2];
+    Outgoing* outgoing[2] = {&sums[0], &sums[1]};
     for (int64_t begin = 0; begin < task.records; begin += task.records_per_pass) {
       const int64_t left = task.records - begin;
       const int64_t records = left < task.records_per_pass ? left : task.records_per_pass;
@@ -406,7 +406,7 @@ struct TileGemm {
       int64_t block = 0;
       const auto blocks = [&](auto count, auto one_tile) {
         for (; block + count() <= task.blocks; block += count()) {
-          run_blocks<count(), one_tile()>(task, block, pass, finish);
+          run_blocks<count(), one_tile()>(task, block, pass, outgoing);
           pass.panels += count() * step;
         }
       };
@@ -419,7 +419,7 @@ struct TileGemm {
         blocks(Constant<1>{}, Constant<0>{});
       }
     }
-    finish[0]->some_rows(finish[0]->rows);
+    outgoing[0]->some_rows(outgoing[0]->rows);
     const F finite = Simd::add(sums[0].finite, sums[1].finite);
     return _mm512_cmp_ps_mask(finite, finite, _CMP_UNORD_Q) == 0;
   }

@@ -5,6 +5,7 @@
 
 #include "common/ceil_div.h"
 #include "common/dtype.h"
+#include "common/parallel.h"
 #include "common/target.h"
 #include "sparse24/gemm_unit.h"
 #include "sparse24/sparse24.h"
@@ -78,8 +79,6 @@ constexpr int64_t kPartialSumBytes = 384 << 10;
 // Of AMX: a pass of x, which is read again for every 32 outputs, and the sums between passes share
 // the L2 (2 MiB where there is AMX).
 constexpr int64_t kTileBytes = 1 << 10, kTilePassBytes = 640 << 10, kTileSumBytes = 640 << 10;
-// Below this many multiply-adds a second thread costs more than it brings (about 2 us to wake it).
-constexpr int64_t kWorkPerThread = 1 << 16;
 
 // Of all ways to cut m into tiles and n into tasks, the one whose busiest thread issues the fewest
 // loads: they are what bounds the kernel (two a cycle; its multiply-adds read x from memory). Every
@@ -180,8 +179,7 @@ inline GemmConfig choose_gemm_config(int64_t m, int64_t n, int64_t k, DType dtyp
                                      bool intel, int threads) {
   const int64_t blocks = ceil_div(n, kBlockN), records = ceil_div(k, kRecordK);
   const double work = static_cast<double>(m) * (blocks * kBlockN * records * (kRecordK / 2));
-  const int team =
-      static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(threads, 1)));
+  const int team = threads_for_work(threads, work);
   if (target == Target::kSerial || dtype == DType::kFloat64) {
     return {Kernel::kSerial, 1, m, records, blocks, false, 1};
   }

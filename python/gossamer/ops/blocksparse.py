@@ -27,6 +27,7 @@ from .operands import (
     autocast_to,
     check_bias,
     check_devices,
+    check_dtypes,
     check_features,
     gradient_wanted,
 )
@@ -199,9 +200,7 @@ def _product(
     if autocast is not None:
         x, values = autocast_to(x, autocast), autocast_to(values, autocast)
         bias = None if bias is None else autocast_to(bias, autocast)
-    for name, operand in (("x", x), ("bias", bias)):
-        if operand is not None and operand.dtype != values.dtype:
-            raise TypeError(f"{op}: {name} is {operand.dtype}, the weight {values.dtype}")
+    check_dtypes(op, values.dtype, x=x, bias=bias)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if torch.compiler.is_compiling() else _autograd
     y: Tensor = call(x, values, crow, col, bias, *rest)

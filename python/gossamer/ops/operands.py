@@ -69,6 +69,12 @@ def check_bias(op: str, bias: Tensor | None, outputs: int) -> None:
         raise ValueError(f"{op}: bias has shape {list(bias.shape)}, expected [{outputs}]")
 
 
+def check_dtypes(op: str, weight: torch.dtype, **others: Tensor | None) -> None:
+    for name, operand in others.items():
+        if operand is not None and operand.dtype != weight:
+            raise TypeError(f"{op}: {name} is {operand.dtype}, the weight {weight}")
+
+
 def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
     # One real operand among meta tensors would get a result of no content.
     for name, operand in others.items():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..formats import Sparse24Conv
 from .conv_geometry import Sizes, output_sizes, prepare
-from .operands import activation_of, autocast_dtype, check_bias, check_devices
+from .operands import activation_of, autocast_dtype, check_bias, check_devices, check_dtypes
 
 _OP = "sparse24_conv"
 _CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -83,9 +83,8 @@ def sparse24_conv_tensors(
     activate = activation_of(_OP, activation)
     check_bias(_OP, bias, shape[0])
     check_devices(_OP, x, weight=values, indices=indices, bias=bias)
-    for name, operand in (("x", x), ("bias", bias)):
-        if autocast_dtype(x) is None and operand is not None and operand.dtype != values.dtype:
-            raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {values.dtype}")
+    if autocast_dtype(x) is None:
+        check_dtypes(_OP, values.dtype, x=x, bias=bias)
     steps = (conv.stride, conv.padding, conv.dilation)
     output_sizes(_OP, conv.x, shape[2:], *steps)  # or it is an error
     dense = Sparse24Conv(values, indices, shape, groups).to_dense()
