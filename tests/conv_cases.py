@@ -15,7 +15,10 @@ from torch import Tensor
 
 CONVS = (F.conv1d, F.conv2d, F.conv3d)
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-BLOCKS = (Block(1, 1), Block(1, 4), Block(2, 3), Block(4, 4), Block(8, 8), Block(5, 16))
+BLOCKS = (
+    Block(1, 1), Block(1, 4), Block(2, 3), Block(4, 4), Block(8, 8), Block(5, 16),
+    Block(16, 2), Block(16, 16), Block(48, 16), Block(64, 32),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ def draw(seed: int) -> ConvCase:
     return ConvCase(
         batch=r.choice((0, 1, 1, 3, 3)),
         groups=r.choice((1, 1, 1, 2, 3)),
-        group_in=r.choice((1, 3, 4, 8, 17)),
-        group_out=r.choice((1, 2, 5, 8, 16)),
+        group_in=r.choice((1, 3, 4, 16, 17, 40)),
+        group_out=r.choice((1, 2, 5, 16, 50)),
         kernel=kernel,
         extents=tuple(extents),
         stride=stride,

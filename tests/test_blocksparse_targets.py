@@ -7,6 +7,7 @@ import torch
 from cases import BLOCKSPARSE_TARGETS
 from conv_cases import CASES, DTYPES, block_sparse, typical
 from gossamer import _C, Block, blocksparse_conv
+from gossamer.ops.blocksparse import is_channels_last
 from gossamer.ops.blocksparse_choice import blocksparse_choice
 
 
@@ -31,6 +32,7 @@ def test_other_targets_compute_what_the_best_below_does(target: str, dtype: torc
 
 
 def test_choice_says_how_the_outputs_are_cut(blocksparse_target: str) -> None:
+    lanes = {"serial": 0, "avx2": 8, "avx512": 16}[blocksparse_target]
     for case in CASES[:60]:
         weight, shape = case.weight(), case.x().shape
         chosen = blocksparse_choice(
@@ -39,7 +41,12 @@ def test_choice_says_how_the_outputs_are_cut(blocksparse_target: str) -> None:
         assert chosen["target"] == blocksparse_target
         assert chosen["threads"] >= 1
         vectors = blocksparse_target != "serial"
-        assert chosen["kernel"] == ("vectors" if vectors else "serial")
+        rows, cols = case.block.rows, case.block.cols
+        whole = cols in (1, 2, 4, 8) or cols % 16 == 0
+        fill = vectors and is_channels_last(case.x()) and rows % lanes == 0 and whole
+        fill = fill and (case.groups == 1 or case.group_in % 16 == 0)
+        kernel = "output_lanes" if fill else "pixel_lanes" if vectors else "serial"
+        assert chosen["kernel"] == kernel
         assert vectors == ("strip_rows" in chosen)
         assert all(chosen[key] >= 0 for key in ("strip_rows", "strip_width") if vectors)
 

@@ -185,17 +185,20 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
     report["threads"] = threads;
     return report;
   }
-  report["kernel"] = "vectors";
-  report["why"] = "lanes are pixels, so blocks of any size fill them";
+  const Kernel& chosen_kernel = choose_kernel(s, w, *unit);
+  report["kernel"] = chosen_kernel.name;
+  report["why"] = chosen_kernel.row_step == 1 ? "lanes are pixels, so blocks of any size fill them"
+                                              : "lanes are outputs, which a block's rows fill";
   const bool empty = s.batch * s.out_pixels() == 0;  // nothing to cut up
-  const ConvConfig config =
-      empty ? ConvConfig{0, 0, 0, 0, 1}
-            : choose_conv_config(collapsed(s), w, unit->lanes, l2_bytes(), threads);
+  const ConvConfig config = empty ? ConvConfig{0, 0, 0, 0, 0, 0, 1}
+                                  : choose_conv_config(collapsed(s), w, *unit, l2_bytes(), threads);
   report["threads"] = config.threads;
   report["strip_images"] = config.strip_images;
   report["strip_rows"] = config.strip_rows;
   report["strip_width"] = config.strip_width;
   report["parts"] = config.parts;
+  report["batch_outputs"] = config.batch_outputs;
+  report["tile_vectors"] = config.tile_vectors;
   return report;
 }
 

@@ -17,17 +17,17 @@ thread_local Scratch panel_scratch, weight_scratch, sum_scratch;
 class Batch {
  public:
   // `weights` are those of all blocks, as the units' `expand` makes them.
-  Batch(const Weight& weight, const float* weights, const ConvShape& shape, int most_rows)
-      : weight_(weight), weights_(weights), shape_(shape), most_rows_(most_rows) {}
+  Batch(const Weight& weight, const float* weights, const ConvShape& shape, const Kernel& kernel)
+      : weight_(weight), weights_(weights), shape_(shape), kernel_(kernel) {}
 
-  // Block rows from `begin` on, up to `end`, until they give kBatchOutputs; the first one after
+  // Block rows from `begin` on, up to `end`, until they give so many outputs; the first one after
   // them.
-  int64_t fill(int64_t begin, int64_t end, const Panel& panel) {
+  int64_t fill(int64_t begin, int64_t end, int64_t most_outputs, const Panel& panel) {
     if (taps_.empty()) place_taps(panel);
     chunks_.clear(), blocks_.clear();
     outputs_ = 0;
     int64_t block_row = begin;
-    for (; block_row < end && outputs_ < kBatchOutputs; ++block_row) {
+    for (; block_row < end && outputs_ < most_outputs; ++block_row) {
       outputs_ += rows_of(block_row);
       add_blocks(block_row, panel);
     }
@@ -57,7 +57,7 @@ class Batch {
       const int64_t plane = (kd * planes_h(s, panel) + plane_h) * planes_w(s, panel) + plane_w;
       const int64_t shifted = (panel.own_rows ? 0 : shift(s, 1, kh)) * panel.pitch +
                               (panel.own_columns ? 0 : shift(s, 2, kw));
-      taps_.push_back(plane * panel.plane_stride + shifted);
+      taps_.push_back(plane * panel.plane_stride + shifted * panel.slab);
     }
   }
 
@@ -69,8 +69,10 @@ class Batch {
       const auto column = static_cast<uint32_t>(w.col_indices[b]);
       const uint32_t tap = column / col_blocks;
       const int64_t in_group = (column - tap * col_blocks) * w.cols;
-      blocks_.push_back({taps_[tap] + (first_channel + in_group) * panel.channel_stride,
-                         std::min(w.cols, w.group_in - in_group)});
+      const int64_t channel = first_channel + in_group;
+      blocks_.push_back(
+          {taps_[tap] + channel / panel.slab * panel.slab_stride + channel % panel.slab,
+           std::min(w.cols, w.group_in - in_group)});
     }
   }
 
@@ -79,9 +81,11 @@ class Batch {
     const int64_t first = w.crow_indices[block_row], count = w.crow_indices[block_row + 1] - first;
     const float* weights = weights_ + first * w.rows * w.cols;
     for (int64_t r = 0, rows = rows_of(block_row); r < rows;) {
-      int chunk = most_rows_;
-      while (chunk > rows - r) chunk /= 2;
-      chunks_.push_back({chunk, weights + r, w.rows, w.rows * w.cols, blocks, count});
+      const int64_t left = ceil_div(rows - r, kernel_.row_step) * kernel_.row_step;
+      int chunk = kernel_.most_rows;
+      while (chunk > left) chunk /= 2;
+      const int outputs = static_cast<int>(std::min<int64_t>(chunk, rows - r));
+      chunks_.push_back({chunk, outputs, weights + r, w.rows, w.rows * w.cols, blocks, count});
       r += chunk;
     }
     return blocks + count;
@@ -90,14 +94,14 @@ class Batch {
   const Weight& weight_;
   const float* weights_;
   const ConvShape& shape_;
-  int most_rows_;
+  const Kernel& kernel_;
   int64_t outputs_ = 0;
   std::vector<int64_t> taps_;  // where each begins in the panel
   std::vector<Chunk> chunks_;
   std::vector<LiveBlock> blocks_;
 };
 
-void pack(const ConvShape& s, const void* x, const Unit& unit, const Strip& strip,
+void pack(const ConvShape& s, const void* x, const Kernel& kernel, const Strip& strip,
           const Panel& panel) {
   float* plane = panel.data;
   for (int64_t kd = 0; kd < s.kernel[0]; ++kd) {
@@ -105,50 +109,54 @@ void pack(const ConvShape& s, const void* x, const Unit& unit, const Strip& stri
       for (int64_t w = 0; w < planes_w(s, panel); ++w, plane += panel.plane_stride) {
         const int64_t offset[3] = {kd * s.dilation[0], panel.own_rows ? h * s.dilation[1] : h,
                                    panel.own_columns ? w * s.dilation[2] : w};
-        unit.pack(s, x, strip, panel, offset, plane);
+        kernel.pack(s, x, strip, panel, offset, plane);
       }
     }
   }
 }
 
 void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, const Unit& unit,
-                const Strip& strip, int64_t begin, int64_t end) {
+                const ConvConfig& config, const Strip& strip, int64_t begin, int64_t end) {
   const Weight& w = args.weight;
   const int64_t first_group = begin / w.row_blocks();
   const int64_t groups = ceil_div(end, w.row_blocks()) - first_group;
-  Panel panel = panel_of(s, strip.images, strip.rows, strip.width, groups * w.group_in, unit.lanes);
+  const Kernel& kernel = choose_kernel(s, w, unit);
+  Panel panel = panel_of(s, strip.images, strip.rows, strip.width, groups * w.group_in, unit.lanes,
+                         kernel.slab);
   panel.first_channel = first_group * w.group_in;
-  panel.data =
-      static_cast<float*>(panel_scratch.at_least(4 * planes(s, panel) * panel.plane_stride));
-  pack(s, args.x, unit, strip, panel);
+  const int64_t floats = planes(s, panel) * panel.plane_stride + kMostPixels * kernel.slab;
+  panel.data = static_cast<float*>(panel_scratch.at_least(4 * floats));
+  pack(s, args.x, kernel, strip, panel);
 
   const int64_t first_pixel =
       (strip.depth * s.out[1] + strip.row) * s.out[2] + strip.column;  // of the first image
   const int64_t image_stride = s.out_pixels() * s.out_channels;
   const int64_t first = strip.image * image_stride + first_pixel * s.out_pixel_stride();
   const int64_t size = size_of(w.dtype);
-  Batch batch(w, weights, s, unit.chunk);
+  Batch batch(w, weights, s, kernel);
   for (int64_t block_row = begin; block_row < end;) {
     const int64_t output =
         block_row / w.row_blocks() * w.group_out + block_row % w.row_blocks() * w.rows;
-    block_row = batch.fill(block_row, end, panel);
-    const int64_t sums = (batch.outputs() + kBatchOutputs) * kTileVectors * unit.lanes;
+    block_row = batch.fill(block_row, end, config.batch_outputs, panel);
+    const int64_t tile = config.tile_vectors * unit.lanes;
+    const int64_t sums = (batch.outputs() + kSquareOutputs) * tile;
     const auto* bias = static_cast<const char*>(args.bias);
     const Epilogue epilogue{
         bias == nullptr ? nullptr : bias + output * size, args.activation,
         static_cast<char*>(args.out) + (first + output * s.out_channel_stride()) * size,
         s.channels_last ? s.out_pixel_stride() : s.out_channel_stride(), s.out_channels - output};
-    unit.batch({batch.chunks().data(), static_cast<int64_t>(batch.chunks().size()), batch.outputs(),
-                panel.data, panel.channel_stride, strip.images, panel.image_rows, strip.rows,
-                panel.pitch, strip.width, static_cast<float*>(sum_scratch.at_least(4 * sums)),
-                s.channels_last, image_stride, epilogue});
+    kernel.batch({batch.chunks().data(), static_cast<int64_t>(batch.chunks().size()),
+                  batch.outputs(), panel.data, panel.slab_stride, strip.images, panel.image_rows,
+                  strip.rows, panel.pitch, strip.width, tile,
+                  static_cast<float*>(sum_scratch.at_least(4 * sums)), s.channels_last,
+                  image_stride, epilogue});
   }
 }
 
 void conv_vectors(const ConvArgs& args, const Unit& unit) {
   const ConvShape s = collapsed(args.shape);
   const Weight& w = args.weight;
-  const ConvConfig config = choose_conv_config(s, w, unit.lanes, l2_bytes(), args.threads);
+  const ConvConfig config = choose_conv_config(s, w, unit, l2_bytes(), args.threads);
   const int64_t block_size = w.rows * w.cols;
   auto* weights = static_cast<float*>(weight_scratch.at_least(4 * w.nnz * block_size));
   const int expanding = threads_for_bytes(config.threads, 4 * w.nnz * block_size);
@@ -161,25 +169,25 @@ void conv_vectors(const ConvArgs& args, const Unit& unit) {
   const int64_t images = ceil_div(s.batch, config.strip_images);
   const int64_t strips = images * s.out[0] * rows * columns;
   const int64_t tasks = strips * config.parts;
-  parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)),
-               [&](int thread, int team) {
-                 for (int64_t task = thread; task < tasks; task += team) {
-                   const int64_t part = task % config.parts, at = task / config.parts;
-                   const int64_t column = at % columns * config.strip_width;
-                   const int64_t row = at / columns % rows * config.strip_rows;
-                   const int64_t slice = at / columns / rows;
-                   const int64_t image = slice / s.out[0] * config.strip_images;
-                   const Strip strip{image,
-                                     std::min(config.strip_images, s.batch - image),
-                                     slice % s.out[0],
-                                     row,
-                                     std::min(config.strip_rows, s.out[1] - row),
-                                     column,
-                                     std::min(config.strip_width, s.out[2] - column)};
-                   conv_strip(args, weights, s, unit, strip, w.block_rows() * part / config.parts,
-                              w.block_rows() * (part + 1) / config.parts);
-                 }
-               });
+  parallel_run(
+      static_cast<int>(std::min<int64_t>(config.threads, tasks)), [&](int thread, int team) {
+        for (int64_t task = thread; task < tasks; task += team) {
+          const int64_t part = task % config.parts, at = task / config.parts;
+          const int64_t column = at % columns * config.strip_width;
+          const int64_t row = at / columns % rows * config.strip_rows;
+          const int64_t slice = at / columns / rows;
+          const int64_t image = slice / s.out[0] * config.strip_images;
+          const Strip strip{image,
+                            std::min(config.strip_images, s.batch - image),
+                            slice % s.out[0],
+                            row,
+                            std::min(config.strip_rows, s.out[1] - row),
+                            column,
+                            std::min(config.strip_width, s.out[2] - column)};
+          conv_strip(args, weights, s, unit, config, strip, w.block_rows() * part / config.parts,
+                     w.block_rows() * (part + 1) / config.parts);
+        }
+      });
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ struct ConvConfig {
   int64_t strip_images;             // several where a strip holds whole images,
   int64_t strip_rows, strip_width;  // of y
   int64_t parts;                    // of the block rows; each packs its own panels
+  int64_t batch_outputs, tile_vectors;
   int threads;
 };
 
@@ -58,19 +59,23 @@ inline int64_t phases(const ConvShape& s, int axis) {
 
 // Without its memory. `channels` are those of the groups that a task works on.
 inline Panel panel_of(const ConvShape& s, int64_t images, int64_t rows, int64_t width,
-                      int64_t channels, int64_t lanes) {
+                      int64_t channels, int64_t lanes, int64_t slab) {
   Panel panel{};
   panel.channels = channels;
+  panel.slab = slab;
   // Columns past the strip's cost arithmetic, a plane for each tap costs packing.
   panel.own_columns = 10 * most_shift(s, 2) > width;
   panel.own_rows = s.kernel[1] * rows < phases(s, 1) * (rows + most_shift(s, 1));
   panel.image_rows = rows + (panel.own_rows ? 0 : most_shift(s, 1));
   panel.rows = images * panel.image_rows;
   panel.pitch = width + (panel.own_columns ? 0 : most_shift(s, 2));
-  // A shift along w of the last output's register ends at most that much past the last row.
+  // A shift along w of the last output's tile ends at most that much past the last row.
   const int64_t pixels = panel.rows * panel.pitch + (panel.pitch - width);
-  panel.channel_stride = ceil_div(pixels, lanes) * lanes + lanes;
-  panel.plane_stride = channels * panel.channel_stride;
+  const int64_t readable = slab == 1 ? ceil_div(pixels, lanes) * lanes + lanes : pixels + 1;
+  // An odd number of lines: the slabs of a pixel are spread over all sets of the caches.
+  constexpr int64_t kLine = 64 / sizeof(float);
+  panel.slab_stride = (ceil_div(readable * slab, kLine) | 1) * kLine;
+  panel.plane_stride = ceil_div(channels, slab) * panel.slab_stride;
   return panel;
 }
 inline int64_t planes_h(const ConvShape& s, const Panel& panel) {
@@ -83,6 +88,15 @@ inline int64_t planes(const ConvShape& s, const Panel& panel) {
   return s.kernel[0] * planes_h(s, panel) * planes_w(s, panel);
 }
 
+// Lanes are outputs where that needs no transposing.
+inline const Kernel& choose_kernel(const ConvShape& s, const Weight& w, const Unit& unit) {
+  const int64_t slab = unit.output_lanes.slab;
+  const bool slabs_hold = w.cols % slab == 0 || slab % w.cols == 0;
+  const bool groups_hold = w.groups == 1 || w.group_in % slab == 0;
+  const bool fits = s.channels_last && w.rows % unit.lanes == 0 && slabs_hold && groups_hold;
+  return fits ? unit.output_lanes : unit.pixel_lanes;
+}
+
 // Registers of pixels that strips of so many rows take, those of a last shorter one included.
 inline int64_t vectors_of(const ConvShape& s, int64_t rows, int64_t pitch, int64_t lanes) {
   const auto of_strip = [&](int64_t r) { return ceil_div((r - 1) * pitch + s.out[2], lanes); };
@@ -90,17 +104,34 @@ inline int64_t vectors_of(const ConvShape& s, int64_t rows, int64_t pitch, int64
   return s.out[1] / rows * of_strip(rows) + (rest == 0 ? 0 : of_strip(rest));
 }
 
+// Channels-last, y is written a pixel at a time: all outputs of it together, as long as their
+// weights, which are read again for every tile, and their sums stay in the L2. Its prefetcher then
+// brings the lines of y.
+inline void choose_batch(const ConvShape& s, const Weight& w, int64_t lanes, int64_t l2,
+                         ConvConfig* config) {
+  constexpr int kVectors = 3;  // a tile is a whole number of what a broadcast weight meets
+  const int64_t weight_bytes = ceil_div(4 * w.nnz * w.rows * w.cols, s.out_channels);
+  const int64_t sum_bytes = 4 * kVectors * lanes;
+  const int64_t fit = std::min(l2 / 4 / std::max<int64_t>(weight_bytes, 1), l2 / 8 / sum_bytes);
+  config->batch_outputs = std::min(std::max<int64_t>(fit, kBatchOutputs), s.out_channels);
+  const int64_t tiles = l2 / 8 / (sum_bytes * config->batch_outputs);
+  config->tile_vectors = std::clamp<int64_t>(tiles * kVectors, kVectors, kTileVectors);
+}
+
 // A strip's panel takes half of the L2, which it shares with the weights of a batch of outputs.
-inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_t lanes, int64_t l2,
-                                     int threads) {
+inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const Unit& unit,
+                                     int64_t l2, int threads) {
+  const Kernel& kernel = choose_kernel(s, w, unit);
+  const int64_t lanes = unit.lanes;
   const int64_t panel_bytes = l2 / 2;
   const double work = static_cast<double>(s.batch) * s.out_pixels() * w.nnz * w.rows * w.cols;
   const int team = threads_for_work(threads, work);
   const auto bytes = [&](int64_t rows, int64_t width) {
-    const Panel panel = panel_of(s, 1, rows, width, s.in_channels, lanes);
+    const Panel panel = panel_of(s, 1, rows, width, s.in_channels, lanes, kernel.slab);
     return 4 * planes(s, panel) * panel.plane_stride;
   };
-  ConvConfig config{1, s.out[1], s.out[2], 1, team};
+  ConvConfig config{1, s.out[1], s.out[2], 1, kBatchOutputs, kTileVectors, team};
+  if (s.channels_last) choose_batch(s, w, lanes, l2, &config);
   int64_t most_rows = 1, too_many = s.out[1] + 1;
   while (too_many - most_rows > 1) {
     const int64_t rows = (most_rows + too_many) / 2;
@@ -108,7 +139,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
   }
   config.strip_rows = ceil_div(s.out[1], ceil_div(s.out[1], most_rows));
   // Of about that many rows those whose pixels fill the registers best.
-  const int64_t pitch = panel_of(s, 1, 1, s.out[2], 1, lanes).pitch;
+  const int64_t pitch = panel_of(s, 1, 1, s.out[2], 1, lanes, kernel.slab).pitch;
   int64_t fewest = vectors_of(s, config.strip_rows, pitch, lanes);
   for (int64_t rows = config.strip_rows + 1; rows <= std::min(most_rows, config.strip_rows + 3);
        ++rows) {
@@ -118,7 +149,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, int64_
     }
   }
   // A part of a row is a whole number of tiles.
-  const int64_t tile = kTileVectors * lanes;
+  const int64_t tile = kernel.slab == 1 ? kTileVectors * lanes : kMostPixels;
   while (config.strip_rows == 1 && config.strip_width > tile &&
          bytes(1, config.strip_width) > panel_bytes) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, 2), tile) * tile;

@@ -1,6 +1,6 @@
 #pragma once
-// The convolution kernels, written once over a vector vocabulary S (common/simd_*.h) and the
-// storage type T of x and y.
+// The convolution kernels whose lanes are pixels, written once over a vector vocabulary S
+// (common/simd_*.h) and the storage type T of x and y.
 //
 //   panel of x, in L2     channel 0 | x[q] | x[q+1] | ...     consecutive pixels of the strip
 //                         channel 1 | x[q] | x[q+1] | ...
@@ -10,6 +10,8 @@
 // Lanes are pixels, so blocks of any size fill them. `Rows` outputs share a register of x, and
 // `Vectors` registers of pixels a broadcast weight: (Rows + Vectors) loads for Rows * Vectors
 // multiply-adds.
+#include "blocksparse/conv_outputs.h"
+#include "blocksparse/conv_place.h"
 #include "blocksparse/conv_unit.h"
 #include "common/simd_finish.h"
 
@@ -21,11 +23,10 @@ struct ConvMultiply {
   // Sums, which leave registers for `Vectors` of x and a weight.
   static constexpr int kSums = S::kLanes == 16 ? 24 : 12;
   static constexpr int kChunk = S::kLanes == 16 ? 8 : 4;
-  static constexpr int64_t kTilePixels = kTileVectors * S::kLanes;
 
   template <int Rows, int Vectors>
-  static void multiply(const Chunk& chunk, const float* panel, int64_t channel_stride,
-                       float* sums) {
+  static void multiply(const Chunk& chunk, const float* panel, int64_t channel_stride, float* sums,
+                       int64_t sums_stride) {
     F sum[Rows][Vectors];
 #pragma GCC unroll 8
     for (auto& row : sum) {
@@ -58,7 +59,7 @@ struct ConvMultiply {
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 12
       for (int v = 0; v < Vectors; ++v) {
-        S::store(sums + r * kTilePixels + v * S::kLanes, sum[r][v]);
+        S::store(sums + r * sums_stride + v * S::kLanes, sum[r][v]);
       }
     }
   }
@@ -66,20 +67,22 @@ struct ConvMultiply {
   // As many registers of pixels at a time as the sums allow, in parts of nearly one size.
   template <int Rows, int Vectors>
   static void multiply_part(const Chunk& chunk, const float* panel, int64_t channel_stride,
-                            int64_t vectors, float* sums) {
-    if (vectors == Vectors) return multiply<Rows, Vectors>(chunk, panel, channel_stride, sums);
+                            int64_t vectors, float* sums, int64_t sums_stride) {
+    if (vectors == Vectors) {
+      return multiply<Rows, Vectors>(chunk, panel, channel_stride, sums, sums_stride);
+    }
     if constexpr (Vectors > 1) {
-      multiply_part<Rows, Vectors - 1>(chunk, panel, channel_stride, vectors, sums);
+      multiply_part<Rows, Vectors - 1>(chunk, panel, channel_stride, vectors, sums, sums_stride);
     }
   }
   template <int Rows>
   static void multiply_tile(const Chunk& chunk, const float* panel, int64_t channel_stride,
-                            int64_t vectors, float* sums) {
+                            int64_t vectors, float* sums, int64_t sums_stride) {
     constexpr int kVectors = kSums / Rows < kTileVectors ? kSums / Rows : kTileVectors;
     if (chunk.rows == Rows) {
       for (int64_t parts = (vectors + kVectors - 1) / kVectors; parts > 0; --parts) {
         const int64_t part = (vectors + parts - 1) / parts;
-        multiply_part<Rows, kVectors>(chunk, panel, channel_stride, part, sums);
+        multiply_part<Rows, kVectors>(chunk, panel, channel_stride, part, sums, sums_stride);
         panel += part * S::kLanes;
         sums += part * S::kLanes;
         vectors -= part;
@@ -87,7 +90,7 @@ struct ConvMultiply {
       return;
     }
     if constexpr (Rows > 1) {
-      multiply_tile<Rows / 2>(chunk, panel, channel_stride, vectors, sums);
+      multiply_tile<Rows / 2>(chunk, panel, channel_stride, vectors, sums, sums_stride);
     }
   }
 };
@@ -95,21 +98,20 @@ struct ConvMultiply {
 template <class S, class T>
 struct ConvKernels {
   using Multiply = ConvMultiply<S>;
-  static constexpr int64_t kTilePixels = Multiply::kTilePixels;
 
   static void batch(const BatchTask& task) {
     // The last row's columns past the strip's need no sums.
     const int64_t last_row = (task.images - 1) * task.image_rows + task.rows - 1;
     const int64_t all = last_row * task.pitch + task.width;
-    for (int64_t q = 0; q < all; q += kTilePixels) {
-      const int64_t end = q + kTilePixels < all ? q + kTilePixels : all;
+    for (int64_t q = 0; q < all; q += task.tile) {
+      const int64_t end = q + task.tile < all ? q + task.tile : all;
       float* sums = task.sums;
       for (int64_t i = 0; i < task.count; ++i) {
         const Chunk& chunk = task.chunks[i];
-        Multiply::template multiply_tile<Multiply::kChunk>(
-            chunk, task.panel + q, task.channel_stride, (end - q + S::kLanes - 1) / S::kLanes,
-            sums);
-        sums += chunk.rows * kTilePixels;
+        Multiply::template multiply_tile<Multiply::kChunk>(chunk, task.panel + q, task.slab_stride,
+                                                           (end - q + S::kLanes - 1) / S::kLanes,
+                                                           sums, task.tile);
+        sums += chunk.rows * task.tile;
       }
       finish(task, q, end);
     }
@@ -135,9 +137,9 @@ struct ConvKernels {
         e.out = static_cast<T*>(e.out) + image * task.image_stride + pixel * pixel_stride;
         const float* sums = task.sums + (at - q);
         if (task.channels_last) {
-          Finish<S, T>::all(e, sums, kTilePixels, stop - at, task.outputs);
+          Finish<S, T>::all(e, sums, task.tile, stop - at, task.outputs);
         } else {
-          Finish<S, T>::outputs_first(e, sums, kTilePixels, stop - at, task.outputs);
+          Finish<S, T>::outputs_first(e, sums, task.tile, stop - at, task.outputs);
         }
       }
       at = whole_rows ? run_end : (panel_row + 1) * task.pitch;
@@ -157,35 +159,10 @@ struct ConvKernels {
     // would cost time.
     const int64_t count = panel.rows * panel.pitch;
     for (int64_t c = 0; c < panel.channels; ++c) {
-      float* channel = plane + c * panel.channel_stride;
-      for (int64_t q = count; q < panel.channel_stride; ++q) channel[q] = 0;
+      float* channel = plane + c * panel.slab_stride;
+      for (int64_t q = count; q < panel.slab_stride; ++q) channel[q] = 0;
     }
   }
-
-  // Where x has the pixel that row `row` and column `column` of a plane stand for: an index within
-  // the strip's images, or -1.
-  struct Place {
-    const ConvShape& s;
-    const Strip& strip;
-    const Panel& panel;
-    int64_t depth, h, w;  // of the first one
-    Place(const ConvShape& shape, const Strip& of, const Panel& in, const int64_t (&offset)[3])
-        : s(shape),
-          strip(of),
-          panel(in),
-          depth(of.depth * shape.stride[0] + offset[0] - shape.padding[0]),
-          h(of.row * shape.stride[1] + offset[1] - shape.padding[1]),
-          w(of.column * shape.stride[2] + offset[2] - shape.padding[2]) {}
-    int64_t row_of(int64_t row) const {  // of all rows of x
-      const int64_t at = h + row % panel.image_rows * s.stride[1];
-      if (depth < 0 || depth >= s.in[0] || at < 0 || at >= s.in[1]) return -1;
-      return (row / panel.image_rows * s.in[0] + depth) * s.in[1] + at;
-    }
-    int64_t column_of(int64_t column) const {
-      const int64_t at = w + column * s.stride[2];
-      return at < 0 || at >= s.in[2] ? -1 : at;
-    }
-  };
 
   // A row of a channel at a time.
   static void pack_channels_first(const ConvShape& s, const T* x, const Strip& strip,
@@ -199,7 +176,7 @@ struct ConvKernels {
     for (int64_t image = 0; image < strip.images; ++image) {
       for (int64_t c = 0; c < panel.channels; ++c) {
         const T* channel = x + image * image_size + c * s.in_pixels() + place.column_of(first);
-        float* to = plane + c * panel.channel_stride + image * panel.image_rows * panel.pitch;
+        float* to = plane + c * panel.slab_stride + image * panel.image_rows * panel.pitch;
         for (int64_t row = 0; row < panel.image_rows; ++row, to += panel.pitch) {
           const int64_t x_row = place.row_of(row);
           const bool there = x_row >= 0 && first < last;
@@ -240,8 +217,8 @@ struct ConvKernels {
         if (++column == panel.pitch) column = 0, x_row = place.row_of(++row);
       }
       for (int64_t c = 0; c < panel.channels; c += S::kLanes) {
-        pack_square(pixel, c, panel.channels - c, plane + c * panel.channel_stride + q,
-                    panel.channel_stride);
+        pack_square(pixel, c, panel.channels - c, plane + c * panel.slab_stride + q,
+                    panel.slab_stride);
       }
     }
   }
@@ -293,7 +270,12 @@ struct ConvKernels {
     }
   }
 
-  static constexpr Unit unit = {S::kLanes, Multiply::kChunk, pack, batch, expand};
+  static constexpr Unit unit = {
+      S::kLanes,
+      {"pixel_lanes", 1, 1, Multiply::kChunk, pack, batch},
+      OutputLanes<S, T>::kernel,
+      expand,
+  };
 };
 
 template <class S>

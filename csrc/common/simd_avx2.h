@@ -66,6 +66,7 @@ struct Simd : SimdOffsets {
   static void store_words(uint32_t* p, I a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
   }
+  static F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static F broadcast(const uint32_t* p) {
     return as_float(_mm256_set1_epi32(static_cast<int>(*p)));
   }

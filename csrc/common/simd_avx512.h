@@ -64,6 +64,7 @@ struct Simd : SimdOffsets {
   }
   static void store(Float16* p, F a) { store16(p, to_float16(a)); }
   static void store_words(uint32_t* p, I a) { _mm512_storeu_si512(p, a); }
+  static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static F broadcast(const uint32_t* p) {
     return as_float(_mm512_set1_epi32(static_cast<int>(*p)));
   }
