@@ -33,8 +33,8 @@ def image(gradient: bool = False, last: bool = False) -> Tensor:
     return x.requires_grad_(gradient)
 
 
-NO_AXES: tuple[Any, ...] = ((6, 10), 1, (), (), ())
-TWO_AXES: tuple[Any, ...] = ((6, 5, 3, 2), 2, (2, 1), (1, 0), (1, 2))
+NO_AXES: tuple[Any, ...] = ((6, 10), 1, (), (), (), 0)
+TWO_AXES: tuple[Any, ...] = ((6, 5, 3, 2), 2, (2, 1), (1, 0), (1, 2), 0)
 OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear": (
         ops.blocksparse_product,
@@ -59,7 +59,7 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
             torch.randn(2, 3, 5, 6).contiguous(memory_format=torch.channels_last),
             *parts(block_sparse((1, 3, 3, 3), Block(4, 4))),
             None,
-            *((1, 3, 3, 3), 1, (2, 2), (0, 0), (1, 1)),
+            *((1, 3, 3, 3), 1, (2, 2), (0, 0), (1, 1), 0),
             "none",
         ),
     ),

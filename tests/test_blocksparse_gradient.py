@@ -123,7 +123,7 @@ def test_raw_op_has_the_same_gradient() -> None:
     weight, x, bias = case.weight(), case.x().requires_grad_(), torch.randn(21, requires_grad=True)
     operands = (x, weight.values.requires_grad_(), bias)
     blocks = (weight.values, weight.crow_indices, weight.col_indices)
-    geometry = (case.shape, 1, (1, 1), (1, 1), (1, 1))
+    geometry = (case.shape, 1, (1, 1), (1, 1), (1, 1), 0)
     raw = ops.blocksparse_product(x, *blocks, bias, *geometry, "gelu")
     public = blocksparse_conv(x, weight, bias, padding=1, activation="gelu")
     assert torch.equal(raw, public)

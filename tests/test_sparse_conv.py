@@ -61,7 +61,7 @@ def test_repr_says_what_is_not_usual() -> None:
     made = SparseConv((4), 8, (3,), 2, 1, 2, 4, True, "reflect", Block(2, 1), density=1.0)
     assert repr(made) == (
         "SparseConv(4, 8, kernel_size=(3,), stride=(2,), padding=(1,), dilation=(2,), groups=4, "
-        "padding_mode=reflect, bias=True, pattern=2x1, density=1)"
+        "padding_mode=reflect, bias=True, pattern=2x1, density=1, packed=False)"
     )
 
 

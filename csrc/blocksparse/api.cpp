@@ -56,24 +56,35 @@ Weight empty_weight(const char* op, DType dtype, int64_t out_channels, int64_t t
   return w;
 }
 
-// The same with blocks, whose indices are checked.
+// The same with blocks, whose indices are checked; packed where a block's columns are given.
 Weight weight_of(const char* op, const TensorView& values, const TensorView& crow,
                  const TensorView& col, int64_t out_channels, int64_t taps, int64_t group_in,
-                 int64_t groups) {
-  check_weight_dtype(op, "values", values);
-  check_dims(op, "values", values, 3);
+                 int64_t groups, int64_t packed_cols = 0) {
+  const bool packed = packed_cols != 0;
+  const char* what = packed ? "panels" : "values";
+  check_weight_dtype(op, what, values);
+  check_dims(op, what, values, packed ? 4 : 3);
   check_dims(op, "crow_indices", crow, 1);
   check_dims(op, "col_indices", col, 1);
   check_dtype(op, "crow_indices", crow, DType::kInt32);
   check_dtype(op, "col_indices", col, DType::kInt32);
-  Weight w = empty_weight(op, values.dtype, out_channels, taps, group_in, groups, values.shape[1],
-                          values.shape[2]);
+  const int64_t rows = values.shape[packed ? 2 : 1];
+  const int64_t cols = packed ? packed_cols : values.shape[2];
+  Weight w = empty_weight(op, values.dtype, out_channels, taps, group_in, groups, rows, cols);
+  if (packed) {
+    const int64_t per_word = 4 / size_of(values.dtype);
+    GOSSAMER_CHECK(
+        per_word > 0 && values.shape[1] == ceil_div(cols, per_word) && values.shape[3] == per_word,
+        op, ": panels of shape ", shape_text(values), " for blocks of ", cols, " columns of ",
+        name(values.dtype));
+  }
   check_vector(op, "crow_indices", crow, w.block_rows() + 1);
   check_vector(op, "col_indices", col, values.shape[0]);
   w.nnz = values.shape[0];
   w.crow_indices = crow.as<const int32_t>();
   w.col_indices = col.as<const int32_t>();
   w.values = values.data;
+  w.packed = packed;
   check_indices(w);
   return w;
 }
@@ -147,8 +158,8 @@ ConvShape shape_of(const char* op, const int64_t* x, const int64_t* out, int64_t
 void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
                const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
                int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
-               const Axes& dilation, bool channels_last, const std::string& activation,
-               int threads) {
+               const Axes& dilation, bool channels_last, int64_t packed_cols,
+               const std::string& activation, int threads) {
   constexpr const char* op = "blocksparse_conv";
   check_dims(op, "x", x, 5);
   check_dims(op, "out", out, 5);
@@ -156,7 +167,8 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
   check_dtype(op, "out", out, values.dtype);
   const ConvShape s =
       shape_of(op, x.shape, out.shape, groups, kernel, stride, padding, dilation, channels_last);
-  const Weight w = weight_of(op, values, crow, col, s.out_channels, s.taps(), s.group_in(), groups);
+  const Weight w =
+      weight_of(op, values, crow, col, s.out_channels, s.taps(), s.group_in(), groups, packed_cols);
   conv({w, s, x.data, bias_of(op, bias, s.out_channels, x.dtype, x), activation_of(op, activation),
         out.data, threads});
 }
@@ -219,7 +231,8 @@ void bind(py::module_& m) {
   m.def("blocksparse_conv", &bind_conv, py::arg("out"), py::arg("x"), py::arg("values"),
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("groups"),
         py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-        py::arg("channels_last"), py::arg("activation"), py::arg("threads"), release());
+        py::arg("channels_last"), py::arg("packed_cols"), py::arg("activation"), py::arg("threads"),
+        release());
 
   m.def("blocksparse_choose", &choose, py::arg("x"), py::arg("out"), py::arg("dtype"),
         py::arg("rows"), py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"),

@@ -29,6 +29,10 @@
 //                                                             . .|. p     g h | i p
 //                                                             p p|p p     p p | p p
 //
+// Packed, for inference, the 32-bit words of each block are transposed, a last half word padded:
+//
+//   values [nnz, ceil(cols / w), rows, w]         w of the dtype in a word: 1 or 2
+//
 // In a padded column there is no x: kernels take it as 0 and never read past the channels of a
 // group. In a padded row there is no output. Whether a weight that is not finite meets the zeros
 // around x, or its tap is left out there, is up to a kernel; that a number of x which is not finite
@@ -57,6 +61,7 @@ struct Weight {
   const int32_t* crow_indices;
   const int32_t* col_indices;
   const void* values;
+  bool packed = false;
 
   int64_t row_blocks() const { return ceil_div(group_out, rows); }  // of a group
   int64_t col_blocks() const { return ceil_div(group_in, cols); }   // of a tap

@@ -153,17 +153,21 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
   }
 }
 
+// All blocks as float32, each transposed; packed ones of float32 are just that.
+const float* expanded(const Weight& w, const Unit& unit, int threads) {
+  if (w.packed && w.dtype == DType::kFloat32) return static_cast<const float*>(w.values);
+  const int64_t bytes = 4 * w.nnz * w.rows * w.cols;
+  auto* weights = static_cast<float*>(weight_scratch.at_least(bytes));
+  parallel_ranges(threads_for_bytes(threads, bytes), w.nnz,
+                  [&](int64_t begin, int64_t end) { unit.expand(w, begin, end, weights); });
+  return weights;
+}
+
 void conv_vectors(const ConvArgs& args, const Unit& unit) {
   const ConvShape s = collapsed(args.shape);
   const Weight& w = args.weight;
   const ConvConfig config = choose_conv_config(s, w, unit, l2_bytes(), args.threads);
-  const int64_t block_size = w.rows * w.cols;
-  auto* weights = static_cast<float*>(weight_scratch.at_least(4 * w.nnz * block_size));
-  const int expanding = threads_for_bytes(config.threads, 4 * w.nnz * block_size);
-  parallel_ranges(expanding, w.nnz, [&](int64_t begin, int64_t end) {
-    const auto* values = static_cast<const char*>(w.values) + begin * block_size * size_of(w.dtype);
-    unit.expand(values, w.rows, w.cols, end - begin, weights + begin * block_size);
-  });
+  const float* weights = expanded(w, unit, config.threads);
   const int64_t columns = ceil_div(s.out[2], config.strip_width);
   const int64_t rows = ceil_div(s.out[1], config.strip_rows);
   const int64_t images = ceil_div(s.batch, config.strip_images);

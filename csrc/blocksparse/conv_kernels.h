@@ -10,6 +10,7 @@
 // Lanes are pixels, so blocks of any size fill them. `Rows` outputs share a register of x, and
 // `Vectors` registers of pixels a broadcast weight: (Rows + Vectors) loads for Rows * Vectors
 // multiply-adds.
+#include "blocksparse/blocksparse.h"
 #include "blocksparse/conv_outputs.h"
 #include "blocksparse/conv_place.h"
 #include "blocksparse/conv_unit.h"
@@ -247,26 +248,43 @@ struct ConvKernels {
     }
   }
 
-  static void expand(const void* values, int64_t rows, int64_t cols, int64_t count, float* to) {
-    const auto* from = static_cast<const T*>(values);
-    const bool squares = rows % S::kLanes == 0 && cols % S::kLanes == 0;
-    for (int64_t block = 0; block < count; ++block, from += rows * cols, to += rows * cols) {
-      if (squares) {
-        for (int64_t r = 0; r < rows; r += S::kLanes) {
-          for (int64_t c = 0; c < cols; c += S::kLanes) {
-            typename S::I words[S::kLanes];
+  static void expand(const Weight& w, int64_t begin, int64_t end, float* to) {
+    constexpr int kPerWord = 4 / sizeof(T);
+    const int64_t words = ceil_div(w.cols, kPerWord);
+    const auto* from = static_cast<const T*>(w.values);
+    for (int64_t block = begin; block < end; ++block) {
+      if (w.packed) {
+        expand_packed(w, from + block * words * w.rows * kPerWord, to + block * w.cols * w.rows);
+      } else {
+        expand_block(w, from + block * w.cols * w.rows, to + block * w.cols * w.rows);
+      }
+    }
+  }
+
+  static void expand_block(const Weight& w, const T* from, float* to) {
+    if (w.rows % S::kLanes == 0 && w.cols % S::kLanes == 0) {
+      for (int64_t r = 0; r < w.rows; r += S::kLanes) {
+        for (int64_t c = 0; c < w.cols; c += S::kLanes) {
+          typename S::I words[S::kLanes];
 #pragma GCC unroll 16
-            for (int i = 0; i < S::kLanes; ++i) {
-              words[i] = S::as_int(S::load(from + (r + i) * cols + c));
-            }
-            S::transpose(words, to + c * rows + r, rows * sizeof(float));
+          for (int i = 0; i < S::kLanes; ++i) {
+            words[i] = S::as_int(S::load(from + (r + i) * w.cols + c));
           }
+          S::transpose(words, to + c * w.rows + r, w.rows * sizeof(float));
         }
-        continue;
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < cols; ++c) to[c * rows + r] = to_float(from[r * cols + c]);
-      }
+      return;
+    }
+    for (int64_t r = 0; r < w.rows; ++r) {
+      for (int64_t c = 0; c < w.cols; ++c) to[c * w.rows + r] = to_float(from[r * w.cols + c]);
+    }
+  }
+
+  static void expand_packed(const Weight& w, const T* from, float* to) {
+    constexpr int kPerWord = 4 / sizeof(T);
+    for (int64_t c = 0; c < w.cols; ++c, to += w.rows) {
+      const T* column = from + c / kPerWord * w.rows * kPerWord + c % kPerWord;
+      for (int64_t r = 0; r < w.rows; ++r) to[r] = to_float(column[r * kPerWord]);
     }
   }
 

@@ -22,6 +22,14 @@ const T* x_at(const ConvShape& s, const T* x, int64_t image, const int64_t (&out
   return x + image * s.in_pixels() * s.in_channels + pixel * s.in_pixel_stride();
 }
 
+// Where a weight lies among the values.
+int64_t value_at(const Weight& w, int64_t block, int64_t row, int64_t col) {
+  if (!w.packed) return (block * w.rows + row) * w.cols + col;
+  const int64_t per_word = w.dtype == DType::kFloat32 ? 1 : 2;
+  const int64_t word = block * ceil_div(w.cols, per_word) + col / per_word;
+  return (word * w.rows + row) * per_word + col % per_word;
+}
+
 // The outputs of one block row for one pixel: sum[r] += W[row r, live blocks] x.
 template <class T, class Real>
 void add_block_row(const Weight& w, int64_t block_row, const T* const* taps_of_x,
@@ -35,9 +43,9 @@ void add_block_row(const Weight& w, int64_t block_row, const T* const* taps_of_x
     const T* x = taps_of_x[tap] + (first_channel + channel) * channel_stride;
     const int64_t cols = std::min(w.cols, w.group_in - channel);
     for (int64_t r = 0; r < w.rows; ++r) {
-      const T* row = values + (block * w.rows + r) * w.cols;
-      for (int64_t c = 0; c < cols; ++c)
-        sum[r] += to_float(row[c]) * to_float(x[c * channel_stride]);
+      for (int64_t c = 0; c < cols; ++c) {
+        sum[r] += to_float(values[value_at(w, block, r, c)]) * to_float(x[c * channel_stride]);
+      }
     }
   }
 }

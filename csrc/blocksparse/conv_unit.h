@@ -9,6 +9,8 @@
 
 namespace gossamer::blocksparse {
 
+struct Weight;
+
 // Of kernels whose lanes are pixels: most registers of output pixels of a tile, fewest outputs of a
 // batch (where there are as many), and the outputs that a square of a 16-bit type has.
 constexpr int kTileVectors = 12, kBatchOutputs = 64, kSquareOutputs = 32;
@@ -97,8 +99,8 @@ struct Unit {
   int lanes;
   Kernel pixel_lanes;   // any shape
   Kernel output_lanes;  // channels-last; blocks that fill the lanes and do not cross slabs
-  // `count` blocks as float32, each transposed.
-  void (*expand)(const void* values, int64_t rows, int64_t cols, int64_t count, float* to);
+  // The blocks [begin, end) as float32, each transposed.
+  void (*expand)(const Weight& weight, int64_t begin, int64_t end, float* to);
 };
 
 // Null where the unit has no kernels for the dtype.

@@ -2,12 +2,13 @@
 
 ``Sparse24``, ``Sparse24Conv`` and ``BlockSparse`` are the open formats: what a state_dict, a pickle
 and an optimizer see; ``Sparse24Quantized`` is the same for 8-bit and 4-bit weights.
-``Sparse24Panels`` is the layout that the kernels read fastest, ``Sparse24QuantizedPanels`` that
-of quantised weights on a GPU; neither is ever saved.
+``Sparse24Panels`` and ``BlockSparsePanels`` are the layouts that the kernels read fastest,
+``Sparse24QuantizedPanels`` that of quantised weights on a GPU; none is ever saved.
 """
 
 from .block import Block
 from .blocksparse import BlockSparse
+from .blocksparse_panels import BlockSparsePanels
 from .sparse24 import (
     PANEL_DTYPES,
     Sparse24,
@@ -25,6 +26,7 @@ __all__ = [
     "VALUE_DTYPES",
     "Block",
     "BlockSparse",
+    "BlockSparsePanels",
     "Sparse24",
     "Sparse24Conv",
     "Sparse24Panels",

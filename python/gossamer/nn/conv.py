@@ -192,9 +192,13 @@ class SparseConv(TrainableModule):
         values, bias, shape = self.values, self.bias, self._pattern.shape
         geometry = (self.stride, self.padding, self.dilation, self.padding_mode)
         if isinstance(self.pattern, Block):
-            crow, col = self.crow_indices, self.col_indices
+            packed_cols = 0
+            if values is None:
+                self._refuse_training()
+                values, packed_cols = self.panels, self.pattern.cols
+            blocks = (values, self.crow_indices, self.col_indices)
             return blocksparse_conv_tensors(
-                x, values, crow, col, bias, shape, self.groups, *geometry
+                x, *blocks, bias, shape, self.groups, *geometry, packed_cols=packed_cols
             )
         return sparse24_conv_tensors(x, values, self.indices, bias, shape, self.groups, *geometry)
 

@@ -162,13 +162,14 @@ class SparseLinear(TrainableModule):
             assert values is not None
             if isinstance(self.pattern, Block):
                 crow, col = buffers["crow_indices"], buffers["col_indices"]
-                assert crow is not None
-                assert col is not None
                 return blocksparse_linear_tensors(x, values, crow, col, bias, shape)
             return sparse24_linear_tensors(x, values, buffers["indices"], bias, shape, values.dtype)
         self._refuse_training()
         panels = buffers["panels"]
-        assert panels is not None
+        if isinstance(self.pattern, Block):
+            crow, col = buffers["crow_indices"], buffers["col_indices"]
+            cols = self.pattern.cols
+            return blocksparse_linear_tensors(x, panels, crow, col, bias, shape, packed_cols=cols)
         return sparse24_linear_tensors(x, panels, None, bias, shape, panels_dtype)
 
     def extra_repr(self) -> str:

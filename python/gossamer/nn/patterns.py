@@ -11,6 +11,7 @@ from torch import Tensor
 from ..formats import (
     Block,
     BlockSparse,
+    BlockSparsePanels,
     Sparse24,
     Sparse24Conv,
     Sparse24Panels,
@@ -27,6 +28,7 @@ from ..prune import (
 )
 
 Portable = Sparse24 | Sparse24Conv | BlockSparse
+Panels = Sparse24Panels | BlockSparsePanels
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Pattern:
     """
 
     index_names: ClassVar[tuple[str, ...]]  # the layer's buffers beside its values
+    packed_names: ClassVar[tuple[str, ...]] = ()  # those of them that a packed layer keeps
     any_density: ClassVar[float | None]  # for a layer that is given its weight afterwards
 
     shape: tuple[int, ...]
@@ -73,9 +76,17 @@ class Pattern:
         """The weight of a layer's tensors."""
         raise NotImplementedError
 
-    def packed(self, weight: Portable) -> Sparse24Panels | None:
+    def packed(self, weight: Portable) -> Panels | None:
         """The weight in the layout that its device reads fastest, or None if there is no other."""
         return None
+
+    def held_panels(self, panels: Tensor, dtype: torch.dtype, *indices: Tensor) -> Panels:
+        """The weight of a packed layer's tensors."""
+        raise NotImplementedError
+
+    def unpacked(self, weight: Panels) -> Portable:
+        """The weight in the portable form."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -116,12 +127,20 @@ class Pattern24(Pattern):
     def packed(self, weight: Portable) -> Sparse24Panels | None:
         return Sparse24Panels.from_sparse24(weight) if isinstance(weight, Sparse24) else None
 
+    def held_panels(self, panels: Tensor, dtype: torch.dtype, *indices: Tensor) -> Sparse24Panels:
+        return Sparse24Panels(panels, (self.shape[0], self.shape[1]), dtype)
+
+    def unpacked(self, weight: Panels) -> Sparse24:
+        assert isinstance(weight, Sparse24Panels)
+        return weight.to_sparse24()
+
 
 @dataclass(frozen=True)
 class PatternBlocks(Pattern):
     """Zero in whole blocks."""
 
     index_names, any_density = ("crow_indices", "col_indices"), 1.0
+    packed_names = index_names
 
     block: Block
 
@@ -162,6 +181,20 @@ class PatternBlocks(Pattern):
     def portable(self, values: Tensor, *indices: Tensor) -> BlockSparse:
         crow, col = indices
         return BlockSparse(values, crow, col, self.shape, self.groups)
+
+    def packed(self, weight: Portable) -> BlockSparsePanels | None:
+        assert isinstance(weight, BlockSparse)
+        return BlockSparsePanels.from_blocksparse(weight) if weight.device.type == "cpu" else None
+
+    def held_panels(
+        self, panels: Tensor, dtype: torch.dtype, *indices: Tensor
+    ) -> BlockSparsePanels:
+        crow, col = indices
+        return BlockSparsePanels(panels, crow, col, self.shape, self.groups, self.block)
+
+    def unpacked(self, weight: Panels) -> BlockSparse:
+        assert isinstance(weight, BlockSparsePanels)
+        return weight.to_blocksparse()
 
 
 def pattern_of(op: str, pattern: str | Block, shape: tuple[int, ...], groups: int = 1) -> Pattern:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._cuda_module import obstacle
-from ..formats import PANEL_DTYPES, VALUE_DTYPES, Block, BlockSparse, Sparse24Panels
+from ..formats import PANEL_DTYPES, VALUE_DTYPES, Block, BlockSparse, BlockSparsePanels
 from .packable import PackableModule
-from .patterns import Pattern, Portable
+from .patterns import Panels, Pattern, Portable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,12 +112,12 @@ class TrainableModule(PackableModule):
         dense.train(self.training)
 
     @property
-    def weight(self) -> Portable | Sparse24Panels:
+    def weight(self) -> Portable | Panels:
         """The weight as the format it is held in: portable while trainable, panels while packed."""
         if self._panels_dtype is not None:
             assert self.panels is not None
-            shape = (self._pattern.shape[0], self._pattern.shape[1])
-            return Sparse24Panels(self.panels, shape, self._panels_dtype)
+            kept = [getattr(self, name) for name in self._pattern.packed_names]
+            return self._pattern.held_panels(self.panels, self._panels_dtype, *kept)
         assert self.values is not None
         indices = [getattr(self, name) for name in self._pattern.index_names]
         return self._pattern.portable(self.values, *indices)
@@ -125,9 +125,9 @@ class TrainableModule(PackableModule):
     def pack(self) -> Self:
         """Hold the weight in the layout that its device reads fastest, for inference only.
 
-        ``values`` and the indices are None from here on, so an optimizer made before no longer
-        reaches the weight. Nothing happens to a packed layer, nor where there is no other layout
-        (blocks and convolutions, so far).
+        ``values``, and of a 2:4 weight the indices, are None from here on, so an optimizer made
+        before no longer reaches the weight. Nothing happens to a packed layer, nor where there is
+        no other layout (2:4 convolutions, and blocks on a GPU, so far).
 
         Returns
         -------
@@ -164,8 +164,8 @@ class TrainableModule(PackableModule):
     def _pattern_repr(self) -> str:
         weight = self.weight
         state = f"packed={self.packed}"
-        if isinstance(weight, BlockSparse):
-            state = f"density={weight.density:.3g}"
+        if isinstance(weight, (BlockSparse, BlockSparsePanels)):
+            state = f"density={weight.density:.3g}, {state}"
         return f"pattern={self.pattern}, {state}"
 
     def _refuse_training(self) -> None:
@@ -178,7 +178,7 @@ class TrainableModule(PackableModule):
 
     def _portable(self) -> Portable:
         weight = self.weight
-        return weight.to_sparse24() if isinstance(weight, Sparse24Panels) else weight
+        return self._pattern.unpacked(weight) if isinstance(weight, Panels) else weight
 
     def _set_portable(self, weight: Portable, requires_grad: bool) -> None:
         state = weight.state()
@@ -190,19 +190,21 @@ class TrainableModule(PackableModule):
 
     def _hold_portable(self) -> None:
         weight = self.weight
-        if isinstance(weight, Sparse24Panels):
-            self._set_portable(weight.to_sparse24(), requires_grad=self._values_require_grad)
+        if isinstance(weight, Panels):
+            portable = self._pattern.unpacked(weight)
+            self._set_portable(portable, requires_grad=self._values_require_grad)
 
     def _hold_panels(self) -> None:
         weight = self.weight
-        if isinstance(weight, Sparse24Panels):
+        if isinstance(weight, Panels):
             return
         panels = self._pattern.packed(weight)
         if panels is not None:
             self._values_require_grad = weight.values.requires_grad
             self.values = None
             for name in self._pattern.index_names:
-                setattr(self, name, None)
+                if name not in self._pattern.packed_names:
+                    setattr(self, name, None)
             self.panels, self._panels_dtype = panels.panels, panels.dtype
 
     def _can_pack(self) -> bool:
@@ -222,8 +224,10 @@ class TrainableModule(PackableModule):
         local_metadata: Mapping[str, Any],
         *rest: Any,
     ) -> None:
+        wants_panels = self._wants_panels()
+        self._unpack()
         # Assigned, a weight may have another number of blocks; torch compares shapes all the same.
-        if local_metadata.get("assign_to_params_buffers", False) and self.values is not None:
+        if local_metadata.get("assign_to_params_buffers", False):
             for name in ("values", *self._pattern.index_names):
                 held, given = getattr(self, name), state_dict.get(prefix + name)
                 if given is not None and given.shape != held.shape:
@@ -232,6 +236,8 @@ class TrainableModule(PackableModule):
                         room = nn.Parameter(room, requires_grad=held.requires_grad)
                     setattr(self, name, room)
         super()._load_checked_state(state_dict, prefix, local_metadata, *rest)
+        if wants_panels:
+            self._pack_where_possible()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

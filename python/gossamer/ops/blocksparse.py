@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import _C
 from .._library import library
-from ..formats import BlockSparse
+from ..formats import BlockSparse, BlockSparsePanels
+from ..formats.blocksparse_panels import panels_to_blocks
 from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
 from .conv_geometry import Sizes, check_channels, output_sizes, prepare
@@ -36,7 +37,10 @@ _LINEAR, _CONV = "blocksparse_linear", "blocksparse_conv"
 
 
 def blocksparse_linear(
-    x: Tensor, weight: BlockSparse, bias: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    weight: BlockSparse | BlockSparsePanels,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Linear layer with a block-sparse weight: ``act(x @ W.T + bias)``.
 
@@ -47,8 +51,8 @@ def blocksparse_linear(
     ----------
     x : Tensor
         [..., K] in the weight's dtype, of any strides; leading dimensions may be empty.
-    weight : BlockSparse
-        The [N, K] weight. Gradients flow to its values.
+    weight : BlockSparse or BlockSparsePanels
+        The [N, K] weight. Gradients flow to the values of the portable form.
     bias : Tensor, optional
         [N] in the weight's dtype.
     activation : {None, "relu", "gelu", "silu"}
@@ -58,12 +62,13 @@ def blocksparse_linear(
     -------
     Tensor
         [..., N] in the dtype of ``x``, contiguous. Under autocast x, weight and bias are cast to
-        autocast's dtype first, as ``torch.nn.functional.linear`` does.
+        autocast's dtype first, as ``torch.nn.functional.linear`` does; panels are read in their
+        own dtype and the result is returned in autocast's.
 
     Raises
     ------
     TypeError
-        If ``weight`` is no ``BlockSparse``, or dtypes differ.
+        If ``weight`` is not one of the two formats, or dtypes differ.
     ValueError
         If shapes or devices do not match, the indices are not valid, or the activation is unknown.
     """
@@ -73,8 +78,8 @@ def blocksparse_linear(
             f"{_LINEAR}: a weight of shape {list(weight.shape)} is a convolution's: "
             "gossamer.blocksparse_conv"
         )
-    blocks = (weight.values, weight.crow_indices, weight.col_indices)
-    return blocksparse_linear_tensors(x, *blocks, bias, weight.shape, activation or "none")
+    blocks, cols = _stored(weight)
+    return blocksparse_linear_tensors(x, *blocks, bias, weight.shape, activation or "none", cols)
 
 
 def blocksparse_linear_tensors(
@@ -85,18 +90,20 @@ def blocksparse_linear_tensors(
     bias: Tensor | None,
     shape: tuple[int, ...],
     activation: str = "none",
+    packed_cols: int = 0,
 ) -> Tensor:
-    """``blocksparse_linear`` on a format's tensors."""
+    """``blocksparse_linear`` on a format's tensors: values, or panels with their blocks' columns."""
     dims = x.dim()
     check_features(_LINEAR, x, dims, shape[1])
     blocks = (values, crow_indices, col_indices)
-    y = _product(_LINEAR, as_rows(x, dims), *blocks, bias, shape, 1, (), (), (), activation)
+    rest = (shape, 1, (), (), (), packed_cols, activation)
+    y = _product(_LINEAR, as_rows(x, dims), *blocks, bias, *rest)
     return y if dims == 2 else y.view(*x.shape[:-1], shape[0])
 
 
 def blocksparse_conv(
     x: Tensor,
-    weight: BlockSparse,
+    weight: BlockSparse | BlockSparsePanels,
     bias: Tensor | None = None,
     stride: Sizes = 1,
     padding: Sizes | str = 0,
@@ -114,9 +121,9 @@ def blocksparse_conv(
     x : Tensor
         [batch, C_in, *extents] in the weight's dtype, of any strides; or without batch. The batch
         may be empty.
-    weight : BlockSparse
+    weight : BlockSparse or BlockSparsePanels
         The [C_out, C_in / groups, *kernel size] weight; the groups are its own. Gradients flow to
-        its values.
+        the values of the portable form.
     bias : Tensor, optional
         [C_out] in the weight's dtype.
     stride, dilation : int or sequence of int
@@ -132,12 +139,13 @@ def blocksparse_conv(
     -------
     Tensor
         [batch, C_out, *extents] in the dtype and the memory format (contiguous or channels-last)
-        of ``x``. Under autocast x, weight and bias are cast to autocast's dtype first.
+        of ``x``. Under autocast x, weight and bias are cast to autocast's dtype first; panels are
+        read in their own dtype and the result is returned in autocast's.
 
     Raises
     ------
     TypeError
-        If ``weight`` is no ``BlockSparse``, or dtypes differ.
+        If ``weight`` is not one of the two formats, or dtypes differ.
     ValueError
         If shapes or devices do not match, the kernel is larger than the padded x, the indices are
         not valid, or another argument is none of those above.
@@ -148,7 +156,7 @@ def blocksparse_conv(
             f"{_CONV}: a weight of shape {list(weight.shape)} is a linear layer's: "
             "gossamer.blocksparse_linear"
         )
-    blocks = (weight.values, weight.crow_indices, weight.col_indices)
+    blocks, packed_cols = _stored(weight)
     return blocksparse_conv_tensors(
         x,
         *blocks,
@@ -160,6 +168,7 @@ def blocksparse_conv(
         dilation,
         padding_mode,
         activation or "none",
+        packed_cols,
     )
 
 
@@ -176,21 +185,29 @@ def blocksparse_conv_tensors(
     dilation: Sizes = 1,
     padding_mode: str = "zeros",
     activation: str = "none",
+    packed_cols: int = 0,
 ) -> Tensor:
-    """``blocksparse_conv`` on a format's tensors."""
+    """``blocksparse_conv`` on a format's tensors: values, or panels with their blocks' columns."""
     conv = prepare(_CONV, x, shape, groups, stride, padding, dilation, padding_mode)
     blocks, steps = (values, crow_indices, col_indices), (conv.stride, conv.padding, conv.dilation)
-    return conv.result(
-        _product(_CONV, conv.x, *blocks, bias, tuple(shape), groups, *steps, activation)
-    )
+    rest = (tuple(shape), groups, *steps, packed_cols, activation)
+    return conv.result(_product(_CONV, conv.x, *blocks, bias, *rest))
 
 
 def check_format(op: str, weight: object) -> None:
-    if not isinstance(weight, BlockSparse):
+    if not isinstance(weight, (BlockSparse, BlockSparsePanels)):
         raise TypeError(
-            f"{op}: weight is {type(weight).__name__}, expected BlockSparse "
+            f"{op}: weight is {type(weight).__name__}, expected BlockSparse or BlockSparsePanels "
             "(gossamer.formats.BlockSparse.from_dense makes one of a dense weight)"
         )
+
+
+def _stored(weight: BlockSparse | BlockSparsePanels) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """The tensors of a weight, and the columns of its blocks where they are packed, else 0."""
+    indices = (weight.crow_indices, weight.col_indices)
+    if isinstance(weight, BlockSparsePanels):
+        return (weight.panels, *indices), weight.block.cols
+    return (weight.values, *indices), 0
 
 
 def _product(
@@ -198,19 +215,22 @@ def _product(
 ) -> Tensor:
     autocast = autocast_dtype(x)
     if autocast is not None:
-        x, values = autocast_to(x, autocast), autocast_to(values, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        if values.dim() == 3:
+            values = autocast_to(values, autocast)
+        # Panels keep their dtype: rewriting them at every call would cost more than the product.
+        x = autocast_to(x, values.dtype)
+        bias = None if bias is None else autocast_to(bias, values.dtype)
     check_dtypes(op, values.dtype, x=x, bias=bias)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if torch.compiler.is_compiling() else _autograd
     y: Tensor = call(x, values, crow, col, bias, *rest)
-    return y
+    return y if autocast is None else autocast_to(y, autocast)
 
 
 library.define(
     "blocksparse_product(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
     "Tensor? bias, SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, str activation) -> Tensor",
+    "SymInt[] dilation, int packed_cols, str activation) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _op = torch.ops.gossamer.blocksparse_product.default
@@ -224,6 +244,11 @@ class Geometry(NamedTuple):
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
+    packed_cols: int = 0
+
+    @property
+    def steps(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        return self.stride, self.padding, self.dilation
 
     @property
     def op(self) -> str:
@@ -255,6 +280,7 @@ def _native(
         geometry.groups,
         *geometry.in_3d(),
         last,
+        geometry.packed_cols,
         activation,
         torch.get_num_threads(),
     )
@@ -263,10 +289,10 @@ def _native(
 
 def empty_result(x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Memory for y [batch, C_out, *extents], in the memory format of x as torch chooses it."""
-    shape, groups, *steps = geometry
-    check_channels(geometry.op, x, shape, groups)
+    shape = geometry.shape
+    check_channels(geometry.op, x, shape, geometry.groups)
     check_bias(geometry.op, bias, shape[0])
-    sizes = output_sizes(geometry.op, x, shape[2:], *steps)
+    sizes = output_sizes(geometry.op, x, shape[2:], *geometry.steps)
     last = LAST.get(x.dim()) if is_channels_last(x) else None
     memory_format = torch.contiguous_format if last is None else last
     size = (x.shape[0], shape[0], *sizes)
@@ -337,7 +363,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, values, crow, col, _, *ctx.geometry = inputs
-        ctx.x_shape, ctx.block = x.shape, values.shape[1:]
+        ctx.x_shape, ctx.block = x.shape, values.shape[1:3]
         # x serves dvalues alone, and the values dx alone.
         ctx.save_for_backward(
             x if values.requires_grad else None, values if x.requires_grad else None, crow, col
@@ -350,6 +376,8 @@ class _Product(torch.autograd.Function):
         shape, groups = geometry.shape, geometry.groups
         dense = dvalues = db = None
         if values is not None:
+            if geometry.packed_cols:
+                values = panels_to_blocks(values, geometry.packed_cols)
             sizes = (shape[0], taps_of(shape), shape[1], groups)
             dense = ToDense.apply(values, *indices, *sizes).transpose(1, 2).reshape(shape)
         dx, dweight = _dense_gradients(dy, x, dense, ctx.x_shape, geometry)
@@ -357,7 +385,7 @@ class _Product(torch.autograd.Function):
             dvalues = Gather.apply(channels_last(dweight), *indices, *ctx.block, groups)
         if ctx.needs_input_grad[4]:
             db = dy.sum([axis for axis in range(dy.dim()) if axis != 1])
-        return dx, dvalues, None, None, db, *(None,) * 5
+        return dx, dvalues, None, None, db, *(None,) * len(geometry)
 
 
 def _dense_gradients(
@@ -368,7 +396,7 @@ def _dense_gradients(
     geometry: Geometry,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dW); dx where the weight is given, dW where x is."""
-    shape, groups, *steps = geometry
+    shape = geometry.shape
     if len(shape) == 2:
         return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
     wanted = (dense is not None, x is not None, False)
@@ -382,7 +410,7 @@ def _dense_gradients(
     ]
     if dy.dtype == torch.float16 and dy.is_cpu:  # torch has no such kernel on every CPU
         operands = [operand.float() for operand in operands]
-    rest = (None, *steps, False, (0,) * len(shape[2:]), groups, wanted)
+    rest = (None, *geometry.steps, False, (0,) * len(shape[2:]), geometry.groups, wanted)
     dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *rest)
     return (
         dx.to(dy.dtype) if dense is not None else None,

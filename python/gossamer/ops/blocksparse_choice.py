@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import _C
-from ..formats import BlockSparse
+from ..formats import BlockSparse, BlockSparsePanels
 from .blocksparse import LAST, Geometry, as_5d, empty_result, is_channels_last
 from .conv_geometry import Sizes, prepare
 
@@ -17,7 +17,7 @@ _OP = "blocksparse_choice"
 
 def blocksparse_choice(
     x_shape: Sequence[int],
-    weight: BlockSparse,
+    weight: BlockSparse | BlockSparsePanels,
     stride: Sizes = 1,
     padding: Sizes | str = 0,
     dilation: Sizes = 1,
@@ -30,7 +30,7 @@ def blocksparse_choice(
     ----------
     x_shape : sequence of int
         Of a linear layer [rows, K], of a convolution [batch, C_in, *extents].
-    weight : BlockSparse
+    weight : BlockSparse or BlockSparsePanels
         Of any device; only its sizes and the number of its blocks matter.
     stride, padding, dilation, padding_mode
         The convolution's.
@@ -48,7 +48,7 @@ def blocksparse_choice(
     TypeError, ValueError
         As the product itself.
     """
-    x = torch.empty(x_shape, device="meta", dtype=weight.values.dtype)
+    x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
     if channels_last and x.dim() in LAST:
         x = x.to(memory_format=LAST[x.dim()])
     conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
@@ -57,10 +57,10 @@ def blocksparse_choice(
     chosen: dict[str, Any] = _C.blocksparse_choose(
         tuple(as_5d(conv.x, last).shape),
         tuple(as_5d(empty_result(conv.x, None, geometry), last).shape),
-        str(weight.values.dtype).removeprefix("torch."),
+        str(weight.dtype).removeprefix("torch."),
         weight.block.rows,
         weight.block.cols,
-        weight.values.shape[0],
+        weight.col_indices.shape[0],
         weight.groups,
         *geometry.in_3d(),
         last,
