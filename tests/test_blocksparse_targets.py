@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BLOCKSPARSE_TARGETS
 from conv_cases import CASES, DTYPES, block_sparse, typical
 from gossamer import _C, Block, blocksparse_conv
+from gossamer.formats import BlockSparsePanels
 from gossamer.ops.blocksparse import is_channels_last
 from gossamer.ops.blocksparse_choice import blocksparse_choice
 
@@ -29,6 +32,33 @@ def test_other_targets_compute_what_the_best_below_does(target: str, dtype: torc
     y = blocksparse_conv(x, weight, **case.geometry)
     _C.force_target(chosen_target())
     assert torch.equal(blocksparse_conv(x, weight, **case.geometry), y)
+
+
+def test_panels_give_what_values_give(blocksparse_target: str) -> None:
+    for case in CASES[100:180]:
+        weight, x = case.weight(), case.x()
+        panels = BlockSparsePanels.from_blocksparse(weight)
+        back = panels.to_blocksparse()
+        assert torch.equal(back.values, weight.values)
+        y = blocksparse_conv(x, weight, **case.geometry)
+        assert torch.equal(blocksparse_conv(x, panels, **case.geometry), y)
+
+
+def test_mistakes_in_panels() -> None:
+    weight = block_sparse((6, 10), Block(4, 3), dtype=torch.bfloat16)
+    panels = BlockSparsePanels.from_blocksparse(weight)
+    assert panels.panels.shape == (weight.values.shape[0], 2, 4, 2)
+    with pytest.raises(ValueError, match=r"need \[nnz, 2, 4, 2\]"):
+        replace(panels, panels=panels.panels[:, :1])
+    with pytest.raises(ValueError, match="crow_indices have shape"):
+        replace(panels, panels=panels.panels[1:])
+    with pytest.raises(TypeError, match="float64"):
+        replace(panels, panels=panels.panels.double())
+    with pytest.raises(ValueError, match="for blocks of 5 columns of bfloat16"):
+        torch.ops.gossamer.blocksparse_product(
+            torch.randn(2, 10).bfloat16(), panels.panels, panels.crow_indices,
+            panels.col_indices, None, (6, 10), 1, (), (), (), 5, "none",
+        )  # fmt: skip
 
 
 def test_choice_says_how_the_outputs_are_cut(blocksparse_target: str) -> None:

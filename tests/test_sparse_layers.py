@@ -28,6 +28,11 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[kind for kind in KINDS if "blocks" in kind])
+def blocks(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def tensors(layer: nn.Module) -> list[Tensor]:
     return [*layer.parameters(), *layer.buffers()]
 
@@ -108,9 +113,74 @@ def test_packing_leaves_what_has_no_other_layout(kind: str) -> None:
     layer = make(kind)
     before = [t.data_ptr() for t in tensors(layer)]
     assert layer.pack() is layer
+    assert layer.packed == (layer.pattern != "2:4")
+    if not layer.packed:
+        assert layer.unpack() is layer
+        assert [t.data_ptr() for t in tensors(layer)] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_blocks(blocks: str, dtype: torch.dtype) -> None:
+    layer, x = make(blocks, dtype=dtype), x_for(blocks, dtype)
+    layer.values.requires_grad_(False)
+    y, state, weight = layer(x), layer.state_dict(), layer.to_dense().weight
+    assert layer.pack() is layer
+    assert layer.packed
+    assert layer.values is None
+    with pytest.raises(RuntimeError, match="packed layer cannot be trained"):
+        layer(x)
+    layer.eval()
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer.to_dense().weight, weight)
+    assert (
+        layer.weight.to_blocksparse().validate().nbytes == make(blocks, dtype=dtype).weight.nbytes
+    )
+    packed_state = layer.state_dict()
+    assert state.keys() == packed_state.keys()
+    assert all(torch.equal(packed_state[key], t) for key, t in state.items())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.packed
+        assert torch.equal(other(x), y)
+    layer.to(torch.float64)
     assert not layer.packed
-    assert layer.unpack() is layer
-    assert [t.data_ptr() for t in tensors(layer)] == before
+    layer.to(torch.float32).pack()
+    assert torch.equal(layer.to_dense().weight, weight.float())
+    layer.to(dtype)
+    assert layer.packed
+    assert torch.equal(layer(x), y)
+    layer.unpack()
+    assert not layer.values.requires_grad
+    assert torch.equal(layer(x), y)
+
+
+def test_packed_blocks_load_another_number_of_them(blocks: str) -> None:
+    layer, x = make(blocks).eval().pack(), x_for(blocks)
+    other = type(layer).from_dense(dense_twin(blocks), layer.pattern)
+    assert other.weight.density == 1.0
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert layer.packed
+    assert torch.equal(layer(x), other(x))
+
+
+def test_packed_blocks_pass_gradients_to_x(blocks: str) -> None:
+    layer, x = make(blocks).eval(), x_for(blocks).requires_grad_()
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (got,) = torch.autograd.grad(layer.pack()(x).square().sum(), x)
+    assert torch.equal(got, want)
+
+
+def test_packed_blocks_under_autocast(blocks: str) -> None:
+    layer, x = make(blocks).eval().pack(), x_for(blocks)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), y.bfloat16())
+
+
+def test_float64_blocks_have_no_panels(blocks: str) -> None:
+    layer = make(blocks, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"no panels of torch.float64"):
+        layer.pack()
+    assert not layer.packed
 
 
 def test_training_follows_the_masked_dense_layer(kind: str) -> None:

@@ -30,8 +30,9 @@ class SparseConv(TrainableModule):
 
     How many axes it has is that of ``kernel_size`` here; ``SparseConv1d``, ``SparseConv2d`` and
     ``SparseConv3d`` say it by their name. The weight is the Parameter ``values`` under the fixed
-    pattern of its indices. A ``state_dict``, a pickle and a deep copy hold an open format and are
-    validated before a layer takes them over. ``pack()`` leaves a convolution as it is, so far.
+    pattern of its indices. On the CPU ``pack()`` replaces the values of blocks by ``panels``, which
+    the kernels read as they are, for inference; 2:4 has no such layout so far. A ``state_dict``, a
+    pickle and a deep copy hold an open format and are validated before a layer takes them over.
 
     Parameters
     ----------
@@ -189,17 +190,21 @@ class SparseConv(TrainableModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch."""
-        values, bias, shape = self.values, self.bias, self._pattern.shape
-        geometry = (self.stride, self.padding, self.dilation, self.padding_mode)
+        bias, shape = self.bias, self._pattern.shape
+        geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.padding_mode)
         if isinstance(self.pattern, Block):
+            stored: Tensor | None = self.values
             packed_cols = 0
-            if values is None:
+            if stored is None:
                 self._refuse_training()
-                values, packed_cols = self.panels, self.pattern.cols
-            blocks = (values, self.crow_indices, self.col_indices)
+                stored, packed_cols = self.panels, self.pattern.cols
+            assert stored is not None
+            blocks = (stored, self.crow_indices, self.col_indices)
             return blocksparse_conv_tensors(
-                x, *blocks, bias, shape, self.groups, *geometry, packed_cols=packed_cols
+                x, *blocks, bias, shape, self.groups, *geometry, "none", packed_cols
             )
+        values = self.values
+        assert values is not None
         return sparse24_conv_tensors(x, values, self.indices, bias, shape, self.groups, *geometry)
 
     def extra_repr(self) -> str:

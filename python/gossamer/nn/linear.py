@@ -22,9 +22,9 @@ class SparseLinear(TrainableModule):
     A layer has two states. While it is *trainable* its weight is the Parameter ``values`` under
     the fixed pattern of its indices. ``pack()`` replaces both by ``panels``, the layout that the
     kernels of its device read fastest, for inference; ``unpack()`` brings them back. (Blocks have
-    no such layout yet: ``pack()`` leaves them as they are.) A ``state_dict``, a pickle and a deep
-    copy hold the portable form in either state, and all of them are validated before a layer takes
-    them over.
+    such a layout on the CPU only, and keep their indices beside it.) A ``state_dict``, a pickle
+    and a deep copy hold the portable form in either state, and all of them are validated before a
+    layer takes them over.
 
     Parameters
     ----------
@@ -48,7 +48,8 @@ class SparseLinear(TrainableModule):
     crow_indices, col_indices : Tensor
         Of blocks: int32, where they are (``gossamer.formats.BlockSparse``).
     panels : Tensor or None
-        int32, the packed weight (``gossamer.formats.Sparse24Panels``); None while trainable.
+        The packed weight (``gossamer.formats.Sparse24Panels``, ``BlockSparsePanels``); None while
+        trainable.
     format : Tensor
         int64: what a ``state_dict`` says of itself.
     bias : Parameter or None
@@ -157,20 +158,24 @@ class SparseLinear(TrainableModule):
         parameters, buffers = self._parameters, self._buffers
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (lazily)
         panels_dtype = self._panels_dtype
+        stored: Tensor | None
         if panels_dtype is None:
-            values = parameters["values"] if "values" in parameters else self.values  # noqa: SIM401
-            assert values is not None
-            if isinstance(self.pattern, Block):
-                crow, col = buffers["crow_indices"], buffers["col_indices"]
-                return blocksparse_linear_tensors(x, values, crow, col, bias, shape)
-            return sparse24_linear_tensors(x, values, buffers["indices"], bias, shape, values.dtype)
-        self._refuse_training()
-        panels = buffers["panels"]
+            stored = parameters["values"] if "values" in parameters else self.values  # noqa: SIM401
+            dtype = stored.dtype  # type: ignore[union-attr]
+        else:
+            self._refuse_training()
+            stored, dtype = buffers["panels"], panels_dtype
+        assert stored is not None
         if isinstance(self.pattern, Block):
             crow, col = buffers["crow_indices"], buffers["col_indices"]
-            cols = self.pattern.cols
-            return blocksparse_linear_tensors(x, panels, crow, col, bias, shape, packed_cols=cols)
-        return sparse24_linear_tensors(x, panels, None, bias, shape, panels_dtype)
+            assert crow is not None
+            assert col is not None
+            packed_cols = 0 if panels_dtype is None else self.pattern.cols
+            return blocksparse_linear_tensors(
+                x, stored, crow, col, bias, shape, packed_cols=packed_cols
+            )
+        indices = buffers["indices"]  # None while packed
+        return sparse24_linear_tensors(x, stored, indices, bias, shape, dtype)
 
     def extra_repr(self) -> str:
         return (

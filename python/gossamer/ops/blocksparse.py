@@ -92,7 +92,7 @@ def blocksparse_linear_tensors(
     activation: str = "none",
     packed_cols: int = 0,
 ) -> Tensor:
-    """``blocksparse_linear`` on a format's tensors: values, or panels with their blocks' columns."""
+    """``blocksparse_linear`` on values, or on panels of blocks of ``packed_cols`` columns."""
     dims = x.dim()
     check_features(_LINEAR, x, dims, shape[1])
     blocks = (values, crow_indices, col_indices)
@@ -187,7 +187,7 @@ def blocksparse_conv_tensors(
     activation: str = "none",
     packed_cols: int = 0,
 ) -> Tensor:
-    """``blocksparse_conv`` on a format's tensors: values, or panels with their blocks' columns."""
+    """``blocksparse_conv`` on values, or on panels of blocks of ``packed_cols`` columns."""
     conv = prepare(_CONV, x, shape, groups, stride, padding, dilation, padding_mode)
     blocks, steps = (values, crow_indices, col_indices), (conv.stride, conv.padding, conv.dilation)
     rest = (tuple(shape), groups, *steps, packed_cols, activation)
