@@ -148,8 +148,9 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const 
       config.strip_rows = rows;
     }
   }
-  // A part of a row is a whole number of tiles.
-  const int64_t tile = kernel.slab == 1 ? kTileVectors * lanes : kMostPixels;
+  // A part of a row is a whole number of tiles; where lanes are outputs, tiles of any even size are
+  // made of it.
+  const int64_t tile = kernel.slab == 1 ? kTileVectors * lanes : 2;
   while (config.strip_rows == 1 && config.strip_width > tile &&
          bytes(1, config.strip_width) > panel_bytes) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, 2), tile) * tile;
@@ -173,7 +174,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const 
       config.strip_rows >= 8 * (1 + most_shift(s, 1))) {
     config.strip_rows = ceil_div(config.strip_rows, team);
   } else if (config.strip_images == 1 && idle(strips()) > 0.1 && config.strip_rows == 1 &&
-             config.strip_width >= 4 * tile) {
+             config.strip_width >= std::max<int64_t>(4 * tile, 2 * kMostPixels)) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, team), tile) * tile;
   }
   if (idle(strips()) > 0.1) config.parts = std::min<int64_t>(team, w.block_rows());

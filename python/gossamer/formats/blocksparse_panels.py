@@ -50,7 +50,8 @@ class BlockSparsePanels(StoredWeight):
         panels = self.panels
         if panels.dtype not in PANEL_DTYPES:
             raise TypeError(
-                f"BlockSparsePanels: no panels of {panels.dtype}, only of float32, bfloat16, float16"
+                f"BlockSparsePanels: no panels of {panels.dtype}, expected float32, bfloat16 or "
+                "float16"
             )
         words, per_word = _words(self.block.cols, panels.dtype)
         expected = (words, self.block.rows, per_word)

@@ -200,9 +200,8 @@ class SparseConv(TrainableModule):
                 stored, packed_cols = self.panels, self.pattern.cols
             assert stored is not None
             blocks = (stored, self.crow_indices, self.col_indices)
-            return blocksparse_conv_tensors(
-                x, *blocks, bias, shape, self.groups, *geometry, "none", packed_cols
-            )
+            rest = (bias, shape, self.groups, *geometry, "none", packed_cols)
+            return blocksparse_conv_tensors(x, *blocks, *rest)
         values = self.values
         assert values is not None
         return sparse24_conv_tensors(x, values, self.indices, bias, shape, self.groups, *geometry)
