@@ -120,7 +120,7 @@ def test_blocks_that_are_there_need_no_pruning(sample: Tensor) -> None:
     conv = nn.Conv2d(3, 8, 3)
     with torch.no_grad():
         conv.weight.copy_(magnitude_blocks(conv.weight, Block(4, 3), 0.25))
-    model = nn.Sequential(conv)
+    model = nn.Sequential(conv).eval()
     expected = model(sample)
     report = gossamer.convert(model, pattern=Block(4, 3), sample_input=sample, force=True)
     assert report["0"].swapped
@@ -130,7 +130,7 @@ def test_blocks_that_are_there_need_no_pruning(sample: Tensor) -> None:
 
 
 def test_one_dimension_unbatched_and_a_model_that_is_a_layer() -> None:
-    conv, x = nn.Conv1d(4, 8, 3), torch.randn(4, 20)
+    conv, x = nn.Conv1d(4, 8, 3).eval(), torch.randn(4, 20)
     report = gossamer.convert(conv, sample_input=x, force=True, **BLOCKS)
     assert isinstance(report.model, SparseConv1d)
     assert report[""].rows == 1

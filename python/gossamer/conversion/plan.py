@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import _C
-from ..formats import Block, BlockSparse
+from ..formats import Block, BlockSparse, BlockSparsePanels
 from ..ops.blocksparse_choice import blocksparse_choice
 from .cost_table import NO_FIGURES, worth_swapping
 from .eligibility import Obstacles, dtype_name
@@ -148,7 +148,7 @@ def _kernel(layer: Any, sparse: SparseLayer, calls: Calls | None) -> str:
         shape = noise_shape(layer) if given is None else (given.rows, *given.shape)
         names = ("stride", "padding", "dilation", "padding_mode") if is_conv(layer) else ()
         blocks = sparse.weight
-        assert isinstance(blocks, BlockSparse)
+        assert isinstance(blocks, (BlockSparse, BlockSparsePanels))
         geometry = {name: getattr(layer, name) for name in names}
         last = given is not None and given.channels_last
         chosen = blocksparse_choice(shape, blocks, **geometry, channels_last=last)
