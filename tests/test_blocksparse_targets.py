@@ -81,6 +81,20 @@ def test_choice_says_how_the_outputs_are_cut(blocksparse_target: str) -> None:
         assert all(chosen[key] >= 0 for key in ("strip_rows", "strip_width") if vectors)
 
 
+@pytest.mark.parametrize("threads", [1, 4, 32])
+def test_narrow_strips_do_not_read_the_weights_again(blocksparse_target: str, threads: int) -> None:
+    if blocksparse_target == "serial":
+        pytest.skip("cuts nothing into strips")
+    for rows, features in ((64, 2048), (512, 28672), (256, 1 << 17)):
+        x, y = (rows, 1, 1, 1, features), (rows, 1, 1, 1, 512)
+        ones = (1, 1, 1)
+        chosen = _C.blocksparse_choose(
+            x, y, "float32", 16, 16, features // 4, 1, ones, ones, (0, 0, 0), ones, True, threads
+        )
+        assert chosen["kernel"] == "output_lanes"
+        assert chosen["strip_width"] >= 28
+
+
 def test_float64_is_serial(target: str) -> None:
     assert chosen_target(torch.float64) == "serial"
 

@@ -150,8 +150,11 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const 
   }
   // A part of a row is a whole number of tiles; where lanes are outputs, tiles of any even size are
   // made of it.
-  const int64_t tile = kernel.slab == 1 ? kTileVectors * lanes : 2;
-  while (config.strip_rows == 1 && config.strip_width > tile &&
+  const bool pixel_lanes = kernel.slab == 1;
+  const int64_t tile = pixel_lanes ? kTileVectors * lanes : 2;
+  // All weights are read again for each part, which costs more than a panel larger than the L2.
+  const int64_t narrow = pixel_lanes ? tile : 4 * kMostPixels;
+  while (config.strip_rows == 1 && config.strip_width > narrow &&
          bytes(1, config.strip_width) > panel_bytes) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, 2), tile) * tile;
   }
@@ -174,7 +177,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const 
       config.strip_rows >= 8 * (1 + most_shift(s, 1))) {
     config.strip_rows = ceil_div(config.strip_rows, team);
   } else if (config.strip_images == 1 && idle(strips()) > 0.1 && config.strip_rows == 1 &&
-             config.strip_width >= std::max<int64_t>(4 * tile, 2 * kMostPixels)) {
+             config.strip_width >= (pixel_lanes ? 4 * tile : team * kMostPixels)) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, team), tile) * tile;
   }
   if (idle(strips()) > 0.1) config.parts = std::min<int64_t>(team, w.block_rows());
