@@ -176,6 +176,14 @@ def test_packed_blocks_under_autocast(blocks: str) -> None:
         assert torch.equal(layer(x), y.bfloat16())
 
 
+def test_a_memory_format_leaves_panels_as_the_kernels_read_them(blocks: str) -> None:
+    layer, x = make(blocks).eval(), x_for(blocks)
+    y = layer(x)
+    layer.pack().to(memory_format=torch.channels_last)
+    assert layer.panels.is_contiguous()
+    assert torch.equal(layer(x), y)
+
+
 def test_float64_blocks_have_no_panels(blocks: str) -> None:
     layer = make(blocks, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"no panels of torch.float64"):

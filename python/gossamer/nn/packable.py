@@ -73,6 +73,8 @@ class PackableModule(CheckedModule):
 
         def fn_on_numbers(t: Tensor) -> Tensor:
             moved = fn(t)
+            if t is self.panels:  # a memory format is not for them, though they have four axes
+                moved = moved.contiguous()
             # Index bytes and panel words are no numbers, though Module.type() would cast them.
             keep = moved.dtype != t.dtype and not self._takes_dtype(t)
             return t.to(moved.device) if keep else moved
