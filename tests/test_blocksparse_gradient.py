@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases import SumOracle
 from conv_cases import CASES, CONVS, ConvCase, block_sparse, typical
 from gossamer import Block, blocksparse_conv, blocksparse_linear, reference
-from gossamer.formats import BlockSparse
+from gossamer.formats import BlockSparse, BlockSparsePanels
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -161,6 +161,19 @@ def test_function_transforms() -> None:
             torch.testing.assert_close(got[i], want)
     with torch.no_grad():
         torch.testing.assert_close(vmap(layer)(x), torch.stack([layer(sample) for sample in x]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_panels_have_the_gradients_of_values(dtype: torch.dtype) -> None:
+    weight = block_sparse((6, 10), Block(4, 3), dtype=dtype)
+    packed = BlockSparsePanels.from_blocksparse(weight)
+    x, values, panels = torch.randn(4, 10).to(dtype), weight.values, packed.panels
+    for w in (weight, packed):
+        w._tensors()[0].requires_grad_()
+        blocksparse_linear(x, w).float().square().sum().backward()
+    assert values.grad is not None
+    assert panels.grad is not None
+    assert torch.equal(replace(packed, panels=panels.grad).to_blocksparse().values, values.grad)
 
 
 def test_forward_mode_is_refused_and_not_dropped() -> None:

@@ -66,7 +66,7 @@ class BlockSparsePanels(StoredWeight):
 
     @classmethod
     def from_blocksparse(cls, weight: BlockSparse) -> BlockSparsePanels:
-        """The same weight as panels; gradients do not flow through them.
+        """The same weight as panels; no gradients flow back to its values.
 
         Raises
         ------

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _C
 from .._library import library
 from ..formats import BlockSparse, BlockSparsePanels
-from ..formats.blocksparse_panels import panels_to_blocks
+from ..formats.blocksparse_panels import blocks_to_panels, panels_to_blocks
 from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
 from .conv_geometry import Sizes, check_channels, output_sizes, prepare
@@ -52,7 +52,7 @@ def blocksparse_linear(
     x : Tensor
         [..., K] in the weight's dtype, of any strides; leading dimensions may be empty.
     weight : BlockSparse or BlockSparsePanels
-        The [N, K] weight. Gradients flow to the values of the portable form.
+        The [N, K] weight. Gradients flow to its values or panels.
     bias : Tensor, optional
         [N] in the weight's dtype.
     activation : {None, "relu", "gelu", "silu"}
@@ -123,7 +123,7 @@ def blocksparse_conv(
         may be empty.
     weight : BlockSparse or BlockSparsePanels
         The [C_out, C_in / groups, *kernel size] weight; the groups are its own. Gradients flow to
-        the values of the portable form.
+        its values or panels.
     bias : Tensor, optional
         [C_out] in the weight's dtype.
     stride, dilation : int or sequence of int
@@ -363,7 +363,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, values, crow, col, _, *ctx.geometry = inputs
-        ctx.x_shape, ctx.block = x.shape, values.shape[1:3]
+        ctx.x_shape = x.shape
+        packed_cols = Geometry(*ctx.geometry).packed_cols
+        ctx.block = (values.shape[2], packed_cols) if packed_cols else values.shape[1:]
         # x serves dvalues alone, and the values dx alone.
         ctx.save_for_backward(
             x if values.requires_grad else None, values if x.requires_grad else None, crow, col
@@ -383,6 +385,8 @@ class _Product(torch.autograd.Function):
         dx, dweight = _dense_gradients(dy, x, dense, ctx.x_shape, geometry)
         if dweight is not None:
             dvalues = Gather.apply(channels_last(dweight), *indices, *ctx.block, groups)
+            if geometry.packed_cols:
+                dvalues = blocks_to_panels(dvalues)
         if ctx.needs_input_grad[4]:
             db = dy.sum([axis for axis in range(dy.dim()) if axis != 1])
         return dx, dvalues, None, None, db, *(None,) * len(geometry)
