@@ -5,6 +5,7 @@
 #include "common/parallel.h"
 #include "common/py_tensor.h"
 #include "common/target.h"
+#include "grouped/grouped.h"
 #include "probe/probe.h"
 #include "sparse24/quantized.h"
 #include "sparse24/sparse24.h"
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   gossamer::blocksparse::bind(m);
+  gossamer::grouped::bind(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_quantized(m);

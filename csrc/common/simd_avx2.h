@@ -98,6 +98,15 @@ struct Simd : SimdOffsets {
     return _mm256_permute4x64_epi64(packed, 0xd8);  // the pack works within 128-bit halves
   }
 
+  static F sum_lanes(const F (&a)[8]) {
+    F b[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) b[i] = _mm256_hadd_ps(a[2 * i], a[2 * i + 1]);
+    // Each half holds a part of four sums.
+    const F low = _mm256_hadd_ps(b[0], b[1]), high = _mm256_hadd_ps(b[2], b[3]);
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
+
   static void transpose(const I (&a)[8], void* out, int64_t row_bytes) {
     const auto store_row = [&](int row, I words) {
       store_words(reinterpret_cast<uint32_t*>(static_cast<char*>(out) + row * row_bytes), words);

@@ -95,6 +95,30 @@ struct Simd : SimdOffsets {
     return _mm512_cvtepi32_epi16(and_(_mm512_srlv_epi32(set1(word), shifts), set1(3u)));
   }
 
+  // In lane i the sum of the lanes of a[i].
+  static F sum_lanes(const F (&a)[16]) {
+    F b[8], c[4];
+    // Neighbours halve each other: sums of lanes of two registers side by side in one.
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const I even = as_int(a[2 * i]), odd = as_int(a[2 * i + 1]);
+      b[i] = add(as_float(_mm512_unpacklo_epi32(even, odd)),
+                 as_float(_mm512_unpackhi_epi32(even, odd)));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const I low = as_int(b[2 * i]), high = as_int(b[2 * i + 1]);
+      c[i] = add(as_float(_mm512_unpacklo_epi64(low, high)),
+                 as_float(_mm512_unpackhi_epi64(low, high)));
+    }
+    // Each quarter of c[i] holds a part of all four of its sums.
+    const F c01 =
+        add(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+    const F c23 =
+        add(_mm512_shuffle_f32x4(c[2], c[3], 0x88), _mm512_shuffle_f32x4(c[2], c[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(c01, c23, 0x88), _mm512_shuffle_f32x4(c01, c23, 0xdd));
+  }
+
   // Writes the transpose of kLanes x kLanes words, its rows `row_bytes` apart.
   static void transpose(const I (&a)[16], void* out, int64_t row_bytes) {
     const auto store_row = [&](int row, I words) {

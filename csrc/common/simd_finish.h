@@ -1,6 +1,6 @@
 #pragma once
-// Epilogues over a vector vocabulary S and a storage type T, for sums that lie output by output:
-// sums[output][row]. Included by units of one instruction set.
+// Epilogues over a vector vocabulary S and a storage type T, for sums that lie output by output,
+// sums[output][row], unless they say otherwise. Included by units of one instruction set.
 #include "common/epilogue.h"
 #include "common/simd_math.h"
 
@@ -79,6 +79,27 @@ struct Finish {
     for (int64_t row = 0; row < rows; row += S::kLanes) {
       for (int64_t first = 0; first < outputs; first += kSquare) {
         square(e, sums, sums_stride, row, rows, first, outputs);
+      }
+    }
+  }
+
+  // All of sums[rows][e.n], rows of them sums_stride apart and readable up to a whole register.
+  static void rows_first(const Epilogue& e, const float* sums, int64_t sums_stride, int64_t rows) {
+    for (int64_t first = 0; first < e.n; first += S::kLanes) {
+      float bias[S::kLanes];
+      load_bias(e, first, bias);
+      const F added = S::load(bias);
+      for (int64_t row = 0; row < rows; ++row) {
+        const F sum = S::load(sums + row * sums_stride + first);
+        const F y = activate(S::add(sum, added), e.activation);
+        T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
+        if (first + S::kLanes <= e.n) {
+          S::store(out, y);
+        } else {
+          T padded[S::kLanes];
+          S::store(padded, y);
+          __builtin_memcpy(out, padded, (e.n - first) * sizeof(T));
+        }
       }
     }
   }

@@ -1,0 +1,8 @@
+#include "common/simd_avx2.h"
+#include "grouped/gemm_kernels.h"
+
+namespace gossamer::grouped {
+
+const Unit* unit_avx2(DType dtype) { return multiply_add_unit<Simd>(dtype); }
+
+}  // namespace gossamer::grouped
