@@ -100,6 +100,7 @@ void bind(py::module_& m) {
         py::dict report;
         report["target"] = choice.target;
         report["kernel"] = choice.kernel;
+        report["why"] = choice.why;
         return report;
       },
       py::arg("dtype"));

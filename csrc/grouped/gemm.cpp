@@ -133,13 +133,17 @@ void gemm(const GroupedArgs& args) {
 Choice choose(DType dtype) {
   const Target wanted = target();
   const Unit* unit = unit_of(wanted, dtype);
-  if (unit == nullptr) return {"serial", name(Target::kSerial)};
+  if (unit == nullptr) {
+    return {"serial", name(Target::kSerial),
+            wanted == Target::kSerial ? "no vector target is in force"
+                                      : "float64 has the serial kernel only"};
+  }
   // A target without kernels of its own hands out those of the one before.
   Target owner = wanted;
   for (auto below = static_cast<int>(wanted) - 1; below >= 0; --below) {
     if (unit_of(static_cast<Target>(below), dtype) == unit) owner = static_cast<Target>(below);
   }
-  return {unit->kernel, name(owner)};
+  return {unit->kernel, name(owner), unit->why};
 }
 
 }  // namespace gossamer::grouped

@@ -134,7 +134,10 @@ struct TileGemm {
     }
   }
 
-  static constexpr Unit unit = {"tiles", kTokens, true, kColumns, sizeof(T), pack, run};
+  static constexpr Unit unit = {"tiles",  "16 outputs times 16 tokens an instruction",
+                                kTokens,  true,
+                                kColumns, sizeof(T),
+                                pack,     run};
 };
 
 }  // namespace

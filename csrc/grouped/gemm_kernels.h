@@ -190,7 +190,8 @@ struct Dot : Finish<S, T> {
   static void run(const Task& task) { run_up_to<kMaxTile>(task); }
 
   static constexpr Unit unit = {
-      "dot", kMaxTile, false, kColumns, kStepFloats * int64_t{sizeof(float)} / kColumns, pack, run};
+      "dot",    "each weight read once meets all tokens of a tile", kMaxTile, false,
+      kColumns, kStepFloats * int64_t{sizeof(float)} / kColumns,    pack,     run};
 };
 
 // The unit of float32 multiply-adds; null for a dtype without kernels.

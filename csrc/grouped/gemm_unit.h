@@ -30,6 +30,7 @@ struct Task {
 
 struct Unit {
   const char* kernel;
+  const char* why;
   // x is packed in tiles of so many tokens, the last one filled up with zeros, and its columns
   // rounded up to a step.
   int max_tile;

@@ -47,6 +47,7 @@ void gemm_serial(const GroupedArgs& args);  // the readable definition
 struct Choice {
   const char* kernel;
   const char* target;
+  const char* why;
 };
 Choice choose(DType dtype);
 

@@ -13,6 +13,7 @@ from .info import info
 from .ops import (
     blocksparse_conv,
     blocksparse_linear,
+    grouped_linear,
     sparse24_linear,
     sparse24_linear_quantized,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "fold_batchnorm",
     "formats",
+    "grouped_linear",
     "info",
     "nn",
     "ops",

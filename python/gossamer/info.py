@@ -31,6 +31,8 @@ _TYPICAL_BLOCKS = (
     ((1, 64, 56, 56), (64, 64, 3, 3), 1, "ResNet-50 3x3 on 56x56, 1 image"),
 )
 _BLOCK, _DENSITY = Block(16, 16), 0.25
+# (tokens, outputs, inputs) of one expert.
+_TYPICAL_EXPERT = (8, 1024, 2048, "OLMoE-1B-7B gate_proj, an expert's 8")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -166,6 +168,7 @@ def info() -> Info:
             for shape in _TYPICAL_SHAPES
         )
         + tuple(_blocksparse_choices())
+        + tuple(_grouped_choice(dtype) for dtype in _DTYPES)
         + _cuda_choices(devices),
         warnings=tuple(warnings),
     )
@@ -199,6 +202,14 @@ def _blocksparse_choices() -> Iterator[Choice]:
         # Padded to the extents of x.
         m, n, k = math.prod(x_shape) // x_shape[1], shape[0], math.prod(shape[1:])
         yield Choice(operation, example, m, n, k, dtype, target, kernel, why)
+
+
+def _grouped_choice(dtype: str) -> Choice:
+    m, n, k, example = _TYPICAL_EXPERT
+    chosen = _C.grouped_choose(dtype)
+    return Choice(
+        "grouped_linear", example, m, n, k, dtype, chosen["target"], chosen["kernel"], chosen["why"]
+    )
 
 
 def _sparse24_choice(shape: tuple[int, int, int, str], dtype: str, threads: int) -> Choice:

@@ -308,3 +308,20 @@ def sparse24_linear_quantized(
     if bias is not None:
         y = y + bias.to(y.dtype)
     return activate(y, activation)
+
+
+def grouped_linear(
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """y[t] = act(x[t] W[e]ᵀ + b[e]), the tokens of expert e ending at ``offsets[e]``."""
+    ends = offsets.tolist()
+    groups = x.split([end - begin for begin, end in zip([0, *ends], ends, strict=False)])
+    parts = [
+        F.linear(group, weights[e], None if bias is None else bias[e])
+        for e, group in enumerate(groups)
+    ]
+    return activate(torch.cat(parts), activation)

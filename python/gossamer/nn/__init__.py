@@ -1,10 +1,12 @@
 """Layers that take the place of torch's own."""
 
 from .conv import SparseConv, SparseConv1d, SparseConv2d, SparseConv3d
+from .grouped import GroupedLinear
 from .linear import SparseLinear
 from .linear_quantized import SparseLinearQuantized
 
 __all__ = [
+    "GroupedLinear",
     "SparseConv",
     "SparseConv1d",
     "SparseConv2d",

@@ -1,6 +1,7 @@
 """The ops: of each its schema, native implementation, fake, gradient and public function."""
 
 from .blocksparse import blocksparse_conv, blocksparse_linear
+from .grouped import grouped_linear
 from .quantize_rows import quantize_rows
 from .sparse24 import sparse24_linear
 from .sparse24_conv import sparse24_conv
@@ -9,6 +10,7 @@ from .sparse24_quantized import sparse24_linear_quantized
 __all__ = [
     "blocksparse_conv",
     "blocksparse_linear",
+    "grouped_linear",
     "quantize_rows",
     "sparse24_conv",
     "sparse24_linear",
