@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from block_case import BlockCase, break_even
+from record import Case
 from report import columns_table, mean_text, print_verdicts
 from rich.console import Console
 
+_Case = TypeVar("_Case", bound=Case)
 
-def groups_of(
-    cases: Sequence[BlockCase], key: Callable[[BlockCase], Any]
-) -> dict[Any, list[BlockCase]]:
+
+def groups_of(cases: Sequence[_Case], key: Callable[[_Case], Any]) -> dict[Any, list[_Case]]:
     """The cases by a key, in the order in which the keys occur."""
-    found: dict[Any, list[BlockCase]] = {}
+    found: dict[Any, list[_Case]] = {}
     for case in cases:
         found.setdefault(key(case), []).append(case)
     return found

@@ -12,15 +12,18 @@ import torch
 from shapes import (
     CONV_SHAPES,
     DTYPES,
+    EXPERT_SHAPES,
+    EXPERT_TOKENS,
     QUICK_ROWS,
     ROWS,
     SHAPES,
     ConvShape,
+    ExpertShape,
     LinearShape,
     find_shapes,
 )
 
-FEATURES = ("sparse24", "blocksparse", "model", "resnet50")
+FEATURES = ("sparse24", "blocksparse", "grouped", "model", "resnet50")
 QUICK_FEATURES = FEATURES[:-1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -33,6 +36,7 @@ class Choices:
     quick_features: tuple[str, ...]
     shapes: tuple[LinearShape, ...]
     conv_shapes: tuple[ConvShape, ...]
+    expert_shapes: tuple[ExpertShape, ...]
     rows: tuple[int, ...]
     quick_rows: tuple[int, ...]
     known_dtypes: tuple[str, ...]
@@ -43,13 +47,13 @@ class Choices:
 def choices_of(device: str) -> Choices:
     if device == "cpu":
         every = tuple(DTYPES)
-        layers, rows = (SHAPES, CONV_SHAPES), (ROWS, QUICK_ROWS)
+        layers, rows = (SHAPES, CONV_SHAPES, EXPERT_SHAPES), (ROWS, QUICK_ROWS)
         quick_dtypes = ("float32", "bfloat16")
         return Choices(FEATURES, QUICK_FEATURES, *layers, *rows, every, every, quick_dtypes)
     import cuda_shapes as gpu
 
     features, default = ("sparse24",), gpu.DEFAULT_DTYPES
-    layers, rows = (gpu.SHAPES, ()), (gpu.ROWS, gpu.QUICK_ROWS)
+    layers, rows = (gpu.SHAPES, (), ()), (gpu.ROWS, gpu.QUICK_ROWS)
     return Choices(features, features, *layers, *rows, tuple(gpu.DTYPES), default, default)
 
 
@@ -63,7 +67,9 @@ class Options:
     model_dtypes: tuple[str, ...]
     shapes: tuple[LinearShape, ...]
     conv_shapes: tuple[ConvShape, ...]
+    expert_shapes: tuple[ExpertShape, ...]
     rows: tuple[int, ...]
+    tokens: tuple[int, ...]  # an expert
     blocks: tuple[tuple[int, int], ...]
     threads: int
     cold: bool
@@ -113,7 +119,7 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     on_gpu = "on a GPU bf16, fp16, fp8, int8, fp32"
     add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
-    add("--m", type=_rows, metavar="1,16,...", help="rows of input")
+    add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert")
     add("--block", type=_blocks, default=((16, 16),), metavar="16x16,4x4", help="of blocksparse")
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
@@ -151,7 +157,9 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
     _check_names(parser, "--feature", features, choices.features)
     _check_names(parser, "--dtype", dtypes, choices.known_dtypes)
     try:
-        layers = find_shapes(given.shapes, choices.shapes + choices.conv_shapes)
+        layers = find_shapes(
+            given.shapes, (*choices.shapes, *choices.conv_shapes, *choices.expert_shapes)
+        )
     except ValueError as error:
         parser.error(f"argument --shapes: {error}")
     model_dtypes = (
@@ -164,7 +172,9 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
         model_dtypes=tuple(model_dtypes),
         shapes=tuple(shape for shape in layers if isinstance(shape, LinearShape)),
         conv_shapes=tuple(shape for shape in layers if isinstance(shape, ConvShape)),
+        expert_shapes=tuple(shape for shape in layers if isinstance(shape, ExpertShape)),
         rows=given.m or (choices.quick_rows if given.quick else choices.rows),
+        tokens=given.m or EXPERT_TOKENS,
         blocks=given.block,
         threads=given.threads or torch.get_num_threads(),
         cold=given.cold,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from bench_grouped import GroupedCase
 from block_case import BlockCase
 from machine import MIB, Limits
 from models import ModelResult
@@ -182,6 +183,7 @@ def print_summary(
     console: Console,
     cases: Sequence[Case],
     blocks: Sequence[BlockCase],
+    experts: Sequence[GroupedCase],
     models: Sequence[ModelResult],
 ) -> None:
     """What somebody reads who reads nothing else."""
@@ -192,5 +194,9 @@ def print_summary(
         from block_report import print_block_summary  # whose tables are made as those here
 
         print_block_summary(console, blocks)
+    if experts:
+        from grouped_report import print_grouped_summary
+
+        print_grouped_summary(console, experts)
     for result in models:
         _print_model(console, result)

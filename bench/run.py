@@ -24,6 +24,7 @@ from timing import Effort
 
 if TYPE_CHECKING:
     from bench_blocksparse import BlockPlan
+    from bench_grouped import GroupedCase, GroupedPlan
     from bench_sparse24 import Plan
     from block_case import BlockCase
     from machine import Limits
@@ -38,6 +39,7 @@ QUICK_MODEL_EFFORT = Effort(budget=4.0, least_rounds=5, most_rounds=15)
 QUICK_CSR_ROWS = 64  # with more, torch's CSR product takes longer than all the others together
 QUICK_GFLOP = 40.0  # of the dense product: leaves out the two widest layers at 1024 rows
 QUICK_BLOCK_LAYERS = ("bert.up", "llama.attention")  # beside ResNet-50's convolutions
+QUICK_EXPERT_LAYERS = ("mixtral-fifth.up", "olmoe.up")
 LEAST_WIDTH = 140  # of the tables: better wrapped by a narrow terminal than cut
 
 
@@ -79,7 +81,7 @@ def _block_plan(options: Options) -> BlockPlan:
 
 
 def _run_cases(
-    console: Console, bench: ModuleType, plan: Plan | BlockPlan, limits: Limits
+    console: Console, bench: ModuleType, plan: Plan | BlockPlan | GroupedPlan, limits: Limits
 ) -> list[Any]:
     from report import print_cases
     from tqdm import tqdm
@@ -115,6 +117,17 @@ def _run_blocksparse(console: Console, options: Options, limits: Limits) -> list
     import bench_blocksparse
 
     return _run_cases(console, bench_blocksparse, _block_plan(options), limits)
+
+
+def _run_grouped(console: Console, options: Options, limits: Limits) -> list[GroupedCase]:
+    import bench_grouped
+
+    shapes = options.expert_shapes
+    if options.quick and not options.shapes_given:
+        shapes = tuple(shape for shape in shapes if shape.name in QUICK_EXPERT_LAYERS)
+    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
+    plan = bench_grouped.GroupedPlan(shapes, options.tokens, options.dtypes, effort)
+    return _run_cases(console, bench_grouped, plan, limits)
 
 
 def _run_models(console: Console, options: Options) -> list[ModelResult]:
@@ -159,9 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.features
     cases = _run_sparse24(console, options, limits) if "sparse24" in wanted else []
     blocks = _run_blocksparse(console, options, limits) if "blocksparse" in wanted else []
+    experts = _run_grouped(console, options, limits) if "grouped" in wanted else []
     results = _run_models(console, options)
-    report.print_summary(console, cases, blocks, results)
-    every = [*cases, *blocks]
+    report.print_summary(console, cases, blocks, experts, results)
+    every = [*cases, *blocks, *experts]
 
     commit = describe_commit()
     if options.commit:

@@ -137,10 +137,45 @@ CONV_SHAPES = (
     _conv("resnext50", 512, 512, 3, 14, groups=32),
     _conv("mobilenet", 192, 192, 3, 28, groups=192),
 )
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """A named [N, K] weight of each of so many experts."""
+
+    name: str
+    experts: int
+    out_features: int
+    in_features: int
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        sizes = asdict(self)
+        del sizes["name"]
+        return sizes
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.experts} experts {self.out_features}x{self.in_features}"
+
+
+EXPERT_SHAPES = (
+    # Mixtral-8x7B's 14336x4096 and 4096x14336, at a fifth of their widths
+    ExpertShape("mixtral-fifth.up", 8, 2816, 1024),
+    ExpertShape("mixtral-fifth.down", 8, 1024, 2816),
+    # OLMoE-1B-7B: hidden 2048, feed-forward 1024
+    ExpertShape("olmoe.up", 64, 1024, 2048),
+    ExpertShape("olmoe.down", 64, 2048, 1024),
+)
+EXPERT_TOKENS = (1, 8, 64)  # an expert, on average
+
 # What the goals of block-sparse convolutions speak of.
 GOAL_MODEL = "resnet50"
 
-Shape = LinearShape | ConvShape
+Shape = LinearShape | ConvShape | ExpertShape
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,6 @@ thread_local Scratch packed_x, sums;
 // there are several tasks.
 constexpr int64_t kMostRows = 512;
 
-// What reading a weight costs, in tokens that it is multiplied with: the time of so many products.
-constexpr int64_t kReadTokens = 8;
-
 // Some tokens of an expert, and the blocks of its outputs.
 struct Piece {
   int64_t expert, first, rows;
@@ -76,7 +73,7 @@ class Products {
   }
 
  private:
-  static int64_t cost(const Piece& piece) { return kReadTokens + piece.rows; }
+  int64_t cost(const Piece& piece) const { return unit_.read_tokens + piece.rows; }
 
   template <class Body>
   void for_pieces(const Body& body) const {

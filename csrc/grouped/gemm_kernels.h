@@ -190,8 +190,16 @@ struct Dot : Finish<S, T> {
   static void run(const Task& task) { run_up_to<kMaxTile>(task); }
 
   static constexpr Unit unit = {
-      "dot",    "each weight read once meets all tokens of a tile", kMaxTile, false,
-      kColumns, kStepFloats * int64_t{sizeof(float)} / kColumns,    pack,     run};
+      .kernel = "dot",
+      .why = "each weight read once meets all tokens of a tile",
+      .max_tile = kMaxTile,
+      .whole_tiles = false,
+      .read_tokens = 8,  // measured on Emerald Rapids: 12 of float32, half as many of 16 bits
+      .step_columns = kColumns,
+      .column_bytes = kStepFloats * int64_t{sizeof(float)} / kColumns,
+      .pack = pack,
+      .run = run,
+  };
 };
 
 // The unit of float32 multiply-adds; null for a dtype without kernels.

@@ -34,7 +34,9 @@ struct Unit {
   // x is packed in tiles of so many tokens, the last one filled up with zeros, and its columns
   // rounded up to a step.
   int max_tile;
-  bool whole_tiles;      // of max_tile tokens always
+  bool whole_tiles;  // of max_tile tokens always
+  // What reading a weight from memory costs, in tokens that it is multiplied with.
+  int64_t read_tokens;
   int64_t step_columns;  // of x
   int64_t column_bytes;  // of a packed token
   void (*pack)(const XRows& x, int tile, void* packed);
