@@ -137,11 +137,10 @@ class MixtureOfExperts(nn.Module):
         return torch.zeros_like(x).index_copy(0, order, y) * weight.unsqueeze(-1)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_matches_eager(backend: str) -> None:
+def test_compiled_training_matches_eager() -> None:
     torch._dynamo.reset()
     model = MixtureOfExperts()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     parameters: list[Any] = list(model.parameters())
     for tokens in (7, 20):
         x = torch.randn(tokens, 8)
@@ -151,6 +150,14 @@ def test_compiled_training_matches_eager(backend: str) -> None:
             torch.autograd.grad(got.square().sum(), parameters),
             torch.autograd.grad(expected.square().sum(), parameters),
         )
+
+
+def test_inductor_calls_the_op() -> None:
+    torch._dynamo.reset()
+    x, weights, bias = SMALL.operands(torch.float32)
+    operands = (x, weights, SMALL.offsets, bias, "silu")
+    compiled = torch.compile(grouped_linear, fullgraph=True)
+    assert torch.equal(compiled(*operands), grouped_linear(*operands))
 
 
 def test_export() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import dense_24, sparse_24
-from gossamer import _C, Block, blocksparse_linear, sparse24_linear
+from gossamer import _C, Block, blocksparse_linear, grouped_linear, sparse24_linear
 from gossamer.formats import BlockSparse, Sparse24, Sparse24Panels
 from gossamer.nn import SparseLinear
 from gossamer.prune import magnitude_blocks
@@ -144,10 +144,13 @@ def test_a_forked_child_works_serially(threads: int) -> None:
     weights = (sparse, Sparse24Panels.from_sparse24(sparse))
     blocks = BlockSparse.from_dense(magnitude_blocks(dense, Block(16, 16), 0.05), Block(16, 16))
 
+    experts, ends = torch.randn(2, 64, LARGE), torch.tensor([MANY // 4, MANY])
+
     def results() -> list[bytes]:
         # Compared as bytes: torch's own parallel loops hang in a forked child.
         found = [sparse24_linear(x, w) for x in inputs for w in weights]
         found.append(blocksparse_linear(inputs[0], blocks))
+        found.append(grouped_linear(inputs[1], experts, ends))
         return [y.numpy().tobytes() for y in found]
 
     expected = results()  # and the team exists from here on
