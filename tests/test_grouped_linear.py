@@ -9,6 +9,7 @@ import torch
 from cases import DTYPES
 from gossamer import _C, grouped_linear
 from gossamer.nn import GroupedLinear
+from gossamer.ops.grouped import _native_cuda
 from grouped_cases import CASES, GroupedCase, GroupedOracle
 from torch import Tensor, nn
 
@@ -96,6 +97,15 @@ def test_any_strides(target: str) -> None:
             assert torch.equal(grouped_linear(each_x, each_weights, twice, columns), y)
         row = x[:1].expand(len(x), -1)
         GroupedOracle(row, weights, offsets).check(grouped_linear(row, weights, offsets))
+
+
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_loop_that_a_gpu_runs(case: GroupedCase) -> None:
+    x, weights, bias = case.operands(torch.float32)
+    operands = (x, weights, case.offsets, bias)
+    GroupedOracle(*operands, "gelu").check(_native_cuda(*operands, "gelu"))
+    with pytest.raises(ValueError, match="the last of the offsets"):
+        _native_cuda(x[:0].new_ones(len(x) + 1, case.k), weights, case.offsets, bias, "none")
 
 
 X, WEIGHTS = torch.randn(5, 8), torch.randn(3, 4, 8)
