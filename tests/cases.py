@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VALUE_TYPES = ("int8", "float8_e4m3fn", "int4")
 # Those with block-sparse kernels of their own (csrc/blocksparse/conv.cpp); any other runs those of
 # the best one below it. tests/test_blocksparse_targets.py fails where this list is not up to date.
-BLOCKSPARSE_TARGETS = ("serial", "avx2", "avx512")
+BLOCKSPARSE_TARGETS = ("serial", "avx2", "avx512", "amx_bf16")
 
 # (M, N, K), by what a kernel has to get right.
 SHAPES = (

@@ -7,6 +7,8 @@
 
 #include "blocksparse/blocksparse.h"
 #include "blocksparse/conv_config.h"
+#include "blocksparse/conv_tiles.h"
+#include "blocksparse/conv_tiles_config.h"
 #include "blocksparse/conv_unit.h"
 #include "common/border.h"
 #include "common/cache_size.h"
@@ -173,6 +175,14 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
         out.data, threads});
 }
 
+template <class Config>
+void report_strips(py::dict& report, const Config& config) {
+  report["strip_images"] = config.strip_images;
+  report["strip_rows"] = config.strip_rows;
+  report["strip_width"] = config.strip_width;
+  report["parts"] = config.parts;
+}
+
 py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
                 const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
                 const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,
@@ -197,18 +207,27 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
     report["threads"] = threads;
     return report;
   }
+  const bool empty = s.batch * s.out_pixels() == 0;  // nothing to cut up
+  if (tiles_in_force(w)) {
+    const TileConfig config =
+        empty ? TileConfig{} : choose_tile_config(collapsed(s), w, l2_bytes(), threads);
+    report["target"] = name(Target::kAMXBF16);
+    report["kernel"] = "tiles";
+    report["why"] = "of the tiles that hold a live block enough is live";
+    report["threads"] = std::max(config.threads, 1);
+    report["depth"] = choose_depth(w);
+    report["in_place"] = config.in_place;
+    report_strips(report, config);
+    return report;
+  }
   const Kernel& chosen_kernel = choose_kernel(s, w, *unit);
   report["kernel"] = chosen_kernel.name;
   report["why"] = chosen_kernel.row_step == 1 ? "lanes are pixels, so blocks of any size fill them"
                                               : "lanes are outputs, which a block's rows fill";
-  const bool empty = s.batch * s.out_pixels() == 0;  // nothing to cut up
   const ConvConfig config = empty ? ConvConfig{0, 0, 0, 0, 0, 0, 1}
                                   : choose_conv_config(collapsed(s), w, *unit, l2_bytes(), threads);
   report["threads"] = config.threads;
-  report["strip_images"] = config.strip_images;
-  report["strip_rows"] = config.strip_rows;
-  report["strip_width"] = config.strip_width;
-  report["parts"] = config.parts;
+  report_strips(report, config);
   report["batch_outputs"] = config.batch_outputs;
   report["tile_vectors"] = config.tile_vectors;
   return report;

@@ -3,6 +3,8 @@
 
 #include "blocksparse/blocksparse.h"
 #include "blocksparse/conv_config.h"
+#include "blocksparse/conv_tiles.h"
+#include "blocksparse/conv_tiles_config.h"
 #include "blocksparse/conv_unit.h"
 #include "common/cache_size.h"
 #include "common/parallel.h"
@@ -207,10 +209,17 @@ std::pair<Target, const Unit*> unit_in_force([[maybe_unused]] DType dtype) {
   return {Target::kSerial, nullptr};
 }
 
+bool tiles_in_force(const Weight& weight) {
+  return target() == Target::kAMXBF16 && tiles_win(weight);
+}
+
 void conv(const ConvArgs& args) {
   if (args.shape.batch * args.shape.out_pixels() == 0) return;
   const Unit* unit = unit_in_force(args.weight.dtype).second;
   if (unit == nullptr) return conv_serial(args);
+#ifdef GOSSAMER_AMX
+  if (tiles_in_force(args.weight) && conv_tiles(args)) return;
+#endif
   conv_vectors(args, *unit);
 }
 

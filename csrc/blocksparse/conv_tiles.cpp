@@ -1,0 +1,340 @@
+// Cuts a convolution into tasks for a unit that multiplies tiles.
+#include "blocksparse/conv_tiles.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstring>
+#include <vector>
+
+#include "blocksparse/conv_tiles_config.h"
+#include "common/cache_size.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace gossamer::blocksparse {
+namespace {
+
+thread_local Scratch panel_scratch, weight_scratch, own_weight_scratch;
+
+struct Place {
+  int32_t tap, slab;
+};
+
+// The live tiles of 16 outputs, in the order in which they are multiplied: the taps of a slab
+// follow each other, which read nearly the same pixels.
+class LiveTiles {
+ public:
+  LiveTiles(const Weight& weight, int depth)
+      : weight_(weight),
+        depth_(depth),
+        slabs_(ceil_div(weight.group_in, depth)),
+        words_(ceil_div(weight.taps * slabs_, int64_t{64})),
+        before_(words_.size()) {}
+
+  int64_t row_tiles_of_group() const { return ceil_div(weight_.group_out, kTile); }
+
+  // Of a tile of outputs; their number.
+  int64_t find(int64_t row_tile) {
+    std::fill(words_.begin(), words_.end(), 0);
+    first_ = row_tile % row_tiles_of_group() * kTile;
+    outputs_ = std::min<int64_t>(kTile, weight_.group_out - first_);
+    const int64_t rows_before = row_tile / row_tiles_of_group() * weight_.row_blocks();
+    begin_ = rows_before + first_ / weight_.rows;
+    end_ = rows_before + (first_ + outputs_ - 1) / weight_.rows + 1;
+    for_each_piece([&](int64_t, int64_t, int64_t at, int64_t, int64_t) {
+      words_[at / 64] |= uint64_t{1} << at % 64;
+    });
+    int64_t count = 0;
+    for (size_t i = 0; i < words_.size(); ++i) {
+      before_[i] = count;
+      count += std::popcount(words_[i]);
+    }
+    return count;
+  }
+
+  void places(Place* to) const {
+    for (size_t i = 0; i < words_.size(); ++i) {
+      for (uint64_t word = words_[i]; word != 0; word &= word - 1) {
+        const auto at = static_cast<int64_t>(64 * i) + std::countr_zero(word);
+        *to++ = {static_cast<int32_t>(at % weight_.taps), static_cast<int32_t>(at / weight_.taps)};
+      }
+    }
+  }
+
+  // Squares of 16 outputs by kMostDepth channels.
+  static int64_t squares(int64_t tiles, int depth) { return ceil_div(tiles * depth, kMostDepth); }
+
+  void expand(int64_t count, uint16_t* to) const {
+    const int64_t all = squares(count, depth_);
+    std::memset(to, 0, all * kTile * kMostDepth * sizeof(uint16_t));
+    const auto* values = static_cast<const uint16_t*>(weight_.values);
+    for_each_piece([&](int64_t block_row, int64_t block, int64_t at, int64_t column, int64_t end) {
+      const uint64_t below = words_[at / 64] & ((uint64_t{1} << at % 64) - 1);
+      const int64_t tile = before_[at / 64] + std::popcount(below);
+      const int64_t in_square = tile * depth_ % kMostDepth;
+      uint16_t* square = to + tile * depth_ / kMostDepth * kTile * kMostDepth + in_square;
+      // Of the block's first row among the outputs of the tile; of its first column in the slab.
+      const int64_t row = block_row % weight_.row_blocks() * weight_.rows - first_;
+      const int64_t block_column = weight_.col_indices[block] % weight_.col_blocks() * weight_.cols;
+      const uint16_t* from = values + block * weight_.rows * weight_.cols + (column - block_column);
+      const int64_t begin = std::max<int64_t>(row, 0);
+      const int64_t stop = std::min(row + weight_.rows, outputs_);
+      copy(from + (begin - row) * weight_.cols, stop - begin, end - column,
+           square + begin * kMostDepth + column % depth_);
+    });
+    interleave_amx(to, all);
+  }
+
+ private:
+  // What of each block of the tile's outputs lies in one slab: columns [column, end) of the group.
+  template <class Body>
+  void for_each_piece(const Body& body) const {
+    const auto col_blocks = static_cast<uint32_t>(weight_.col_blocks());
+    for (int64_t row = begin_; row < end_; ++row) {
+      for (int64_t b = weight_.crow_indices[row]; b < weight_.crow_indices[row + 1]; ++b) {
+        const auto block_column = static_cast<uint32_t>(weight_.col_indices[b]);
+        const uint32_t tap = block_column / col_blocks;
+        int64_t column = (block_column - tap * col_blocks) * weight_.cols;
+        const int64_t end = std::min(column + weight_.cols, weight_.group_in);
+        for (int64_t stop; column < end; column = stop) {
+          const int64_t slab = column / depth_;
+          stop = std::min(end, (slab + 1) * depth_);
+          body(row, b, slab * weight_.taps + tap, column, stop);
+        }
+      }
+    }
+  }
+
+  void copy(const uint16_t* from, int64_t rows, int64_t columns, uint16_t* to) const {
+    const auto by = [&](int64_t size) {
+      for (int64_t r = 0; r < rows; ++r, from += weight_.cols, to += kMostDepth) {
+        std::memcpy(to, from, size * sizeof(uint16_t));
+      }
+    };
+    if (columns == 16) return by(16);
+    if (columns == 32) return by(32);
+    if (columns == 8) return by(8);
+    by(columns);
+  }
+
+  const Weight& weight_;
+  int64_t depth_, slabs_;
+  std::vector<uint64_t> words_;  // a bit for each (slab, tap)
+  std::vector<int64_t> before_;  // bits set in the words before
+  int64_t first_ = 0, outputs_ = 0, begin_ = 0, end_ = 0;
+};
+
+class Convolution {
+ public:
+  Convolution(const ConvArgs& args, const ConvShape& shape, const TileConfig& config)
+      : args_(args),
+        w_(args.weight),
+        s_(shape),
+        config_(config),
+        of_group_(ceil_div(w_.group_out, kTile)),
+        row_tiles_(w_.groups * of_group_) {}
+
+  bool run() {
+    const int64_t columns = ceil_div(s_.out[2], config_.strip_width);
+    const int64_t rows = ceil_div(s_.out[1], config_.strip_rows);
+    const int64_t strips = ceil_div(s_.batch, config_.strip_images) * s_.out[0] * rows * columns;
+    const int64_t tasks = strips * config_.parts;
+    // Weights that one task alone reads it expands for itself, into its cache.
+    const bool shared = strips > 1;
+    if (shared) expand_all();
+    std::atomic<bool> trusted = true;
+    const auto run_tasks = [&](int thread, int team) {
+      for (int64_t task = thread; task < tasks && trusted; task += team) {
+        const int64_t part = task % config_.parts, at = task / config_.parts;
+        const int64_t column = at % columns * config_.strip_width;
+        const int64_t row = at / columns % rows * config_.strip_rows;
+        const int64_t slice = at / columns / rows;
+        const int64_t image = slice / s_.out[0] * config_.strip_images;
+        const Strip strip{image,
+                          std::min(config_.strip_images, s_.batch - image),
+                          slice % s_.out[0],
+                          row,
+                          std::min(config_.strip_rows, s_.out[1] - row),
+                          column,
+                          std::min(config_.strip_width, s_.out[2] - column)};
+        const int64_t begin = row_tiles_ * part / config_.parts;
+        const int64_t end = row_tiles_ * (part + 1) / config_.parts;
+        const auto part_of = [&](int64_t from, int64_t to) {
+          Strip some = strip;
+          some.column += from, some.width = to - from;
+          return from == to || (shared ? run_strip(some, begin, end) : run_alone(some, begin, end));
+        };
+        // x in its place has no pixels past the last tile.
+        const int64_t whole = config_.in_place ? strip.width / kTile * kTile : 0;
+        if (!part_of(0, whole) || !part_of(whole, strip.width)) trusted = false;
+      }
+    };
+    parallel_run(static_cast<int>(std::min<int64_t>(config_.threads, tasks)), run_tasks);
+    return trusted;
+  }
+
+ private:
+  void expand_all() {
+    begin_.assign(row_tiles_ + 1, 0);
+    std::vector<int64_t> squares(row_tiles_ + 1, 0);
+    const int team = threads_for_bytes(config_.threads, 4 * w_.nnz * w_.rows * w_.cols);
+    parallel_ranges(team, row_tiles_, [&](int64_t begin, int64_t end) {
+      LiveTiles live(w_, config_.depth);
+      for (int64_t t = begin; t < end; ++t) begin_[t + 1] = live.find(t);
+    });
+    for (int64_t t = 0; t < row_tiles_; ++t) {
+      squares[t + 1] = squares[t] + LiveTiles::squares(begin_[t + 1], config_.depth);
+      begin_[t + 1] += begin_[t];
+    }
+    places_.resize(begin_[row_tiles_]);
+    constexpr int64_t kSquare = kTile * kMostDepth;
+    auto* weights = static_cast<uint16_t*>(
+        weight_scratch.at_least(squares[row_tiles_] * kSquare * sizeof(uint16_t)));
+    weights_.resize(row_tiles_);
+    parallel_ranges(team, row_tiles_, [&](int64_t begin, int64_t end) {
+      LiveTiles live(w_, config_.depth);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t count = live.find(t);
+        live.places(places_.data() + begin_[t]);
+        weights_[t] = weights + squares[t] * kSquare;
+        live.expand(count, weights + squares[t] * kSquare);
+      }
+    });
+  }
+
+  SlabPanel empty_panel(const Strip& strip, int64_t first_group, int64_t groups) const {
+    SlabPanel panel = slab_panel(s_, config_, strip.images, strip.rows, strip.width, groups);
+    panel.first_group = first_group;
+    if (config_.in_place && strip.width % kTile == 0) {
+      panel.data = static_cast<const uint16_t*>(args_.x) + first_group * w_.group_in +
+                   strip.column * s_.in_channels;
+      panel.slab_stride = config_.depth;
+      panel.pixel_stride = s_.in_channels;
+      panel.packed = strip.width;
+      return panel;
+    }
+    panel.memory = static_cast<uint16_t*>(
+        panel_scratch.at_least(panel_size(s_, panel) * static_cast<int64_t>(sizeof(uint16_t))));
+    panel.data = panel.memory;
+    return panel;
+  }
+
+  // Where each tap begins in the panel.
+  std::vector<int64_t> taps(const SlabPanel& panel) const {
+    std::vector<int64_t> at;
+    for (int64_t tap = 0; tap < w_.taps; ++tap) {
+      const int64_t kd = tap / (s_.kernel[1] * s_.kernel[2]);
+      const int64_t kh = tap / s_.kernel[2] % s_.kernel[1], kw = tap % s_.kernel[2];
+      const int64_t plane_h = panel.own_rows ? kh : phase(s_, 1, kh);
+      const int64_t plane_w = panel.own_columns ? kw : phase(s_, 2, kw);
+      const int64_t plane = (kd * panel.planes_h + plane_h) * panel.planes_w + plane_w;
+      const int64_t row = panel.own_rows ? 0 : shift(s_, 1, kh);
+      const int64_t column = panel.own_columns ? 0 : shift(s_, 2, kw);
+      at.push_back(plane * panel.plane_stride() +
+                   (row * panel.images * panel.pitch + column) * panel.depth);
+    }
+    return at;
+  }
+
+  TileTask task_of(const Strip& strip, SlabPanel& panel) const {
+    const int64_t first_pixel = (strip.depth * s_.out[1] + strip.row) * s_.out[2] + strip.column;
+    const int64_t image_stride = s_.out_pixels() * s_.out_channels;
+    auto* out = static_cast<uint16_t*>(args_.out) + strip.image * image_stride +
+                first_pixel * s_.out_pixel_stride();
+    return {nullptr,
+            0,
+            &s_,
+            args_.x,
+            &panel,
+            strip,
+            image_stride,
+            s_.out[2] * s_.out_pixel_stride(),
+            s_.out_pixel_stride(),
+            s_.out_channel_stride(),
+            {args_.bias, args_.activation, out, 0, s_.out_channels}};
+  }
+
+  RowTile row_tile(int64_t t, const uint16_t* weights, const int64_t* x, int64_t count) const {
+    const int64_t in_group = t % of_group_ * kTile;
+    return {weights, x, count, t / of_group_ * w_.group_out + in_group,
+            std::min<int64_t>(kTile, w_.group_out - in_group)};
+  }
+
+  bool run_strip(const Strip& strip, int64_t begin, int64_t end) const {
+    const int64_t first_group = begin / of_group_;
+    SlabPanel panel = empty_panel(strip, first_group, ceil_div(end, of_group_) - first_group);
+    const std::vector<int64_t> tap_at = taps(panel);
+    std::vector<int64_t> x(begin_[end] - begin_[begin]);
+    std::vector<RowTile> row_tiles;
+    row_tiles.reserve(end - begin);
+    int64_t* at = x.data();
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t count = begin_[t + 1] - begin_[t];
+      row_tiles.push_back(row_tile(t, weights_[t], at, count));
+      at = locate(panel, tap_at, t, places_.data() + begin_[t], count, at);
+    }
+    TileTask task = task_of(strip, panel);
+    task.row_tiles = row_tiles.data();
+    task.count = end - begin;
+    return multiply_tiles_amx(task);
+  }
+
+  int64_t* locate(const SlabPanel& panel, const std::vector<int64_t>& tap_at, int64_t t,
+                  const Place* places, int64_t count, int64_t* to) const {
+    const int64_t first_slab = (t / of_group_ - panel.first_group) * panel.slabs;
+    for (int64_t i = 0; i < count; ++i) {
+      *to++ = tap_at[places[i].tap] + (first_slab + places[i].slab) * panel.slab_stride;
+    }
+    return to;
+  }
+
+  // The same, with some tiles of outputs at a time.
+  bool run_alone(const Strip& strip, int64_t begin, int64_t end) const {
+    constexpr int64_t kAtOnce = 4;
+    const int64_t first_group = begin / of_group_;
+    SlabPanel panel = empty_panel(strip, first_group, ceil_div(end, of_group_) - first_group);
+    const std::vector<int64_t> tap_at = taps(panel);
+    TileTask task = task_of(strip, panel);
+    LiveTiles live(w_, config_.depth);
+    const int64_t most = w_.taps * ceil_div(w_.group_in, config_.depth);
+    const int64_t weight_size = LiveTiles::squares(most, config_.depth) * kTile * kMostDepth;
+    auto* weights = static_cast<uint16_t*>(own_weight_scratch.at_least(
+        kAtOnce * weight_size * static_cast<int64_t>(sizeof(uint16_t))));
+    std::vector<int64_t> x(kAtOnce * most);
+    std::vector<Place> places(most);
+    RowTile row_tiles[kAtOnce];
+    task.row_tiles = row_tiles;
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      task.count = std::min(kAtOnce, end - first);
+      for (int64_t i = 0; i < task.count; ++i) {
+        const int64_t count = live.find(first + i);
+        live.places(places.data());
+        live.expand(count, weights + i * weight_size);
+        row_tiles[i] = row_tile(first + i, weights + i * weight_size, x.data() + i * most, count);
+        locate(panel, tap_at, first + i, places.data(), count, x.data() + i * most);
+      }
+      if (!multiply_tiles_amx(task)) return false;
+    }
+    return true;
+  }
+
+  const ConvArgs& args_;
+  const Weight& w_;
+  const ConvShape& s_;
+  const TileConfig& config_;
+  int64_t of_group_, row_tiles_;  // tiles of outputs
+  std::vector<int64_t> begin_;    // of each among the live tiles
+  std::vector<Place> places_;     // of the live tiles
+  std::vector<const uint16_t*> weights_;
+};
+
+}  // namespace
+
+bool conv_tiles(const ConvArgs& args) {
+  const ConvShape s = collapsed(args.shape);
+  const TileConfig config = choose_tile_config(s, args.weight, l2_bytes(), args.threads);
+  return Convolution(args, s, config).run();
+}
+
+}  // namespace gossamer::blocksparse
