@@ -1,4 +1,4 @@
-"""Block-sparse layers by tiles of a matrix unit: shapes that fill tiles, and what they must not do."""
+"""Block-sparse layers by tiles of a matrix unit: shapes that fill tiles, and x that is not finite."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class LiveTiles {
  public:
   LiveTiles(const Weight& weight, int depth)
       : weight_(weight),
-        depth_(depth),
+        shift_(std::countr_zero(static_cast<unsigned>(depth))),
         slabs_(ceil_div(weight.group_in, depth)),
         words_(ceil_div(weight.taps * slabs_, int64_t{64})),
         before_(words_.size()) {}
@@ -40,9 +40,10 @@ class LiveTiles {
     first_ = row_tile % row_tiles_of_group() * kTile;
     outputs_ = std::min<int64_t>(kTile, weight_.group_out - first_);
     const int64_t rows_before = row_tile / row_tiles_of_group() * weight_.row_blocks();
+    group_begin_ = rows_before;
     begin_ = rows_before + first_ / weight_.rows;
     end_ = rows_before + (first_ + outputs_ - 1) / weight_.rows + 1;
-    for_each_piece([&](int64_t, int64_t, int64_t at, int64_t, int64_t) {
+    for_each_piece([&](int64_t, int64_t, int64_t at, int64_t, int64_t, int64_t) {
       words_[at / 64] |= uint64_t{1} << at % 64;
     });
     int64_t count = 0;
@@ -66,41 +67,43 @@ class LiveTiles {
   static int64_t squares(int64_t tiles, int depth) { return ceil_div(tiles * depth, kMostDepth); }
 
   void expand(int64_t count, uint16_t* to) const {
-    const int64_t all = squares(count, depth_);
+    const int64_t all = squares(count, 1 << shift_);
     std::memset(to, 0, all * kTile * kMostDepth * sizeof(uint16_t));
     const auto* values = static_cast<const uint16_t*>(weight_.values);
-    for_each_piece([&](int64_t block_row, int64_t block, int64_t at, int64_t column, int64_t end) {
+    for_each_piece([&](int64_t block_row, int64_t block, int64_t at, int64_t skipped,
+                       int64_t in_slab, int64_t columns) {
       const uint64_t below = words_[at / 64] & ((uint64_t{1} << at % 64) - 1);
       const int64_t tile = before_[at / 64] + std::popcount(below);
-      const int64_t in_square = tile * depth_ % kMostDepth;
-      uint16_t* square = to + tile * depth_ / kMostDepth * kTile * kMostDepth + in_square;
-      // Of the block's first row among the outputs of the tile; of its first column in the slab.
-      const int64_t row = block_row % weight_.row_blocks() * weight_.rows - first_;
-      const int64_t block_column = weight_.col_indices[block] % weight_.col_blocks() * weight_.cols;
-      const uint16_t* from = values + block * weight_.rows * weight_.cols + (column - block_column);
+      uint16_t* square = to + (tile << shift_) / kMostDepth * kTile * kMostDepth;
+      // Of the block's first row among the outputs of the tile.
+      const int64_t row = (block_row - group_begin_) * weight_.rows - first_;
+      const uint16_t* from = values + block * weight_.rows * weight_.cols + skipped;
       const int64_t begin = std::max<int64_t>(row, 0);
       const int64_t stop = std::min(row + weight_.rows, outputs_);
-      copy(from + (begin - row) * weight_.cols, stop - begin, end - column,
-           square + begin * kMostDepth + column % depth_);
+      copy(from + (begin - row) * weight_.cols, stop - begin, columns,
+           square + begin * kMostDepth + (tile << shift_) % kMostDepth + in_slab);
     });
     interleave_amx(to, all);
   }
 
  private:
-  // What of each block of the tile's outputs lies in one slab: columns [column, end) of the group.
+  // What of each block of the tile's outputs lies in one slab: `columns` of it from `skipped` on,
+  // which meet the slab from `in_slab` on.
   template <class Body>
   void for_each_piece(const Body& body) const {
     const auto col_blocks = static_cast<uint32_t>(weight_.col_blocks());
+    const int64_t depth = int64_t{1} << shift_;
     for (int64_t row = begin_; row < end_; ++row) {
       for (int64_t b = weight_.crow_indices[row]; b < weight_.crow_indices[row + 1]; ++b) {
         const auto block_column = static_cast<uint32_t>(weight_.col_indices[b]);
         const uint32_t tap = block_column / col_blocks;
-        int64_t column = (block_column - tap * col_blocks) * weight_.cols;
-        const int64_t end = std::min(column + weight_.cols, weight_.group_in);
-        for (int64_t stop; column < end; column = stop) {
-          const int64_t slab = column / depth_;
-          stop = std::min(end, (slab + 1) * depth_);
-          body(row, b, slab * weight_.taps + tap, column, stop);
+        const int64_t begin = (block_column - tap * col_blocks) * weight_.cols;
+        const int64_t end = std::min(begin + weight_.cols, weight_.group_in);
+        for (int64_t column = begin, stop; column < end; column = stop) {
+          const int64_t slab = column >> shift_;
+          stop = std::min(end, (slab + 1) << shift_);
+          body(row, b, slab * weight_.taps + tap, column - begin, column & (depth - 1),
+               stop - column);
         }
       }
     }
@@ -119,10 +122,11 @@ class LiveTiles {
   }
 
   const Weight& weight_;
-  int64_t depth_, slabs_;
+  int shift_;  // of the depth, a power of two
+  int64_t slabs_;
   std::vector<uint64_t> words_;  // a bit for each (slab, tap)
   std::vector<int64_t> before_;  // bits set in the words before
-  int64_t first_ = 0, outputs_ = 0, begin_ = 0, end_ = 0;
+  int64_t first_ = 0, outputs_ = 0, group_begin_ = 0, begin_ = 0, end_ = 0;
 };
 
 class Convolution {

@@ -58,7 +58,7 @@ struct TileTask {
 // Squares of 16 outputs by 32 channels, in place, to the order of RowTile::weights; two tiles of
 // depth 16 lie side by side in one.
 void interleave_amx(uint16_t* squares, int64_t count);
-// Whether all sums are finite. If not, what has been written is not the result.
+// Whether the sums may be trusted. If not, what has been written is not the result.
 bool multiply_tiles_amx(const TileTask& task);
 
 // Whether they are what runs.

@@ -97,7 +97,7 @@ inline TileConfig choose_tile_config(const ConvShape& s, const Weight& w, int64_
   config.in_place = read_in_place(s, w, config.depth);
   // A plane for each tap along w costs packing, columns past the strip's cost products.
   const double products = live_tiles(w, config.depth) * tile_cycles(config.depth) / kTile;
-  const double copies = 2.0 * w.groups * ceil_div(w.group_in, config.depth) *
+  const double copies = 8.0 * w.groups * ceil_div(w.group_in, config.depth) *
                         static_cast<double>(s.kernel[2] - phases(s, 2)) * phases(s, 1);
   const auto overhang = static_cast<double>(most_shift(s, 2));
   config.own_columns = overhang / s.out[2] * products > copies;

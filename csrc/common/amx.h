@@ -8,12 +8,14 @@
 namespace gossamer {
 namespace {
 
-// A thread that multiplies holds one of these. Whole tiles only: tails are padded with zeros.
+// A thread that multiplies holds one of these. Tails are padded with zeros.
 class Tiles {
  public:
   static constexpr int kRows = 16, kRowBytes = 64, kBytes = kRows * kRowBytes;
 
-  Tiles() {
+  Tiles() : Tiles(0, 1, kRowBytes) {}  // all of them whole
+  // But for the first factor, whose rows have fewer bytes, and the second, which has fewer rows.
+  Tiles(int first, int second, int bytes) {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -23,6 +25,8 @@ class Tiles {
       config.row_bytes[tile] = kRowBytes;
       config.rows[tile] = kRows;
     }
+    config.row_bytes[first] = static_cast<uint16_t>(bytes);
+    config.rows[second] = static_cast<uint8_t>(bytes / 4);
     asm volatile("" : : "r"(&config) : "memory");  // gcc's intrinsic names its first bytes only
     _tile_loadconfig(&config);
   }

@@ -40,8 +40,8 @@ def blocksparse_choice(
     Returns
     -------
     dict
-        ``target``, ``kernel``, ``why`` and ``threads``; of the vector kernel also how it cuts the
-        outputs up.
+        ``target``, ``kernel``, ``why`` and ``threads``; of the vector and tile kernels also how
+        they cut the outputs up.
 
     Raises
     ------
