@@ -182,7 +182,8 @@ class Convolution {
   void expand_all() {
     begin_.assign(row_tiles_ + 1, 0);
     std::vector<int64_t> squares(row_tiles_ + 1, 0);
-    const int team = threads_for_bytes(config_.threads, 4 * w_.nnz * w_.rows * w_.cols);
+    // Some ten microseconds of work for each of them.
+    const int team = threads_for_bytes(config_.threads, w_.nnz * w_.rows * w_.cols / 2);
     parallel_ranges(team, row_tiles_, [&](int64_t begin, int64_t end) {
       LiveTiles live(w_, config_.depth);
       for (int64_t t = begin; t < end; ++t) begin_[t + 1] = live.find(t);
