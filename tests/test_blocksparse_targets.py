@@ -65,7 +65,7 @@ def test_mistakes_in_panels() -> None:
 
 
 def test_choice_says_how_the_outputs_are_cut(blocksparse_target: str) -> None:
-    lanes = {"serial": 0, "avx2": 8, "avx512": 16}[blocksparse_target]
+    lanes = {"serial": 0, "avx2": 8, "avx512": 16, "amx_bf16": 16}[blocksparse_target]
     for case in CASES[:60]:
         weight, shape = case.weight(), case.x().shape
         chosen = blocksparse_choice(

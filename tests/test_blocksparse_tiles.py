@@ -1,4 +1,4 @@
-"""Block-sparse layers by tiles of a matrix unit: shapes that fill tiles, and x that is not finite."""
+"""Block-sparse layers by tiles of a matrix unit: shapes that fill them, x that is not finite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from cases import SumOracle, integers
 from conv_cases import ConvCase, block_sparse
 from gossamer import _C, Block, blocksparse_conv, blocksparse_linear, reference
-from gossamer.formats import BlockSparse
+from gossamer.formats import BlockSparse, BlockSparsePanels
 from gossamer.ops.blocksparse_choice import blocksparse_choice
 from torch import Tensor
 
@@ -52,7 +52,10 @@ def case_of(seed: int, block: Block) -> ConvCase:
     )
 
 
-def product(case: ConvCase, x: Tensor, weight: BlockSparse, *rest: Any, **more: Any) -> Tensor:
+Weight = BlockSparse | BlockSparsePanels
+
+
+def product(case: ConvCase, x: Tensor, weight: Weight, *rest: Any, **more: Any) -> Tensor:
     return blocksparse_conv(x, weight, *rest, **case.geometry, **more)
 
 
@@ -72,7 +75,10 @@ def test_matches_dense(block: Block, seed: int) -> None:
     oracle = case.oracle(x, weight, bias)
     oracle.y = reference.activate(oracle.y, activation)
     oracle.limit *= 1.2
-    oracle.check(product(case, x, weight, bias, activation=activation))
+    y = product(case, x, weight, bias, activation=activation)
+    oracle.check(y)
+    packed = BlockSparsePanels.from_blocksparse(weight)
+    assert torch.equal(product(case, x, packed, bias, activation=activation), y)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
@@ -83,16 +89,19 @@ def test_linear_matches_dense(block: Block) -> None:
         dense, wide = weight.to_dense().double(), x.double()
         y = wide @ dense.t() + bias.double()
         size = wide.abs() @ dense.abs().t() + bias.double().abs()
-        SumOracle(y, size, columns, BF16).check(blocksparse_linear(x, weight, bias))
+        actual = blocksparse_linear(x, weight, bias)
+        SumOracle(y, size, columns, BF16).check(actual)
+        packed = BlockSparsePanels.from_blocksparse(weight)
+        assert torch.equal(blocksparse_linear(x, packed, bias), actual)
 
 
 def test_choice_is_of_what_is_live() -> None:
     x = torch.randn(8, 64).to(BF16)
     assert kernel(x, block_sparse((64, 64), Block(16, 16), 0.4, dtype=BF16)) == "tiles"
     assert kernel(x, block_sparse((64, 64), Block(4, 4), 0.5, dtype=BF16)) == "tiles"
-    assert kernel(x, block_sparse((64, 64), Block(1, 1), 0.03, dtype=BF16)) == "vectors"
-    assert kernel(x, block_sparse((4, 64), Block(4, 1), 0.3, dtype=BF16)) == "vectors"
-    assert kernel(x.float(), block_sparse((64, 64), Block(16, 16))) == "vectors"
+    assert kernel(x, block_sparse((64, 64), Block(1, 1), 0.03, dtype=BF16)) == "pixel_lanes"
+    assert kernel(x, block_sparse((4, 64), Block(4, 1), 0.3, dtype=BF16)) == "pixel_lanes"
+    assert kernel(x.float(), block_sparse((64, 64), Block(16, 16))) != "tiles"
 
 
 @pytest.mark.parametrize("block", [Block(8, 8), Block(16, 16)], ids=["8x8", "16x16"])

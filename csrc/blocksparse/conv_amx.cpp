@@ -69,6 +69,11 @@ struct Meanwhile {
   }
 };
 
+struct Strides {
+  int64_t pixels;   // elements of the panel
+  int64_t weights;  // bytes, between two pairs of channels
+};
+
 // The products of a tile of outputs, into one of the sets of registers. `Parts` sums of each tile
 // of pixels: with a single one, the products would wait for each other (52 cycles).
 template <int Set, int Count, int Parts>
@@ -88,18 +93,18 @@ struct Products {
   }
   // `Part` of Parts; with them the sums of the other set leave their registers.
   template <int Part>
-  static void add_part(const RowTile& row, int64_t i, const uint16_t* x, const SlabPanel& panel,
+  static void add_part(const RowTile& row, int64_t i, const uint16_t* x, const Strides& strides,
                        Meanwhile* storing) {
-    _tile_loadd(7, row.weights + i * kTile * panel.depth, Tiles::kRowBytes);
-    x += row.x[i];
-    if constexpr (Parts > 1) return add<Part>(x, panel.pixel_stride, storing);
-    add<0>(x, panel.pixel_stride, storing);
-    add<1>(x, panel.pixel_stride, storing);
-    add<2>(x, panel.pixel_stride, storing);
+    _tile_loadd(7, row.weights + row.tiles[i].weights, strides.weights);
+    x += row.tiles[i].x;
+    if constexpr (Parts > 1) return add<Part>(x, strides.pixels, storing);
+    add<0>(x, strides.pixels, storing);
+    add<1>(x, strides.pixels, storing);
+    add<2>(x, strides.pixels, storing);
   }
 
   // `x` is where the panel has the first pixel.
-  static void run(const RowTile& row, const uint16_t* x, const SlabPanel& panel, float* sums,
+  static void run(const RowTile& row, const uint16_t* x, const Strides& strides, float* sums,
                   Meanwhile& meanwhile) {
     Tiles::fence();
     zero_tile<kFirst>();
@@ -107,7 +112,7 @@ struct Products {
     zero_tile<kFirst + 2>();
     int64_t i = 0;
     if (row.count >= Parts) {
-      add_parts(row, i, x, panel, &meanwhile);
+      add_parts(row, i, x, strides, &meanwhile);
       i = Parts;
     } else {
       store_others(meanwhile);
@@ -116,9 +121,9 @@ struct Products {
       Tiles::fence();
       meanwhile.go_on(Parts);
       Tiles::fence();
-      add_parts(row, i, x, panel, nullptr);
+      add_parts(row, i, x, strides, nullptr);
     }
-    for (; i < row.count; ++i) add_part<0>(row, i, x, panel, nullptr);
+    for (; i < row.count; ++i) add_part<0>(row, i, x, strides, nullptr);
     Tiles::fence();
     meanwhile.go_on(Parts);
     meanwhile.sums = sums;
@@ -134,15 +139,15 @@ struct Products {
   }
 
  private:
-  static void add_parts(const RowTile& row, int64_t i, const uint16_t* x, const SlabPanel& panel,
+  static void add_parts(const RowTile& row, int64_t i, const uint16_t* x, const Strides& strides,
                         Meanwhile* storing) {
-    add_part<0>(row, i, x, panel, storing);
-    if constexpr (Parts > 1) add_part<1>(row, i + 1, x, panel, storing);
-    if constexpr (Parts > 2) add_part<2>(row, i + 2, x, panel, storing);
+    add_part<0>(row, i, x, strides, storing);
+    if constexpr (Parts > 1) add_part<1>(row, i + 1, x, strides, storing);
+    if constexpr (Parts > 2) add_part<2>(row, i + 2, x, strides, storing);
   }
 };
 
-using Run = void (*)(const RowTile&, const uint16_t*, const SlabPanel&, float*, Meanwhile&);
+using Run = void (*)(const RowTile&, const uint16_t*, const Strides&, float*, Meanwhile&);
 constexpr Run kRun[2][kMostTiles] = {
     {Products<0, 1, 3>::run, Products<0, 2, 1>::run, Products<0, 3, 1>::run},
     {Products<1, 1, 3>::run, Products<1, 2, 1>::run, Products<1, 3, 1>::run}};
@@ -181,6 +186,7 @@ void interleave_amx(uint16_t* squares, int64_t count) {
 
 bool multiply_tiles_amx(const TileTask& task) {
   SlabPanel& panel = *task.panel;
+  const Strides strides{panel.pixel_stride, task.weight_stride};
   const Tiles tiles(kPixelTile, kWeightTile, 2 * panel.depth);
   Outgoing sums[2];
   Pixels pixels[3];
@@ -224,7 +230,7 @@ bool multiply_tiles_amx(const TileTask& task) {
       const int64_t at_once = products * Pixels::kAtOnce;
       meanwhile.lots = (before->left() + at_once - 1) / at_once;
       for (int t = 0; t < row_tiles; ++t, set = 1 - set) {
-        kRun[set][last - first - 1](row_tile[t], panel.data + begin * panel.pixel_stride, panel,
+        kRun[set][last - first - 1](row_tile[t], panel.data + begin * panel.pixel_stride, strides,
                                     now->sums[t], meanwhile);
       }
       before->rest();

@@ -17,8 +17,10 @@ namespace {
 
 thread_local Scratch panel_scratch, weight_scratch, own_weight_scratch;
 
+// A live tile of a tile of outputs.
 struct Place {
   int32_t tap, slab;
+  int64_t weights;  // as in LiveTile
 };
 
 // The live tiles of 16 outputs, in the order in which they are multiplied: the taps of a slab
@@ -43,9 +45,8 @@ class LiveTiles {
     group_begin_ = rows_before;
     begin_ = rows_before + first_ / weight_.rows;
     end_ = rows_before + (first_ + outputs_ - 1) / weight_.rows + 1;
-    for_each_piece([&](int64_t, int64_t, int64_t at, int64_t, int64_t, int64_t) {
-      words_[at / 64] |= uint64_t{1} << at % 64;
-    });
+    for_each_piece(
+        [&](const Piece& piece) { words_[piece.at / 64] |= uint64_t{1} << piece.at % 64; });
     int64_t count = 0;
     for (size_t i = 0; i < words_.size(); ++i) {
       before_[i] = count;
@@ -55,10 +56,13 @@ class LiveTiles {
   }
 
   void places(Place* to) const {
+    int64_t weights = 0;
     for (size_t i = 0; i < words_.size(); ++i) {
       for (uint64_t word = words_[i]; word != 0; word &= word - 1) {
         const auto at = static_cast<int64_t>(64 * i) + std::countr_zero(word);
-        *to++ = {static_cast<int32_t>(at % weight_.taps), static_cast<int32_t>(at / weight_.taps)};
+        *to++ = {static_cast<int32_t>(at % weight_.taps), static_cast<int32_t>(at / weight_.taps),
+                 weights};
+        weights += int64_t{kTile} << shift_;
       }
     }
   }
@@ -69,26 +73,35 @@ class LiveTiles {
   void expand(int64_t count, uint16_t* to) const {
     const int64_t all = squares(count, 1 << shift_);
     std::memset(to, 0, all * kTile * kMostDepth * sizeof(uint16_t));
-    const auto* values = static_cast<const uint16_t*>(weight_.values);
-    for_each_piece([&](int64_t block_row, int64_t block, int64_t at, int64_t skipped,
-                       int64_t in_slab, int64_t columns) {
-      const uint64_t below = words_[at / 64] & ((uint64_t{1} << at % 64) - 1);
-      const int64_t tile = before_[at / 64] + std::popcount(below);
-      uint16_t* square = to + (tile << shift_) / kMostDepth * kTile * kMostDepth;
-      // Of the block's first row among the outputs of the tile.
-      const int64_t row = (block_row - group_begin_) * weight_.rows - first_;
-      const uint16_t* from = values + block * weight_.rows * weight_.cols + skipped;
-      const int64_t begin = std::max<int64_t>(row, 0);
-      const int64_t stop = std::min(row + weight_.rows, outputs_);
-      copy(from + (begin - row) * weight_.cols, stop - begin, columns,
-           square + begin * kMostDepth + (tile << shift_) % kMostDepth + in_slab);
+    for_each_piece([&](const Piece& piece) {
+      const int64_t tile = tile_of(piece.at);
+      if (weight_.packed) {
+        copy_packed(piece, to + (tile << shift_) * kTile);
+      } else {
+        copy(piece, to + (tile << shift_) / kMostDepth * kTile * kMostDepth +
+                        (tile << shift_) % kMostDepth);
+      }
     });
-    interleave_amx(to, all);
+    if (!weight_.packed) interleave_amx(to, all);
+  }
+
+  // Packed blocks that fill tiles are what `expand` would make of them: where each tile begins.
+  void locate_packed(Place* to) const {
+    const int64_t row = first_ % weight_.rows;
+    for_each_piece([&](const Piece& piece) {
+      to[tile_of(piece.at)].weights =
+          (piece.block * weight_.cols + piece.skipped) * weight_.rows + 2 * row;
+    });
   }
 
  private:
-  // What of each block of the tile's outputs lies in one slab: `columns` of it from `skipped` on,
+  // What of a block of the tile's outputs lies in one slab: `columns` of it from `skipped` on,
   // which meet the slab from `in_slab` on.
+  struct Piece {
+    int64_t block_row, block;
+    int64_t at;  // slab, tap
+    int64_t skipped, in_slab, columns;
+  };
   template <class Body>
   void for_each_piece(const Body& body) const {
     const auto col_blocks = static_cast<uint32_t>(weight_.col_blocks());
@@ -102,23 +115,58 @@ class LiveTiles {
         for (int64_t column = begin, stop; column < end; column = stop) {
           const int64_t slab = column >> shift_;
           stop = std::min(end, (slab + 1) << shift_);
-          body(row, b, slab * weight_.taps + tap, column - begin, column & (depth - 1),
-               stop - column);
+          body({row, b, slab * weight_.taps + tap, column - begin, column & (depth - 1),
+                stop - column});
         }
       }
     }
   }
 
-  void copy(const uint16_t* from, int64_t rows, int64_t columns, uint16_t* to) const {
+  int64_t tile_of(int64_t at) const {
+    const uint64_t below = words_[at / 64] & ((uint64_t{1} << at % 64) - 1);
+    return before_[at / 64] + std::popcount(below);
+  }
+  // Of the block's first row among the outputs of the tile, which it may begin before.
+  int64_t row_of(const Piece& piece) const {
+    return (piece.block_row - group_begin_) * weight_.rows - first_;
+  }
+
+  // Into a square of rows of kMostDepth.
+  void copy(const Piece& piece, uint16_t* square) const {
+    const int64_t row = row_of(piece), begin = std::max<int64_t>(row, 0);
+    const int64_t rows = std::min(row + weight_.rows, outputs_) - begin;
+    const auto* from = static_cast<const uint16_t*>(weight_.values) +
+                       (piece.block * weight_.rows + begin - row) * weight_.cols + piece.skipped;
+    uint16_t* to = square + begin * kMostDepth + piece.in_slab;
     const auto by = [&](int64_t size) {
       for (int64_t r = 0; r < rows; ++r, from += weight_.cols, to += kMostDepth) {
         std::memcpy(to, from, size * sizeof(uint16_t));
       }
     };
-    if (columns == 16) return by(16);
-    if (columns == 32) return by(32);
-    if (columns == 8) return by(8);
-    by(columns);
+    if (piece.columns == 16) return by(16);
+    if (piece.columns == 32) return by(32);
+    if (piece.columns == 8) return by(8);
+    by(piece.columns);
+  }
+
+  // Between words of two columns each.
+  void copy_packed(const Piece& piece, uint16_t* tile) const {
+    const int64_t row = row_of(piece), begin = std::max<int64_t>(row, 0);
+    const int64_t rows = std::min(row + weight_.rows, outputs_) - begin;
+    const int64_t block_size = ceil_div(weight_.cols, int64_t{2}) * weight_.rows * 2;
+    const auto* block = static_cast<const uint16_t*>(weight_.values) + piece.block * block_size;
+    const bool whole_words = (piece.skipped | piece.in_slab | piece.columns) % 2 == 0;
+    for (int64_t c = 0; c < piece.columns; c += whole_words ? 2 : 1) {
+      const int64_t from_column = piece.skipped + c, to_column = piece.in_slab + c;
+      const uint16_t* from =
+          block + (from_column / 2 * weight_.rows + begin - row) * 2 + from_column % 2;
+      uint16_t* to = tile + (to_column / 2 * kTile + begin) * 2 + to_column % 2;
+      if (whole_words) {
+        std::memcpy(to, from, rows * 2 * sizeof(uint16_t));
+      } else {
+        for (int64_t r = 0; r < rows; ++r) to[2 * r] = from[2 * r];
+      }
+    }
   }
 
   const Weight& weight_;
@@ -137,7 +185,8 @@ class Convolution {
         s_(shape),
         config_(config),
         of_group_(ceil_div(w_.group_out, kTile)),
-        row_tiles_(w_.groups * of_group_) {}
+        row_tiles_(w_.groups * of_group_),
+        in_place_(w_.packed && w_.rows % kTile == 0 && w_.cols % config.depth == 0) {}
 
   bool run() {
     const int64_t columns = ceil_div(s_.out[2], config_.strip_width);
@@ -189,7 +238,8 @@ class Convolution {
       for (int64_t t = begin; t < end; ++t) begin_[t + 1] = live.find(t);
     });
     for (int64_t t = 0; t < row_tiles_; ++t) {
-      squares[t + 1] = squares[t] + LiveTiles::squares(begin_[t + 1], config_.depth);
+      const int64_t expanded = in_place_ ? 0 : LiveTiles::squares(begin_[t + 1], config_.depth);
+      squares[t + 1] = squares[t] + expanded;
       begin_[t + 1] += begin_[t];
     }
     places_.resize(begin_[row_tiles_]);
@@ -200,12 +250,23 @@ class Convolution {
     parallel_ranges(team, row_tiles_, [&](int64_t begin, int64_t end) {
       LiveTiles live(w_, config_.depth);
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t count = live.find(t);
-        live.places(places_.data() + begin_[t]);
-        weights_[t] = weights + squares[t] * kSquare;
-        live.expand(count, weights + squares[t] * kSquare);
+        weights_[t] =
+            place(live, live.find(t), places_.data() + begin_[t], weights + squares[t] * kSquare);
       }
     });
+  }
+
+  // Where the live tiles are that have just been found, and their weights, expanded into `memory`
+  // if they have to be.
+  const uint16_t* place(const LiveTiles& live, int64_t count, Place* places,
+                        uint16_t* memory) const {
+    live.places(places);
+    if (in_place_) {
+      live.locate_packed(places);
+      return static_cast<const uint16_t*>(w_.values);
+    }
+    live.expand(count, memory);
+    return memory;
   }
 
   SlabPanel empty_panel(const Strip& strip, int64_t first_group, int64_t groups) const {
@@ -249,6 +310,7 @@ class Convolution {
                 first_pixel * s_.out_pixel_stride();
     return {nullptr,
             0,
+            in_place_ ? 4 * w_.rows : 4 * kTile,
             &s_,
             args_.x,
             &panel,
@@ -260,9 +322,9 @@ class Convolution {
             {args_.bias, args_.activation, out, 0, s_.out_channels}};
   }
 
-  RowTile row_tile(int64_t t, const uint16_t* weights, const int64_t* x, int64_t count) const {
+  RowTile row_tile(int64_t t, const uint16_t* weights, const LiveTile* tiles, int64_t count) const {
     const int64_t in_group = t % of_group_ * kTile;
-    return {weights, x, count, t / of_group_ * w_.group_out + in_group,
+    return {weights, tiles, count, t / of_group_ * w_.group_out + in_group,
             std::min<int64_t>(kTile, w_.group_out - in_group)};
   }
 
@@ -270,10 +332,10 @@ class Convolution {
     const int64_t first_group = begin / of_group_;
     SlabPanel panel = empty_panel(strip, first_group, ceil_div(end, of_group_) - first_group);
     const std::vector<int64_t> tap_at = taps(panel);
-    std::vector<int64_t> x(begin_[end] - begin_[begin]);
+    std::vector<LiveTile> tiles(begin_[end] - begin_[begin]);
     std::vector<RowTile> row_tiles;
     row_tiles.reserve(end - begin);
-    int64_t* at = x.data();
+    LiveTile* at = tiles.data();
     for (int64_t t = begin; t < end; ++t) {
       const int64_t count = begin_[t + 1] - begin_[t];
       row_tiles.push_back(row_tile(t, weights_[t], at, count));
@@ -285,11 +347,12 @@ class Convolution {
     return multiply_tiles_amx(task);
   }
 
-  int64_t* locate(const SlabPanel& panel, const std::vector<int64_t>& tap_at, int64_t t,
-                  const Place* places, int64_t count, int64_t* to) const {
+  LiveTile* locate(const SlabPanel& panel, const std::vector<int64_t>& tap_at, int64_t t,
+                   const Place* places, int64_t count, LiveTile* to) const {
     const int64_t first_slab = (t / of_group_ - panel.first_group) * panel.slabs;
     for (int64_t i = 0; i < count; ++i) {
-      *to++ = tap_at[places[i].tap] + (first_slab + places[i].slab) * panel.slab_stride;
+      const int64_t slab = first_slab + places[i].slab;
+      *to++ = {tap_at[places[i].tap] + slab * panel.slab_stride, places[i].weights};
     }
     return to;
   }
@@ -306,7 +369,7 @@ class Convolution {
     const int64_t weight_size = LiveTiles::squares(most, config_.depth) * kTile * kMostDepth;
     auto* weights = static_cast<uint16_t*>(own_weight_scratch.at_least(
         kAtOnce * weight_size * static_cast<int64_t>(sizeof(uint16_t))));
-    std::vector<int64_t> x(kAtOnce * most);
+    std::vector<LiveTile> tiles(kAtOnce * most);
     std::vector<Place> places(most);
     RowTile row_tiles[kAtOnce];
     task.row_tiles = row_tiles;
@@ -314,10 +377,9 @@ class Convolution {
       task.count = std::min(kAtOnce, end - first);
       for (int64_t i = 0; i < task.count; ++i) {
         const int64_t count = live.find(first + i);
-        live.places(places.data());
-        live.expand(count, weights + i * weight_size);
-        row_tiles[i] = row_tile(first + i, weights + i * weight_size, x.data() + i * most, count);
-        locate(panel, tap_at, first + i, places.data(), count, x.data() + i * most);
+        const uint16_t* from = place(live, count, places.data(), weights + i * weight_size);
+        row_tiles[i] = row_tile(first + i, from, tiles.data() + i * most, count);
+        locate(panel, tap_at, first + i, places.data(), count, tiles.data() + i * most);
       }
       if (!multiply_tiles_amx(task)) return false;
     }
@@ -329,6 +391,7 @@ class Convolution {
   const ConvShape& s_;
   const TileConfig& config_;
   int64_t of_group_, row_tiles_;  // tiles of outputs
+  bool in_place_;                 // the weights are read where they lie
   std::vector<int64_t> begin_;    // of each among the live tiles
   std::vector<Place> places_;     // of the live tiles
   std::vector<const uint16_t*> weights_;

@@ -35,11 +35,15 @@ struct SlabPanel {
   int64_t plane_stride() const { return groups * slabs * slab_stride; }
 };
 
+struct LiveTile {
+  int64_t x;        // where the panel has what it meets, for output 0 of the strip
+  int64_t weights;  // elements from those of the first one
+};
+
 // 16 outputs, or as many as are left of a group.
 struct RowTile {
-  const uint16_t* weights;  // of each live tile: two channels of an output in a 32-bit word,
-                            // [depth / 2][output][2]
-  const int64_t* x;         // where the panel has what it meets, for output 0 of the strip
+  const uint16_t* weights;  // two channels of an output in a 32-bit word: [depth / 2][output][2]
+  const LiveTile* tiles;
   int64_t count;
   int64_t first, outputs;
 };
@@ -47,6 +51,7 @@ struct RowTile {
 struct TileTask {
   const RowTile* row_tiles;
   int64_t count;
+  int64_t weight_stride;  // bytes, between two pairs of channels
   const ConvShape* shape;
   const void* x;
   SlabPanel* panel;  // packed as far as it is needed
