@@ -34,7 +34,7 @@ def _attached() -> str | None:
     module, status = load_cuda()
     if module is None or not module.devices():  # torch's driver may be too old for this module
         return status
-    _C.sparse24_attach_cuda(module.sparse24_kernels())
+    _C.attach_cuda(module.kernels())
     return None
 
 

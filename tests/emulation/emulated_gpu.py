@@ -17,8 +17,8 @@ from gossamer.formats import sparse24 as sparse24_format
 from gossamer.ops import cuda_workspace, sparse24, sparse24_layout, sparse24_quantized
 
 TABLE = HERE / "kernels" / "cuda_table.cu"
-# All kernels of the feature; cuda_kernels.cu is the table of a real GPU.
-PARTS = [f for f in sorted((CSRC / "sparse24").glob("*.cu")) if f.stem != "cuda_kernels"]
+# All kernels; cuda_kernels.cu is the table of a real GPU.
+PARTS = [f for f in sorted(CSRC.glob("*/*.cu")) if f.stem != "cuda_kernels"]
 DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
 
 
@@ -32,7 +32,7 @@ class Gpu:
     def describe(self, capability: int = 80, multiprocessors: int = 1, capture: int = 0) -> None:
         table = torch.zeros(1, dtype=torch.int64)
         self.library.call("describe_device", capability, multiprocessors, capture, table)
-        _C.sparse24_attach_cuda(int(table))
+        _C.attach_cuda(int(table))
 
     @property
     def kernel(self) -> int:
@@ -61,4 +61,4 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     cuda_workspace._workspace_bytes.cache_clear()
     yield Gpu(library)
     cuda_workspace._workspace_bytes.cache_clear()
-    _C.sparse24_attach_cuda(0)
+    _C.attach_cuda(0)

@@ -15,6 +15,7 @@ from devices import Sanitizers
 from emulator import HERE, Emulator
 
 TESTS = (
+    "test_blocksparse_conv_cuda.py",
     "test_faults.py",
     "test_sample_gemm.py",
     "test_pack_cuda.py",
