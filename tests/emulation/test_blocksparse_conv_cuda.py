@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from blocksparse_conv import TILES, BlockConv, build
-from conv_cases import CASES, ConvCase, typical
+from conv_cases import CASES, typical
 from devices import SCHEDULES, Sanitizers
 from emulator import Emulator, KernelLibrary
-from gossamer import Block, _C
+from gossamer import _C, Block
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import BlockSparse, BlockSparsePanels
 from ..formats.blocksparse_panels import blocks_to_panels, panels_to_blocks
@@ -344,8 +345,8 @@ def _autograd(
         return _op(x, values, crow, col, bias, *rest)
 
 
-for _device in ("CPU", "CUDA"):  # the border says that there is no kernel for a GPU
-    library.impl("blocksparse_product", _native, _device)
+library.impl("blocksparse_product", _native, "CPU")
+library.impl("blocksparse_product", on_cuda("blocksparse_product", _native), "CUDA")
 library.impl("blocksparse_product", _autograd, "Autograd")
 torch.library.register_fake("gossamer::blocksparse_product", _fake, lib=library)
 
