@@ -76,15 +76,15 @@ class Loader {
   // Fills a stage with the next channels; of none after the last.
   __device__ Filled load(int stage) {
     if (channel_ >= channels_) {
-      column_ = columns_.next(block_);
+      const int column = columns_.next(block_);
       live_ = __ballot_sync(kAllLanes, block_ >= 0);
       channel_ = 0;
-      channels_ = live_ == 0 ? 0 : Column(args_.layout, group_, column_).channels;
+      if (live_ != 0) at_.move_to(args_.layout, group_, column);
+      channels_ = live_ == 0 ? 0 : at_.channels;
     }
     const Filled filled{min(channels_ - channel_, kChannels), live_};
     if (live_ != 0) {
-      const Column at(args_.layout, group_, column_);
-      copy_x(shared_.x.data() + stage * kChannels * kPitch, at, filled.channels);
+      copy_x(shared_.x.data() + stage * kChannels * kPitch, filled.channels);
       copy_weights(shared_.w.data() + stage * kChannels * kPitch, filled.channels);
       channel_ += kChannels;
     }
@@ -109,14 +109,14 @@ class Loader {
     }
   }
 
-  __device__ void copy_x(T* x, const Column& at, int channels) {
+  __device__ void copy_x(T* x, int channels) {
     const ConvLayout& layout = args_.layout;
     const int64_t channel_stride = layout.in_channel_stride();
     for_each(channels, layout.channels_last, [&](int row, int channel) {
       if (channel >= channels) return;
-      const bool there = at.sees(layout, shared_.positions.data()[row]);
+      const bool there = at_.sees(layout, shared_.positions.data()[row]);
       const int64_t from =
-          shared_.offsets.data()[row] + at.offset + (channel_ + channel) * channel_stride;
+          shared_.offsets.data()[row] + at_.offset + (channel_ + channel) * channel_stride;
       // There are weights, and x may have no element to point at.
       copy_element(x + channel * kPitch + row, there ? args_.x + from : args_.values, there);
     });
@@ -138,7 +138,8 @@ class Loader {
   Shared<T>& shared_;
   int group_;
   LiveColumns columns_;
-  int column_ = 0, block_ = -1;  // the column, and this lane's block in it
+  Column at_;
+  int block_ = -1;  // of this lane, in the column
   int channel_ = 0, channels_ = 0;
   uint32_t live_ = 0;
 };

@@ -121,10 +121,10 @@ class Loader {
       if (static_cast<int>(threadIdx.x) < pieces / 2) live[first / 2 + threadIdx.x] = mask;
       if (mask == 0) continue;
       any = true;
-      const Column at(args_.layout, group_, column);
-      args_.x_pieces ? copy_x(x, at, first) : gather_x(x, at, first);
+      const bool other_tap = at_.move_to(args_.layout, group_, column);
+      args_.x_pieces ? copy_x(x, first, other_tap) : gather_x(x, first);
       uint4* w = x + T::kPixels * kPieces;
-      args_.w_pieces ? copy_weights(w, at, first, block) : gather_weights(w, at, first, block);
+      args_.w_pieces ? copy_weights(w, first, block) : gather_weights(w, first, block);
     }
     ptx::cp_async_commit();  // also an empty group: waits count groups
     return any;
@@ -136,16 +136,16 @@ class Loader {
     return tile.block_row(args.layout, output, T::kOutputs);
   }
 
-  __device__ void copy_x(uint4* x, const Column& at, int first) {
-    if (at.tap != tap_) {  // what it sees is asked once for all its channels
-      tap_ = at.tap, inside_ = 0;
+  __device__ void copy_x(uint4* x, int first, bool other_tap) {
+    if (other_tap) {
+      inside_ = 0;
       unsigned bit = 1;
       for (int row = mine_.row; row < T::kPixels; row += mine_.step, bit <<= 1) {
-        if (at.sees(args_.layout, shared_.positions.data()[row])) inside_ |= bit;
+        if (at_.sees(args_.layout, shared_.positions.data()[row])) inside_ |= bit;
       }
     }
-    const int bytes = bytes_of(at.channels, mine_.piece);
-    const int64_t offset = at.offset + 8 * mine_.piece;
+    const int bytes = bytes_of(at_.channels, mine_.piece);
+    const int64_t offset = at_.offset + 8 * mine_.piece;
     unsigned inside = bytes > 0 ? inside_ : 0;
 #pragma unroll 4
     for (int row = mine_.row; row < T::kPixels; row += mine_.step, inside >>= 1) {
@@ -155,8 +155,8 @@ class Loader {
     }
   }
 
-  __device__ void copy_weights(uint4* w, const Column& at, int first, int block) {
-    const int bytes = bytes_of(at.channels, mine_.piece);
+  __device__ void copy_weights(uint4* w, int first, int block) {
+    const int bytes = bytes_of(at_.channels, mine_.piece);
     for (int row = mine_.row; row < T::kOutputs; row += mine_.step) {
       const int from = __shfl_sync(kAllLanes, block, row / kGranule);
       const int within = row & (args_.layout.padded_rows - 1);
@@ -174,7 +174,7 @@ class Loader {
   }
 
   // Neighbouring threads take neighbouring elements in memory: channels, or pixels.
-  __device__ void gather_x(uint4* x, const Column& at, int first) {
+  __device__ void gather_x(uint4* x, int first) {
     const ConvLayout& layout = args_.layout;
     const int cols = 1 << args_.log2_cols;
     const int64_t channel_stride = layout.in_channel_stride();
@@ -182,13 +182,13 @@ class Loader {
     for (int i = threadIdx.x; i < T::kPixels << args_.log2_cols; i += T::kThreads) {
       const int row = layout.channels_last ? i >> args_.log2_cols : i % T::kPixels;
       const int channel = layout.channels_last ? i & (cols - 1) : i / T::kPixels;
-      const bool there = channel < at.channels && at.sees(layout, shared_.positions.data()[row]);
-      const int64_t from = shared_.offsets.data()[row] + at.offset + channel * channel_stride;
+      const bool there = channel < at_.channels && at_.sees(layout, shared_.positions.data()[row]);
+      const int64_t from = shared_.offsets.data()[row] + at_.offset + channel * channel_stride;
       put(x, row, first, channel, there ? args_.x[from] : uint16_t{0});
     }
   }
 
-  __device__ void gather_weights(uint4* w, const Column& at, int first, int block) {
+  __device__ void gather_weights(uint4* w, int first, int block) {
     const ConvLayout& layout = args_.layout;
     const int cols = 1 << args_.log2_cols;
     for (int i = threadIdx.x; i < T::kOutputs << args_.log2_cols; i += T::kThreads) {
@@ -197,7 +197,7 @@ class Loader {
       const int within = row & (layout.padded_rows - 1);
       if (from < 0 || within >= layout.rows) continue;
       const int64_t offset = (int64_t{from} * layout.rows + within) * layout.cols + channel;
-      put(w, row, first, channel, channel < at.channels ? args_.values[offset] : uint16_t{0});
+      put(w, row, first, channel, channel < at_.channels ? args_.values[offset] : uint16_t{0});
     }
   }
 
@@ -206,7 +206,7 @@ class Loader {
   int group_;
   PieceOfThread mine_;
   LiveColumns columns_;
-  int tap_ = -1;
+  Column at_;
   unsigned inside_ = 0;  // of which of this thread's pixels x has what the tap sees
 };
 
@@ -325,14 +325,18 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads, Tile<kTile>::kSizes.res
   __syncthreads();
 
   Loader<kTile> loader(args, shared, tile);
-  int loaded = 0;  // stages with something in them, the same for all threads
-  for (int stage = 0; stage < kConvStages - 1; ++stage) loaded += loader.load(stage);
   float sum[Sizes::kPixelTiles][2 * Sizes::kGranules][4] = {};
-  int stage = 0, filled = kConvStages - 1;  // the one to multiply, and the one to fill
-  for (int step = 0; step < loaded; ++step) {
-    ptx::cp_async_wait<kConvStages - 2>();
-    __syncthreads();  // this stage is there, and nobody reads the one before it any more
+  int loaded = 0;             // stages with something in them, the same for all threads
+  int stage = 0, filled = 0;  // the one to multiply, and the one to fill
+#pragma unroll 1              // the first steps only fill: so the code that does it is there once
+  for (int step = 1 - kConvStages; step < loaded; ++step) {
+    if (step >= 0) {
+      ptx::cp_async_wait<kConvStages - 2>();
+      __syncthreads();  // this stage is there, and nobody reads the one before it any more
+    }
     loaded += loader.load(filled);
+    filled = filled + 1 == kConvStages ? 0 : filled + 1;
+    if (step < 0) continue;
 
     const uint4* x = shared.stages.data() + stage * Sizes::kStagePieces;
     const uint4* w = x + (Sizes::kPixels + warp_w * Sizes::kWarpOutputs) * kPieces;
@@ -345,7 +349,6 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads, Tile<kTile>::kSizes.res
       if (mine != 0) multiply_quarter<T, kTile>(sum, x, w, mine, quarter, lane);
     }
     stage = stage + 1 == kConvStages ? 0 : stage + 1;
-    filled = filled + 1 == kConvStages ? 0 : filled + 1;
   }
 
   // Through shared memory from fragments, in which a lane's outputs lie 8 apart, to rows of them;

@@ -191,22 +191,20 @@ __device__ __forceinline__ Position position_of(const ConvLayout& layout, int64_
 
 // One column of the weight: a tap, and channels from one on.
 struct Column {
-  int tap, shift[3];  // of x against tap 0
-  int channel;        // of the group
-  int channels;       // that there are
-  int64_t offset;     // of the first element of x, against that of tap 0 and channel 0
+  int channel = 0;     // of the group
+  int channels = 0;    // that there are
+  int64_t offset = 0;  // of the first element of x, against that of tap 0 and channel 0
 
-  __device__ Column(const ConvLayout& layout, int group, int column) {
-    tap = column / layout.col_blocks;
-    channel = (column - tap * layout.col_blocks) * layout.cols;
+  // Whether its tap is another one than before. Most columns have that of the one before them, and
+  // what is divided for a tap is divided once.
+  __device__ bool move_to(const ConvLayout& layout, int group, int column) {
+    const bool other =
+        static_cast<unsigned>(column - first_) >= static_cast<unsigned>(layout.col_blocks);
+    if (other) move_to_tap(layout, group, column / layout.col_blocks);
+    channel = (column - first_) * layout.cols;
     channels = min(layout.cols, layout.group_in - channel);
-    const int line = tap / layout.kernel_w, plane = line / layout.kernel_h;
-    shift[0] = plane * layout.dilation[0];
-    shift[1] = (line - plane * layout.kernel_h) * layout.dilation[1];
-    shift[2] = (tap - line * layout.kernel_w) * layout.dilation[2];
-    const int64_t at = (int64_t{shift[0]} * layout.in[1] + shift[1]) * layout.in[2] + shift[2];
-    offset = at * layout.in_pixel_stride() +
-             (int64_t{group} * layout.group_in + channel) * layout.in_channel_stride();
+    offset = tap_offset_ + channel * layout.in_channel_stride();
+    return other;
   }
 
   // Whether x has the pixel that this tap sees from there.
@@ -214,11 +212,27 @@ struct Column {
     bool inside = from.there != 0;
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
-      inside &= static_cast<unsigned>(from.at[axis] + shift[axis]) <
+      inside &= static_cast<unsigned>(from.at[axis] + shift_[axis]) <
                 static_cast<unsigned>(layout.in[axis]);
     }
     return inside;
   }
+
+ private:
+  __device__ void move_to_tap(const ConvLayout& layout, int group, int tap) {
+    first_ = tap * layout.col_blocks;
+    const int line = tap / layout.kernel_w, plane = line / layout.kernel_h;
+    shift_[0] = plane * layout.dilation[0];
+    shift_[1] = (line - plane * layout.kernel_h) * layout.dilation[1];
+    shift_[2] = (tap - line * layout.kernel_w) * layout.dilation[2];
+    const int64_t at = (int64_t{shift_[0]} * layout.in[1] + shift_[1]) * layout.in[2] + shift_[2];
+    tap_offset_ = at * layout.in_pixel_stride() +
+                  int64_t{group} * layout.group_in * layout.in_channel_stride();
+  }
+
+  int first_ = -0x40000000;  // column of the tap; before all of them
+  int shift_[3] = {};        // of x against tap 0
+  int64_t tap_offset_ = 0;
 };
 
 }  // namespace gossamer::blocksparse

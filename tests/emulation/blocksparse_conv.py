@@ -54,27 +54,29 @@ class BlockConv:
         linear = len(self.case.kernel) == 0
         return F.linear(x, dense, bias) if linear else self.case.dense(x, dense, bias)
 
-    def run(self, library: KernelLibrary, tile: int = -1, margin: int = MARGIN) -> Tensor:
-        """The kernel's result.
-
-        Before x and the values lie NaNs, after them nothing; around y something that must stay.
-        """
+    def sizes(self) -> list[int]:
+        """What the kernels are told of the convolution (kernels/blocksparse.cu)."""
         case, weight = self.case, self.weight
-        x, geometry = self._prepared()
-        last = is_channels_last(x)
-        y = empty_result(x, None, geometry)
-        x5, y5 = as_5d(x if last else x.contiguous(), last), as_5d(y, last)
+        _, x5, y5, geometry, last = self._prepared()
         first = 1 if last else 2
         extents = (*x5.shape[first : first + 3], *y5.shape[first : first + 3])
-        sizes = [
+        return [
             *(case.groups, case.group_out, case.group_in, *weight.values.shape[1:]),
             *(weight.values.shape[0], *(n for axis in geometry.in_3d() for n in axis)),
             *(*extents, x5.shape[0], int(last)),
         ]
+
+    def run(self, library: KernelLibrary, tile: int = -1, margin: int = MARGIN) -> Tensor:
+        """The kernel's result, in the shape and memory format of the operation's.
+
+        Before x and the values lie NaNs, after them nothing; around y something that must stay.
+        """
+        case, weight = self.case, self.weight
+        y, x5, y5, *_ = self._prepared()
         out = torch.full((y5.numel() + 2 * margin,), 77.0, dtype=case.dtype)
         library.call(
             "conv",
-            *(CODES[case.dtype], sizes, weight.crow_indices, weight.col_indices),
+            *(CODES[case.dtype], self.sizes(), weight.crow_indices, weight.col_indices),
             *(_after(margin, weight.values), _after(margin, x5)),
             *(0 if self.bias is None else self.bias, ACTIVATION_CODES[self.activation]),
             *(out[margin:], tile),
@@ -84,13 +86,16 @@ class BlockConv:
         y5.copy_(out[margin : margin + y5.numel()].view(y5.shape))
         return y
 
-    def _prepared(self) -> tuple[Tensor, Geometry]:
-        case = self.case
-        if len(case.kernel) == 0:  # a linear layer
-            return self.x, Geometry(case.shape, 1, (), (), ())
-        steps = (case.stride, case.padding, case.dilation)
-        conv = prepare("conv", self.x, case.shape, case.groups, *steps, "zeros")
-        return conv.x, Geometry(case.shape, case.groups, conv.stride, conv.padding, conv.dilation)
+    def _prepared(self) -> tuple[Tensor, Tensor, Tensor, Geometry, bool]:
+        """Room for y, x and that room in five dimensions, and whether their channels are last."""
+        case, x, steps = self.case, self.x, ((), (), ())
+        if len(case.kernel) > 0:  # no linear layer
+            given = (case.stride, case.padding, case.dilation)
+            conv = prepare("conv", x, case.shape, case.groups, *given, "zeros")
+            x, steps = conv.x, (conv.stride, conv.padding, conv.dilation)
+        geometry, last = Geometry(case.shape, case.groups, *steps), is_channels_last(x)
+        y = empty_result(x, None, geometry)
+        return y, as_5d(x if last else x.contiguous(), last), as_5d(y, last), geometry, last
 
 
 def _after(margin: int, t: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocksparse_conv import TILES, BlockConv, build
+from blocksparse_conv import CODES, TILES, BlockConv, build
+from cases import bits
 from conv_cases import CASES, typical
 from devices import SCHEDULES, Sanitizers
 from emulator import Emulator, KernelLibrary
 from gossamer import _C, Block
+from gossamer.formats.geometry import channels_last
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -161,6 +163,34 @@ def test_indices_that_nobody_checked_stay_in_memory(
             at = torch.randint(len(t), (3,))
             t[at] = wild[torch.randint(len(wild), (3,))]
         conv.run(kernels)
+        sizes, indices = conv.sizes(), (conv.weight.crow_indices, conv.weight.col_indices)
+        dense = torch.empty(40, 9, 32, dtype=dtype)
+        kernels.call("to_dense", CODES[dtype], sizes, *indices, conv.weight.values, dense)
+        kernels.call("gather", CODES[dtype], sizes, *indices, dense, conv.weight.values)
+
+
+# ---- conversions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conversions_are_those_of_the_cpu(kernels: KernelLibrary, dtype: torch.dtype) -> None:
+    for number in range(DTYPES.index(dtype), 300, 10):
+        conv = BlockConv.of(replace(CASES[number], dtype=dtype))
+        weight, sizes = conv.weight, conv.sizes()
+        indices = (weight.crow_indices, weight.col_indices)
+        dense = channels_last(weight.to_dense())
+        dense[torch.rand(dense.shape) < 0.2] = -0.0
+        live = torch.full(weight.grid, 7, dtype=torch.uint8)
+        kernels.call("find_live", CODES[dtype], sizes, dense, live)
+        size = (weight.block.rows, weight.block.cols, weight.groups)
+        assert torch.equal(live, torch.ops.gossamer.blocksparse_find_live(dense, *size))
+        values = torch.full_like(weight.values, torch.nan)
+        kernels.call("gather", CODES[dtype], sizes, *indices, dense, values)
+        expected = torch.ops.gossamer.blocksparse_gather(dense, *indices, *size)
+        assert torch.equal(bits(values), bits(expected))
+        back = torch.full_like(dense, torch.nan)
+        kernels.call("to_dense", CODES[dtype], sizes, *indices, values, back)
+        assert torch.equal(back, dense)
 
 
 # ---- the choice ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // The block-sparse kernels and the choice between them, for the tests.
 #include "blocksparse/conv_fma.cu"
+#include "blocksparse/pack.cu"
 #include "kernels/exports.h"
 
 namespace {
@@ -49,5 +50,32 @@ GOSSAMER_EXPORT int conv(int64_t dtype, const int64_t* sizes, const int32_t* cro
     args.config = blocksparse::choose_cuda_conv_config(args.conv.shape, args.conv.weight, device);
     if (tile >= 0) args.config.tile = static_cast<int>(tile);
     blocksparse::run_conv(args, nullptr);
+  });
+}
+
+GOSSAMER_EXPORT int find_live(int64_t dtype, const int64_t* sizes, const void* dense, uint8_t* live,
+                              char* text, int64_t text_bytes) {
+  return report(text, text_bytes, [&] {
+    blocksparse::cuda::find_live(dense, conv_args(dtype, sizes).weight, live, nullptr);
+  });
+}
+
+GOSSAMER_EXPORT int gather(int64_t dtype, const int64_t* sizes, const int32_t* crow,
+                           const int32_t* col, const void* dense, void* values, char* text,
+                           int64_t text_bytes) {
+  return report(text, text_bytes, [&] {
+    blocksparse::Weight pattern = conv_args(dtype, sizes).weight;
+    pattern.crow_indices = crow, pattern.col_indices = col;
+    blocksparse::cuda::gather(dense, pattern, values, nullptr);
+  });
+}
+
+GOSSAMER_EXPORT int to_dense(int64_t dtype, const int64_t* sizes, const int32_t* crow,
+                             const int32_t* col, const void* values, void* dense, char* text,
+                             int64_t text_bytes) {
+  return report(text, text_bytes, [&] {
+    blocksparse::Weight weight = conv_args(dtype, sizes).weight;
+    weight.crow_indices = crow, weight.col_indices = col, weight.values = values;
+    blocksparse::cuda::to_dense(weight, dense, nullptr);
   });
 }
