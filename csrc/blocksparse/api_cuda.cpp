@@ -50,6 +50,8 @@ const CudaKernels& cuda_kernels(const char* op, const TensorView& t) {
 
 void conv_cuda(const char* op, const ConvArgs& args, const TensorView& x) {
   const CudaModule& module = cuda_module(op, x);
+  GOSSAMER_CHECK(!args.weight.packed, op,
+                 ": panels are what a CPU's kernels read, a GPU's read the blocks of BlockSparse");
   if (args.shape.batch * args.shape.out_pixels() == 0) return;
   const CudaDevice device = module.device(x.device_index);
   module.blocksparse->conv({args, config_of(op, args.shape, args.weight, device)}, stream_of(x));

@@ -76,8 +76,9 @@ def check_exact(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", MMA_CASES)
-def test_tiles_match_dense(kernels: KernelLibrary, name: str) -> None:
-    for tile in range(len(TILES)):
+def test_tiles_match_dense(kernels: KernelLibrary, sanitizers: Sanitizers, name: str) -> None:
+    # The others differ in their sizes alone.
+    for tile in (1, 4) if sanitizers.on else range(len(TILES)):
         conv = BlockConv.of(replace(MMA_CASES[name], dtype=HALVES[tile % 2]))
         expected = conv.expected()
         for schedule in ("late", "early"):

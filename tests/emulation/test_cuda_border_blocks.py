@@ -13,7 +13,7 @@ from blocksparse_conv import BlockConv
 from conv_cases import CASES, ConvCase, block_sparse, typical
 from emulated_gpu import Gpu
 from gossamer import _C, Block, _cuda_module, blocksparse_conv, blocksparse_linear
-from gossamer.formats import BlockSparse
+from gossamer.formats import BlockSparse, BlockSparsePanels
 from gossamer.nn import SparseConv
 from gossamer.ops import blocksparse
 from gossamer.ops.blocksparse_choice import blocksparse_choice
@@ -138,6 +138,12 @@ def test_layer(gpu: Gpu) -> None:
     twin = SparseConv.from_dense(dense, Block(16, 16), prune="magnitude", density=0.5)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin(x), y)
+
+
+def test_panels_are_refused(gpu: Gpu) -> None:
+    panels = BlockSparsePanels.from_blocksparse(block_sparse((8, 8), Block(4, 4)))
+    with pytest.raises(ValueError, match="panels are what a CPU's kernels read"):
+        blocksparse_linear(torch.ones(2, 8), panels)
 
 
 def test_gpu_too_old_is_named(gpu: Gpu) -> None:

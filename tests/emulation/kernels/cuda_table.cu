@@ -1,5 +1,5 @@
-// The tables that the CUDA module hands to _C, with emulated kernels: what _C then does with tensors
-// in host memory is what it does with a GPU's.
+// The tables that the CUDA module hands to _C, with emulated kernels: what _C then does with
+// tensors in host memory is what it does with a GPU's.
 #include "blocksparse/conv_cuda.h"
 #include "blocksparse/pack_cuda.h"
 #include "cuda_build.h"
