@@ -22,15 +22,16 @@ static constexpr const char* name(CudaConvKernel kernel) {
 struct ConvTile {
   int pixels, outputs;   // of the tile
   int warps_x, warps_w;  // along pixels and along outputs
+  int stages;            // in shared memory: one is multiplied, the others are on their way
   int resident;          // blocks that a multiprocessor has registers for
   constexpr int warps() const { return warps_x * warps_w; }
 };
 
-// The largest two read the fewest bytes for a product, the last is for a few rows of x, for which
-// it takes many blocks to read the weights fast.
+// The largest two read the fewest bytes for a product. The last is for a few rows of x, where the
+// weights have to come fast: many blocks, each with many bytes on their way.
 constexpr ConvTile kConvTiles[] = {
-    {128, 256, 2, 4, 1}, {256, 128, 4, 2, 1}, {128, 64, 4, 1, 3},
-    {64, 64, 2, 2, 4},   {16, 64, 1, 4, 5},
+    {128, 256, 2, 4, 3, 1}, {256, 128, 4, 2, 3, 1}, {128, 64, 4, 1, 3, 3},
+    {64, 64, 2, 2, 4, 4},   {16, 64, 1, 4, 6, 5},
 };
 constexpr int kConvTileCount = sizeof(kConvTiles) / sizeof(ConvTile);
 
@@ -42,7 +43,6 @@ constexpr int padded_size(int64_t size) {
   return padded;
 }
 
-constexpr int kConvStages = 3;
 constexpr int kStageChannels = 64;  // 128 bytes of every pixel and every output
 
 // The fma kernel has one tile, in which a block's rows are as if they were a multiple of a
@@ -54,8 +54,8 @@ constexpr int fma_padded_rows(int64_t rows) {
 }
 
 constexpr int64_t conv_shared_bytes(const ConvTile& tile) {
-  const int64_t stages = int64_t{kConvStages} * (tile.pixels + tile.outputs) * kStageChannels * 2;
-  return stages + tile.pixels * 24 + kConvStages * 16;  // where pixels lie; what is live
+  const int64_t stages = int64_t{tile.stages} * (tile.pixels + tile.outputs) * kStageChannels * 2;
+  return stages + tile.pixels * 24 + tile.stages * 16;  // where pixels lie; what is live
 }
 
 struct CudaConvConfig {

@@ -21,8 +21,9 @@
 //              that eight rows which ldmatrix reads at one p lie in different banks
 //   A, B       of mma: A = x [16 pixels][16 channels], B = W [16 channels][8 outputs]
 //
-// Three stages: one is multiplied while cp.async fills two. Where channels do not lie side by side
-// in x, or not at multiples of 16 bytes, the same places are filled element by element instead.
+// One stage is multiplied while cp.async fills the others, two or more. Where channels do not lie
+// side by side in x, or not at multiples of 16 bytes, the same places are filled element by element
+// instead.
 #include "blocksparse/conv_cuda.h"
 #include "blocksparse/conv_tile.cuh"
 #include "common/activation.cuh"
@@ -41,6 +42,7 @@ template <int kTile>
 struct Tile {
   static constexpr ConvTile kSizes = kConvTiles[kTile];
   static constexpr int kPixels = kSizes.pixels, kOutputs = kSizes.outputs;
+  static constexpr int kStages = kSizes.stages;
   static constexpr int kThreads = kSizes.warps() * kWarp;
   static constexpr int kWarpPixels = kPixels / kSizes.warps_x;
   static constexpr int kWarpOutputs = kOutputs / kSizes.warps_w;
@@ -49,17 +51,17 @@ struct Tile {
   static constexpr int kStagePieces = (kPixels + kOutputs) * kPieces;
   static constexpr int kSumStride = kWarpOutputs + kSumPadding;
   static constexpr int kWarpSums = kWarpPixels * kSumStride;
-  static_assert(kSizes.warps() * kWarpSums * 4 <= kConvStages * kStagePieces * 16);
+  static_assert(kSizes.warps() * kWarpSums * 4 <= kStages * kStagePieces * 16);
   static_assert(kOutputs / kGranule <= kWarp);  // a lane stands for each granule
 };
 
 template <int kTile>
 struct Shared {
   using T = Tile<kTile>;
-  SharedTile<uint4, kConvStages * T::kStagePieces, 128> stages;  // x, then W; at the end the sums
+  SharedTile<uint4, T::kStages * T::kStagePieces, 128> stages;  // x, then W; at the end the sums
   SharedTile<Position, T::kPixels> positions;
   SharedTile<int64_t, T::kPixels> offsets;
-  SharedTile<uint32_t, kConvStages * kQuarters> live;  // of each quarter, one bit a granule
+  SharedTile<uint32_t, T::kStages * kQuarters> live;  // of each quarter, one bit a granule
 };
 
 struct Args {
@@ -329,13 +331,13 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads, Tile<kTile>::kSizes.res
   int loaded = 0;             // stages with something in them, the same for all threads
   int stage = 0, filled = 0;  // the one to multiply, and the one to fill
 #pragma unroll 1              // the first steps only fill: so the code that does it is there once
-  for (int step = 1 - kConvStages; step < loaded; ++step) {
+  for (int step = 1 - Sizes::kStages; step < loaded; ++step) {
     if (step >= 0) {
-      ptx::cp_async_wait<kConvStages - 2>();
+      ptx::cp_async_wait<Sizes::kStages - 2>();
       __syncthreads();  // this stage is there, and nobody reads the one before it any more
     }
     loaded += loader.load(filled);
-    filled = filled + 1 == kConvStages ? 0 : filled + 1;
+    filled = filled + 1 == Sizes::kStages ? 0 : filled + 1;
     if (step < 0) continue;
 
     const uint4* x = shared.stages.data() + stage * Sizes::kStagePieces;
@@ -348,7 +350,7 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads, Tile<kTile>::kSizes.res
           live[quarter] >> (warp_w * Sizes::kGranules) & ((1u << Sizes::kGranules) - 1);
       if (mine != 0) multiply_quarter<T, kTile>(sum, x, w, mine, quarter, lane);
     }
-    stage = stage + 1 == kConvStages ? 0 : stage + 1;
+    stage = stage + 1 == Sizes::kStages ? 0 : stage + 1;
   }
 
   // Through shared memory from fragments, in which a lane's outputs lie 8 apart, to rows of them;
