@@ -1,7 +1,6 @@
 // Block-sparse convolution without tensor cores, every product and sum in float32 or float64:
 //
-//   y[o, n] = act(sum over the live blocks of n's block row, of x[at(o, tap), c] W[n, tap, c] +
-//   b[n])
+//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n])
 //
 // A thread block computes 64 pixels x 64 outputs, whole block rows in which each block takes a
 // multiple of four rows. It visits the columns of the weight in which any of them has a live block,

@@ -1,7 +1,6 @@
 // Block-sparse convolution of 16-bit floats by tensor cores:
 //
-//   y[o, n] = act(sum over the live blocks of n's block row, of x[at(o, tap), c] W[n, tap, c] +
-//   b[n])
+//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n])
 //
 // An implicit GEMM. A thread block computes a tile of consecutive pixels x block rows, each block
 // lying in it as if it had 16, 32 or 64 rows and columns. It visits the columns of the weight in
