@@ -42,6 +42,11 @@ class Choices:
     known_dtypes: tuple[str, ...]
     dtypes: tuple[str, ...]
     quick_dtypes: tuple[str, ...]
+    every_block: tuple[tuple[int, int], ...] = ((16, 16),)
+    quick_blocks: tuple[tuple[int, int], ...] = ((16, 16),)
+
+    def blocks(self, quick: bool) -> tuple[tuple[int, int], ...]:
+        return self.quick_blocks if quick else self.every_block
 
 
 def choices_of(device: str) -> Choices:
@@ -52,9 +57,10 @@ def choices_of(device: str) -> Choices:
         return Choices(FEATURES, QUICK_FEATURES, *layers, *rows, every, every, quick_dtypes)
     import cuda_shapes as gpu
 
-    features, default = ("sparse24",), gpu.DEFAULT_DTYPES
-    layers, rows = (gpu.SHAPES, (), ()), (gpu.ROWS, gpu.QUICK_ROWS)
-    return Choices(features, features, *layers, *rows, tuple(gpu.DTYPES), default, default)
+    features, default = ("sparse24", "blocksparse"), gpu.DEFAULT_DTYPES
+    layers, rows = (gpu.SHAPES, CONV_SHAPES, ()), (gpu.ROWS, gpu.QUICK_ROWS)
+    names, blocks = (tuple(gpu.DTYPES), default, default), (gpu.BLOCKS, gpu.QUICK_BLOCKS)
+    return Choices(features, features, *layers, *rows, *names, *blocks)
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
     add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert")
-    add("--block", type=_blocks, default=((16, 16),), metavar="16x16,4x4", help="of blocksparse")
+    add("--block", type=_blocks, metavar="16x16,4x4", help="of blocksparse")
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
     add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
@@ -175,7 +181,7 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
         expert_shapes=tuple(shape for shape in layers if isinstance(shape, ExpertShape)),
         rows=given.m or (choices.quick_rows if given.quick else choices.rows),
         tokens=given.m or EXPERT_TOKENS,
-        blocks=given.block,
+        blocks=given.block or choices.blocks(given.quick),
         threads=given.threads or torch.get_num_threads(),
         cold=given.cold,
         json=given.json,

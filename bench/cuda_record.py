@@ -11,7 +11,7 @@ from cuda_rivals import CUSPARSELT, DENSE
 from cuda_shapes import DECODE_ROWS, LARGE_WEIGHT, PREFILL_ROWS
 from cusparselt import Trial, summarise
 from record import OURS, Check
-from shapes import LinearShape
+from shapes import LinearShape, Shape
 from timing import Ratio, Timing, geometric_mean, speedup
 
 
@@ -25,7 +25,7 @@ class CudaCase:
     seconds that the measured bandwidth and peaks allow.
     """
 
-    shape: LinearShape
+    shape: Shape
     dtype: str
     rows: int
     flops: int
@@ -50,6 +50,16 @@ class CudaCase:
         return f"sparse24/{self.dtype}/{self.shape.name}/m{self.rows}"
 
     @property
+    def params(self) -> dict[str, Any]:
+        """What identifies the case in a record."""
+        return {
+            "shape": self.shape.name,
+            **self.shape.sizes,
+            "dtype": self.dtype,
+            "rows": self.rows,
+        }
+
+    @property
     def passed(self) -> bool:
         """False for a wrong answer or a fault; a case without a kernel or time is no failure."""
         return not self.failed and (self.check is None or self.check.passed)
@@ -70,7 +80,8 @@ class CudaCase:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the dense weight."""
+        """Of the dense weight of a linear layer."""
+        assert isinstance(self.shape, LinearShape)
         size = {"bf16": 2, "fp16": 2, "fp32": 4}.get(self.dtype, 1)
         return self.shape.out_features * self.shape.in_features * size
 
@@ -107,19 +118,12 @@ class CudaCase:
 
     def entries(self, limits: GpuLimits) -> list[dict[str, Any]]:
         """The case for the record: one entry a contender, the finding with our own."""
-        params = {
-            "shape": self.shape.name,
-            "out_features": self.shape.out_features,
-            "in_features": self.shape.in_features,
-            "dtype": self.dtype,
-            "rows": self.rows,
-        }
         return [
             {
                 "group": self.name,
                 "name": f"{self.name}/{contender}",
                 "fullname": f"{self.name}/{contender}",
-                "params": params,
+                "params": self.params,
                 "param": None,
                 "extra_info": {"settings": self.settings.get(contender)}
                 | (self.finding(limits) if contender == OURS else {}),

@@ -3,15 +3,16 @@
 #
 #   bench/gpu_check.sh OUTDIR [--only PART[,PART...]] [--commit ID]
 #
-# parts, in this order: build info emulation golden tests memcheck racecheck bench
+# parts, in this order: build info emulation golden tests memcheck racecheck bench blocks
 #
 # OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, bench.json,
-# bench.png and golden.npz. A part that fails or runs out of time does not stop the others.
+# bench.png, blocks.log, blocks.json and golden.npz. A part that fails or runs out of time does not
+# stop the others.
 # Exit status: 0 if every part passed, 1 if one failed, 3 if none failed but some could not run
 # (no GPU, no compute-sanitizer). It needs no network: python3 has torch and the build tools.
 set -u -o pipefail
 
-readonly PARTS=(build info emulation golden tests memcheck racecheck bench)
+readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks)
 readonly TOTAL=525   # seconds, of which the summary takes none
 readonly NOT_RUN=3   # the exit status of a part that found nothing to run on
 
@@ -109,23 +110,29 @@ part_bench() {
     --commit "$commit" --json "$out/bench.json" --plot "$out/bench.png"
 }
 
+part_blocks() {
+  [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
+  python3 bench/run.py --device cuda --feature blocksparse --dtype bf16 --quick \
+    --seconds $(($1 - 15)) --commit "$commit" --json "$out/blocks.json"
+}
+
 # ---- running them --------------------------------------------------------------------------------
 
 # Seconds a part may take, and what has to be left for those after it.
 limit_of() {
   case $1 in
     build) echo 240 ;; info) echo 40 ;; emulation) echo 100 ;; golden) echo 80 ;;
-    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;;
+    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks) echo 75 ;;
   esac
 }
 reserve_after() {
   case $1 in
-    build) echo 270 ;; info) echo 260 ;; emulation) echo 230 ;; golden) echo 215 ;;
-    tests) echo 185 ;; memcheck) echo 165 ;; racecheck) echo 145 ;; bench) echo 0 ;;
+    build) echo 290 ;; info) echo 280 ;; emulation) echo 250 ;; golden) echo 235 ;;
+    tests) echo 205 ;; memcheck) echo 185 ;; racecheck) echo 165 ;; bench) echo 60 ;; blocks) echo 0 ;;
   esac
 }
 log_of() {
-  case $1 in build | bench) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
+  case $1 in build | bench | blocks) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
 }
 
 declare -A verdict took detail
@@ -152,13 +159,17 @@ summarise() {
       echo
       sed -n '/^Times faster/,$p' "$out/bench.log"
     fi
+    if [ -f "$out/blocks.log" ]; then
+      echo
+      sed -n '/^Blocks, times faster/,$p' "$out/blocks.log"
+    fi
   } >"$out/summary.md"
 }
 
 run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
-  case $part in build | bench) rm -f "$out/$part".* ;; golden) rm -f "$out/golden.npz" ;; esac
+  case $part in build | bench | blocks) rm -f "$out/$part".* ;; golden) rm -f "$out/golden.npz" ;; esac
   limit=$(limit_of "$part")
   left=$((TOTAL - SECONDS - $(reserve_after "$part")))
   # The reserves are there for parts that are asked for.

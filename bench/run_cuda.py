@@ -11,16 +11,31 @@ from itertools import groupby
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import bench_blocksparse_cuda
 import torch
+from bench_blocksparse_cuda import CudaBlockPlan
 from bench_sparse24_cuda import Bench, CudaPlan, run
+from cuda_block_case import CudaBlockCase, block_summary, block_table
 from cuda_machine import GpuLimits, Sensors, describe_gpu, gpu_name, measure_limits
 from cuda_record import CudaCase, goals
 from cuda_report import cases_table, machine_text, summary_text
-from cuda_shapes import QUICK_OTHER_ROWS, QUICK_OTHER_SHAPES, QUICK_SHAPES
+from cuda_shapes import (
+    BLOCK_DENSITIES,
+    BLOCK_DTYPES,
+    BLOCK_IMAGES,
+    BLOCK_ROWS,
+    QUICK_BLOCK_DENSITIES,
+    QUICK_BLOCK_IMAGES,
+    QUICK_BLOCK_ROWS,
+    QUICK_BLOCK_SHAPES,
+    QUICK_OTHER_ROWS,
+    QUICK_OTHER_SHAPES,
+    QUICK_SHAPES,
+)
 from cuda_timing import Rounds, graph_stopwatch
 from machine import describe_commit, describe_versions
 from record import default_path, write_entries
-from shapes import LinearShape
+from shapes import GOAL_MODEL, LinearShape, Shape
 
 if TYPE_CHECKING:
     from command_line import Options
@@ -56,6 +71,41 @@ def _problems(options: Options, first: bool) -> list[tuple[LinearShape, int]]:
     return [(shape, m) for shape in shapes for m in rows]
 
 
+def block_plan_of(options: Options) -> CudaBlockPlan:
+    """The cases of block-sparse layers: convolutions first, of which the goal speaks."""
+    convs, linear = list(options.conv_shapes), list(options.shapes)
+    if options.quick and not options.shapes_given:
+        convs = [shape for shape in convs if shape.model == GOAL_MODEL]
+        linear = [shape for shape in linear if shape.name in QUICK_BLOCK_SHAPES]
+    images, rows = (
+        (QUICK_BLOCK_IMAGES, QUICK_BLOCK_ROWS) if options.quick else (BLOCK_IMAGES, BLOCK_ROWS)
+    )
+    if options.rows_given:
+        images = rows = options.rows
+    shapes: list[tuple[Shape, int]] = [
+        *((shape, count) for shape in convs for count in images),
+        *((shape, count) for shape in linear for count in rows),
+    ]
+    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
+    dtypes = dtypes[:1] if options.quick else dtypes
+    problems = [(dtype, shape, count) for dtype in dtypes for shape, count in shapes]
+    if options.quick:
+        how: tuple[Any, ...] = (QUICK_BLOCK_DENSITIES, QUICK_ROUNDS)
+        return CudaBlockPlan(problems, options.blocks, *how, options.seconds or QUICK_SECONDS)
+    seconds = options.seconds or math.inf
+    return CudaBlockPlan(problems, options.blocks, BLOCK_DENSITIES, FULL_ROUNDS, seconds)
+
+
+def print_block_cases(cases: Iterable[CudaBlockCase], out: Any = None) -> list[CudaBlockCase]:
+    """Each layer's table as soon as its last case is there; all the cases."""
+    every = []
+    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape, case.rows)):
+        mine = list(group)
+        print(block_table(mine), file=out or sys.stdout, flush=True)
+        every += mine
+    return every
+
+
 def print_cases(cases: Iterable[CudaCase], limits: GpuLimits, out: Any = None) -> list[CudaCase]:
     """Each shape's table as soon as its last case is there; all the cases."""
     every = []
@@ -83,13 +133,24 @@ def main(options: Options, arguments: Sequence[str]) -> int:
         Sensors(device.index),
         partial(torch.cuda.synchronize, device),
     )
-    plan = plan_of(options)
-    plan = replace(plan, most_seconds=plan.most_seconds - (perf_counter() - begin))
-    cases = print_cases(run(plan, bench), limits)
-    print(summary_text(cases))
-    keep(options, arguments, gpu, limits, cases)
+    cases: list[CudaCase] = []
+    blocks: list[CudaBlockCase] = []
+    if "sparse24" in options.features:
+        plan = plan_of(options)
+        plan = replace(plan, most_seconds=plan.most_seconds - (perf_counter() - begin))
+        cases = print_cases(run(plan, bench), limits)
+    if "blocksparse" in options.features:
+        block_plan = block_plan_of(options)
+        left = block_plan.most_seconds - (perf_counter() - begin)
+        found = bench_blocksparse_cuda.run(replace(block_plan, most_seconds=left), bench)
+        blocks = print_block_cases(found)
+    if cases:
+        print(summary_text(cases))
+    if blocks:
+        print(block_summary(blocks))
+    keep(options, arguments, gpu, limits, cases, blocks)
     print(f"took {perf_counter() - begin:.0f} s")
-    return 0 if all(case.passed for case in cases) else 1
+    return 0 if all(case.passed for case in (*cases, *blocks)) else 1
 
 
 def keep(
@@ -98,8 +159,9 @@ def keep(
     gpu: dict[str, Any],
     limits: GpuLimits,
     cases: Sequence[CudaCase],
+    blocks: Sequence[CudaBlockCase] = (),
 ) -> None:
-    """Write the record and the picture that were asked for."""
+    """Write the record and the picture that were asked for; the picture has no blocks."""
     commit = describe_commit()
     if options.commit:
         commit["id"] = options.commit
@@ -113,10 +175,12 @@ def keep(
             "limits": limits.as_dict(),
             "goals": goals(cases),
             "not_available": [
-                {"case": case.name} | case.finding(limits) for case in cases if not case.timings
+                {"case": case.name} | case.finding(limits)
+                for case in (*cases, *blocks)
+                if not case.timings
             ],
         }
-        entries = [entry for case in cases for entry in case.entries(limits)]
+        entries = [entry for case in (*cases, *blocks) for entry in case.entries(limits)]
         write_entries(path, {"gpu": gpu}, commit, gossamer, entries)
         print(f"record: {path}")
     if options.plot and any(case.timings for case in cases):

@@ -2,9 +2,11 @@
 #include <pybind11/stl.h>
 
 #include "blocksparse/blocksparse.h"
+#include "common/cuda_border.h"
 #include "common/parallel.h"
 #include "common/py_tensor.h"
 #include "common/target.h"
+#include "cuda_build.h"
 #include "grouped/grouped.h"
 #include "probe/probe.h"
 #include "sparse24/quantized.h"
@@ -34,6 +36,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
+  gossamer::bind_cuda(m, gossamer::build_of_cuda());
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
   gossamer::probe::bind(m);

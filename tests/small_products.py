@@ -1,4 +1,4 @@
-"""Every 2:4 product on a GPU at small shapes, for compute-sanitizer: python tests/small_products.py
+"""Every product on a GPU at small shapes, for compute-sanitizer: python tests/small_products.py
 
 Prints a line a dtype; the exit status is 1 for a wrong answer, 3 without a GPU. With
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor has memory of its own, so that an access past its end
@@ -11,7 +11,9 @@ import sys
 
 import gossamer
 import torch
-from gossamer.formats import Sparse24, Sparse24Panels
+import torch.nn.functional as F
+from gossamer import Block
+from gossamer.formats import BlockSparse, Sparse24, Sparse24Panels
 from torch import Tensor
 
 # (M, N, K): one of everything, tails of every tile, several blocks, more K steps than stages.
@@ -38,6 +40,30 @@ def quantised_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Te
     quantised = gossamer.formats.Sparse24Quantized.from_sparse24(sparse, name)
     y = gossamer.sparse24_linear_quantized(x, quantised).cpu().double()
     return y, x.cpu().double() @ weight.cpu().double().t()
+
+
+# (C_in, C_out, extent, block): whole fragments, tails of every tile, elements without alignment.
+CONVS = ((64, 96, 9, 32), (40, 72, 13, 16), (19, 21, 6, 5))
+
+
+def largest_error_of_blocks(dtype: torch.dtype) -> float:
+    """Over CONVS in both memory formats, of the largest entry."""
+    worst = 0.0
+    for c_in, c_out, extent, size in CONVS:
+        dense = torch.randn(c_out, c_in, 3, 3).to(dtype)
+        blocks = BlockSparse.from_dense(
+            gossamer.prune.magnitude_blocks(dense, Block(size, size), 0.5).cuda(),
+            Block(size, size),
+        )
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, c_in, extent, extent).to(dtype).cuda()
+            x = x.contiguous(memory_format=memory_format)
+            y = gossamer.blocksparse_conv(x, blocks, padding=1, stride=2).cpu().double()
+            weight = blocks.to_dense().cpu().double()
+            want = F.conv2d(x.cpu().double(), weight, padding=1, stride=2)
+            error = (y - want).abs().max() / want.abs().max()
+            worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
 
 
 def largest_error(dtype: torch.dtype) -> float:
@@ -69,6 +95,10 @@ def main() -> int:
             continue
         print(f"{dtype}: largest error {error:.1e}, allowed {allowed:.0e}")
         ran += 1
+        wrong += not error <= allowed
+    for dtype, allowed in DTYPES.items():
+        error = largest_error_of_blocks(dtype)
+        print(f"{dtype} blocks: largest error {error:.1e}, allowed {allowed:.0e}")
         wrong += not error <= allowed
     return 1 if wrong or not ran else 0
 

@@ -1,4 +1,6 @@
 // The border: what Python hands over is checked here, the indices at every call.
+#include "blocksparse/api.h"
+
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -34,8 +36,6 @@ void check_dims(const char* op, const char* what, const TensorView& t, int ndim)
   GOSSAMER_CHECK(t.ndim == ndim, op, ": ", what, " of shape ", shape_text(t), " has ", t.ndim,
                  " dimensions, expected ", ndim);
   check_contiguous(op, what, t);
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
-                 ", the kernels are the CPU's");
 }
 
 // What a weight of these sizes is, without its blocks.
@@ -58,7 +58,9 @@ Weight empty_weight(const char* op, DType dtype, int64_t out_channels, int64_t t
   return w;
 }
 
-// The same with blocks, whose indices are checked; packed where a block's columns are given.
+// The same with blocks; packed where a block's columns are given. On a CPU their indices are
+// checked; a GPU's would have to be waited for, and its kernels stay within the weight whatever
+// they say.
 Weight weight_of(const char* op, const TensorView& values, const TensorView& crow,
                  const TensorView& col, int64_t out_channels, int64_t taps, int64_t group_in,
                  int64_t groups, int64_t packed_cols = 0) {
@@ -70,6 +72,8 @@ Weight weight_of(const char* op, const TensorView& values, const TensorView& cro
   check_dims(op, "col_indices", col, 1);
   check_dtype(op, "crow_indices", crow, DType::kInt32);
   check_dtype(op, "col_indices", col, DType::kInt32);
+  check_device(op, "crow_indices", crow, what, values);
+  check_device(op, "col_indices", col, what, values);
   const int64_t rows = values.shape[packed ? 2 : 1];
   const int64_t cols = packed ? packed_cols : values.shape[2];
   Weight w = empty_weight(op, values.dtype, out_channels, taps, group_in, groups, rows, cols);
@@ -87,7 +91,7 @@ Weight weight_of(const char* op, const TensorView& values, const TensorView& cro
   w.col_indices = col.as<const int32_t>();
   w.values = values.data;
   w.packed = packed;
-  check_indices(w);
+  if (!on_gpu(values)) check_indices(w);
   return w;
 }
 
@@ -101,6 +105,10 @@ void bind_find_live(const TensorView& dense, const TensorView& live, int64_t row
   const Weight w = empty_weight(op, dense.dtype, dense.shape[0], dense.shape[1], dense.shape[2],
                                 groups, rows, cols);
   check_shape(op, "live", live, w.block_rows(), w.block_columns());
+  check_device(op, "live", live, "dense", dense);
+  if (on_gpu(dense)) {
+    return cuda_kernels(op, dense).find_live(dense.data, w, live.as<uint8_t>(), stream_of(dense));
+  }
   find_live(dense.data, w, live.as<uint8_t>(), threads);
 }
 
@@ -109,24 +117,35 @@ Weight with_dense(const char* op, const TensorView& dense, const TensorView& val
                   const TensorView& crow, const TensorView& col, int64_t groups) {
   check_dims(op, "dense", dense, 3);
   check_dtype(op, "values", values, dense.dtype);
+  check_device(op, "values", values, "dense", dense);
   return weight_of(op, values, crow, col, dense.shape[0], dense.shape[1], dense.shape[2], groups);
 }
 
 void bind_gather(const TensorView& dense, const TensorView& crow, const TensorView& col,
                  const TensorView& values, int64_t groups, int threads) {
-  const Weight w = with_dense("blocksparse_gather", dense, values, crow, col, groups);
+  constexpr const char* op = "blocksparse_gather";
+  const Weight w = with_dense(op, dense, values, crow, col, groups);
+  if (on_gpu(dense)) {
+    return cuda_kernels(op, dense).gather(dense.data, w, values.data, stream_of(dense));
+  }
   gather(dense.data, w, values.data, threads);
 }
 
 void bind_to_dense(const TensorView& values, const TensorView& crow, const TensorView& col,
                    const TensorView& dense, int64_t groups, int threads) {
-  const Weight w = with_dense("blocksparse_to_dense", dense, values, crow, col, groups);
+  constexpr const char* op = "blocksparse_to_dense";
+  const Weight w = with_dense(op, dense, values, crow, col, groups);
+  if (on_gpu(dense)) {
+    return cuda_kernels(op, dense).to_dense(w, dense.data, stream_of(dense));
+  }
   to_dense(w, dense.data, threads);
 }
 
 void bind_validate(const TensorView& values, const TensorView& crow, const TensorView& col,
                    int64_t out_channels, int64_t taps, int64_t group_in, int64_t groups) {
-  check_padding(weight_of("BlockSparse", values, crow, col, out_channels, taps, group_in, groups));
+  constexpr const char* op = "BlockSparse";
+  const Weight w = weight_of(op, values, crow, col, out_channels, taps, group_in, groups);
+  on_gpu(values) ? validate_cuda(op, w, values) : check_padding(w);
 }
 
 // Of x and out, [batch, d, h, w, channels] or [batch, channels, d, h, w].
@@ -169,10 +188,18 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
   check_dtype(op, "out", out, values.dtype);
   const ConvShape s =
       shape_of(op, x.shape, out.shape, groups, kernel, stride, padding, dilation, channels_last);
+  check_device(op, "out", out, "x", x);
+  check_device(op, "the weight", values, "x", x);
   const Weight w =
       weight_of(op, values, crow, col, s.out_channels, s.taps(), s.group_in(), groups, packed_cols);
-  conv({w, s, x.data, bias_of(op, bias, s.out_channels, x.dtype, x), activation_of(op, activation),
-        out.data, threads});
+  const ConvArgs args{w,
+                      s,
+                      x.data,
+                      bias_of(op, bias, s.out_channels, x.dtype, x),
+                      activation_of(op, activation),
+                      out.data,
+                      threads};
+  on_gpu(x) ? conv_cuda(op, args, x) : conv(args);
 }
 
 template <class Config>
@@ -186,7 +213,8 @@ void report_strips(py::dict& report, const Config& config) {
 py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
                 const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
                 const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,
-                bool channels_last, int threads) {
+                bool channels_last, int threads,
+                const std::optional<std::variant<int, py::dict>>& device) {
   constexpr const char* op = "blocksparse_choose";
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error(op + (": no kernels for " + dtype));
@@ -197,6 +225,7 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   GOSSAMER_CHECK(nnz >= 0 && nnz <= w.block_rows() * w.block_columns(), op, ": ", nnz,
                  " live blocks of ", w.block_rows() * w.block_columns());
   w.nnz = nnz;
+  if (device) return choose_cuda(op, s, w, *device);
   const auto [chosen, unit] = unit_in_force(type);
   py::dict report;
   report["target"] = name(chosen);
@@ -256,7 +285,7 @@ void bind(py::module_& m) {
   m.def("blocksparse_choose", &choose, py::arg("x"), py::arg("out"), py::arg("dtype"),
         py::arg("rows"), py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("device") = py::none());
   m.attr("blocksparse_max_block") = kMaxBlock;
 }
 

@@ -36,8 +36,8 @@
 // In a padded column there is no x: kernels take it as 0 and never read past the channels of a
 // group. In a padded row there is no output. Whether a weight that is not finite meets the zeros
 // around x, or its tap is left out there, is up to a kernel; that a number of x which is not finite
-// reaches no output but through a live block is not. Kernels trust the indices: whoever calls them
-// has checked them (check_indices), at every call.
+// reaches no output but through a live block is not. A CPU's kernels trust the indices: whoever
+// calls them has checked them (check_indices), at every call; a GPU's (cuda.h) do not.
 #include <cstdint>
 
 #include "common/activation.h"

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/border.h"
+#include "common/cuda_border.h"
 #include "sparse24/cuda.h"
 #include "sparse24/sparse24.h"
 
@@ -25,11 +26,8 @@ std::vector<int64_t> panels_shape(bool on_gpu, int64_t n, int64_t k, DType dtype
 // TypeError where there are no panels of it: of quantised values there are on a GPU only.
 DType panel_dtype(const std::string& dtype, bool on_gpu = false);
 
-// Whether the CUDA module's kernels have to do it, and those kernels; ValueError where the module
-// is not attached or the tensor's GPU is too old.
-bool on_gpu(const TensorView& t);
+// The kernels for the tensor's GPU; ValueError where there are none.
 const CudaKernels& cuda_kernels(const char* op, const TensorView& t);
-CudaStream stream_of(const TensorView& t);
 
 // Asynchronous copies read x by 16 bytes.
 void check_aligned_rows(const char* op, const TensorView& x);

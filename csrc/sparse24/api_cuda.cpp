@@ -1,7 +1,6 @@
-// The border of the product on a GPU, and the kernels that the CUDA module attaches.
+// The border of the product on a GPU.
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <variant>
 
 #include "common/py_tensor.h"
@@ -11,42 +10,10 @@
 namespace py = pybind11;
 
 namespace gossamer::sparse24 {
-namespace {
-
-std::atomic<const CudaKernels*> attached{nullptr};
-
-// The tensor cores have sparse products from here on.
-constexpr int kLowestCapability = 80;
-
-const CudaKernels& kernels_or_fail(const char* op) {
-  const CudaKernels* kernels = attached;
-  GOSSAMER_CHECK(kernels != nullptr, op,
-                 ": the CUDA module is not loaded; python -m gossamer info says why");
-  return *kernels;
-}
-
-void check_capability(const char* op, const CudaDevice& device) {
-  const int has = device.capability;
-  GOSSAMER_CHECK(has >= kLowestCapability, op, ": a GPU of compute capability ", has / 10, ".",
-                 has % 10, ", the kernels need ", kLowestCapability / 10, ".",
-                 kLowestCapability % 10, " or newer");
-}
-
-}  // namespace
-
-bool on_gpu(const TensorView& t) {
-  if (t.device == Device::kCUDA) return true;
-  const CudaKernels* kernels = attached;
-  return kernels != nullptr && kernels->host_memory;
-}
 
 const CudaKernels& cuda_kernels(const char* op, const TensorView& t) {
-  const CudaKernels& kernels = kernels_or_fail(op);
-  check_capability(op, kernels.device(t.device_index));
-  return kernels;
+  return *cuda_module(op, t).sparse24;
 }
-
-CudaStream stream_of(const TensorView& t) { return {t.device_index, t.stream}; }
 
 void check_aligned_rows(const char* op, const TensorView& x) {
   const int64_t m = x.shape[0], k = x.shape[1], row_bytes = x.strides[0] * size_of(x.dtype);
@@ -73,8 +40,8 @@ void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorVi
                  const std::optional<TensorView>& workspace,
                  const std::optional<TensorView>& counters) {
   if (args.m == 0) return;
-  const CudaKernels& kernels = cuda_kernels(op, x);
-  const CudaDevice device = kernels.device(x.device_index);
+  const CudaModule& module = cuda_module(op, x);
+  const CudaDevice device = module.device(x.device_index);
   check_product(op, stored, device);
   args.config = choose_cuda_gemm_config(args.m, args.n, args.k, stored, device);
   const int64_t bytes = workspace_bytes(args.config, args.m, args.n);
@@ -90,7 +57,7 @@ void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorVi
     args.workspace = workspace->data;
     args.counters = counters->as<int32_t>();
   }
-  kernels.gemm(args, stream_of(x));
+  module.sparse24->gemm(args, stream_of(x));
 }
 
 namespace {
@@ -123,14 +90,6 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   launch_gemm(op, args, x.dtype, x, workspace, counters);
 }
 
-// The device that a choice is asked for: one that is here, or a description of any other.
-CudaDevice device_of(const char* op, const std::variant<int, py::dict>& device) {
-  if (const int* index = std::get_if<int>(&device)) return kernels_or_fail(op).device(*index);
-  const auto& description = std::get<py::dict>(device);
-  return {description["capability"].cast<int>(), description["multiprocessors"].cast<int>(),
-          description["shared_bytes"].cast<int64_t>(), description["l2_bytes"].cast<int64_t>()};
-}
-
 py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
                 const std::variant<int, py::dict>& device) {
   constexpr const char* op = "sparse24_choose_cuda";
@@ -138,7 +97,6 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   check_size(op, n, k);
   const DType type = panel_dtype(dtype, true);
   const CudaDevice traits = device_of(op, device);
-  check_capability(op, traits);
   check_product(op, type, traits);
   const CudaGemmConfig config = choose_cuda_gemm_config(m, n, k, type, traits);
   py::dict report;
@@ -157,27 +115,6 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
 
 void bind_cuda(py::module_& m) {
   m.attr("cuda_counters") = kCudaCounters;
-  m.attr("cuda_lowest_capability") = kLowestCapability;
-  // The kernels live in the CUDA module, or 0: none from here on.
-  m.def(
-      "sparse24_attach_cuda",
-      [](uintptr_t address) {
-        const auto* kernels = reinterpret_cast<const CudaKernels*>(address);
-        GOSSAMER_CHECK(kernels == nullptr || kernels->build == build_of_cuda(),
-                       "gossamer: the CUDA module and the CPU module are not of one build; install "
-                       "again");
-        attached = kernels;
-      },
-      py::arg("kernels"));
-  // The current stream of a CUDA tensor's device, and which graph capture it is in (0: none).
-  m.def(
-      "cuda_stream",
-      [](const TensorView& t) {
-        const uint64_t capture = kernels_or_fail("cuda_stream").capture(stream_of(t));
-        return std::pair(reinterpret_cast<uintptr_t>(t.stream), capture);
-      },
-      py::arg("tensor"));
-  m.def("cuda_relax_capture", [] { kernels_or_fail("cuda_relax_capture").relax_capture(); });
   m.def("sparse24_linear_cuda", &bind_linear, py::arg("out"), py::arg("x"), py::arg("panels"),
         py::arg("bias"), py::arg("activation"), py::arg("workspace"), py::arg("counters"),
         py::call_guard<py::gil_scoped_release>());

@@ -22,15 +22,11 @@
 // along K, tiles of 16 rows along N. Padding has value 0 and the legal indices 0 and 1. That is
 // 9/16 (16-bit), 10/16 (8-bit) or 12/16 (4-bit) of the dense bytes. float32 has no tensor-core
 // kernel that is exact: its kernel reads the panels of sparse24.h.
+#include "common/cuda.h"
 #include "sparse24/gemm_cuda_config.h"
 #include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {
-
-struct CudaStream {
-  int device;
-  void* stream;  // a cudaStream_t
-};
 
 struct CudaGemmArgs {
   DType dtype;  // of x, and of the weight's values unless they are int4
@@ -61,11 +57,6 @@ struct Misfits {
 
 // All asynchronous on the stream, except where a result comes back.
 struct CudaKernels {
-  // build_of_cuda() where the table was compiled: both modules must be of one build.
-  size_t build;
-  // The kernels are emulated: what the CPU's tensors hold is their device memory.
-  bool host_memory;
-  CudaDevice (*device)(int index);
   void (*gemm)(const CudaGemmArgs& args, CudaStream stream);
   // `status`: two int64 in device memory. Groups with more than two non-zeros are cut down to the
   // first two and counted.
@@ -76,14 +67,6 @@ struct CudaKernels {
   Misfits (*validate)(const Weight& weight, int64_t* status, CudaStream stream);
   void (*to_panels)(const Weight& weight, uint32_t* panels, CudaStream stream);
   void (*from_panels)(const Weight& panels, void* values, uint8_t* indices, CudaStream stream);
-  // Which graph capture the stream is in; 0 outside one.
-  uint64_t (*capture)(CudaStream stream);
-  // From here on the calling thread may allocate while another one captures a graph, which CUDA
-  // takes for a mistake otherwise.
-  void (*relax_capture)();
 };
-
-// Differs where one of the two structs does.
-constexpr size_t build_of_cuda() { return sizeof(CudaKernels) << 16 | sizeof(CudaGemmArgs); }
 
 }  // namespace gossamer::sparse24

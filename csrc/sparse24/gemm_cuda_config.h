@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
+#include "common/cuda.h"
 #include "common/dtype.h"
 
 namespace gossamer::sparse24 {
@@ -20,13 +21,6 @@ constexpr int64_t fragment_words(DType dtype) {  // of one record; kUInt8: int4
 
 // Bytes of an element of x beside weights of this type: int4 ones meet 16-bit floats.
 constexpr int64_t x_size(DType dtype) { return dtype == DType::kUInt8 ? 2 : size_of(dtype); }
-
-struct CudaDevice {
-  int capability;  // 10 * major + minor
-  int multiprocessors;
-  int64_t shared_bytes;  // that a block may ask for
-  int64_t l2_bytes;
-};
 
 // decode:  few rows of x. Bound by reading the weights once, so warps stream them from global
 //          memory into registers, and x lies in shared memory.

@@ -21,7 +21,7 @@
 //
 // Everything is summed in a fixed order: lanes over their records, then the block over warp_k, then
 // the last block of a tile to arrive over the ranges of K. The same call gives the same bits.
-#include "sparse24/activation.cuh"
+#include "common/activation.cuh"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/gemm_float32_config.h"
 

@@ -6,10 +6,10 @@
 //
 // A step is 64 bytes of each row of x and 16 bytes of A a lane, whatever the type: for 16-bit
 // values 32 columns and half a word of metadata, for 8-bit values 64 columns and a word.
+#include "common/activation.cuh"
 #include "common/check.h"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
-#include "sparse24/activation.cuh"
 #include "sparse24/cuda.h"
 
 namespace gossamer::sparse24 {

@@ -38,10 +38,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/activation.cuh"
 #include "common/check.h"
 #include "common/launch.cuh"
 #include "common/ptx_sm90.cuh"
-#include "sparse24/activation.cuh"
 #include "sparse24/gemm_cuda.h"
 
 namespace gossamer::sparse24 {

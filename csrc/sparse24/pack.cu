@@ -9,9 +9,9 @@
 //                  to divide; it goes on with rows further down
 //
 // Values are only moved, so kernels know their size and not their type.
+#include "common/run.cuh"
 #include "sparse24/nibbles.cuh"
 #include "sparse24/pack_cuda.h"
-#include "sparse24/run.cuh"
 
 namespace gossamer::sparse24::cuda {
 namespace {

@@ -21,9 +21,9 @@
 //
 //   row g      [ a0 of 2c | a2 of 2c | a0 of 2c + 1 | a2 of 2c + 1 ]
 //   row g + 8  [ a1       | a3       | a1           | a3           ]
+#include "common/run.cuh"
 #include "sparse24/nibbles.cuh"
 #include "sparse24/pack_cuda.h"
-#include "sparse24/run.cuh"
 
 namespace gossamer::sparse24::cuda {
 namespace {

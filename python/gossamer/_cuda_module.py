@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from . import _C
 
@@ -34,7 +35,7 @@ def _attached() -> str | None:
     module, status = load_cuda()
     if module is None or not module.devices():  # torch's driver may be too old for this module
         return status
-    _C.sparse24_attach_cuda(module.sparse24_kernels())
+    _C.attach_cuda(module.kernels())
     return None
 
 
@@ -62,26 +63,36 @@ def wrong_results(device: torch.device) -> str | None:
     Nobody has every GPU, and wrong numbers are worse than none: so each floating-point kernel is
     asked once, in whole numbers whose sums are exact.
     """
-    from .formats import PANEL_DTYPES, Sparse24, Sparse24Panels
+    from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
+    from .ops.blocksparse import blocksparse_conv
     from .ops.sparse24 import sparse24_linear
-    from .prune import magnitude_24
+    from .prune import magnitude_24, magnitude_blocks
 
-    def integers(rows: int) -> torch.Tensor:
-        return torch.randint(-4, 5, (rows, 300), generator=generator).float()
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-4, 5, shape, generator=generator).float()
 
     wrong = []
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for dtype in PANEL_DTYPES:
-            dense = magnitude_24(integers(48))
+            dense = magnitude_24(integers(48, 300))
             weight = Sparse24.from_dense(dense.to(device, dtype))
             for rows in (3, 300):  # few, and more than decode takes on a GPU of any size
-                x = integers(rows)
+                x = integers(rows, 300)
                 layouts = (weight, Sparse24Panels.from_sparse24(weight))
                 found = [sparse24_linear(x.to(device, dtype), layout) for layout in layouts]
                 expected = (x @ dense.t()).to(dtype)
                 if not all(torch.equal(y.cpu(), expected) for y in found):
                     wrong.append(f"{dtype} of {rows} rows")
+            kernel = magnitude_blocks(integers(40, 32, 3, 3), Block(16, 16), 0.5)
+            assert isinstance(kernel, torch.Tensor)
+            blocks = BlockSparse.from_dense(kernel.to(device, dtype), Block(16, 16))
+            x = integers(2, 32, 9, 7)
+            expected = F.conv2d(x, kernel, padding=1).to(dtype)
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                given = x.to(device, dtype).contiguous(memory_format=memory_format)
+                if not torch.equal(blocksparse_conv(given, blocks, padding=1).cpu(), expected):
+                    wrong.append(f"{dtype} of blocks, {memory_format}")
     return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None
 
 

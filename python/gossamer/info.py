@@ -167,7 +167,7 @@ def info() -> Info:
             for dtype in _DTYPES
             for shape in _TYPICAL_SHAPES
         )
-        + tuple(_blocksparse_choices())
+        + tuple(_blocksparse_choices(torch.device("cpu")))
         + tuple(_grouped_choice(dtype) for dtype in _DTYPES)
         + _cuda_choices(devices),
         warnings=tuple(warnings),
@@ -188,17 +188,18 @@ def _cuda_choices(devices: tuple[dict[str, Any], ...]) -> tuple[Choice, ...]:
             target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
             where = f"sparse24_linear on {device}"
             choices.append(Choice(where, example, m, n, k, dtype, target, kernel, why))
-    return tuple(choices)
+    return (*choices, *_blocksparse_choices(device))
 
 
-def _blocksparse_choices() -> Iterator[Choice]:
+def _blocksparse_choices(device: torch.device) -> Iterator[Choice]:
     for (x_shape, shape, padding, example), dtype in product(_TYPICAL_BLOCKS, _DTYPES):
         pattern = pattern_of("info", _BLOCK, shape)
         weight = pattern.empty(_DENSITY, "meta", getattr(torch, dtype))
         assert isinstance(weight, BlockSparse)
-        chosen = blocksparse_choice(x_shape, weight, padding=padding)
+        chosen = blocksparse_choice(x_shape, weight, padding=padding, device=device)
         target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
         operation = "blocksparse_conv" if len(shape) > 2 else "blocksparse_linear"
+        operation += f" on {device}" if device.type == "cuda" else ""
         # Padded to the extents of x.
         m, n, k = math.prod(x_shape) // x_shape[1], shape[0], math.prod(shape[1:])
         yield Choice(operation, example, m, n, k, dtype, target, kernel, why)

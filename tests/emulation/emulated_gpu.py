@@ -14,11 +14,11 @@ import torch
 from emulator import CSRC, HERE, KernelLibrary
 from gossamer import _C
 from gossamer.formats import sparse24 as sparse24_format
-from gossamer.ops import cuda_workspace, sparse24, sparse24_layout, sparse24_quantized
+from gossamer.ops import blocksparse, cuda_workspace, sparse24, sparse24_layout, sparse24_quantized
 
 TABLE = HERE / "kernels" / "cuda_table.cu"
-# All kernels of the feature; cuda_kernels.cu is the table of a real GPU.
-PARTS = [f for f in sorted((CSRC / "sparse24").glob("*.cu")) if f.stem != "cuda_kernels"]
+# All kernels; cuda_kernels.cu is the table of a real GPU.
+PARTS = [f for f in sorted(CSRC.glob("*/*.cu")) if f.stem != "cuda_kernels"]
 DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
 
 
@@ -32,7 +32,7 @@ class Gpu:
     def describe(self, capability: int = 80, multiprocessors: int = 1, capture: int = 0) -> None:
         table = torch.zeros(1, dtype=torch.int64)
         self.library.call("describe_device", capability, multiprocessors, capture, table)
-        _C.sparse24_attach_cuda(int(table))
+        _C.attach_cuda(int(table))
 
     @property
     def kernel(self) -> int:
@@ -57,8 +57,9 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(sparse24, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
     monkeypatch.setattr(sparse24_quantized, "_linear", sparse24_quantized._native_cuda)
+    monkeypatch.setattr(blocksparse, "_is_cuda", lambda t: True)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
     cuda_workspace._workspace_bytes.cache_clear()
     yield Gpu(library)
     cuda_workspace._workspace_bytes.cache_clear()
-    _C.sparse24_attach_cuda(0)
+    _C.attach_cuda(0)

@@ -119,7 +119,7 @@ class Emulator:
         compile_with(str(self.compiler()), *arguments)
 
     def _object(self, source: Path, *flags: str) -> Path:
-        out = self.folder / f"{source.stem}.o"
+        out = self.folder / f"{source.parent.name}_{source.stem}.o"
         self._run(*FLAGS, *INCLUDES, *flags, "-x", "c++", "-c", str(source), "-o", str(out))
         return out
 

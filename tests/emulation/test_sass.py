@@ -59,6 +59,12 @@ COMPILED += [
     for name in ("pack", "pack_panels", "gemm_float32")
     for architecture in ("80", "90")
 ]
+BLOCKSPARSE = CSRC / "blocksparse"
+COMPILED += [
+    (BLOCKSPARSE / f"{name}.cu", architecture)
+    for name in ("conv_sm80", "conv_fma", "pack")
+    for architecture in ("80", "90")
+]
 _compiling: dict[tuple[Path, str], Future[tuple[Path, str]]] = {}
 
 
@@ -77,7 +83,7 @@ def _compile_ahead(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def _compile(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
     """The machine code and what ptxas says; a spilled register is an error."""
-    cubin = folder / f"{source.stem}_{architecture}.cubin"
+    cubin = folder / f"{source.parent.name}_{source.stem}_{architecture}.cubin"
     gencode = f"arch=compute_{architecture},code=sm_{architecture}"
     spills = ("-Xptxas=-warn-spills", "-Xptxas=-Werror")
     said = run_nvcc(
@@ -171,6 +177,18 @@ def test_gemm_int4(architecture: str) -> None:
     widening = ("LOP3.LUT", "HFMA2.BF16_V2", "SHFL.IDX")
     assert missing((*copies, *widening), found) == []
     assert "HFMA2" in found or "HFMA2.MMA" in found
+
+
+# Products of both types, of operands that come by 16 bytes past the registers.
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_blocksparse_conv(architecture: str) -> None:
+    found = opcodes(BLOCKSPARSE / "conv_sm80.cu", architecture)
+    assert {opcode for opcode in found if "MMA." in opcode} == {
+        "HMMA.16816.F32.BF16",
+        "HMMA.16816.F32",
+    }
+    copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", "STG.E.128")
+    assert missing((*copies, "REDUX"), found) == []
 
 
 HOPPER_GEMM_OPCODES = (
@@ -282,12 +300,20 @@ def test_primitives_sm90() -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("pack.cu", ("LDG.E.128.CONSTANT", "STG.E.128")),
-        ("pack_panels.cu", ("LDG.E.NA.LTC128B.128", "STG.E.EF.128", "STG.E.128", "SHFL.BFLY")),
-        ("gemm_float32.cu", ("FFMA", "LDG.E.128.CONSTANT", "STS.128", "LDS.128", "LDS.64")),
+        ("sparse24/pack.cu", ("LDG.E.128.CONSTANT", "STG.E.128")),
+        (
+            "sparse24/pack_panels.cu",
+            ("LDG.E.NA.LTC128B.128", "STG.E.EF.128", "STG.E.128", "SHFL.BFLY"),
+        ),
+        (
+            "sparse24/gemm_float32.cu",
+            ("FFMA", "LDG.E.128.CONSTANT", "STS.128", "LDS.128", "LDS.64"),
+        ),
+        ("blocksparse/conv_fma.cu", ("FFMA", "DFMA", "LDGSTS.E", "LDGSTS.E.64", "LDS.128")),
+        ("blocksparse/pack.cu", ("LDG.E.CONSTANT", "LDG.E.64.CONSTANT", "STG.E.64")),
     ],
 )
 def test_portable_kernels(source: str, expected: tuple[str, ...], architecture: str) -> None:
-    found = opcodes(CSRC / "sparse24" / source, architecture)
+    found = opcodes(CSRC / source, architecture)
     assert missing(expected, found) == []
     assert missing(("HMMA", "LDL", "STL"), found) == ["HMMA", "LDL", "STL"]

@@ -60,7 +60,7 @@ class Obstacles:
         if reason is not None:
             return Obstacle(reason, prunable=False)
         reason = self._read_directly(layer) or _would_be_lost(layer)
-        reason = reason or _unsupported(layer, self._pattern)
+        reason = reason or _unsupported(layer)
         return None if reason is None else Obstacle(reason, prunable=True)
 
     def not_to_be_written(self, layer: nn.Module) -> str | None:
@@ -171,13 +171,11 @@ def _would_be_lost(layer: nn.Module) -> str | None:
     return f"holds more than weight and bias: {', '.join(sorted(more))}" if more else None
 
 
-def _unsupported(layer: nn.Module, pattern: str | Block) -> str | None:
+def _unsupported(layer: nn.Module) -> str | None:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
     if (reason := obstacle(weight.device)) is not None:
         return f"weight is on {weight.device}: {reason}"
-    if isinstance(pattern, Block) and weight.device.type != "cpu":
-        return f"weight is on {weight.device}: blocks have kernels on the CPU only"
     if weight.dtype not in KERNEL_DTYPES:
         return f"no fast kernel for {dtype_name(weight.dtype)}"
     if bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device):

@@ -143,8 +143,6 @@ def _kernel(layer: Any, sparse: SparseLayer, calls: Calls | None) -> str:
     if is_conv(layer) and not isinstance(sparse.pattern, Block):
         return "torch/dense"
     if isinstance(sparse.pattern, Block):
-        if weight.is_cuda:
-            return _target(weight)
         shape = noise_shape(layer) if given is None else (given.rows, *given.shape)
         names = ("stride", "padding", "dilation", "padding_mode") if is_conv(layer) else ()
         blocks = sparse.weight

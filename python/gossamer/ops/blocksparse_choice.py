@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _C
+from .._cuda_module import on_cuda
 from ..formats import BlockSparse, BlockSparsePanels
 from .blocksparse import LAST, Geometry, as_5d, empty_result, is_channels_last
 from .conv_geometry import Sizes, prepare
@@ -23,38 +24,49 @@ def blocksparse_choice(
     dilation: Sizes = 1,
     padding_mode: str = "zeros",
     channels_last: bool = False,
+    device: torch.device | dict[str, int] | None = None,
 ) -> dict[str, Any]:
-    """What a product on the CPU does with an x of this shape, in the weight's dtype.
+    """What a product does with an x of this shape, in the weight's dtype.
 
     Parameters
     ----------
     x_shape : sequence of int
         Of a linear layer [rows, K], of a convolution [batch, C_in, *extents].
     weight : BlockSparse or BlockSparsePanels
-        Of any device; only its sizes and the number of its blocks matter.
+        Only its sizes and the number of its blocks matter, and its device where none is given.
     stride, padding, dilation, padding_mode
         The convolution's.
     channels_last : bool
         Of x, where its dimensions have that memory format.
+    device : torch.device or dict, optional
+        The CPU, a GPU that is here, or what describes any other: ``capability`` (10 * major +
+        minor), ``multiprocessors``, ``shared_bytes`` of a thread block, ``l2_bytes``.
 
     Returns
     -------
     dict
-        ``target``, ``kernel``, ``why`` and ``threads``; of the vector and tile kernels also how
-        they cut the outputs up.
+        ``target``, ``kernel`` and ``why``; on a CPU ``threads``, on a GPU ``blocks``; how the
+        outputs are cut up.
 
     Raises
     ------
     TypeError, ValueError
         As the product itself.
     """
+    if device is None:
+        device = weight.device
+    gpu: int | dict[str, int] | None = None if isinstance(device, torch.device) else device
+    choose = _C.blocksparse_choose
+    if isinstance(device, torch.device) and device.type == "cuda":
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+        choose = on_cuda(_OP, choose)
     x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
     if channels_last and x.dim() in LAST:
         x = x.to(memory_format=LAST[x.dim()])
     conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
     geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
     last = is_channels_last(conv.x)
-    chosen: dict[str, Any] = _C.blocksparse_choose(
+    chosen: dict[str, Any] = choose(
         tuple(as_5d(conv.x, last).shape),
         tuple(as_5d(empty_result(conv.x, None, geometry), last).shape),
         str(weight.dtype).removeprefix("torch."),
@@ -65,5 +77,6 @@ def blocksparse_choice(
         *geometry.in_3d(),
         last,
         torch.get_num_threads(),
+        gpu,
     )
     return chosen

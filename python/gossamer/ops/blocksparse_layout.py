@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import Block
 
@@ -84,8 +85,8 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _schema, (_native, _fake) in _OPS.items():
     library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
     _name = _schema.partition("(")[0]
-    for _device in ("CPU", "CUDA"):  # the border says that there is no kernel for a GPU
-        library.impl(_name, _native, _device)
+    library.impl(_name, _native, "CPU")
+    library.impl(_name, on_cuda(_name, _native), "CUDA")
     torch.library.register_fake(f"gossamer::{_name}", _fake, lib=library)
 
 _to_dense = torch.ops.gossamer.blocksparse_to_dense.default

@@ -1,10 +1,13 @@
-// The table that the CUDA module hands to _C, with emulated kernels: what _C then does with tensors
-// in host memory is what it does with a GPU's.
+// The tables that the CUDA module hands to _C, with emulated kernels: what _C then does with
+// tensors in host memory is what it does with a GPU's.
+#include "blocksparse/conv_cuda.h"
+#include "blocksparse/pack_cuda.h"
+#include "cuda_build.h"
 #include "kernels/exports.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
-namespace gossamer::sparse24 {
+namespace gossamer {
 namespace {
 
 CudaDevice described;
@@ -13,15 +16,39 @@ int last_kernel = -1;
 
 cudaStream_t stream_of(CudaStream stream) { return static_cast<cudaStream_t>(stream.stream); }
 
+}  // namespace
+
+namespace blocksparse {
+namespace {
+
+constexpr CudaKernels kKernels = {
+    [](const CudaConvArgs& args, CudaStream stream) {
+      last_kernel = static_cast<int>(args.config.kernel);
+      run_conv(args, stream_of(stream));
+    },
+    [](const void* dense, const Weight& shape, uint8_t* live, CudaStream stream) {
+      cuda::find_live(dense, shape, live, stream_of(stream));
+    },
+    [](const void* dense, const Weight& pattern, void* values, CudaStream stream) {
+      cuda::gather(dense, pattern, values, stream_of(stream));
+    },
+    [](const Weight& weight, void* dense, CudaStream stream) {
+      cuda::to_dense(weight, dense, stream_of(stream));
+    },
+};
+
+}  // namespace
+}  // namespace blocksparse
+
+namespace sparse24 {
+namespace {
+
 void gemm(const CudaGemmArgs& args, CudaStream stream) {
   last_kernel = static_cast<int>(args.config.kernel);
   run_gemm(args, stream_of(stream));
 }
 
 constexpr CudaKernels kKernels = {
-    build_of_cuda(),
-    /*host_memory=*/true,
-    [](int) { return described; },
     gemm,
     [](const void* dense, const Weight& shape, void* values, uint8_t* indices, int64_t* status,
        CudaStream stream) {
@@ -42,25 +69,41 @@ constexpr CudaKernels kKernels = {
     [](const Weight& panels, void* values, uint8_t* indices, CudaStream stream) {
       cuda::from_panels(panels, values, indices, stream_of(stream));
     },
-    [](CudaStream) { return capture_id; },
-    [] {},
 };
 
 }  // namespace
-}  // namespace gossamer::sparse24
+}  // namespace sparse24
+
+namespace {
+
+constexpr CudaModule kModule = {
+    build_of_cuda(),
+    /*host_memory=*/true,
+    [](int) { return described; },
+    [](CudaStream) { return capture_id; },
+    [] {},
+    [](void* host, const void* from, size_t bytes, CudaStream stream) {
+      copy_to_host(host, from, bytes, stream_of(stream));
+    },
+    &blocksparse::kKernels,
+    &sparse24::kKernels,
+};
+
+}  // namespace
+}  // namespace gossamer
 
 // The device that the kernels are chosen for, and the capture that its stream is in.
 GOSSAMER_EXPORT int describe_device(int64_t capability, int64_t multiprocessors, int64_t capture,
                                     int64_t* table, char* text, int64_t text_bytes) {
-  using namespace gossamer::sparse24;
-  return gossamer::report(text, text_bytes, [&] {
+  using namespace gossamer;
+  return report(text, text_bytes, [&] {
     described = {static_cast<int>(capability), static_cast<int>(multiprocessors), 227 << 10,
                  50 << 20};
     capture_id = static_cast<uint64_t>(capture);
-    *table = reinterpret_cast<int64_t>(&kKernels);
+    *table = reinterpret_cast<int64_t>(&kModule);
   });
 }
 
 GOSSAMER_EXPORT int kernel_that_ran(int64_t* kernel, char* text, int64_t text_bytes) {
-  return gossamer::report(text, text_bytes, [&] { *kernel = gossamer::sparse24::last_kernel; });
+  return gossamer::report(text, text_bytes, [&] { *kernel = gossamer::last_kernel; });
 }

@@ -8,7 +8,7 @@ GOSSAMER_EXPORT int choose(int64_t* config, int64_t m, int64_t n, int64_t k,
                            int64_t multiprocessors, char* text, int64_t text_bytes) {
   using namespace gossamer;
   return report(text, text_bytes, [&] {
-    const sparse24::CudaDevice device{90, static_cast<int>(multiprocessors), 227 << 10, 50 << 20};
+    const CudaDevice device{90, static_cast<int>(multiprocessors), 227 << 10, 50 << 20};
     const sparse24::CudaGemmConfig c = sparse24::choose_float32_config(m, n, k, device);
     config[0] = c.tile_n, config[1] = c.tile_m, config[2] = c.warps_k, config[3] = c.split_k;
     config[4] = sparse24::float32_workspace_bytes(c, m, n);

@@ -1,9 +1,9 @@
 #pragma once
 // The fused activations on a GPU.
+#include "common/activation.h"
 #include "common/ptx.cuh"
-#include "sparse24/sparse24.h"
 
-namespace gossamer::sparse24 {
+namespace gossamer {
 
 __device__ __forceinline__ float activate(float y, Activation activation) {
   switch (activation) {
@@ -17,4 +17,14 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
   return y;
 }
 
-}  // namespace gossamer::sparse24
+__device__ __forceinline__ double activate(double y, Activation activation) {
+  switch (activation) {
+    case Activation::kNone: return y;
+    case Activation::kReLU: return y < 0.0 ? 0.0 : y;
+    case Activation::kGELU: return 0.5 * y * erfc(-0.70710678118654752 * y);
+    case Activation::kSiLU: return y / (1.0 + exp(-y));
+  }
+  return y;
+}
+
+}  // namespace gossamer

@@ -3,7 +3,7 @@
 // begin at any element, so the wide access is taken where the address allows it.
 #include "common/launch.cuh"
 
-namespace gossamer::sparse24::cuda {
+namespace gossamer {
 
 // Aligned, so that it moves by as few accesses as its size takes, each of at most 16 bytes.
 template <class T, int Count>
@@ -41,4 +41,4 @@ __device__ __forceinline__ void store_run(T* to, const Run<T, Count>& run, int64
   }
 }
 
-}  // namespace gossamer::sparse24::cuda
+}  // namespace gossamer

@@ -1,0 +1,128 @@
+"""A block-sparse layer on a GPU: what was found, the goal for it, and its tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cuda_machine import GpuLimits
+from cuda_record import CudaCase
+from cuda_report import table
+from cuda_rivals import DENSE
+from timing import geometric_mean
+
+BSR = "bsr"
+GOAL = 0.6  # of what the operations that are left allow, for tensor cores and blocks of 32 x 32
+
+COLUMNS = (
+    "blocks", "live", "tile", "ours us", "spread", "dense us", "best dense", "vs dense",
+    "(quartiles)", "goal", "vs BSR", "kept TFLOP/s", "of limit", "right",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CudaBlockCase(CudaCase):
+    """One layer, dtype, number of rows or images, size of blocks and share of live ones."""
+
+    block: tuple[int, int] = (1, 1)
+    density: float = 1.0
+    kept_flops: int = 1  # without the zeros
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        blocks = f"{self.block[0]}x{self.block[1]}"
+        layer = f"{self.dtype}/{self.shape.name}/m{self.rows}"
+        return f"blocksparse/{layer}/{blocks}/{self.density:.0%}"
+
+    @property
+    def goal(self) -> float:
+        """Times faster than the best dense path; never more than the bytes allow."""
+        if not (dense := self.best(DENSE)):
+            return math.nan
+        bytes_allow = self.timings[dense].median / self.limit
+        return GOAL * min(self.flops / self.kept_flops, bytes_allow)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        blocks = {"block": f"{self.block[0]}x{self.block[1]}", "density": self.density}
+        return super().params | blocks
+
+    def finding(self, limits: GpuLimits) -> dict[str, Any]:
+        found = super().finding(limits)
+        if not self.timings:
+            return found
+        kept = self.kept_flops / self.ours.median / 1e12
+        goal = None if math.isnan(self.goal) else self.goal
+        return found | {"goal": goal, "kept_tflops": kept, "chosen": self.chosen}
+
+    def row(self) -> list[str]:
+        against, bsr, dense = self.against(DENSE), self.against(BSR), self.best(DENSE)
+        return [
+            f"{self.block[0]}x{self.block[1]}",
+            f"{self.density:.0%}",
+            f"{self.chosen.get('tile_pixels')}x{self.chosen.get('tile_outputs')}",
+            f"{1e6 * self.ours.median:.1f}",
+            f"{self.ours.spread:.0%}",
+            f"{1e6 * self.timings[dense].median:.1f}" if dense else "-",
+            dense or "-",
+            f"{against.median:.2f}x" if against else "-",
+            f"{against.low:.2f}-{against.high:.2f}" if against else "-",
+            f"{self.goal:.2f}x",
+            f"{bsr.median:.2f}x" if bsr else "-",
+            f"{self.kept_flops / self.ours.median / 1e12:.1f}",
+            f"{self.limit / self.ours.median:.0%}",
+            "yes" if self.check and self.check.passed else "NO",
+        ]
+
+
+def block_table(cases: Sequence[CudaBlockCase]) -> str:
+    """The cases of one shape, dtype and number of rows; below, what is missing and why."""
+    first, timed = cases[0], [case for case in cases if case.timings]
+    lines = [f"blocksparse {first.dtype} {first.shape}, {first.rows} rows or images"]
+    if timed:
+        lines.append(table(COLUMNS, (case.row() for case in timed)))
+    for case in cases:
+        if not case.timings:
+            word = "FAILED" if case.failed else "not available"
+            lines.append(f"  {case.name} {word}: {case.unavailable}")
+    reasons = {
+        (name, why): None
+        for case in timed
+        for name, why in {**case.missing, **case.not_graphs}.items()
+    }
+    lines += [f"  {name}: {why}" for name, why in reasons]
+    return "\n".join(lines) + "\n"
+
+
+def block_summary(cases: Sequence[CudaBlockCase]) -> str:
+    """What somebody reads who reads nothing else; also fit for Markdown."""
+    timed = [case for case in cases if case.against(DENSE)] if cases else []
+    lines = [
+        "Blocks, times faster than the best dense kernel, geometric means (the goal: 0.6 of what "
+        "the operations that are left, or the bytes, allow):",
+        "",
+        "| dtype | blocks | live | cases | best dense | goal | slower than dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[Any, ...], list[CudaBlockCase]] = {}
+    for case in timed:
+        groups.setdefault((case.dtype, case.block, case.density), []).append(case)
+    for (dtype, block, density), mine in groups.items():
+        ratios = [ratio.median for case in mine if (ratio := case.against(DENSE))]
+        slower = sum(ratio < 1 for ratio in ratios)
+        lines.append(
+            f"| {dtype} | {block[0]}x{block[1]} | {density:.0%} | {len(mine)} "
+            f"| {geometric_mean(ratios):.2f}x | {geometric_mean(c.goal for c in mine):.2f}x "
+            f"| {slower} |"
+        )
+    wrong = [case.name for case in cases if case.check and not case.check.passed]
+    absent = [case for case in cases if not case.timings]
+    lines += ["", f"Answers wrong: {', '.join(wrong) or 'none'}."]
+    if absent:
+        lines.append(
+            f"Not timed, {len(absent)} cases from {absent[0].name} on: {absent[0].unavailable}"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,15 @@
+#pragma once
+// The launchers of the products on a GPU. Each runs what args.config says, on the current device.
+#include "blocksparse/cuda.h"
+#include "common/launch.cuh"
+
+namespace gossamer::blocksparse {
+
+void conv_sm80(const CudaConvArgs& args, cudaStream_t stream);
+void conv_fma(const CudaConvArgs& args, cudaStream_t stream);
+
+inline void run_conv(const CudaConvArgs& args, cudaStream_t stream) {
+  args.config.kernel == CudaConvKernel::kMma ? conv_sm80(args, stream) : conv_fma(args, stream);
+}
+
+}  // namespace gossamer::blocksparse

@@ -1,0 +1,88 @@
+#include "common/cuda_border.h"
+
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <utility>
+
+#include "common/border.h"
+#include "common/py_tensor.h"
+
+namespace py = pybind11;
+
+namespace gossamer {
+namespace {
+
+std::atomic<const CudaModule*> attached{nullptr};
+
+// cp.async, and tensor cores that have sparse products, are there from here on.
+constexpr int kLowestCapability = 80;
+
+void check_capability(const char* op, const CudaDevice& device) {
+  const int has = device.capability;
+  GOSSAMER_CHECK(has >= kLowestCapability, op, ": a GPU of compute capability ", has / 10, ".",
+                 has % 10, ", the kernels need ", kLowestCapability / 10, ".",
+                 kLowestCapability % 10, " or newer");
+}
+
+}  // namespace
+
+bool on_gpu(const TensorView& t) {
+  if (t.device == Device::kCUDA) return true;
+  const CudaModule* module = attached;
+  return module != nullptr && module->host_memory;
+}
+
+const CudaModule& cuda_module(const char* op) {
+  const CudaModule* module = attached;
+  GOSSAMER_CHECK(module != nullptr, op,
+                 ": the CUDA module is not loaded; python -m gossamer info says why");
+  return *module;
+}
+
+const CudaModule& cuda_module(const char* op, const TensorView& t) {
+  const CudaModule& module = cuda_module(op);
+  check_capability(op, module.device(t.device_index));
+  return module;
+}
+
+CudaStream stream_of(const TensorView& t) { return {t.device_index, t.stream}; }
+
+CudaDevice device_of(const char* op, const std::variant<int, py::dict>& device) {
+  CudaDevice traits;
+  if (const int* index = std::get_if<int>(&device)) {
+    traits = cuda_module(op).device(*index);
+  } else {
+    const auto& description = std::get<py::dict>(device);
+    traits = {description["capability"].cast<int>(), description["multiprocessors"].cast<int>(),
+              description["shared_bytes"].cast<int64_t>(), description["l2_bytes"].cast<int64_t>()};
+  }
+  check_capability(op, traits);
+  return traits;
+}
+
+void bind_cuda(py::module_& m, size_t build) {
+  m.attr("cuda_lowest_capability") = kLowestCapability;
+  // The kernels live in the CUDA module, or 0: none from here on.
+  m.def(
+      "attach_cuda",
+      [build](uintptr_t address) {
+        const auto* module = reinterpret_cast<const CudaModule*>(address);
+        GOSSAMER_CHECK(module == nullptr || module->build == build,
+                       "gossamer: the CUDA module and the CPU module are not of one build; install "
+                       "again");
+        attached = module;
+      },
+      py::arg("module"));
+  // The current stream of a CUDA tensor's device, and which graph capture it is in (0: none).
+  m.def(
+      "cuda_stream",
+      [](const TensorView& t) {
+        const uint64_t capture = cuda_module("cuda_stream").capture(stream_of(t));
+        return std::pair(reinterpret_cast<uintptr_t>(t.stream), capture);
+      },
+      py::arg("tensor"));
+  m.def("cuda_relax_capture", [] { cuda_module("cuda_relax_capture").relax_capture(); });
+}
+
+}  // namespace gossamer

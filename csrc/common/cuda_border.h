@@ -1,0 +1,27 @@
+#pragma once
+// Where the border hands a call to the CUDA module. Included by api files only.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <variant>
+
+#include "common/cuda.h"
+#include "common/tensor_view.h"
+
+namespace gossamer {
+
+// Whether the CUDA module's kernels have to do it.
+bool on_gpu(const TensorView& t);
+// The attached module; ValueError where there is none,
+const CudaModule& cuda_module(const char* op);
+// or where the tensor's GPU is too old for its kernels.
+const CudaModule& cuda_module(const char* op, const TensorView& t);
+CudaStream stream_of(const TensorView& t);
+
+// The device that a choice is asked for: one that is here, or a description of any other. A
+// ValueError where it is too old.
+CudaDevice device_of(const char* op, const std::variant<int, pybind11::dict>& device);
+
+void bind_cuda(pybind11::module_& m, size_t build);
+
+}  // namespace gossamer

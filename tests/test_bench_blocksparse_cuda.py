@@ -1,0 +1,116 @@
+"""The GPU's bench of blocks on a CPU: the same code with a stopwatch that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import bench_blocksparse_cuda
+import pytest
+import run
+import run_cuda
+import torch
+from bench_blocksparse_cuda import CUDNN_LAST, CudaBlockPlan
+from cuda_block_case import CudaBlockCase, block_summary
+from cuda_rivals import DENSE, WRONG
+from record import OURS, Check
+from shapes import ConvShape, LinearShape
+from test_bench_cuda import HASTE, LIMITS, bench
+
+CONV = ConvShape("tiny.3x3.5.16", 32, 16, 3, 5, stride=2)
+LINEAR = LinearShape("tiny.up", 32, 48)
+PLAN = CudaBlockPlan([("bf16", CONV, 3)], [(16, 16)], [0.5], HASTE)
+
+
+def only(plan: CudaBlockPlan, costs: dict[str, float] | None = None) -> CudaBlockCase:
+    (case,) = bench_blocksparse_cuda.run(plan, bench(costs))
+    return case
+
+
+def test_a_convolution_is_checked_and_compared() -> None:
+    case = only(PLAN, {OURS: 1e-5, CUDNN_LAST: 3e-5, "cuDNN NCHW": 4e-5})
+    assert case.passed
+    assert case.best(DENSE) == CUDNN_LAST
+    assert case.against(DENSE).median == pytest.approx(3.0)  # type: ignore[union-attr]
+    pixels, weights = 3 * 3 * 3, 32 * 16 * 9
+    assert case.flops == 2 * pixels * weights
+    assert case.kept_flops == 2 * pixels * weights // 2
+    assert case.goal == pytest.approx(0.6 * min(2.0, 3e-5 / case.limit))
+    assert "no block-sparse convolutions" in case.missing["torch BSR"]
+    assert case.params["block"] == "16x16"
+
+
+def test_a_linear_layer_has_blas_as_its_rival() -> None:
+    case = only(replace(PLAN, problems=[("fp32", LINEAR, 7)], blocks=[(8, 16)]))
+    assert case.passed
+    assert case.best(DENSE) == "F.linear"
+    assert case.name == "blocksparse/fp32/tiny.up/m7/8x16/50%"
+
+
+def test_a_wrong_answer_fails_the_case_and_drops_a_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_blocksparse_cuda.Problem.dense
+    wrong = monkeypatch.setattr
+    wrong(bench_blocksparse_cuda, "blocksparse_conv", lambda x, w, **more: torch.ones(3, 32, 3, 3))
+    assert not only(PLAN).passed
+    monkeypatch.undo()
+
+    def wrong_if_last(
+        self: bench_blocksparse_cuda.Problem, x: torch.Tensor, w: torch.Tensor
+    ) -> torch.Tensor:
+        return right(self, x, w) * (1 if x.is_contiguous() else 2)
+
+    monkeypatch.setattr(bench_blocksparse_cuda.Problem, "dense", wrong_if_last)
+    case = only(PLAN)
+    assert case.passed
+    assert case.missing[CUDNN_LAST] == WRONG
+    assert case.best(DENSE) == "cuDNN NCHW"
+
+
+def test_a_fault_is_kept_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> CudaBlockCase:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(bench_blocksparse_cuda, "run_case", broken)
+    case = only(PLAN)
+    assert not case.passed
+    assert case.unavailable == "RuntimeError: broken"
+    now = iter([0.0, 1.0, 3.0])
+    plan = replace(PLAN, densities=[0.5, 0.25], most_seconds=2.0)
+    _, late = bench_blocksparse_cuda.run(plan, bench(), lambda: next(now))
+    assert late.unavailable == "left out: no time"
+    assert late.passed
+
+
+def test_tables_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = list(bench_blocksparse_cuda.run(replace(PLAN, densities=[0.5, 0.25]), bench()))
+    absent = replace(cases[0], timings={}, unavailable="left out: no time", check=None)
+    assert run_cuda.print_block_cases([*cases, absent]) == [*cases, absent]
+    printed = capsys.readouterr().out
+    assert "16x16" in printed
+    assert "left out: no time" in printed
+    summary = block_summary([*cases, absent, replace(cases[0], check=Check(1.0, 9.0))])
+    assert "| bf16 | 16x16 | 25% | 1 |" in summary
+    assert "Not timed, 1 cases" in summary
+    assert "Answers wrong: blocksparse/bf16" in summary
+    assert "none" in block_summary([])
+    arguments = ["--device", "cuda", "--commit", "abcdef0123", "--json", str(tmp_path / "r.json")]
+    run_cuda.keep(run.parse(arguments), arguments, {"name": "NVIDIA H200"}, LIMITS, [], cases)
+    found = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    mine = [entry for entry in found["benchmarks"] if entry["name"].endswith(OURS)]
+    assert [entry["params"]["density"] for entry in mine] == [0.5, 0.25]
+    assert mine[0]["extra_info"]["chosen"]["target"]
+
+
+def test_command_line() -> None:
+    every = run_cuda.block_plan_of(run.parse(["--device", "cuda", "--feature", "blocksparse"]))
+    assert {dtype for dtype, *_ in every.problems} == {"bf16", "fp16"}
+    assert every.blocks == ((16, 16), (32, 32), (64, 64))
+    quick = run_cuda.block_plan_of(run.parse(["--device", "cuda", "--quick"]))
+    assert {dtype for dtype, *_ in quick.problems} == {"bf16"}
+    assert (32, 32) in quick.blocks
+    assert quick.densities == (0.25,)
+    few = ["--device", "cuda", "--shapes", "64x128", "--m", "5", "--block", "8x8"]
+    plan = run_cuda.block_plan_of(run.parse(few))
+    assert [(str(shape), count) for _, shape, count in plan.problems[:1]] == [("64x128", 5)]
+    assert plan.blocks == ((8, 8),)
