@@ -70,7 +70,7 @@ class Options:
     expert_shapes: tuple[ExpertShape, ...]
     rows: tuple[int, ...]
     tokens: tuple[int, ...]  # an expert
-    blocks: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, int] | str, ...]  # or "2:4"
     threads: int
     cold: bool
     json: Path | None
@@ -93,11 +93,16 @@ def _rows(text: str) -> tuple[int, ...]:
     return rows
 
 
-def _blocks(text: str) -> tuple[tuple[int, int], ...]:
-    found = [re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", part) for part in _comma_list(text)]
-    if not found or None in found:
-        raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4")
-    return tuple((int(size[1]), int(size[2])) for size in found if size)
+def _blocks(text: str) -> tuple[tuple[int, int] | str, ...]:
+    found: list[tuple[int, int] | str] = []
+    for part in _comma_list(text):
+        size = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", part)
+        if size is None and part != "2:4":
+            raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4,2:4")
+        found.append((int(size[1]), int(size[2])) if size else part)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4,2:4")
+    return tuple(found)
 
 
 def _threads(text: str) -> int:
@@ -120,7 +125,8 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
     add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert")
-    add("--block", type=_blocks, default=((16, 16),), metavar="16x16,4x4", help="of blocksparse")
+    add("--block", type=_blocks, default=((16, 16), "2:4"), metavar="16x16,2:4",
+        help="patterns of blocksparse; 2:4 is for its convolutions")  # fmt: skip
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
     add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
