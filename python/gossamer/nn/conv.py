@@ -30,9 +30,9 @@ class SparseConv(TrainableModule):
 
     How many axes it has is that of ``kernel_size`` here; ``SparseConv1d``, ``SparseConv2d`` and
     ``SparseConv3d`` say it by their name. The weight is the Parameter ``values`` under the fixed
-    pattern of its indices. On the CPU ``pack()`` replaces it by ``panels``, which the kernels read as
-    they are, for inference. A ``state_dict``, a pickle and a deep copy hold an open format and are
-    validated before a layer takes them over.
+    pattern of its indices. On the CPU ``pack()`` replaces it by ``panels``, which the kernels read
+    as they are, for inference. A ``state_dict``, a pickle and a deep copy hold an open format and
+    are validated before a layer takes them over.
 
     Parameters
     ----------
