@@ -104,7 +104,7 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   gossamer::check_size(op, "the batch", x[0], 0);
   const ConvShape s = conv_shape(op, x.data(), out.data(), groups, kernel, stride, padding,
                                  dilation, channels_last);
-  const int64_t k = columns_of(op, s);
+  columns_of(op, s);
   const ConvChoice choice = choose_conv_kernel(s, type, gossamer::target(), packed);
   const bool serial = choice.kernel == ConvKernel::kSerial;
   py::dict report;
@@ -113,10 +113,9 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   report["target"] = name(serial ? Target::kSerial : conv_target(gossamer::target()));
   report["threads"] = threads;
   if (choice.kernel != ConvKernel::kPairs || s.batch * s.out_pixels() == 0) return report;
-  const ConvShape cut = blocksparse::collapsed(s);
   const int64_t lanes = traits(conv_target(gossamer::target())).lanes;
-  const blocksparse::ConvConfig config = blocksparse::choose_strips(
-      cut, s.out_channels * k / 2, pair_shape(s).blocks(), 1, lanes, l2_bytes(), threads);
+  const blocksparse::ConvConfig config =
+      choose_pair_strips(blocksparse::collapsed(s), lanes, l1_bytes(), l2_bytes(), threads);
   report["threads"] = config.threads;
   report["strip_images"] = config.strip_images;
   report["strip_rows"] = config.strip_rows;

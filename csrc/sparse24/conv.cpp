@@ -41,14 +41,7 @@ class Conv {
         units_(units),
         s_(blocksparse::collapsed(args.shape)),
         pairs_(pair_shape(s_)),
-        config_(blocksparse::choose_strips(s_, args.weight.n * args.weight.k / 2, pairs_.blocks(),
-                                           1, units.ends->lanes, l2_bytes(), args.threads)) {
-    if (!is_row() || config_.parts > 1 || config_.strip_images > 1) return;
-    // Short strips, while which are multiplied the next one's x comes into the L2.
-    const int64_t lanes = units.ends->lanes, vectors = ceil_div(s_.out[2], lanes);
-    const int64_t tiles = choose_tile(vectors, lanes, l1_bytes()).tiles;
-    config_.strip_width = ceil_div(vectors, tiles) * lanes;
-  }
+        config_(choose_pair_strips(s_, units.ends->lanes, l1_bytes(), l2_bytes(), args.threads)) {}
 
   void run() {
     words_ = args_.weight.panels;
@@ -150,7 +143,8 @@ class Conv {
 
   // Where every strip is one tile of a row.
   Lines x_ahead(const Strip& strip) const {
-    if (!single_tiles()) return {};
+    const int64_t lanes = units_.ends->lanes;
+    if (!is_row(s_) || config_.strip_width > most_tile(lanes, l1_bytes()) * lanes) return {};
     const int64_t columns = ceil_div(s_.out[2], config_.strip_width);
     const int64_t next =
         strip.image * columns + strip.column / config_.strip_width + config_.threads;
@@ -164,20 +158,12 @@ class Conv {
                ? Lines{x, width, pixel, pixel}
                : Lines{x, s_.in_channels, width * bytes, s_.in_channel_stride() * bytes};
   }
-  bool single_tiles() const {
-    return config_.strip_width <= most_pair_vectors(units_.ends->lanes) * units_.ends->lanes &&
-           is_row();
-  }
-  // Whether no pixel of x is seen by two outputs, and all of an image are one row.
-  bool is_row() const {
-    return s_.taps() == 1 && s_.in[2] == s_.out[2] && s_.out[0] * s_.out[1] == 1;
-  }
 
   const ConvArgs& args_;
   const Units& units_;
   const ConvShape s_;
   const PairShape pairs_;
-  ConvConfig config_;
+  const ConvConfig config_;
   const uint32_t* words_ = nullptr;
   std::vector<int64_t> groups_;  // of the passes
 };

@@ -57,23 +57,45 @@ struct TileConfig {
   int64_t outputs;  // at a time, so that the sums stay in L2; a multiple of 16
 };
 
-// How `vectors` registers of pixels go through the kernel: in cycles of a pass of a pair, 16 steps
-// of 4 multiply-adds a register, the sums, and what there is besides.
+// The most registers of pixels of a tile, whose panel takes three quarters of the L1.
+inline int64_t most_tile(int64_t lanes, int64_t l1) {
+  const int64_t fit = l1 * 3 / 4 / (kPassColumns * 4 * lanes);
+  return std::clamp<int64_t>(fit, 1, most_pair_vectors(lanes));
+}
+// Of a pair in a pass: 16 steps of 4 multiply-adds a register, the sums, and what there is besides.
+inline int64_t pass_cycles(int64_t tile) { return 32 * tile + 50; }
+
+// How `vectors` registers of pixels go through the kernel.
 inline TileConfig choose_tile(int64_t vectors, int64_t lanes, int64_t l1) {
-  const int64_t register_bytes = 4 * lanes;
-  const int64_t fit = l1 * 3 / 4 / (kPassColumns * register_bytes);
-  const int64_t most = std::clamp<int64_t>(fit, 1, most_pair_vectors(lanes));
-  TileConfig best{};
+  const int64_t tiles = ceil_div(vectors, most_tile(lanes, l1)), tile = ceil_div(vectors, tiles);
+  const int64_t blocks = kPartialSumBytes / (4 * lanes * tile * kBlockN);
+  return {tiles, blocks * kBlockN};
+}
+
+// Whether an image is one row, each of whose pixels is seen by one output.
+inline bool is_row(const ConvShape& s) {
+  return s.taps() == 1 && s.in[2] == s.out[2] && s.out[0] * s.out[1] == 1;
+}
+
+// Rows are cut into strips of one tile: while one is multiplied, the x of the thread's next one
+// comes into the L2. The threads get as many as it takes for all to end together.
+inline blocksparse::ConvConfig choose_pair_strips(const ConvShape& s, int64_t lanes, int64_t l1,
+                                                  int64_t l2, int threads) {
+  const PairShape pairs = pair_shape(s);
+  const int64_t kept = s.out_channels * s.taps() * pairs.tap_groups() * 2;
+  blocksparse::ConvConfig config =
+      blocksparse::choose_strips(s, kept, pairs.blocks(), 1, lanes, l2, threads);
+  if (!is_row(s) || config.parts > 1 || config.strip_images > 1) return config;
+  const int64_t vectors = ceil_div(s.out[2], lanes);
   int64_t least = 0;
-  for (int64_t tile = 1; tile <= std::min(vectors, most); ++tile) {
-    const int64_t tiles = ceil_div(vectors, tile);
-    const int64_t cycles = 32 * vectors + tiles * 50;
-    if (least != 0 && cycles >= least) continue;
+  for (int64_t tile = 1; tile <= std::min(vectors, most_tile(lanes, l1)); ++tile) {
+    const int64_t rounds = ceil_div(s.batch * ceil_div(vectors, tile), config.threads);
+    const int64_t cycles = rounds * pass_cycles(tile);
+    if (least != 0 && cycles > least) continue;
     least = cycles;
-    const int64_t blocks = kPartialSumBytes / (register_bytes * tile * kBlockN);
-    best = {tiles, blocks * kBlockN};
+    config.strip_width = tile * lanes;
   }
-  return best;
+  return config;
 }
 
 }  // namespace gossamer::sparse24
