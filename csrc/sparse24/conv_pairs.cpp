@@ -17,32 +17,23 @@ struct Block {
   float weights[kBlockN][kPassColumns];
 };
 
-float weight_at(const Weight& w, int64_t row, int64_t slot) {
-  const int64_t at = row * w.value_columns() + slot;
-  switch (w.dtype) {
-    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(w.values)[at]);
-    case DType::kFloat16: return to_float(static_cast<const Float16*>(w.values)[at]);
-    default: return static_cast<const float*>(w.values)[at];
-  }
-}
-
-int nibble_at(const Weight& w, int64_t row, int64_t group) {
-  return w.indices[row * w.index_bytes() + group / 2] >> (4 * (group % 2)) & 15;
-}
-
+template <class T>
 void read_block(const Weight& w, const PairShape& s, const int64_t* groups, int64_t block,
                 Block& to) {
   const int64_t in_group = block % s.group_blocks() * kBlockN;
   const int64_t first = block / s.group_blocks() * s.group_out + in_group;
   const int64_t outputs = std::min<int64_t>(kBlockN, s.group_out - in_group);
   for (int64_t o = 0; o < outputs; ++o) {
+    const uint8_t* indices = w.indices + (first + o) * w.index_bytes();
+    const T* values = static_cast<const T*>(w.values) + (first + o) * w.value_columns();
     for (int g = 0; g < kPassGroups; ++g) {
-      if (groups[g] < 0) continue;
-      const int nibble = nibble_at(w, first + o, groups[g]);
+      const int64_t group = groups[g];
+      if (group < 0) continue;
+      const int nibble = indices[group / 2] >> (4 * (group % 2)) & 15;
       for (int slot = 0; slot < 2; ++slot) {
         const int column = 4 * g + (nibble >> (2 * slot) & 3);
         to.kept[o] |= uint64_t{1} << column;
-        to.weights[o][column] = weight_at(w, first + o, 2 * groups[g] + slot);
+        to.weights[o][column] = to_float(values[2 * group + slot]);
       }
     }
   }
@@ -53,23 +44,28 @@ void read_block(const Weight& w, const PairShape& s, const int64_t* groups, int6
 }
 
 // Steps that two outputs need: one has room for a column of both and one of each.
-int steps_of(uint64_t a, uint64_t b) {
-  const int most = std::max(std::popcount(a), std::popcount(b));
-  return std::max((most + 1) / 2, most - std::popcount(a & b));
+int steps_of(int kept_a, int kept_b, int both) {
+  const int most = std::max(kept_a, kept_b);
+  return std::max((most + 1) / 2, most - both);
 }
 
 // Partners, from neighbours on: as long as the pair of most steps can swap with another one for
 // fewer of both, it does. The most steps of a pair.
 int find_partners(const uint64_t (&kept)[kBlockN], int (&order)[kBlockN]) {
-  for (int o = 0; o < kBlockN; ++o) order[o] = o;
-  const auto steps = [&](int i, int j) { return steps_of(kept[order[i]], kept[order[j]]); };
+  int counts[kBlockN], table[kBlockN][kBlockN];
+  for (int a = 0; a < kBlockN; ++a) {
+    order[a] = a, counts[a] = std::popcount(kept[a]);
+    for (int b = 0; b <= a; ++b) {
+      table[a][b] = table[b][a] = steps_of(counts[a], counts[b], std::popcount(kept[a] & kept[b]));
+    }
+  }
+  const auto steps = [&](int i, int j) { return table[order[i]][order[j]]; };
   while (true) {
-    int worst = 0, most = 0, least = 0;
+    int worst = 0, most = 0;
     for (int pair = 0; pair < kBlockN; pair += 2) {
       if (steps(pair, pair + 1) > most) worst = pair, most = steps(pair, pair + 1);
     }
-    least = most;
-    int best = -1;
+    int best = -1, least = most;
     for (int other = 0; other < kBlockN; ++other) {
       if (other / 2 == worst / 2) continue;
       // Swapping `other` with the second of the pair.
@@ -91,7 +87,7 @@ int take(uint64_t& columns) {
 void write_pair(const Block& block, int first, int second, int steps, uint32_t* to) {
   uint64_t both = block.kept[first] & block.kept[second];
   uint64_t a = block.kept[first] & ~both, b = block.kept[second] & ~both;
-  while (std::popcount(both) > steps) {
+  for (int shared = std::popcount(both); shared > steps; --shared) {
     const uint64_t column = both & -both;
     both ^= column, a |= column, b |= column;
   }
@@ -130,7 +126,12 @@ void to_pairs(const Weight& w, const PairShape& s, uint32_t* words, int threads)
   parallel_ranges(team, entries, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       Block block;
-      read_block(w, s, groups.data() + i / s.blocks() * kPassGroups, i % s.blocks(), block);
+      const int64_t* of_pass = groups.data() + i / s.blocks() * kPassGroups;
+      switch (w.dtype) {
+        case DType::kBFloat16: read_block<BFloat16>(w, s, of_pass, i % s.blocks(), block); break;
+        case DType::kFloat16: read_block<Float16>(w, s, of_pass, i % s.blocks(), block); break;
+        default: read_block<float>(w, s, of_pass, i % s.blocks(), block);
+      }
       int order[kBlockN];
       const int steps = find_partners(block.kept, order);
       uint32_t* to = words + 2 * entries + i * most;
