@@ -136,10 +136,11 @@ def test_threads_and_packing_change_no_bit(
     blocksparse_target: str, threads: int, last: bool
 ) -> None:
     case = typical(
-        batch=3, group_in=32, group_out=40, extents=(37, 41), channels_last=last, bias=True
+        batch=3, group_in=64, group_out=60, extents=(37, 41), channels_last=last, bias=True
     )
-    weight, x, bias = weight_of(case), case.x(), torch.randn(40)
-    assert x.numel() // 32 >= PIXELS
+    weight, x, bias = weight_of(case), case.x(), torch.randn(60)
+    assert x.numel() // 64 >= PIXELS
+    assert sparse24_conv_choice(x.shape, weight, **case.geometry)["kernel"] != "dense"
     expected = sparse24_conv(x, weight, bias, **case.geometry)
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -228,8 +229,8 @@ def test_gradients_are_those_of_the_dense_layer(
 
 
 def layer_and_x() -> tuple[SparseConv2d, Tensor]:
-    layer = SparseConv2d.from_dense(nn.Conv2d(32, 48, 3, padding=1), prune="magnitude").eval()
-    return layer, torch.randn(2, 32, 9, 8)
+    layer = SparseConv2d.from_dense(nn.Conv2d(64, 48, 3, padding=1), prune="magnitude").eval()
+    return layer, torch.randn(2, 64, 9, 8)
 
 
 def test_packed_layers(blocksparse_target: str) -> None:
@@ -278,7 +279,7 @@ def test_compilers() -> None:
         torch._dynamo.reset()
         compiled = torch.compile(held, fullgraph=True, backend="aot_eager", dynamic=True)
         for batch in (2, 3):
-            given = torch.randn(batch, 32, 9, 8, requires_grad=True)
+            given = torch.randn(batch, 64, 9, 8, requires_grad=True)
             expected, got = held(given), compiled(given)
             torch.testing.assert_close(got, expected)
             torch.testing.assert_close(
