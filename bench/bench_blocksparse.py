@@ -1,12 +1,12 @@
-"""Block-sparse layers against every dense way torch has: convolutions and linear layers."""
+"""Block-sparse layers, and 2:4 convolutions, against every dense way torch has."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from bench_sparse24 import check_answer
@@ -15,6 +15,7 @@ from conv_rivals import dense_convs
 from gossamer import Block
 from gossamer.nn import SparseConv2d, SparseLinear
 from gossamer.ops.blocksparse_choice import blocksparse_choice
+from gossamer.ops.sparse24_conv import sparse24_conv_choice
 from machine import Limits
 from record import OURS, Check
 from rivals import BSR, CSR, dense_linears, sparse_bsr, sparse_csr
@@ -23,6 +24,7 @@ from timing import Contender, Effort, measure
 from torch import Tensor, nn
 
 DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05)
+Pattern = Block | str  # the one word is "2:4", whose density is a half
 # Kept operations up to which torch's sparse products are timed: they reach a tenth of the peak.
 MOST_SPARSE_FLOP = 0.5e9
 
@@ -33,13 +35,25 @@ class BlockPlan:
 
     problems: Sequence[tuple[Shape, int]]  # with rows or images
     dtypes: Sequence[str]
-    blocks: Sequence[Block]
+    blocks: Sequence[Pattern]
     effort: Effort
     densities: Sequence[float] = DENSITIES
 
     def __len__(self) -> int:
-        sizes = (self.dtypes, self.problems, self.blocks, self.densities)
-        return math.prod(len(size) for size in sizes)
+        cases = sum(
+            len(self.densities_of(block))
+            for (shape, _), block in itertools.product(self.problems, self.blocks)
+            if applies(block, shape)
+        )
+        return len(self.dtypes) * cases
+
+    def densities_of(self, block: Pattern) -> Sequence[float]:
+        return self.densities if isinstance(block, Block) else (0.5,)
+
+
+def applies(block: Pattern, shape: Shape) -> bool:
+    """Whether layers of this shape are timed here: linear ones of 2:4 have a bench of their own."""
+    return isinstance(block, Block) or isinstance(shape, ConvShape)
 
 
 @dataclass
@@ -78,16 +92,17 @@ class Dense:
             return dense_convs(self.layer, x)
         return dense_linears([self.layer.weight.detach()], x)
 
-    def pruned(self, block: Block, density: float) -> SparseConv2d | SparseLinear:
+    def pruned(self, block: Pattern, density: float) -> SparseConv2d | SparseLinear:
         kind = SparseConv2d if isinstance(self.layer, nn.Conv2d) else SparseLinear
-        sparse = kind.from_dense(self.layer, block, "magnitude", density)  # type: ignore[arg-type]
+        share = density if isinstance(block, Block) else None
+        sparse = kind.from_dense(self.layer, block, "magnitude", share)  # type: ignore[arg-type]
         return sparse.eval()
 
 
 class Subject:
     """Our layer at one density: its numbers, and torch's sparse products with the same weight."""
 
-    def __init__(self, dense: Dense, x: Tensor, block: Block, density: float) -> None:
+    def __init__(self, dense: Dense, x: Tensor, block: Pattern, density: float) -> None:
         self.density = density
         self.layer = dense.pruned(block, density)
         weight = self.layer.weight
@@ -95,19 +110,23 @@ class Subject:
         pruned = self.layer.to_dense()
         names = ("stride", "padding") if isinstance(pruned, nn.Conv2d) else ()
         geometry = {name: getattr(pruned, name) for name in names}
-        choice = blocksparse_choice(x.shape, weight, **geometry, channels_last=True)
-        self.kernel = f"{choice['target']}/{choice['kernel']}"
         self.kept = int((pruned.weight != 0).sum())
         expected = pruned.double()(x.double()).float()
         self.y_shape = expected.shape
         self.layer.pack()
+        choose = blocksparse_choice if isinstance(block, Block) else sparse24_conv_choice
+        held: Any = self.layer.weight
+        choice = choose(x.shape, held, **geometry, channels_last=True)
+        self.kernel = f"{choice['target']}/{choice['kernel']}"
         given = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
         self.contenders = [Contender(self.label(OURS), partial(self.layer, given), subject=True)]
         self.check: Check = check_answer(self.layer(given), expected, TOLERANCES[x.dtype])
         flop = 2 * x.shape[0] * self.kept
         if x.dim() == 2 and x.dtype is torch.float32 and flop <= MOST_SPARSE_FLOP:
             matrix = pruned.weight.detach().float()
-            others = [sparse_csr([matrix], x), sparse_bsr(matrix, block.rows, block.cols, x)]
+            others = [sparse_csr([matrix], x)]
+            if isinstance(block, Block):
+                others.append(sparse_bsr(matrix, block.rows, block.cols, x))
             self.contenders += [
                 Contender(self.label(other.name), other.run) for other in others if other
             ]
@@ -117,11 +136,11 @@ class Subject:
 
 
 def run_problem(
-    dense: Dense, rows: int, block: Block, plan: BlockPlan, limits: Limits
+    dense: Dense, rows: int, block: Pattern, plan: BlockPlan, limits: Limits
 ) -> list[BlockCase]:
     """Check and time a layer at every density, all in the same rounds as the dense ways."""
     x = dense.x(rows)
-    subjects = [Subject(dense, x, block, density) for density in plan.densities]
+    subjects = [Subject(dense, x, block, density) for density in plan.densities_of(block)]
     rivals = dense.rivals(x)
     ours = [contender for subject in subjects for contender in subject.contenders]
     timings = measure([*ours, *rivals], plan.effort)
@@ -170,7 +189,8 @@ def run(plan: BlockPlan, limits: Limits) -> Iterator[BlockCase]:
         ):
             dense = Dense(shape, dtype)
             for rows, block in itertools.product(problems, plan.blocks):
-                yield from run_problem(dense, rows, block, plan, limits)
+                if applies(block, shape):
+                    yield from run_problem(dense, rows, block, plan, limits)
 
 
 def _by_shape(problems: Sequence[tuple[Shape, int]]) -> dict[Shape, list[int]]:

@@ -18,7 +18,7 @@ GOAL = 0.7  # of what the machine allows
 class BlockCase(Case):
     """A layer at one density of one size of blocks."""
 
-    block: str
+    block: str  # or "2:4"
     density: float  # of live blocks
     bytes_seconds: float  # to move the layer's bytes once, at the measured read bandwidth
 
@@ -37,7 +37,8 @@ class BlockCase(Case):
     @property
     def place(self) -> str:
         rows = "images" if self.is_conv else "rows"
-        return f"{super().place}, {self.rows} {rows}, blocks of {self.block}"
+        pattern = self.block if self.block == "2:4" else f"blocks of {self.block}"
+        return f"{super().place}, {self.rows} {rows}, {pattern}"
 
     @property
     def point(self) -> tuple[str, str]:

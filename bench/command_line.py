@@ -42,10 +42,10 @@ class Choices:
     known_dtypes: tuple[str, ...]
     dtypes: tuple[str, ...]
     quick_dtypes: tuple[str, ...]
-    every_block: tuple[tuple[int, int], ...] = ((16, 16),)
-    quick_blocks: tuple[tuple[int, int], ...] = ((16, 16),)
+    every_block: tuple[tuple[int, int] | str, ...] = ((16, 16), "2:4")
+    quick_blocks: tuple[tuple[int, int] | str, ...] = ((16, 16), "2:4")
 
-    def blocks(self, quick: bool) -> tuple[tuple[int, int], ...]:
+    def blocks(self, quick: bool) -> tuple[tuple[int, int] | str, ...]:
         return self.quick_blocks if quick else self.every_block
 
 
@@ -76,7 +76,7 @@ class Options:
     expert_shapes: tuple[ExpertShape, ...]
     rows: tuple[int, ...]
     tokens: tuple[int, ...]  # an expert
-    blocks: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, int] | str, ...]  # or "2:4"
     threads: int
     cold: bool
     json: Path | None
@@ -99,11 +99,16 @@ def _rows(text: str) -> tuple[int, ...]:
     return rows
 
 
-def _blocks(text: str) -> tuple[tuple[int, int], ...]:
-    found = [re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", part) for part in _comma_list(text)]
-    if not found or None in found:
-        raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4")
-    return tuple((int(size[1]), int(size[2])) for size in found if size)
+def _blocks(text: str) -> tuple[tuple[int, int] | str, ...]:
+    found: list[tuple[int, int] | str] = []
+    for part in _comma_list(text):
+        size = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", part)
+        if size is None and part != "2:4":
+            raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4,2:4")
+        found.append((int(size[1]), int(size[2])) if size else part)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4,2:4")
+    return tuple(found)
 
 
 def _threads(text: str) -> int:
@@ -126,7 +131,8 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
     add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert")
-    add("--block", type=_blocks, metavar="16x16,4x4", help="of blocksparse")
+    add("--block", type=_blocks, metavar="16x16,2:4",
+        help="patterns of blocksparse; 2:4 is for its convolutions on the CPU")  # fmt: skip
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
     add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
@@ -162,6 +168,8 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
     dtypes = given.dtype or list(defaults)
     _check_names(parser, "--feature", features, choices.features)
     _check_names(parser, "--dtype", dtypes, choices.known_dtypes)
+    if given.device == "cuda" and "2:4" in (given.block or ()):
+        parser.error("argument --block: '2:4' on a GPU is the feature sparse24")
     try:
         layers = find_shapes(
             given.shapes, (*choices.shapes, *choices.conv_shapes, *choices.expert_shapes)

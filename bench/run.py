@@ -75,7 +75,7 @@ def _block_plan(options: Options) -> BlockPlan:
             *((shape, count) for shape in linear for count in rows),
         ],
         options.dtypes,
-        [Block(*size) for size in options.blocks],
+        [size if isinstance(size, str) else Block(*size) for size in options.blocks],
         QUICK_EFFORT if options.quick else FULL_EFFORT,
     )
 

@@ -9,6 +9,7 @@
 #include "cuda_build.h"
 #include "grouped/grouped.h"
 #include "probe/probe.h"
+#include "sparse24/conv.h"
 #include "sparse24/quantized.h"
 #include "sparse24/sparse24.h"
 
@@ -41,5 +42,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::grouped::bind(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
+  gossamer::sparse24::bind_conv(m);
   gossamer::sparse24::bind_quantized(m);
 }

@@ -139,21 +139,21 @@ def test_run_leaves_record_picture_and_summary(
     monkeypatch.setattr(run, "QUICK_EFFORT", HASTE)
     monkeypatch.setattr(Limits, "measure", lambda dtypes, threads: replace(LIMITS, threads=threads))
     record, picture = tmp_path / "record.json", tmp_path / "picture.png"
-    what = ["--quick", "--feature", "blocksparse", "--dtype", "float32", "--block", "16x16,4x4"]
+    what = ["--quick", "--feature", "blocksparse", "--dtype", "float32", "--block", "16x16,4x4,2:4"]
     shapes = ["--shapes", "resnet50.1x1.7.512,32x64", "--m", "1"]
     kept = ["--json", str(record), "--plot", str(picture)]
     assert run.main([*what, *shapes, *kept]) == 0
     assert (tmp_path / "picture-blocks.png").read_bytes().startswith(b"\x89PNG")
     assert not picture.exists()
     out = capsys.readouterr().out
-    assert "Answers equal to dense: 20 of 20 cases" in out
+    assert "Answers equal to dense: 21 of 21 cases" in out
     assert "As fast as dense at so many live blocks" in out
 
     found = json.loads(record.read_text(), parse_constant=pytest.fail)
     ours = [entry for entry in found["benchmarks"] if entry["name"].endswith(f"/{OURS}")]
-    assert len(ours) == len({entry["group"] for entry in ours}) == 20
+    assert len(ours) == len({entry["group"] for entry in ours}) == 21
     for entry in ours:
-        assert entry["params"]["block"] in ("16x16", "4x4")
+        assert entry["params"]["block"] in ("16x16", "4x4", "2:4")
         assert entry["params"]["density"] in bench_blocksparse.DENSITIES
         assert entry["extra_info"]["goal"] > 0
 

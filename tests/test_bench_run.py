@@ -29,7 +29,7 @@ def test_command_line_defaults() -> None:
     assert options.features == command_line.FEATURES
     assert options.shapes == SHAPES
     assert options.conv_shapes == CONV_SHAPES
-    assert options.blocks == ((16, 16),)
+    assert options.blocks == ((16, 16), "2:4")
     assert options.threads == torch.get_num_threads()
     assert options.json is None
     assert options.plot is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import compress, product
 
+import gossamer
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from cases import SumOracle
 from conv_cases import CASES, CONVS, ConvCase, block_sparse, typical
 from gossamer import Block, blocksparse_conv, blocksparse_linear, reference
 from gossamer.formats import BlockSparse, BlockSparsePanels
+from gossamer.ops import blocksparse_transpose
+from gossamer.ops.conv_operands import Geometry
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -84,6 +87,67 @@ def test_gradients_are_those_of_the_dense_layer(blocksparse_target: str, case: C
     SumOracle(*kept, products[1], case.dtype).check(dvalues)
     axes = [0, *range(2, dy.dim())]
     SumOracle(exact[2].sum(axes), exact[2].abs().sum(axes), products[1], case.dtype).check(db)
+
+
+@pytest.fixture
+def dx_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes, where there is such a way."""
+    monkeypatch.setattr(gossamer.ops.blocksparse, "dx_by_blocks", lambda *sizes: True)
+
+
+STRIDE_1 = [case for case in CASES if set(case.stride) == {1}]
+
+
+@pytest.mark.usefixtures("dx_by_blocks")
+@pytest.mark.parametrize("case", STRIDE_1[::2], ids=map(str, range(0, len(STRIDE_1), 2)))
+def test_dx_by_transposed_blocks(blocksparse_target: str, case: ConvCase) -> None:
+    weight, x = case.weight(), case.x().requires_grad_()
+    y = blocksparse_conv(x, weight, **case.geometry)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = [t.detach().double() for t in (x, weight.to_dense(), dy)]
+    wanted, _ = dense_gradients(case, *exact)
+    sizes, _ = dense_gradients(case, *(t.abs() for t in exact))
+    SumOracle(wanted, sizes, case.group_out * exact[1][0, 0].numel(), case.dtype).check(dx)
+
+
+@pytest.mark.usefixtures("dx_by_blocks")
+@pytest.mark.parametrize("kernel", [(), (3,), (2, 3)], ids=str)
+def test_derivatives_by_transposed_blocks(serial_target: str, kernel: tuple[int, ...]) -> None:
+    groups = 2 if kernel else 1
+    sparse = block_sparse((4, 3, *kernel), Block(2, 2), 0.6, groups, torch.float64)
+
+    def layer(x: Tensor, values: Tensor) -> Tensor:
+        weight = replace(sparse, values=values)
+        return blocksparse_conv(x, weight, padding=1) if kernel else blocksparse_linear(x, weight)
+
+    operands = (double(2, 3 * groups, *(3,) * len(kernel)), double(*sparse.values.shape))
+    assert torch.autograd.gradcheck(layer, operands)
+    assert torch.autograd.gradgradcheck(layer, operands)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    got = torch.autograd.grad(compiled(*operands).square().sum(), operands)
+    want = torch.autograd.grad(layer(*operands).square().sum(), operands)
+    torch.testing.assert_close(got, want)
+
+
+def test_when_dx_goes_by_blocks() -> None:
+    def chosen(density: float, block: int, pixels: int, dtype: torch.dtype, *kernel: int) -> bool:
+        weight = block_sparse((256, 256, *kernel), Block(block, block), density, dtype=dtype)
+        geometry = Geometry(weight.shape, 1, *[(1,) * len(kernel)] * 3)
+        x_shape = (pixels, 256, *(1,) * len(kernel))
+        return bool(blocksparse_transpose.dx_by_blocks(x_shape, weight.values, geometry))
+
+    assert chosen(0.4, 16, 512, torch.float32, 3, 3)
+    assert not chosen(0.6, 16, 512, torch.float32, 3, 3)
+    assert not chosen(0.4, 16, 16, torch.float32, 3, 3)
+    assert not chosen(0.4, 16, 512, torch.bfloat16, 3, 3)
+    assert not chosen(0.4, 4, 512, torch.float32, 3, 3)
+    assert chosen(0.2, 4, 512, torch.float32, 3, 3)
+    assert not chosen(0.4, 16, 512, torch.float32)
+    strided = Geometry((8, 8, 3), 1, (2,), (1,), (1,))
+    assert blocksparse_transpose.transposed_geometry(strided) is None
+    far = Geometry((8, 8, 3), 1, (1,), (3,), (1,))
+    assert blocksparse_transpose.transposed_geometry(far) is None
 
 
 @pytest.mark.parametrize("wanted", [w for w in product([True, False], repeat=3) if any(w)])

@@ -10,8 +10,8 @@ from cases import BLOCKSPARSE_TARGETS
 from conv_cases import CASES, DTYPES, block_sparse, typical
 from gossamer import _C, Block, blocksparse_conv
 from gossamer.formats import BlockSparsePanels
-from gossamer.ops.blocksparse import is_channels_last
 from gossamer.ops.blocksparse_choice import blocksparse_choice
+from gossamer.ops.conv_operands import is_channels_last
 
 
 def chosen_target(dtype: torch.dtype = torch.float32) -> str:

@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -12,8 +11,8 @@
 #include "blocksparse/conv_tiles.h"
 #include "blocksparse/conv_tiles_config.h"
 #include "blocksparse/conv_unit.h"
-#include "common/border.h"
 #include "common/cache_size.h"
+#include "common/conv_border.h"
 #include "common/py_tensor.h"
 #include "common/target.h"
 
@@ -21,22 +20,6 @@ namespace py = pybind11;
 
 namespace gossamer::blocksparse {
 namespace {
-
-// Sums and products of two sizes below this stay within 64 bits.
-constexpr int64_t kMaxSize = int64_t{1} << 30;
-
-using Axes = std::array<int64_t, 3>;  // d, h, w
-
-void check_size(const char* op, const char* what, int64_t size, int64_t lowest) {
-  GOSSAMER_CHECK(size >= lowest && size <= kMaxSize, op, ": ", what, " is ", size, ", expected ",
-                 lowest, " to 2**30");
-}
-
-void check_dims(const char* op, const char* what, const TensorView& t, int ndim) {
-  GOSSAMER_CHECK(t.ndim == ndim, op, ": ", what, " of shape ", shape_text(t), " has ", t.ndim,
-                 " dimensions, expected ", ndim);
-  check_contiguous(op, what, t);
-}
 
 // What a weight of these sizes is, without its blocks.
 Weight empty_weight(const char* op, DType dtype, int64_t out_channels, int64_t taps,
@@ -148,34 +131,6 @@ void bind_validate(const TensorView& values, const TensorView& crow, const Tenso
   on_gpu(values) ? validate_cuda(op, w, values) : check_padding(w);
 }
 
-// Of x and out, [batch, d, h, w, channels] or [batch, channels, d, h, w].
-ConvShape shape_of(const char* op, const int64_t* x, const int64_t* out, int64_t groups,
-                   const Axes& kernel, const Axes& stride, const Axes& padding,
-                   const Axes& dilation, bool channels_last) {
-  ConvShape s{};
-  const int channel = channels_last ? 4 : 1, first_axis = channels_last ? 1 : 2;
-  s.channels_last = channels_last;
-  s.batch = x[0], s.in_channels = x[channel], s.out_channels = out[channel];
-  s.groups = groups;
-  GOSSAMER_CHECK(out[0] == s.batch, op, ": x has a batch of ", s.batch, ", out of ", out[0]);
-  for (int axis = 0; axis < 3; ++axis) {
-    s.in[axis] = x[first_axis + axis], s.out[axis] = out[first_axis + axis];
-    s.kernel[axis] = kernel[axis], s.stride[axis] = stride[axis];
-    s.padding[axis] = padding[axis], s.dilation[axis] = dilation[axis];
-    check_size(op, "an extent of x", s.in[axis], 0);
-    check_size(op, "an extent of out", s.out[axis], 0);
-    check_size(op, "the kernel size", s.kernel[axis], 1);
-    check_size(op, "the stride", s.stride[axis], 1);
-    check_size(op, "the dilation", s.dilation[axis], 1);
-    check_size(op, "the padding", s.padding[axis], 0);
-  }
-  check_size(op, "the kernel size", s.kernel[0] * s.kernel[1], 1);
-  check_size(op, "the number of groups", groups, 1);
-  GOSSAMER_CHECK(s.in_channels % groups == 0, op, ": x has ", s.in_channels, " channels in ",
-                 groups, " groups");
-  return s;
-}
-
 void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
                const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
                int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
@@ -187,7 +142,7 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
   check_dtype(op, "x", x, values.dtype);
   check_dtype(op, "out", out, values.dtype);
   const ConvShape s =
-      shape_of(op, x.shape, out.shape, groups, kernel, stride, padding, dilation, channels_last);
+      conv_shape(op, x.shape, out.shape, groups, kernel, stride, padding, dilation, channels_last);
   check_device(op, "out", out, "x", x);
   check_device(op, "the weight", values, "x", x);
   const Weight w =
@@ -219,8 +174,8 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error(op + (": no kernels for " + dtype));
   check_size(op, "the batch", x[0], 0);
-  const ConvShape s =
-      shape_of(op, x.data(), out.data(), groups, kernel, stride, padding, dilation, channels_last);
+  const ConvShape s = conv_shape(op, x.data(), out.data(), groups, kernel, stride, padding,
+                                 dilation, channels_last);
   Weight w = empty_weight(op, type, s.out_channels, s.taps(), s.group_in(), groups, rows, cols);
   GOSSAMER_CHECK(nnz >= 0 && nnz <= w.block_rows() * w.block_columns(), op, ": ", nnz,
                  " live blocks of ", w.block_rows() * w.block_columns());

@@ -3,6 +3,7 @@
 
 #include "blocksparse/blocksparse.h"
 #include "blocksparse/conv_config.h"
+#include "blocksparse/conv_strips.h"
 #include "blocksparse/conv_tiles.h"
 #include "blocksparse/conv_tiles_config.h"
 #include "blocksparse/conv_unit.h"
@@ -25,7 +26,7 @@ class Batch {
   // Block rows from `begin` on, up to `end`, until they give so many outputs; the first one after
   // them.
   int64_t fill(int64_t begin, int64_t end, int64_t most_outputs, const Panel& panel) {
-    if (taps_.empty()) place_taps(panel);
+    if (taps_.empty()) taps_ = taps_in(shape_, panel);
     chunks_.clear(), blocks_.clear();
     outputs_ = 0;
     int64_t block_row = begin;
@@ -47,20 +48,6 @@ class Batch {
   int64_t rows_of(int64_t block_row) const {
     const int64_t row = block_row % weight_.row_blocks() * weight_.rows;
     return std::min(weight_.rows, weight_.group_out - row);
-  }
-
-  void place_taps(const Panel& panel) {
-    const ConvShape& s = shape_;
-    for (int64_t tap = 0; tap < weight_.taps; ++tap) {
-      const int64_t kd = tap / (s.kernel[1] * s.kernel[2]);
-      const int64_t kh = tap / s.kernel[2] % s.kernel[1], kw = tap % s.kernel[2];
-      const int64_t plane_w = panel.own_columns ? kw : phase(s, 2, kw);
-      const int64_t plane_h = panel.own_rows ? kh : phase(s, 1, kh);
-      const int64_t plane = (kd * planes_h(s, panel) + plane_h) * planes_w(s, panel) + plane_w;
-      const int64_t shifted = (panel.own_rows ? 0 : shift(s, 1, kh)) * panel.pitch +
-                              (panel.own_columns ? 0 : shift(s, 2, kw));
-      taps_.push_back(plane * panel.plane_stride + shifted * panel.slab);
-    }
   }
 
   void add_blocks(int64_t block_row, const Panel& panel) {
@@ -103,20 +90,6 @@ class Batch {
   std::vector<LiveBlock> blocks_;
 };
 
-void pack(const ConvShape& s, const void* x, const Kernel& kernel, const Strip& strip,
-          const Panel& panel) {
-  float* plane = panel.data;
-  for (int64_t kd = 0; kd < s.kernel[0]; ++kd) {
-    for (int64_t h = 0; h < planes_h(s, panel); ++h) {
-      for (int64_t w = 0; w < planes_w(s, panel); ++w, plane += panel.plane_stride) {
-        const int64_t offset[3] = {kd * s.dilation[0], panel.own_rows ? h * s.dilation[1] : h,
-                                   panel.own_columns ? w * s.dilation[2] : w};
-        kernel.pack(s, x, strip, panel, offset, plane);
-      }
-    }
-  }
-}
-
 void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, const Unit& unit,
                 const ConvConfig& config, const Strip& strip, int64_t begin, int64_t end) {
   const Weight& w = args.weight;
@@ -128,12 +101,9 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
   panel.first_channel = first_group * w.group_in;
   const int64_t floats = planes(s, panel) * panel.plane_stride + kMostPixels * kernel.slab;
   panel.data = static_cast<float*>(panel_scratch.at_least(4 * floats));
-  pack(s, args.x, kernel, strip, panel);
+  pack_panel(s, args.x, kernel, strip, panel);
 
-  const int64_t first_pixel =
-      (strip.depth * s.out[1] + strip.row) * s.out[2] + strip.column;  // of the first image
-  const int64_t image_stride = s.out_pixels() * s.out_channels;
-  const int64_t first = strip.image * image_stride + first_pixel * s.out_pixel_stride();
+  const int64_t image_stride = s.out_pixels() * s.out_channels, first = first_of(s, strip);
   const int64_t size = size_of(w.dtype);
   Batch batch(w, weights, s, kernel);
   for (int64_t block_row = begin; block_row < end;) {
@@ -170,43 +140,26 @@ void conv_vectors(const ConvArgs& args, const Unit& unit) {
   const Weight& w = args.weight;
   const ConvConfig config = choose_conv_config(s, w, unit, l2_bytes(), args.threads);
   const float* weights = expanded(w, unit, config.threads);
-  const int64_t columns = ceil_div(s.out[2], config.strip_width);
-  const int64_t rows = ceil_div(s.out[1], config.strip_rows);
-  const int64_t images = ceil_div(s.batch, config.strip_images);
-  const int64_t strips = images * s.out[0] * rows * columns;
-  const int64_t tasks = strips * config.parts;
-  parallel_run(
-      static_cast<int>(std::min<int64_t>(config.threads, tasks)), [&](int thread, int team) {
-        for (int64_t task = thread; task < tasks; task += team) {
-          const int64_t part = task % config.parts, at = task / config.parts;
-          const int64_t column = at % columns * config.strip_width;
-          const int64_t row = at / columns % rows * config.strip_rows;
-          const int64_t slice = at / columns / rows;
-          const int64_t image = slice / s.out[0] * config.strip_images;
-          const Strip strip{image,
-                            std::min(config.strip_images, s.batch - image),
-                            slice % s.out[0],
-                            row,
-                            std::min(config.strip_rows, s.out[1] - row),
-                            column,
-                            std::min(config.strip_width, s.out[2] - column)};
-          conv_strip(args, weights, s, unit, config, strip, w.block_rows() * part / config.parts,
-                     w.block_rows() * (part + 1) / config.parts);
-        }
-      });
+  for_each_strip(s, config, [&](const Strip& strip, int64_t part) {
+    conv_strip(args, weights, s, unit, config, strip, w.block_rows() * part / config.parts,
+               w.block_rows() * (part + 1) / config.parts);
+  });
 }
 
 }  // namespace
 
-std::pair<Target, const Unit*> unit_in_force([[maybe_unused]] DType dtype) {
+const Unit* unit_of([[maybe_unused]] Target target, [[maybe_unused]] DType dtype) {
 #ifdef GOSSAMER_X86
-  const Target best = std::min(target(), Target::kAVX512);
-  const Unit* unit = best == Target::kAVX512 ? unit_avx512(dtype)
-                     : best == Target::kAVX2 ? unit_avx2(dtype)
-                                             : nullptr;
-  if (unit != nullptr) return {best, unit};
+  if (target == Target::kAVX512) return unit_avx512(dtype);
+  if (target == Target::kAVX2) return unit_avx2(dtype);
 #endif
-  return {Target::kSerial, nullptr};
+  return nullptr;
+}
+
+std::pair<Target, const Unit*> unit_in_force(DType dtype) {
+  const Target best = std::min(target(), Target::kAVX512);
+  const Unit* unit = unit_of(best, dtype);
+  return {unit == nullptr ? Target::kSerial : best, unit};
 }
 
 bool tiles_in_force(const Weight& weight) {

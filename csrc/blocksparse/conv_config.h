@@ -12,6 +12,8 @@
 
 namespace gossamer::blocksparse {
 
+// The unit of a target; null where it has none of its own for the dtype.
+const Unit* unit_of(Target target, DType dtype);
 // The target whose kernels run, and its unit; null where that is the serial definition.
 std::pair<Target, const Unit*> unit_in_force(DType dtype);
 
@@ -119,19 +121,17 @@ inline void choose_batch(const ConvShape& s, const Weight& w, int64_t lanes, int
 }
 
 // A strip's panel takes half of the L2, which it shares with the weights of a batch of outputs.
-inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const Unit& unit,
-                                     int64_t l2, int threads) {
-  const Kernel& kernel = choose_kernel(s, w, unit);
-  const int64_t lanes = unit.lanes;
+// `kept` weights meet each pixel; the outputs can be shared out among `shares` at most.
+inline ConvConfig choose_strips(const ConvShape& s, int64_t kept, int64_t shares, int64_t slab,
+                                int64_t lanes, int64_t l2, int threads) {
   const int64_t panel_bytes = l2 / 2;
-  const double work = static_cast<double>(s.batch) * s.out_pixels() * w.nnz * w.rows * w.cols;
+  const double work = static_cast<double>(s.batch) * s.out_pixels() * kept;
   const int team = threads_for_work(threads, work);
   const auto bytes = [&](int64_t rows, int64_t width) {
-    const Panel panel = panel_of(s, 1, rows, width, s.in_channels, lanes, kernel.slab);
+    const Panel panel = panel_of(s, 1, rows, width, s.in_channels, lanes, slab);
     return 4 * planes(s, panel) * panel.plane_stride;
   };
   ConvConfig config{1, s.out[1], s.out[2], 1, kBatchOutputs, kTileVectors, team};
-  if (s.channels_last) choose_batch(s, w, lanes, l2, &config);
   int64_t most_rows = 1, too_many = s.out[1] + 1;
   while (too_many - most_rows > 1) {
     const int64_t rows = (most_rows + too_many) / 2;
@@ -139,7 +139,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const 
   }
   config.strip_rows = ceil_div(s.out[1], ceil_div(s.out[1], most_rows));
   // Of about that many rows those whose pixels fill the registers best.
-  const int64_t pitch = panel_of(s, 1, 1, s.out[2], 1, lanes, kernel.slab).pitch;
+  const int64_t pitch = panel_of(s, 1, 1, s.out[2], 1, lanes, slab).pitch;
   int64_t fewest = vectors_of(s, config.strip_rows, pitch, lanes);
   for (int64_t rows = config.strip_rows + 1; rows <= std::min(most_rows, config.strip_rows + 3);
        ++rows) {
@@ -150,7 +150,7 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const 
   }
   // A part of a row is a whole number of tiles; where lanes are outputs, tiles of any even size are
   // made of it.
-  const bool pixel_lanes = kernel.slab == 1;
+  const bool pixel_lanes = slab == 1;
   const int64_t tile = pixel_lanes ? kTileVectors * lanes : 2;
   // All weights are read again for each part, which costs more than a panel larger than the L2.
   const int64_t narrow = pixel_lanes ? tile : 4 * kMostPixels;
@@ -180,7 +180,15 @@ inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const 
              config.strip_width >= (pixel_lanes ? 4 * tile : team * kMostPixels)) {
     config.strip_width = ceil_div(ceil_div(config.strip_width, team), tile) * tile;
   }
-  if (idle(strips()) > 0.1) config.parts = std::min<int64_t>(team, w.block_rows());
+  if (idle(strips()) > 0.1) config.parts = std::min<int64_t>(team, shares);
+  return config;
+}
+
+inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const Unit& unit,
+                                     int64_t l2, int threads) {
+  ConvConfig config = choose_strips(s, w.nnz * w.rows * w.cols, w.block_rows(),
+                                    choose_kernel(s, w, unit).slab, unit.lanes, l2, threads);
+  if (s.channels_last) choose_batch(s, w, unit.lanes, l2, &config);
   return config;
 }
 

@@ -292,6 +292,7 @@ struct ConvKernels {
       S::kLanes,
       {"pixel_lanes", 1, 1, Multiply::kChunk, pack, batch},
       OutputLanes<S, T>::kernel,
+      finish,
       expand,
   };
 };

@@ -1,5 +1,7 @@
 // The readable definition, for every dtype and any machine.
-#include <vector>
+#include "common/conv_serial.h"
+
+#include <algorithm>
 
 #include "blocksparse/blocksparse.h"
 #include "common/activate_serial.h"
@@ -7,20 +9,6 @@
 
 namespace gossamer::blocksparse {
 namespace {
-
-// The channels of x under one tap of an output, or null where the tap is in the padding.
-template <class T>
-const T* x_at(const ConvShape& s, const T* x, int64_t image, const int64_t (&out)[3], int64_t tap) {
-  const int64_t t[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1],
-                        tap % s.kernel[2]};
-  int64_t pixel = 0;
-  for (int axis = 0; axis < 3; ++axis) {
-    const int64_t at = out[axis] * s.stride[axis] + t[axis] * s.dilation[axis] - s.padding[axis];
-    if (at < 0 || at >= s.in[axis]) return nullptr;
-    pixel = pixel * s.in[axis] + at;
-  }
-  return x + image * s.in_pixels() * s.in_channels + pixel * s.in_pixel_stride();
-}
 
 // Where a weight lies among the values.
 int64_t value_at(const Weight& w, int64_t block, int64_t row, int64_t col) {
@@ -56,19 +44,10 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
   const Weight& w = args.weight;
   const ConvShape& s = args.shape;
   const auto* bias = static_cast<const T*>(args.bias);
-  std::vector<const T*> taps_of_x(s.taps());
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    const int64_t within = pixel % s.out_pixels();
-    const int64_t at[3] = {within / (s.out[1] * s.out[2]), within / s.out[2] % s.out[1],
-                           within % s.out[2]};
-    for (int64_t tap = 0; tap < s.taps(); ++tap) {
-      taps_of_x[tap] = x_at(s, static_cast<const T*>(args.x), pixel / s.out_pixels(), at, tap);
-    }
-    T* out = static_cast<T*>(args.out) + pixel / s.out_pixels() * s.out_pixels() * s.out_channels +
-             within * s.out_pixel_stride();
+  const auto one_pixel = [&](const T* const* taps_of_x, T* out) {
     for (int64_t block_row = 0; block_row < w.block_rows(); ++block_row) {
       Real sum[kMaxBlock] = {};
-      add_block_row(w, block_row, taps_of_x.data(), s.in_channel_stride(), sum);
+      add_block_row(w, block_row, taps_of_x, s.in_channel_stride(), sum);
       const int64_t in_group = block_row % w.row_blocks() * w.rows;
       const int64_t first = block_row / w.row_blocks() * w.group_out + in_group;
       for (int64_t r = 0; r < std::min(w.rows, w.group_out - in_group); ++r) {
@@ -76,7 +55,8 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
         round_to(activate(sum[r], args.activation), out[(first + r) * s.out_channel_stride()]);
       }
     }
-  }
+  };
+  for_each_pixel<T>(s, args.x, args.out, begin, end, one_pixel);
 }
 
 }  // namespace

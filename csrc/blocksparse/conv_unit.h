@@ -99,6 +99,9 @@ struct Unit {
   int lanes;
   Kernel pixel_lanes;   // any shape
   Kernel output_lanes;  // channels-last; blocks that fill the lanes and do not cross slabs
+  // What becomes of a tile's sums that are computed elsewhere, with lanes of pixels: those [q, end)
+  // in the columns of the panel.
+  void (*finish)(const BatchTask& task, int64_t q, int64_t end);
   // The blocks [begin, end) as float32, each transposed.
   void (*expand)(const Weight& weight, int64_t begin, int64_t end, float* to);
 };

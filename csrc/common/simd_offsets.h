@@ -19,6 +19,14 @@ struct SimdOffsets {
     return p;
   }
 
+  // A vector in a register, which gcc otherwise loads again for every operation that can read it
+  // from memory.
+  template <class V>
+  static V loaded(V a) {
+    asm("" : "+v"(a));
+    return a;
+  }
+
   using H = __m256i;
   static H add16(H a, H b) { return _mm256_add_epi16(a, b); }
   static H mul16(H a, H b) { return _mm256_mullo_epi16(a, b); }

@@ -11,8 +11,8 @@ from conv_cases import ConvCase
 from emulator import CSRC, HERE, Emulator, KernelLibrary
 from fragment_gemm import ACTIVATION_CODES, DTYPE_CODES
 from gossamer.formats import BlockSparse
-from gossamer.ops.blocksparse import Geometry, as_5d, empty_result, is_channels_last
 from gossamer.ops.conv_geometry import prepare
+from gossamer.ops.conv_operands import Geometry, as_5d, empty_result, is_channels_last
 from torch import Tensor
 
 BLOCKSPARSE = HERE / "kernels" / "blocksparse.cu"
@@ -94,7 +94,7 @@ class BlockConv:
             conv = prepare("conv", x, case.shape, case.groups, *given, "zeros")
             x, steps = conv.x, (conv.stride, conv.padding, conv.dilation)
         geometry, last = Geometry(case.shape, case.groups, *steps), is_channels_last(x)
-        y = empty_result(x, None, geometry)
+        y = empty_result("blocksparse_conv", x, None, geometry)
         return y, as_5d(x if last else x.contiguous(), last), as_5d(y, last), geometry, last
 
 

@@ -2,8 +2,8 @@
 
 ``Sparse24``, ``Sparse24Conv`` and ``BlockSparse`` are the open formats: what a state_dict, a pickle
 and an optimizer see; ``Sparse24Quantized`` is the same for 8-bit and 4-bit weights.
-``Sparse24Panels`` and ``BlockSparsePanels`` are the layouts that the kernels read fastest,
-``Sparse24QuantizedPanels`` that of quantised weights on a GPU; none is ever saved.
+``Sparse24Panels``, ``Sparse24ConvPairs`` and ``BlockSparsePanels`` are the layouts that the kernels
+read fastest, ``Sparse24QuantizedPanels`` that of quantised weights on a GPU; none is ever saved.
 """
 
 from .block import Block
@@ -17,6 +17,7 @@ from .sparse24 import (
     sparse24_shapes,
 )
 from .sparse24_conv import Sparse24Conv
+from .sparse24_conv_pairs import Sparse24ConvPairs
 from .sparse24_quantized import Sparse24Quantized
 from .sparse24_quantized_panels import Sparse24QuantizedPanels
 from .stored import VALUE_DTYPES
@@ -29,6 +30,7 @@ __all__ = [
     "BlockSparsePanels",
     "Sparse24",
     "Sparse24Conv",
+    "Sparse24ConvPairs",
     "Sparse24Panels",
     "Sparse24Quantized",
     "Sparse24QuantizedPanels",

@@ -30,9 +30,9 @@ class SparseConv(TrainableModule):
 
     How many axes it has is that of ``kernel_size`` here; ``SparseConv1d``, ``SparseConv2d`` and
     ``SparseConv3d`` say it by their name. The weight is the Parameter ``values`` under the fixed
-    pattern of its indices. On the CPU ``pack()`` replaces the values of blocks by ``panels``, which
-    the kernels read as they are, for inference; 2:4 has no such layout so far. A ``state_dict``, a
-    pickle and a deep copy hold an open format and are validated before a layer takes them over.
+    pattern of its indices. On the CPU ``pack()`` replaces it by ``panels``, which the kernels read
+    as they are, for inference. A ``state_dict``, a pickle and a deep copy hold an open format and
+    are validated before a layer takes them over.
 
     Parameters
     ----------
@@ -53,7 +53,9 @@ class SparseConv(TrainableModule):
     values : Parameter
         The kept weights, as ``gossamer.formats.Sparse24Conv`` or ``BlockSparse`` has them.
     indices, or crow_indices and col_indices : Tensor
-        Where they are.
+        Where they are; like ``values`` None while packed.
+    panels : Tensor or None
+        int32, the packed weight (``gossamer.formats.Sparse24ConvPairs``); None while trainable.
     format : Tensor
         int64: what a ``state_dict`` says of itself.
     bias : Parameter or None
@@ -67,8 +69,8 @@ class SparseConv(TrainableModule):
 
     axes: ClassVar[int | None] = None
 
-    values: nn.Parameter
-    indices: Tensor
+    values: nn.Parameter | None
+    indices: Tensor | None
     crow_indices: Tensor
     col_indices: Tensor
 
@@ -189,7 +191,13 @@ class SparseConv(TrainableModule):
         return conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch."""
+        """``x`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch.
+
+        Raises
+        ------
+        RuntimeError
+            If a packed layer runs in training mode with gradients enabled.
+        """
         bias, shape = self.bias, self._pattern.shape
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.padding_mode)
         if isinstance(self.pattern, Block):
@@ -202,9 +210,14 @@ class SparseConv(TrainableModule):
             blocks = (stored, self.crow_indices, self.col_indices)
             rest = (bias, shape, self.groups, *geometry, "none", packed_cols)
             return blocksparse_conv_tensors(x, *blocks, *rest)
+        kind = (bias, shape, self.groups)
+        if self._panels_dtype is not None:
+            self._refuse_training()
+            assert self.panels is not None
+            return sparse24_conv_tensors(x, self.panels, None, *kind, self._panels_dtype, *geometry)
         values = self.values
         assert values is not None
-        return sparse24_conv_tensors(x, values, self.indices, bias, shape, self.groups, *geometry)
+        return sparse24_conv_tensors(x, values, self.indices, *kind, values.dtype, *geometry)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

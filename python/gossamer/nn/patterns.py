@@ -14,11 +14,13 @@ from ..formats import (
     BlockSparsePanels,
     Sparse24,
     Sparse24Conv,
+    Sparse24ConvPairs,
     Sparse24Panels,
     sparse24_shapes,
 )
 from ..formats.geometry import check_weight_shape
 from ..formats.sparse24_conv import sparse24_matrix_shape
+from ..ops.sparse24_conv import sparse24_conv_choice
 from ..prune import (
     blocks_kept,
     check_density,
@@ -28,7 +30,7 @@ from ..prune import (
 )
 
 Portable = Sparse24 | Sparse24Conv | BlockSparse
-Panels = Sparse24Panels | BlockSparsePanels
+Panels = Sparse24Panels | Sparse24ConvPairs | BlockSparsePanels
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Pattern24(Pattern):
-    """2:4 along the inputs; only the matrix of a linear layer has another layout so far."""
+    """2:4 along the inputs."""
 
     index_names, any_density = ("indices",), None
 
@@ -124,15 +126,32 @@ class Pattern24(Pattern):
             return Sparse24(values, positions, (self.shape[0], self.shape[1]))
         return Sparse24Conv(values, positions, self.shape, self.groups)
 
-    def packed(self, weight: Portable) -> Sparse24Panels | None:
-        return Sparse24Panels.from_sparse24(weight) if isinstance(weight, Sparse24) else None
+    def packed(self, weight: Portable) -> Panels | None:
+        if isinstance(weight, Sparse24):
+            return Sparse24Panels.from_sparse24(weight)
+        assert isinstance(weight, Sparse24Conv)
+        return Sparse24ConvPairs.from_sparse24(weight) if _worth_packing(weight) else None
 
-    def held_panels(self, panels: Tensor, dtype: torch.dtype, *indices: Tensor) -> Sparse24Panels:
-        return Sparse24Panels(panels, (self.shape[0], self.shape[1]), dtype)
+    def held_panels(
+        self, panels: Tensor, dtype: torch.dtype, *indices: Tensor
+    ) -> Sparse24Panels | Sparse24ConvPairs:
+        if len(self.shape) == 2:
+            return Sparse24Panels(panels, (self.shape[0], self.shape[1]), dtype)
+        return Sparse24ConvPairs(panels, self.shape, self.groups, dtype)
 
-    def unpacked(self, weight: Panels) -> Sparse24:
-        assert isinstance(weight, Sparse24Panels)
+    def unpacked(self, weight: Panels) -> Sparse24 | Sparse24Conv:
+        assert isinstance(weight, (Sparse24Panels, Sparse24ConvPairs))
         return weight.to_sparse24()
+
+
+def _worth_packing(weight: Sparse24Conv) -> bool:
+    """Whether a kernel reads pairs of it that is faster than torch with the dense weight."""
+    if weight.device.type != "cpu":
+        return False
+    extents = (1,) * (len(weight.shape) - 2)
+    many = (2**20, weight.shape[1] * weight.groups, *weight.shape[2:])
+    chosen = sparse24_conv_choice(many, weight, extents)
+    return bool(chosen["kernel"] == "pairs")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ allocates the result and crosses into C++.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,21 @@ from ..formats import BlockSparse, BlockSparsePanels
 from ..formats.blocksparse_panels import blocks_to_panels, panels_to_blocks
 from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
-from .conv_geometry import Sizes, check_channels, output_sizes, prepare
+from .blocksparse_transpose import dx_by_blocks, transpose_blocks, transposed_geometry
+from .conv_geometry import Sizes, prepare
+from .conv_operands import (
+    Geometry,
+    as_5d,
+    dense_gradients,
+    empty_result,
+    is_channels_last,
+)
 from .operands import (
     activation_of,
     apply_function,
     as_rows,
     autocast_dtype,
     autocast_to,
-    check_bias,
     check_devices,
     check_dtypes,
     check_features,
@@ -237,31 +244,9 @@ library.define(
 _op = torch.ops.gossamer.blocksparse_product.default
 
 
-class Geometry(NamedTuple):
-    """What the op is told of the weight and of the convolution."""
-
-    shape: Sequence[int]
-    groups: int
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    packed_cols: int = 0
-
-    @property
-    def steps(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-        return self.stride, self.padding, self.dilation
-
-    @property
-    def op(self) -> str:
-        """The public function, for the error messages."""
-        return _CONV if len(self.shape) > 2 else _LINEAR
-
-    def in_3d(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Kernel, stride, padding and dilation, with the leading axes that are not there."""
-        absent = 3 - len(self.stride)
-        ones, zeros = [1] * absent, [0] * absent
-        kernel, stride = [*ones, *self.shape[2:]], [*ones, *self.stride]
-        return kernel, stride, [*zeros, *self.padding], [*ones, *self.dilation]
+def _op_of(geometry: Geometry) -> str:
+    """The public function, for the error messages."""
+    return _CONV if len(geometry.shape) > 2 else _LINEAR
 
 
 def _native(
@@ -270,7 +255,7 @@ def _native(
     *numbers, activation = rest
     geometry = Geometry(*numbers)
     last = is_channels_last(x)
-    y = empty_result(x, bias, geometry)
+    y = empty_result(_op_of(geometry), x, bias, geometry)
     given = as_5d(x.contiguous() if x.dim() == 2 or not last else x, last)
     result = room = as_5d(y, last)
     turned = not last and _reads_channels(x, values, geometry.groups)
@@ -311,46 +296,15 @@ def _is_cuda(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def empty_result(x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Memory for y [batch, C_out, *extents], in the memory format of x as torch chooses it."""
-    shape = geometry.shape
-    check_channels(geometry.op, x, shape, geometry.groups)
-    check_bias(geometry.op, bias, shape[0])
-    sizes = output_sizes(geometry.op, x, shape[2:], *geometry.steps)
-    last = LAST.get(x.dim()) if is_channels_last(x) else None
-    memory_format = torch.contiguous_format if last is None else last
-    size = (x.shape[0], shape[0], *sizes)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
-
-
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether x, and so y, has its channels side by side: a matrix has, and what torch says has."""
-    if x.dim() == 2:
-        return True
-    return (
-        x.dim() in LAST and not x.is_contiguous() and x.is_contiguous(memory_format=LAST[x.dim()])
-    )
-
-
-def as_5d(t: Tensor, channels_last: bool) -> Tensor:
-    """[batch, d, h, w, C], or [batch, C, d, h, w], over the same memory."""
-    t = t.movedim(1, -1) if channels_last else t
-    axis = 1 if channels_last else 2
-    return t.view(*t.shape[:axis], *(1,) * (5 - t.dim()), *t.shape[axis:])
-
-
 def _fake(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     *numbers, activation = rest
     geometry = Geometry(*numbers)
-    activation_of(geometry.op, activation)
+    activation_of(_op_of(geometry), activation)
     indices = {"crow_indices": crow, "col_indices": col}
-    check_devices(geometry.op, x, weight=values, **indices, bias=bias)
-    return empty_result(x, bias, geometry)
+    check_devices(_op_of(geometry), x, weight=values, **indices, bias=bias)
+    return empty_result(_op_of(geometry), x, bias, geometry)
 
 
 def _autograd(
@@ -362,7 +316,7 @@ def _autograd(
         numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
         y: Tensor = _apply_product(x, values, crow, col, bias, *numbers)
         # Outside, for torch to differentiate.
-        activate = activation_of(Geometry(*numbers).op, activation)
+        activate = activation_of(_op_of(Geometry(*numbers)), activation)
         return y if activate is None else activate(y)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, values, crow, col, bias, *rest)
@@ -375,7 +329,7 @@ torch.library.register_fake("gossamer::blocksparse_product", _fake, lib=library)
 
 
 class _Product(torch.autograd.Function):
-    """The gradient, through the dense weight: dx and dW as torch has them, dW at live blocks."""
+    """The gradient: dx by transposed blocks or as dW, through the dense weight."""
 
     generate_vmap_rule = True  # for per-sample gradients
 
@@ -400,13 +354,17 @@ class _Product(torch.autograd.Function):
         x, values, *indices = ctx.saved_tensors
         geometry = Geometry(*ctx.geometry)
         shape, groups = geometry.shape, geometry.groups
-        dense = dvalues = db = None
+        dense = dx = dvalues = db = None
         if values is not None:
             if geometry.packed_cols:
                 values = panels_to_blocks(values, geometry.packed_cols)
+            crow, col = indices
+            dx = _dx_by_blocks(dy, values, crow, col, ctx.x_shape, geometry)
+        if values is not None and dx is None:
             sizes = (shape[0], taps_of(shape), shape[1], groups)
             dense = ToDense.apply(values, *indices, *sizes).transpose(1, 2).reshape(shape)
-        dx, dweight = _dense_gradients(dy, x, dense, ctx.x_shape, geometry)
+        dense_dx, dweight = dense_gradients(dy, x, dense, ctx.x_shape, geometry)
+        dx = dense_dx if dx is None else dx
         if dweight is not None:
             dvalues = Gather.apply(channels_last(dweight), *indices, *ctx.block, groups)
             if geometry.packed_cols:
@@ -416,34 +374,22 @@ class _Product(torch.autograd.Function):
         return dx, dvalues, None, None, db, *(None,) * len(geometry)
 
 
-def _dense_gradients(
+_apply_product = apply_function(_Product)
+
+
+def _dx_by_blocks(
     dy: Tensor,
-    x: Tensor | None,
-    dense: Tensor | None,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
     x_shape: Sequence[int],
     geometry: Geometry,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dW); dx where the weight is given, dW where x is."""
-    shape = geometry.shape
-    if len(shape) == 2:
-        return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
-    wanted = (dense is not None, x is not None, False)
-    if not any(wanted):
-        return None, None
-    # Only the shape of what is not given is looked at.
-    operands = [
-        dy,
-        dy.new_empty(1).expand(x_shape) if x is None else x,
-        dy.new_empty(1).expand(shape) if dense is None else dense,
-    ]
-    if dy.dtype == torch.float16 and dy.is_cpu:  # torch has no such kernel on every CPU
-        operands = [operand.float() for operand in operands]
-    rest = (None, *geometry.steps, False, (0,) * len(shape[2:]), geometry.groups, wanted)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *rest)
-    return (
-        dx.to(dy.dtype) if dense is not None else None,
-        dweight.to(dy.dtype) if x is not None else None,
-    )
-
-
-_apply_product = apply_function(_Product)
+) -> Tensor | None:
+    """dx by this op itself, so that any order of derivative exists; None where dense is better."""
+    transposed = transposed_geometry(geometry)
+    if transposed is None or not dx_by_blocks(x_shape, values, geometry):
+        return None
+    blocks = transpose_blocks(values, crow, col, geometry)
+    call = _op if torch.compiler.is_compiling() else _autograd
+    dx: Tensor = call(dy, *blocks, None, *transposed, "none")
+    return dx

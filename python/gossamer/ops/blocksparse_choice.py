@@ -10,8 +10,8 @@ import torch
 from .. import _C
 from .._cuda_module import on_cuda
 from ..formats import BlockSparse, BlockSparsePanels
-from .blocksparse import LAST, Geometry, as_5d, empty_result, is_channels_last
 from .conv_geometry import Sizes, prepare
+from .conv_operands import LAST, Geometry, as_5d, empty_result, is_channels_last
 
 _OP = "blocksparse_choice"
 
@@ -68,7 +68,7 @@ def blocksparse_choice(
     last = is_channels_last(conv.x)
     chosen: dict[str, Any] = choose(
         tuple(as_5d(conv.x, last).shape),
-        tuple(as_5d(empty_result(conv.x, None, geometry), last).shape),
+        tuple(as_5d(empty_result(_OP, conv.x, None, geometry), last).shape),
         str(weight.dtype).removeprefix("torch."),
         weight.block.rows,
         weight.block.cols,

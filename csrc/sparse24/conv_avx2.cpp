@@ -1,0 +1,8 @@
+#include "common/simd_avx2.h"
+#include "sparse24/conv_kernels.h"
+
+namespace gossamer::sparse24 {
+
+void pairs_avx2(const PairsTask& task) { Pairs<Simd>::run(task); }
+
+}  // namespace gossamer::sparse24

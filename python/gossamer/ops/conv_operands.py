@@ -1,0 +1,95 @@
+"""What the sparse convolutions share: their geometry, memory formats, and dense gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .conv_geometry import check_channels, output_sizes
+from .operands import check_bias
+
+
+class Geometry(NamedTuple):
+    """What the op is told of the weight and of the convolution."""
+
+    shape: Sequence[int]
+    groups: int
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    packed_cols: int = 0
+
+    @property
+    def steps(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        return self.stride, self.padding, self.dilation
+
+    def in_3d(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Kernel, stride, padding and dilation, with the leading axes that are not there."""
+        absent = 3 - len(self.stride)
+        ones, zeros = [1] * absent, [0] * absent
+        kernel, stride = [*ones, *self.shape[2:]], [*ones, *self.stride]
+        return kernel, stride, [*zeros, *self.padding], [*ones, *self.dilation]
+
+
+def empty_result(op: str, x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Memory for y [batch, C_out, *extents], in the memory format of x as torch chooses it."""
+    shape = geometry.shape
+    check_channels(op, x, shape, geometry.groups)
+    check_bias(op, bias, shape[0])
+    sizes = output_sizes(op, x, shape[2:], *geometry.steps)
+    last = LAST.get(x.dim()) if is_channels_last(x) else None
+    memory_format = torch.contiguous_format if last is None else last
+    size = (x.shape[0], shape[0], *sizes)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x, and so y, has its channels side by side: a matrix has, and what torch says has."""
+    if x.dim() == 2:
+        return True
+    return (
+        x.dim() in LAST and not x.is_contiguous() and x.is_contiguous(memory_format=LAST[x.dim()])
+    )
+
+
+def as_5d(t: Tensor, channels_last: bool) -> Tensor:
+    """[batch, d, h, w, C], or [batch, C, d, h, w], over the same memory."""
+    t = t.movedim(1, -1) if channels_last else t
+    axis = 1 if channels_last else 2
+    return t.view(*t.shape[:axis], *(1,) * (5 - t.dim()), *t.shape[axis:])
+
+
+def dense_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    dense: Tensor | None,
+    x_shape: Sequence[int],
+    geometry: Geometry,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dW); dx where the weight is given, dW where x is."""
+    shape = geometry.shape
+    if len(shape) == 2:
+        return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
+    wanted = (dense is not None, x is not None, False)
+    if not any(wanted):
+        return None, None
+    # Only the shape of what is not given is looked at.
+    operands = [
+        dy,
+        dy.new_empty(1).expand(x_shape) if x is None else x,
+        dy.new_empty(1).expand(shape) if dense is None else dense,
+    ]
+    if dy.dtype == torch.float16 and dy.is_cpu:  # torch has no such kernel on every CPU
+        operands = [operand.float() for operand in operands]
+    rest = (None, *geometry.steps, False, (0,) * len(shape[2:]), geometry.groups, wanted)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *rest)
+    return (
+        dx.to(dy.dtype) if dense is not None else None,
+        dweight.to(dy.dtype) if x is not None else None,
+    )
