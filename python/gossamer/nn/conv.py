@@ -200,24 +200,19 @@ class SparseConv(TrainableModule):
         """
         bias, shape = self.bias, self._pattern.shape
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.padding_mode)
-        if isinstance(self.pattern, Block):
-            stored: Tensor | None = self.values
-            packed_cols = 0
-            if stored is None:
-                self._refuse_training()
-                stored, packed_cols = self.panels, self.pattern.cols
-            assert stored is not None
-            blocks = (stored, self.crow_indices, self.col_indices)
-            rest = (bias, shape, self.groups, *geometry, "none", packed_cols)
-            return blocksparse_conv_tensors(x, *blocks, *rest)
         kind = (bias, shape, self.groups)
-        if self._panels_dtype is not None:
+        packed, stored = self._panels_dtype is not None, self.values
+        if packed:
             self._refuse_training()
-            assert self.panels is not None
-            return sparse24_conv_tensors(x, self.panels, None, *kind, self._panels_dtype, *geometry)
-        values = self.values
-        assert values is not None
-        return sparse24_conv_tensors(x, values, self.indices, *kind, values.dtype, *geometry)
+            stored = self.panels  # type: ignore[assignment]
+        assert stored is not None
+        if isinstance(self.pattern, Block):
+            blocks = (stored, self.crow_indices, self.col_indices)
+            rest = (*kind, *geometry, "none", self.pattern.cols if packed else 0)
+            return blocksparse_conv_tensors(x, *blocks, *rest)
+        indices = None if packed else self.indices
+        dtype = self._panels_dtype or stored.dtype
+        return sparse24_conv_tensors(x, stored, indices, *kind, dtype, *geometry)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
