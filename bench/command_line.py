@@ -43,7 +43,7 @@ class Choices:
     dtypes: tuple[str, ...]
     quick_dtypes: tuple[str, ...]
     every_block: tuple[tuple[int, int] | str, ...] = ((16, 16), "2:4")
-    quick_blocks: tuple[tuple[int, int] | str, ...] = ((16, 16), "2:4")
+    quick_blocks: tuple[tuple[int, int] | str, ...] = ((16, 16),)
 
     def blocks(self, quick: bool) -> tuple[tuple[int, int] | str, ...]:
         return self.quick_blocks if quick else self.every_block
