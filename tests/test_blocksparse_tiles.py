@@ -158,3 +158,17 @@ def test_same_result_for_any_thread_count(threads: int) -> None:
         for count in (2, 3, 5):
             torch.set_num_threads(count)
             assert torch.equal(product(case, x, weight), expected)
+
+
+def test_the_kernel_does_not_depend_on_which_thread_meets_large_sums(threads: int) -> None:
+    dense = torch.ones(64, 64, dtype=BF16)
+    dense[16:32, 16] = -1
+    weight = BlockSparse.from_dense(dense, Block(16, 16))
+    # Tiles take subnormal numbers for 0, the vector kernels do not. The products of neighbouring
+    # tiles' sums overflow to both infinities, each in another thread's tokens.
+    x = torch.full((400, 64), 2.0**-130, dtype=BF16)
+    x[0, 0] = x[-1, 16] = 2.0**66
+    assert kernel(x, weight) == "tiles"
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert (blocksparse_linear(x, weight)[1:-1] == 0).all()

@@ -244,8 +244,7 @@ bool multiply_tiles_amx(const TileTask& task) {
   set == 0 ? Products<0, 1, 1>::store_others(meanwhile)
            : Products<1, 1, 1>::store_others(meanwhile);
   before->rest();
-  const F trusted = Simd::add(sums[0].trusted, sums[1].trusted);
-  return _mm512_cmp_ps_mask(trusted, trusted, _CMP_UNORD_Q) == 0;
+  return (sums[0].ordered & sums[1].ordered) == 0xffff;
 }
 
 }  // namespace gossamer::blocksparse
