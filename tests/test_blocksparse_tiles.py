@@ -160,6 +160,24 @@ def test_same_result_for_any_thread_count(threads: int) -> None:
             assert torch.equal(product(case, x, weight), expected)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_same_bits_where_threads_leave_strips_of_one_tile(
+    threads: int, channels_last: bool
+) -> None:
+    weight = block_sparse((512, 512, 3, 3), Block(16, 16), 0.3, dtype=BF16)
+    for images, size in ((2, (3, 4)), (5, (3, 3)), (3, (2, 5)), (1, (12, 1))):
+        x = torch.randn(images, 512, *size).to(BF16)
+        x = x.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        assert kernel(x, weight, padding=1) == "tiles"
+        torch.set_num_threads(1)
+        expected = blocksparse_conv(x, weight, padding=1)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(blocksparse_conv(x, weight, padding=1), expected)
+
+
 def test_the_kernel_does_not_depend_on_which_thread_meets_large_sums(threads: int) -> None:
     dense = torch.ones(64, 64, dtype=BF16)
     dense[16:32, 16] = -1
