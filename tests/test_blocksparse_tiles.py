@@ -158,3 +158,35 @@ def test_same_result_for_any_thread_count(threads: int) -> None:
         for count in (2, 3, 5):
             torch.set_num_threads(count)
             assert torch.equal(product(case, x, weight), expected)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_same_bits_where_threads_leave_strips_of_one_tile(
+    threads: int, channels_last: bool
+) -> None:
+    weight = block_sparse((512, 512, 3, 3), Block(16, 16), 0.3, dtype=BF16)
+    for images, size in ((2, (3, 4)), (5, (3, 3)), (3, (2, 5)), (1, (12, 1))):
+        x = torch.randn(images, 512, *size).to(BF16)
+        x = x.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        assert kernel(x, weight, padding=1) == "tiles"
+        torch.set_num_threads(1)
+        expected = blocksparse_conv(x, weight, padding=1)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(blocksparse_conv(x, weight, padding=1), expected)
+
+
+def test_the_kernel_does_not_depend_on_which_thread_meets_large_sums(threads: int) -> None:
+    dense = torch.ones(64, 64, dtype=BF16)
+    dense[16:32, 16] = -1
+    weight = BlockSparse.from_dense(dense, Block(16, 16))
+    # Tiles take subnormal numbers for 0, the vector kernels do not. The products of neighbouring
+    # tiles' sums overflow to both infinities, each in another thread's tokens.
+    x = torch.full((400, 64), 2.0**-130, dtype=BF16)
+    x[0, 0] = x[-1, 16] = 2.0**66
+    assert kernel(x, weight) == "tiles"
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert (blocksparse_linear(x, weight)[1:-1] == 0).all()

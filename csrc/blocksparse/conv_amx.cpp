@@ -75,7 +75,7 @@ struct Strides {
 };
 
 // The products of a tile of outputs, into one of the sets of registers. `Parts` sums of each tile
-// of pixels: with a single one, the products would wait for each other (52 cycles).
+// of pixels: with a single one of a single tile, the products wait for each other (52 cycles).
 template <int Set, int Count, int Parts>
 struct Products {
   static_assert(Count * Parts <= kMostTiles);
@@ -149,12 +149,13 @@ struct Products {
 
 using Run = void (*)(const RowTile&, const uint16_t*, const Strides&, float*, Meanwhile&);
 constexpr Run kRun[2][kMostTiles] = {
-    {Products<0, 1, 3>::run, Products<0, 2, 1>::run, Products<0, 3, 1>::run},
-    {Products<1, 1, 3>::run, Products<1, 2, 1>::run, Products<1, 3, 1>::run}};
+    {Products<0, 1, 1>::run, Products<0, 2, 1>::run, Products<0, 3, 1>::run},
+    {Products<1, 1, 1>::run, Products<1, 2, 1>::run, Products<1, 3, 1>::run}};
+constexpr Run kRunSplit[2] = {Products<0, 1, 3>::run, Products<1, 1, 3>::run};
 
 // Of one or two tiles of outputs, which follow each other.
-void expect(const TileTask& task, const RowTile* row_tile, int tiles, int64_t pixel_tiles,
-            const Pixels& pixels, Outgoing& to) {
+void expect(const TileTask& task, const RowTile* row_tile, int tiles, const Pixels& pixels,
+            Outgoing& to) {
   const int64_t first = row_tile->first;
   to.e = task.epilogue;
   to.e.n = row_tile[tiles - 1].first + row_tile[tiles - 1].outputs - first;
@@ -165,7 +166,7 @@ void expect(const TileTask& task, const RowTile* row_tile, int tiles, int64_t pi
   to.channel_stride = task.channel_stride;
   to.outputs = to.e.n;
   to.tiles = tiles;
-  to.parts = pixel_tiles == 1 ? kMostTiles : 1;
+  to.parts = task.split_sums ? kMostTiles : 1;
   to.pixels = &pixels;
   to.done = 0;
   to.count = pixels.count;
@@ -230,11 +231,11 @@ bool multiply_tiles_amx(const TileTask& task) {
       const int64_t at_once = products * Pixels::kAtOnce;
       meanwhile.lots = (before->left() + at_once - 1) / at_once;
       for (int t = 0; t < row_tiles; ++t, set = 1 - set) {
-        kRun[set][last - first - 1](row_tile[t], panel.data + begin * panel.pixel_stride, strides,
-                                    now->sums[t], meanwhile);
+        const Run run = task.split_sums ? kRunSplit[set] : kRun[set][last - first - 1];
+        run(row_tile[t], panel.data + begin * panel.pixel_stride, strides, now->sums[t], meanwhile);
       }
       before->rest();
-      expect(task, row_tile, row_tiles, last - first, outputs, *now);
+      expect(task, row_tile, row_tiles, outputs, *now);
       Outgoing* const written = before;
       before = now, now = written;
       i += row_tiles;
@@ -244,8 +245,7 @@ bool multiply_tiles_amx(const TileTask& task) {
   set == 0 ? Products<0, 1, 1>::store_others(meanwhile)
            : Products<1, 1, 1>::store_others(meanwhile);
   before->rest();
-  const F trusted = Simd::add(sums[0].trusted, sums[1].trusted);
-  return _mm512_cmp_ps_mask(trusted, trusted, _CMP_UNORD_Q) == 0;
+  return (sums[0].ordered & sums[1].ordered) == 0xffff;
 }
 
 }  // namespace gossamer::blocksparse

@@ -79,7 +79,7 @@ struct Outgoing {
   bool channels_last;
   int64_t channel_stride, outputs;
   int64_t done = 0, count = 0;
-  F trusted = Simd::zero();  // NaN in a lane where a sum was, or some were very large
+  __mmask16 ordered = 0xffff;  // lanes without a NaN so far
 
   int64_t left() const { return count - done; }
   // Whole lots of kAtOnce: with few branches, since one that is guessed wrong stops the products.
@@ -123,13 +123,13 @@ struct Outgoing {
     const int32_t* at = pixels->at + done;
     const int64_t* y = pixels->y + done;
     done += lots * Pixels::kAtOnce;
-    F check = trusted;
+    __mmask16 check = ordered;
     for (; lots > 0; --lots, at += Pixels::kAtOnce, y += Pixels::kAtOnce) {
 #pragma GCC unroll 4
       for (int i = 0; i < Pixels::kAtOnce; ++i) {
         const F sum0 = Simd::add(load_sum<Parts>(sums0 + at[i]), bias0);
         const F sum1 = Simd::add(load_sum<Parts>(sums1 + at[i]), bias1);
-        check = Simd::fma(sum0, sum1, check);
+        check = _mm512_mask_cmp_ps_mask(check, sum0, sum1, _CMP_ORD_Q);
         // Subnormals become zero.
         const I both = (I)_mm512_cvtne2ps_pbh(Finish<Simd, BFloat16>::activate(sum1, A),
                                               Finish<Simd, BFloat16>::activate(sum0, A));
@@ -140,7 +140,7 @@ struct Outgoing {
         }
       }
     }
-    trusted = check;
+    ordered = check;
   }
 
   void some_squares(int64_t due) {
@@ -160,7 +160,7 @@ struct Outgoing {
           const int64_t pixel = 2 * i + which < size ? done + 2 * i + which : done;
           const float* from = sums[tile] + pixels->at[pixel];
           const F sum = parts == 1 ? load_sum<1>(from) : load_sum<kMostTiles>(from);
-          trusted = Simd::add(sum, trusted);
+          ordered = _mm512_mask_cmp_ps_mask(ordered, sum, sum, _CMP_ORD_Q);
           const F y = Finish<Simd, BFloat16>::activate(Simd::add(sum, added), e.activation);
           pair[which] = (__m256i)_mm512_cvtneps_pbh(y);
         }

@@ -213,14 +213,18 @@ class Convolution {
                           std::min(config_.strip_width, s_.out[2] - column)};
         const int64_t begin = row_tiles_ * part / config_.parts;
         const int64_t end = row_tiles_ * (part + 1) / config_.parts;
-        const auto part_of = [&](int64_t from, int64_t to) {
+        const auto part_of = [&](int64_t from, int64_t to, bool split) {
           Strip some = strip;
           some.column += from, some.width = to - from;
-          return from == to || (shared ? run_strip(some, begin, end) : run_alone(some, begin, end));
+          return from == to ||
+                 (shared ? run_strip(some, begin, end, split) : run_alone(some, begin, end, split));
         };
         // x in its place has no pixels past the last tile.
         const int64_t whole = config_.in_place ? strip.width / kTile * kTile : 0;
-        if (!part_of(0, whole) || !part_of(whole, strip.width)) trusted = false;
+        const bool split = config_.split_sums;
+        if (!part_of(0, whole, split) || !part_of(whole, strip.width, split || config_.in_place)) {
+          trusted = false;
+        }
       }
     };
     parallel_run(static_cast<int>(std::min<int64_t>(config_.threads, tasks)), run_tasks);
@@ -303,7 +307,7 @@ class Convolution {
     return at;
   }
 
-  TileTask task_of(const Strip& strip, SlabPanel& panel) const {
+  TileTask task_of(const Strip& strip, SlabPanel& panel, bool split) const {
     const int64_t first_pixel = (strip.depth * s_.out[1] + strip.row) * s_.out[2] + strip.column;
     const int64_t image_stride = s_.out_pixels() * s_.out_channels;
     auto* out = static_cast<uint16_t*>(args_.out) + strip.image * image_stride +
@@ -311,6 +315,7 @@ class Convolution {
     return {nullptr,
             0,
             in_place_ ? 4 * w_.rows : 4 * kTile,
+            split,
             &s_,
             args_.x,
             &panel,
@@ -328,7 +333,7 @@ class Convolution {
             std::min<int64_t>(kTile, w_.group_out - in_group)};
   }
 
-  bool run_strip(const Strip& strip, int64_t begin, int64_t end) const {
+  bool run_strip(const Strip& strip, int64_t begin, int64_t end, bool split) const {
     const int64_t first_group = begin / of_group_;
     SlabPanel panel = empty_panel(strip, first_group, ceil_div(end, of_group_) - first_group);
     const std::vector<int64_t> tap_at = taps(panel);
@@ -341,7 +346,7 @@ class Convolution {
       row_tiles.push_back(row_tile(t, weights_[t], at, count));
       at = locate(panel, tap_at, t, places_.data() + begin_[t], count, at);
     }
-    TileTask task = task_of(strip, panel);
+    TileTask task = task_of(strip, panel, split);
     task.row_tiles = row_tiles.data();
     task.count = end - begin;
     return multiply_tiles_amx(task);
@@ -358,12 +363,12 @@ class Convolution {
   }
 
   // The same, with some tiles of outputs at a time.
-  bool run_alone(const Strip& strip, int64_t begin, int64_t end) const {
+  bool run_alone(const Strip& strip, int64_t begin, int64_t end, bool split) const {
     constexpr int64_t kAtOnce = 4;
     const int64_t first_group = begin / of_group_;
     SlabPanel panel = empty_panel(strip, first_group, ceil_div(end, of_group_) - first_group);
     const std::vector<int64_t> tap_at = taps(panel);
-    TileTask task = task_of(strip, panel);
+    TileTask task = task_of(strip, panel, split);
     LiveTiles live(w_, config_.depth);
     const int64_t most = w_.taps * ceil_div(w_.group_in, config_.depth);
     const int64_t weight_size = LiveTiles::squares(most, config_.depth) * kTile * kMostDepth;

@@ -52,6 +52,7 @@ struct TileTask {
   const RowTile* row_tiles;
   int64_t count;
   int64_t weight_stride;  // bytes, between two pairs of channels
+  bool split_sums;        // of a strip of one tile of pixels: see TileConfig
   const ConvShape* shape;
   const void* x;
   SlabPanel* panel;  // packed as far as it is needed

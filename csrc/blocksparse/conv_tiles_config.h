@@ -17,6 +17,9 @@ struct TileConfig {
   int depth;
   bool in_place;  // x serves as the panel
   bool own_columns;
+  // Each sum in three parts, that the products of a single tile of pixels need not wait for each
+  // other. The rounding is another one then, so this does not depend on the number of threads.
+  bool split_sums;
   int64_t strip_images, strip_rows, strip_width;
   int64_t parts;  // of the tiles of outputs
   int threads;
@@ -94,7 +97,7 @@ inline bool read_in_place(const ConvShape& s, const Weight& w, int depth) {
 inline TileConfig choose_tile_config(const ConvShape& s, const Weight& w, int64_t l2, int threads) {
   const double work = static_cast<double>(s.batch) * s.out_pixels() * w.nnz * w.rows * w.cols;
   const int team = threads_for_work(threads, work / 8);
-  TileConfig config{choose_depth(w), false, false, 1, s.out[1], s.out[2], 1, team};
+  TileConfig config{choose_depth(w), false, false, false, 1, s.out[1], s.out[2], 1, team};
   config.in_place = read_in_place(s, w, config.depth);
   // A plane for each tap along w costs packing, columns past the strip's cost products.
   const double products = live_tiles(w, config.depth) * tile_cycles(config.depth) / kTile;
@@ -123,20 +126,30 @@ inline TileConfig choose_tile_config(const ConvShape& s, const Weight& w, int64_
     config.strip_width = ceil_div(ceil_div(s.out[2], parts), kTile) * kTile;
     if (parts == 1) config.strip_width = s.out[2];
   }
+  const auto one_tile = [&](int64_t rows) {  // of an image
+    const int64_t past = config.own_columns ? 0 : most_shift(s, 2);
+    return rows * (config.strip_width + past) - past <= kTile;
+  };
+  const bool alone = config.in_place ? s.out[2] < 2 * kTile : one_tile(config.strip_rows);
+  config.split_sums = alone;
   const bool whole_images =
       s.out[0] == 1 && config.strip_rows == s.out[1] && config.strip_width == s.out[2];
-  if (whole_images && s.channels_last) {
+  if (whole_images && s.channels_last && s.batch > 1) {
     // Images that alternate are further apart for a tap along h, and leave the L1 between its uses.
-    // Several only where one fills its tiles badly, or the weights fill the cache.
-    const int64_t share = ceil_div(s.batch, team);
-    const int64_t fit =
-        most(share, [&](int64_t images) { return bytes(images, s.out[1], s.out[2]); });
+    // Several only where one fills its tiles badly, or the weights fill the cache; two tiles at
+    // least where they fit, whose sums need not be split.
+    const int64_t fit_all =
+        most(s.batch, [&](int64_t images) { return bytes(images, s.out[1], s.out[2]); });
+    config.split_sums = alone && fit_all == 1;
+    const int64_t least = alone ? std::min<int64_t>(fit_all, 2) : 1;
+    const int64_t share = std::max(ceil_div(s.batch, team), least);
+    const int64_t fit = std::min(fit_all, share);
     const double weights = 2.0 * kTile * config.depth * live_tiles(w, config.depth);
     const int64_t pixels = s.out[1] * (s.out[2] + (config.own_columns ? 0 : most_shift(s, 2)));
     const auto filled_badly = [&](int64_t images) {
       return ceil_div(images * pixels, kTile) * kTile * 12 > images * pixels * 13;
     };
-    int64_t images = weights > l2 / 4 ? fit : 1;
+    int64_t images = weights > l2 / 4 ? fit : least;
     while (images < fit && filled_badly(images)) ++images;
     config.strip_images = even(share, images);
   }
@@ -148,7 +161,8 @@ inline TileConfig choose_tile_config(const ConvShape& s, const Weight& w, int64_
     return static_cast<double>(ceil_div(strips(), team) * team - strips()) / strips();
   };
   if (config.strip_images == 1 && idle() > 0.1) {
-    if (config.strip_rows >= 2 * team * (1 + most_shift(s, 1))) {
+    const bool tiles_left = alone || !one_tile(ceil_div(config.strip_rows, team));
+    if (config.strip_rows >= 2 * team * (1 + most_shift(s, 1)) && tiles_left) {
       config.strip_rows = ceil_div(config.strip_rows, team);
     } else if (config.strip_rows == 1 && config.strip_width >= 2 * kPixels * team) {
       config.strip_width = ceil_div(ceil_div(config.strip_width, team), kTile) * kTile;
