@@ -9,7 +9,7 @@ import gossamer
 import pytest
 import torch
 from convert_models import fix_speedup
-from gossamer import Block
+from gossamer import _C, Block
 from gossamer.conversion.timing import Calls, Given
 from gossamer.nn import SparseConv1d, SparseConv2d, SparseLinear
 from gossamer.prune import magnitude_24, magnitude_blocks
@@ -82,6 +82,17 @@ def test_matches_pruned_dense(
     assert "16x4x3x3 float32 pruned" in str(report)
     for layer in report if arguments is BLOCKS else ():
         assert layer.kernel.split("/")[1] in ("serial", "pixel_lanes", "output_lanes")
+
+
+def test_names_the_kernel_of_24_convolutions(blocksparse_target: str) -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, groups=64)).eval()
+    report = gossamer.convert(model, pattern="2:4", prune="magnitude", force=True)
+    names = [layer.kernel.split("/") for layer in report.swapped]
+    if blocksparse_target == "serial":
+        assert names == [["serial", "serial"]] * 2
+    else:
+        own = min(blocksparse_target, "avx512", key=_C.targets_built().index)
+        assert names == [[own, "pairs"], ["torch", "dense"]]
 
 
 @PATTERNS

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import _C
-from ..formats import Block, BlockSparse, BlockSparsePanels
+from ..formats import Block, BlockSparse, BlockSparsePanels, Sparse24Conv, Sparse24ConvPairs
 from ..ops.blocksparse_choice import blocksparse_choice
+from ..ops.sparse24_conv import sparse24_conv_choice
 from .cost_table import NO_FIGURES, worth_swapping
 from .eligibility import Obstacles, dtype_name
 from .kinds import SparseLayer, is_conv, make_sparse
@@ -140,17 +141,21 @@ def _gain(
 def _kernel(layer: Any, sparse: SparseLayer, calls: Calls | None) -> str:
     """``target/kernel``; which one may depend on the shape of x, which only a sample tells."""
     weight, given = layer.weight, None if calls is None else calls.commonest
-    if is_conv(layer) and not isinstance(sparse.pattern, Block):
-        return "torch/dense"
-    if isinstance(sparse.pattern, Block):
+    stored = sparse.weight
+    if is_conv(layer) or isinstance(sparse.pattern, Block):
         shape = noise_shape(layer) if given is None else (given.rows, *given.shape)
         names = ("stride", "padding", "dilation", "padding_mode") if is_conv(layer) else ()
-        blocks = sparse.weight
-        assert isinstance(blocks, (BlockSparse, BlockSparsePanels))
         geometry = {name: getattr(layer, name) for name in names}
-        last = given is not None and given.channels_last
-        chosen = blocksparse_choice(shape, blocks, **geometry, channels_last=last)
-        return f"{chosen['target']}/{chosen['kernel']}"
+        geometry["channels_last"] = given is not None and given.channels_last
+        if isinstance(stored, (BlockSparse, BlockSparsePanels)):
+            chosen = blocksparse_choice(shape, stored, **geometry)
+        else:
+            assert isinstance(stored, (Sparse24Conv, Sparse24ConvPairs))
+            if weight.is_cuda:
+                return "torch/dense"
+            chosen = sparse24_conv_choice(shape, stored, **geometry)
+        dense = chosen["kernel"] == "dense"
+        return f"{'torch' if dense else chosen['target']}/{chosen['kernel']}"
     if given is None:
         return _target(weight)
     sizes, dtype = (given.rows, weight.shape[0], weight.shape[1]), dtype_name(weight.dtype)
