@@ -261,6 +261,13 @@ def test_packed_layers(blocksparse_target: str) -> None:
     assert layer(x).requires_grad
 
 
+def test_emptied_pairs_are_filled_by_a_checkpoint() -> None:
+    layer, x = SparseConv2d(64, 64, 3).pack().eval(), torch.randn(1, 64, 5, 6)
+    expected, state = layer(x), layer.state_dict()
+    layer.to_empty(device="cpu").load_state_dict(state)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_compilers() -> None:
     layer, x = layer_and_x()
     weight = layer.weight

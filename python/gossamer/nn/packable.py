@@ -73,8 +73,6 @@ class PackableModule(CheckedModule):
 
         def fn_on_numbers(t: Tensor) -> Tensor:
             moved = fn(t)
-            if t is self.panels:  # a memory format is not for them, though they have four axes
-                moved = moved.contiguous()
             # Index bytes and panel words are no numbers, though Module.type() would cast them.
             keep = moved.dtype != t.dtype and not self._takes_dtype(t)
             return t.to(moved.device) if keep else moved
@@ -83,7 +81,10 @@ class PackableModule(CheckedModule):
             assert self.panels is not None
             before = torch.empty(0, dtype=self._panels_dtype, device=self.panels.device)
             after = fn_on_numbers(before)
-            if (after.dtype, after.device) != (before.dtype, before.device):
+            moves = (after.dtype, after.device) != (before.dtype, before.device)
+            # What is done to numbers is not done to panels: a memory format, though they may have
+            # four axes, is not for them, and those of to_empty() could not be read any more.
+            if moves or fn_on_numbers(self.panels) is not self.panels:
                 self._unpack()
         super()._apply(fn_on_numbers, recurse)
         if wants_panels:
