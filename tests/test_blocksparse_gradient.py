@@ -175,6 +175,19 @@ def test_no_gradient_is_wanted_where_none_is_asked_for() -> None:
         assert not blocksparse_linear(x, weight).requires_grad
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_output_of_one_channels_last_image(packed: bool) -> None:
+    sparse = block_sparse((1, 4, 2, 3), Block(1, 2), 0.6)
+    held = BlockSparsePanels.from_blocksparse(sparse) if packed else sparse
+    x = torch.randn(1, 4, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
+    stored = (held.panels if packed else held.values).clone().requires_grad_()
+    weight = replace(held, **{"panels" if packed else "values": stored})
+    y = blocksparse_conv(x, weight)
+    dx, _ = torch.autograd.grad(y, (x, stored), torch.ones_like(y))
+    dense = sparse.to_dense()
+    torch.testing.assert_close(dx, F.conv_transpose2d(torch.ones_like(y), dense))
+
+
 def test_padding_gets_no_gradient() -> None:
     weight = block_sparse((5, 3, 3), Block(4, 4), 1.0)
     weight.values.requires_grad_()
