@@ -54,9 +54,11 @@ int64_t bind_to_pairs(const TensorView& values, const TensorView& indices, int64
                       int64_t taps, int64_t groups, const TensorView& out, int threads) {
   constexpr const char* op = "sparse24_conv_to_pairs";
   check_matrix(op, "values", values);
+  check_on_cpu(op, "values", values);
   const PairShape s = pair_shape_of(op, values.shape[0], group_in, taps, groups);
   panel_dtype(name(values.dtype));
   const Weight w = portable(op, values, indices, values.shape[0], taps * s.tap_groups() * 4);
+  check_device(op, "pairs", out, "values", values);
   check_dtype(op, "pairs", out, DType::kInt32);
   check_vector(op, "pairs", out, s.most_words());
   to_pairs(w, s, out.as<uint32_t>(), threads);
@@ -67,6 +69,7 @@ void bind_from_pairs(const TensorView& words, const TensorView& values, const Te
                      int64_t group_in, int64_t taps, int64_t groups) {
   constexpr const char* op = "sparse24_conv_from_pairs";
   check_matrix(op, "values", values);
+  check_on_cpu(op, "values", values);
   const PairShape s = pair_shape_of(op, values.shape[0], group_in, taps, groups);
   panel_dtype(name(values.dtype));
   const Weight w = portable(op, values, indices, values.shape[0], taps * s.tap_groups() * 4);
