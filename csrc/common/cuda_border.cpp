@@ -42,6 +42,7 @@ const CudaModule& cuda_module(const char* op) {
 
 const CudaModule& cuda_module(const char* op, const TensorView& t) {
   const CudaModule& module = cuda_module(op);
+  GOSSAMER_CHECK(on_gpu(t), op, ": a tensor is on the CPU, this is a GPU's product");
   check_capability(op, module.device(t.device_index));
   return module;
 }

@@ -14,7 +14,7 @@ namespace gossamer {
 bool on_gpu(const TensorView& t);
 // The attached module; ValueError where there is none,
 const CudaModule& cuda_module(const char* op);
-// or where the tensor's GPU is too old for its kernels.
+// or where the tensor is on no GPU, or on one too old for its kernels.
 const CudaModule& cuda_module(const char* op, const TensorView& t);
 CudaStream stream_of(const TensorView& t);
 

@@ -86,6 +86,8 @@ void bind(py::module_& m) {
   m.def(
       "grouped_ends",
       [](const TensorView& offsets, int64_t experts, int64_t tokens) {
+        GOSSAMER_CHECK(offsets.device == Device::kCPU, "grouped_linear: offsets are on ",
+                       device_text(offsets), ", this is the CPU's product");
         return checked_ends("grouped_linear", offsets, experts, tokens);
       },
       py::arg("offsets"), py::arg("experts"), py::arg("tokens"));
