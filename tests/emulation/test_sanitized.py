@@ -15,7 +15,6 @@ from devices import Sanitizers
 from emulator import HERE, Emulator
 
 TESTS = (
-    "test_blocksparse_conv_cuda.py::test_tiles_match_dense",
     "test_blocksparse_conv_cuda.py::test_any_convolution_matches_dense",
     "test_blocksparse_conv_cuda.py::test_memory_of_any_alignment",
     "test_blocksparse_conv_cuda.py::test_indices_that_nobody_checked_stay_in_memory",
@@ -51,7 +50,7 @@ def test_under_sanitizers(sanitizers: Sanitizers, tmp_path: Path) -> None:
         [*pytest_alone, f"--sanitize={log}", "-k", "not gpu", *(str(HERE / t) for t in TESTS)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         cwd=HERE.parents[1],
         env={
             **os.environ,
