@@ -111,7 +111,8 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
         block_row / w.row_blocks() * w.group_out + block_row % w.row_blocks() * w.rows;
     block_row = batch.fill(block_row, end, config.batch_outputs, panel);
     const int64_t tile = config.tile_vectors * unit.lanes;
-    const int64_t sums = (batch.outputs() + kSquareOutputs) * tile;
+    // Lanes of outputs write theirs at once.
+    const int64_t sums = kernel.row_step > 1 ? 0 : (batch.outputs() + kSquareOutputs) * tile;
     const auto* bias = static_cast<const char*>(args.bias);
     const Epilogue epilogue{
         bias == nullptr ? nullptr : bias + output * size, args.activation,

@@ -99,6 +99,13 @@ inline const Kernel& choose_kernel(const ConvShape& s, const Weight& w, const Un
   return fits ? unit.output_lanes : unit.pixel_lanes;
 }
 
+// Of a ConvConfig, or another that cuts y the same way.
+template <class Config>
+int64_t strips_of(const ConvShape& s, const Config& config) {
+  return ceil_div(s.batch, config.strip_images) * s.out[0] * ceil_div(s.out[1], config.strip_rows) *
+         ceil_div(s.out[2], config.strip_width);
+}
+
 // Registers of pixels that strips of so many rows take, those of a last shorter one included.
 inline int64_t vectors_of(const ConvShape& s, int64_t rows, int64_t pitch, int64_t lanes) {
   const auto of_strip = [&](int64_t r) { return ceil_div((r - 1) * pitch + s.out[2], lanes); };
@@ -166,10 +173,7 @@ inline ConvConfig choose_strips(const ConvShape& s, int64_t kept, int64_t shares
   }
   // Fewer strips than threads, or a last round of them with idle threads: shorter ones where that
   // costs little (rows are read again around each), else the outputs are shared out.
-  const auto strips = [&] {
-    return ceil_div(s.batch, config.strip_images) * s.out[0] *
-           ceil_div(s.out[1], config.strip_rows) * ceil_div(s.out[2], config.strip_width);
-  };
+  const auto strips = [&] { return strips_of(s, config); };
   const auto idle = [&](int64_t tasks) {
     return static_cast<double>(ceil_div(tasks, team) * team - tasks) / tasks;
   };

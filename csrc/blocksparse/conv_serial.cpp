@@ -5,7 +5,6 @@
 
 #include "blocksparse/blocksparse.h"
 #include "common/activate_serial.h"
-#include "common/parallel.h"
 
 namespace gossamer::blocksparse {
 namespace {
@@ -62,16 +61,9 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void conv_serial(const ConvArgs& args) {
-  parallel_ranges(args.threads, args.shape.batch * args.shape.out_pixels(),
-                  [&](int64_t begin, int64_t end) {
-                    switch (args.weight.dtype) {
-                      case DType::kFloat64: return conv_pixels<double>(args, begin, end);
-                      case DType::kFloat32: return conv_pixels<float>(args, begin, end);
-                      case DType::kBFloat16: return conv_pixels<BFloat16>(args, begin, end);
-                      case DType::kFloat16: return conv_pixels<Float16>(args, begin, end);
-                      default: return;  // refused at the border
-                    }
-                  });
+  for_pixel_ranges(
+      args.weight.dtype, args.shape, args.threads,
+      [&]<class T>(T, int64_t begin, int64_t end) { conv_pixels<T>(args, begin, end); });
 }
 
 }  // namespace gossamer::blocksparse

@@ -9,12 +9,11 @@
 namespace gossamer::blocksparse {
 
 // Calls body(strip, part) for each part of the outputs of each strip, on a team of threads.
-template <class Body>
-void for_each_strip(const ConvShape& s, const ConvConfig& config, const Body& body) {
+template <class Config, class Body>
+void for_each_strip(const ConvShape& s, const Config& config, const Body& body) {
   const int64_t columns = ceil_div(s.out[2], config.strip_width);
   const int64_t rows = ceil_div(s.out[1], config.strip_rows);
-  const int64_t images = ceil_div(s.batch, config.strip_images);
-  const int64_t tasks = images * s.out[0] * rows * columns * config.parts;
+  const int64_t tasks = strips_of(s, config) * config.parts;
   parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)),
                [&](int thread, int team) {
                  for (int64_t task = thread; task < tasks; task += team) {

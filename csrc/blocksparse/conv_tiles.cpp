@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "blocksparse/conv_strips.h"
 #include "blocksparse/conv_tiles_config.h"
 #include "common/cache_size.h"
 #include "common/parallel.h"
@@ -189,45 +190,27 @@ class Convolution {
         in_place_(w_.packed && w_.rows % kTile == 0 && w_.cols % config.depth == 0) {}
 
   bool run() {
-    const int64_t columns = ceil_div(s_.out[2], config_.strip_width);
-    const int64_t rows = ceil_div(s_.out[1], config_.strip_rows);
-    const int64_t strips = ceil_div(s_.batch, config_.strip_images) * s_.out[0] * rows * columns;
-    const int64_t tasks = strips * config_.parts;
     // Weights that one task alone reads it expands for itself, into its cache.
-    const bool shared = strips > 1;
+    const bool shared = strips_of(s_, config_) > 1;
     if (shared) expand_all();
     std::atomic<bool> trusted = true;
-    const auto run_tasks = [&](int thread, int team) {
-      for (int64_t task = thread; task < tasks && trusted; task += team) {
-        const int64_t part = task % config_.parts, at = task / config_.parts;
-        const int64_t column = at % columns * config_.strip_width;
-        const int64_t row = at / columns % rows * config_.strip_rows;
-        const int64_t slice = at / columns / rows;
-        const int64_t image = slice / s_.out[0] * config_.strip_images;
-        const Strip strip{image,
-                          std::min(config_.strip_images, s_.batch - image),
-                          slice % s_.out[0],
-                          row,
-                          std::min(config_.strip_rows, s_.out[1] - row),
-                          column,
-                          std::min(config_.strip_width, s_.out[2] - column)};
-        const int64_t begin = row_tiles_ * part / config_.parts;
-        const int64_t end = row_tiles_ * (part + 1) / config_.parts;
-        const auto part_of = [&](int64_t from, int64_t to, bool split) {
-          Strip some = strip;
-          some.column += from, some.width = to - from;
-          return from == to ||
-                 (shared ? run_strip(some, begin, end, split) : run_alone(some, begin, end, split));
-        };
-        // x in its place has no pixels past the last tile.
-        const int64_t whole = config_.in_place ? strip.width / kTile * kTile : 0;
-        const bool split = config_.split_sums;
-        if (!part_of(0, whole, split) || !part_of(whole, strip.width, split || config_.in_place)) {
-          trusted = false;
-        }
+    for_each_strip(s_, config_, [&](const Strip& strip, int64_t part) {
+      if (!trusted) return;
+      const int64_t begin = row_tiles_ * part / config_.parts;
+      const int64_t end = row_tiles_ * (part + 1) / config_.parts;
+      const auto part_of = [&](int64_t from, int64_t to, bool split) {
+        Strip some = strip;
+        some.column += from, some.width = to - from;
+        return from == to ||
+               (shared ? run_strip(some, begin, end, split) : run_alone(some, begin, end, split));
+      };
+      // x in its place has no pixels past the last tile.
+      const int64_t whole = config_.in_place ? strip.width / kTile * kTile : 0;
+      const bool split = config_.split_sums;
+      if (!part_of(0, whole, split) || !part_of(whole, strip.width, split || config_.in_place)) {
+        trusted = false;
       }
-    };
-    parallel_run(static_cast<int>(std::min<int64_t>(config_.threads, tasks)), run_tasks);
+    });
     return trusted;
   }
 
@@ -308,10 +291,8 @@ class Convolution {
   }
 
   TileTask task_of(const Strip& strip, SlabPanel& panel, bool split) const {
-    const int64_t first_pixel = (strip.depth * s_.out[1] + strip.row) * s_.out[2] + strip.column;
     const int64_t image_stride = s_.out_pixels() * s_.out_channels;
-    auto* out = static_cast<uint16_t*>(args_.out) + strip.image * image_stride +
-                first_pixel * s_.out_pixel_stride();
+    auto* out = static_cast<uint16_t*>(args_.out) + first_of(s_, strip);
     return {nullptr,
             0,
             in_place_ ? 4 * w_.rows : 4 * kTile,

@@ -153,10 +153,7 @@ inline TileConfig choose_tile_config(const ConvShape& s, const Weight& w, int64_
     while (images < fit && filled_badly(images)) ++images;
     config.strip_images = even(share, images);
   }
-  const auto strips = [&] {
-    return ceil_div(s.batch, config.strip_images) * s.out[0] *
-           ceil_div(s.out[1], config.strip_rows) * ceil_div(s.out[2], config.strip_width);
-  };
+  const auto strips = [&] { return strips_of(s, config); };
   const auto idle = [&] {
     return static_cast<double>(ceil_div(strips(), team) * team - strips()) / strips();
   };

@@ -3,6 +3,8 @@
 #include <vector>
 
 #include "common/conv_shape.h"
+#include "common/dtype.h"
+#include "common/parallel.h"
 
 namespace gossamer {
 
@@ -36,6 +38,20 @@ void for_each_pixel(const ConvShape& s, const void* x, void* out, int64_t begin,
     body(taps_of_x.data(), static_cast<T*>(out) + image * s.out_pixels() * s.out_channels +
                                within * s.out_pixel_stride());
   }
+}
+
+// Calls body(T{}, begin, end) with the dtype's T for ranges of the pixels of all images.
+template <class Body>
+void for_pixel_ranges(DType dtype, const ConvShape& s, int threads, const Body& body) {
+  parallel_ranges(threads, s.batch * s.out_pixels(), [&](int64_t begin, int64_t end) {
+    switch (dtype) {
+      case DType::kFloat64: return body(double{}, begin, end);
+      case DType::kFloat32: return body(float{}, begin, end);
+      case DType::kBFloat16: return body(BFloat16{}, begin, end);
+      case DType::kFloat16: return body(Float16{}, begin, end);
+      default: return;  // refused at the border
+    }
+  });
 }
 
 }  // namespace gossamer

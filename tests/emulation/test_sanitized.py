@@ -15,6 +15,7 @@ from devices import Sanitizers
 from emulator import HERE, Emulator
 
 TESTS = (
+    "test_blocksparse_conv_cuda.py::test_tiles_match_dense",
     "test_blocksparse_conv_cuda.py::test_any_convolution_matches_dense",
     "test_blocksparse_conv_cuda.py::test_memory_of_any_alignment",
     "test_blocksparse_conv_cuda.py::test_indices_that_nobody_checked_stay_in_memory",
