@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_dense_layer(blocksparse_target: str, case: C
 @pytest.fixture
 def dx_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the sizes, where there is such a way."""
-    monkeypatch.setattr(gossamer.ops.blocksparse, "dx_by_blocks", lambda *sizes: True)
+    monkeypatch.setattr(gossamer.ops.blocksparse_gradient, "dx_by_blocks", lambda *sizes: True)
 
 
 STRIDE_1 = [case for case in CASES if set(case.stride) == {1}]

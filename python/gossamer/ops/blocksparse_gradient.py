@@ -1,0 +1,158 @@
+"""The gradients of a product with a block-sparse weight, by its live blocks or by the dense one.
+
+dx is the product of dy with the transposed blocks. dvalues is a registered op, linear in dy and in
+x, whose own derivatives are the product and dx: so any order of derivative exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._library import library
+from ..formats.geometry import channels_last, taps_of
+from .blocksparse_layout import Gather, ToDense
+from .blocksparse_transpose import dx_by_blocks, transpose_blocks, transposed_geometry
+from .conv_operands import Geometry, as_5d, dense_gradients, is_channels_last
+
+# Below so many multiply-adds of the dense product a call costs more than it brings.
+_LEAST_WORK = 2**20
+
+
+library.define(
+    "blocksparse_dvalues(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, "
+    "SymInt rows, SymInt cols, SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_op = torch.ops.gossamer.blocksparse_dvalues.default
+
+
+def _native(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, rows: int, cols: int, *numbers: Any
+) -> Tensor:
+    geometry = Geometry(*numbers)
+    dvalues = _fake(dy, x, crow, col, rows, cols)
+    _C.blocksparse_dvalues(
+        dvalues,
+        _pixels_first(dy),
+        _pixels_first(x),
+        crow.contiguous(),
+        col.contiguous(),
+        geometry.groups,
+        *geometry.in_3d(),
+        torch.get_num_threads(),
+    )
+    return dvalues
+
+
+def _pixels_first(t: Tensor) -> Tensor:
+    """[batch, d, h, w, C], contiguous: the same memory where it is channels-last."""
+    if t.dim() == 2 or not is_channels_last(t):
+        t = t.movedim(1, -1).contiguous().movedim(-1, 1)
+    return as_5d(t, True)
+
+
+def _fake(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, rows: int, cols: int, *numbers: Any
+) -> Tensor:
+    return x.new_empty((col.shape[0], rows, cols))
+
+
+class Dvalues(torch.autograd.Function):
+    """(dy, x, crow, col, rows, cols, *geometry) -> dvalues."""
+
+    generate_vmap_rule = True  # for per-sample gradients
+
+    @staticmethod
+    def forward(*operands: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(*operands)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dy, x, crow, col, _, _, *ctx.geometry = inputs
+        ctx.save_for_backward(dy, x, crow, col)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dy, x, *indices = ctx.saved_tensors
+        geometry = Geometry(*ctx.geometry)
+        ddy = dx = None
+        if ctx.needs_input_grad[0]:
+            ddy = _product()(x, grad, *indices, None, *geometry, "none")
+        if ctx.needs_input_grad[1]:
+            dx = dx_of(dy, grad, *indices, x.shape, geometry)
+        return ddy, dx, *(None,) * (len(geometry) + 3)
+
+
+library.impl("blocksparse_dvalues", _native, "CPU")
+library.impl("blocksparse_dvalues", Dvalues.apply, "Autograd")
+torch.library.register_fake("gossamer::blocksparse_dvalues", _fake, lib=library)
+
+
+def dvalues_of(
+    dy: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    rows: int,
+    cols: int,
+    geometry: Geometry,
+) -> Tensor:
+    """Of blocks of this size, with 0 in their padding; differentiable in dy and x."""
+    indices, groups = (crow, col), geometry.groups
+    if dvalues_by_blocks(x, col.shape[0], rows, cols, geometry):
+        numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in geometry[:-1]]
+        by_blocks: Tensor = Dvalues.apply(dy, x, *indices, rows, cols, *numbers)
+        return by_blocks
+    _, dweight = dense_gradients(dy, x, None, x.shape, geometry)
+    assert dweight is not None
+    gathered: Tensor = Gather.apply(channels_last(dweight), *indices, rows, cols, groups)
+    return gathered
+
+
+def dx_of(
+    dy: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    x_shape: Sequence[int],
+    geometry: Geometry,
+) -> Tensor:
+    """Differentiable in dy and values."""
+    transposed = transposed_geometry(geometry)
+    if transposed is not None and dx_by_blocks(x_shape, values, geometry):
+        blocks = transpose_blocks(values, crow, col, geometry)
+        by_blocks: Tensor = _product()(dy, *blocks, None, *transposed, "none")
+        return by_blocks
+    shape, groups = geometry.shape, geometry.groups
+    dense = ToDense.apply(values, crow, col, shape[0], taps_of(shape), shape[1], groups)
+    dense = dense.transpose(1, 2).reshape(shape)
+    dx, _ = dense_gradients(dy, None, dense, x_shape, geometry)
+    assert dx is not None
+    return dx
+
+
+def _product() -> Any:
+    """The op whose gradients these are, which is defined after them."""
+    return torch.ops.gossamer.blocksparse_product.default
+
+
+def dvalues_by_blocks(x: Tensor, count: int, rows: int, cols: int, geometry: Geometry) -> bool:
+    """Whether it is faster than torch's gradient of the dense weight, of which blocks are taken."""
+    pixels = x.shape[0]
+    for size in x.shape[2:]:
+        pixels = pixels * size
+    weights = geometry.shape[0] * geometry.shape[1] * taps_of(geometry.shape)
+    return (
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.float16)
+        and _C.target() != "serial"
+        and 2 * count * rows * cols <= weights
+        and pixels * weights >= _LEAST_WORK
+    )
