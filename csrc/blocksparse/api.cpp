@@ -159,7 +159,8 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
 
 void bind_dvalues(const TensorView& dvalues_out, const TensorView& dy, const TensorView& x,
                   const TensorView& crow, const TensorView& col, int64_t groups, const Axes& kernel,
-                  const Axes& stride, const Axes& padding, const Axes& dilation, int threads) {
+                  const Axes& stride, const Axes& padding, const Axes& dilation, bool channels_last,
+                  int threads) {
   constexpr const char* op = "blocksparse_dvalues";
   check_dims(op, "x", x, 5);
   check_dims(op, "dy", dy, 5);
@@ -167,7 +168,7 @@ void bind_dvalues(const TensorView& dvalues_out, const TensorView& dy, const Ten
   check_dtype(op, "dy", dy, dvalues_out.dtype);
   check_on_cpu(op, "x", x);
   const ConvShape s =
-      conv_shape(op, x.shape, dy.shape, groups, kernel, stride, padding, dilation, true);
+      conv_shape(op, x.shape, dy.shape, groups, kernel, stride, padding, dilation, channels_last);
   check_device(op, "dy", dy, "x", x);
   check_device(op, "dvalues", dvalues_out, "x", x);
   const Weight w =
@@ -257,7 +258,8 @@ void bind(py::module_& m) {
 
   m.def("blocksparse_dvalues", &bind_dvalues, py::arg("dvalues"), py::arg("dy"), py::arg("x"),
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("groups"), py::arg("kernel"),
-        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads"), release());
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),
+        py::arg("threads"), release());
   m.def("blocksparse_choose", &choose, py::arg("x"), py::arg("out"), py::arg("dtype"),
         py::arg("rows"), py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),

@@ -17,9 +17,13 @@ Strip strip_at(const ConvShape& s, const Config& config, int64_t at) {
   const int64_t row = at / columns % rows * config.strip_rows;
   const int64_t slice = at / columns / rows;
   const int64_t image = slice / s.out[0] * config.strip_images;
-  return {image, std::min(config.strip_images, s.batch - image),
-          slice % s.out[0], row, std::min(config.strip_rows, s.out[1] - row),
-          column, std::min(config.strip_width, s.out[2] - column)};
+  return {image,
+          std::min(config.strip_images, s.batch - image),
+          slice % s.out[0],
+          row,
+          std::min(config.strip_rows, s.out[1] - row),
+          column,
+          std::min(config.strip_width, s.out[2] - column)};
 }
 
 // Calls body(strip, part) for each part of the outputs of each strip, on a team of threads.

@@ -42,8 +42,8 @@ class Dvalues {
         config_(choose_dvalues_config(s_, w_, unit.lanes, l2_bytes(), args.threads)),
         rows_{w_.rows, unit.lanes},
         block_floats_(sums_of_block(w_, unit.lanes)),
-        sums_(static_cast<float*>(
-            sum_scratch.at_least(4 * config_.sums * w_.nnz * block_floats_))) {}
+        sums_(
+            static_cast<float*>(sum_scratch.at_least(4 * config_.sums * w_.nnz * block_floats_))) {}
 
   void run() const {
     const int64_t tasks = config_.sums * config_.shares;
@@ -81,17 +81,16 @@ class Dvalues {
 
   void add_strip(const Strip& strip, int64_t begin, int64_t end, float* sums) const {
     const int64_t lanes = unit_.lanes, first_group = begin / w_.row_blocks();
-    const Slabs slabs = slabs_of(w_, first_group, ceil_div(end, w_.row_blocks()) - first_group,
-                                 lanes);
+    const Slabs slabs =
+        slabs_of(w_, first_group, ceil_div(end, w_.row_blocks()) - first_group, lanes);
     Panel panel = panel_of(s_, strip.images, strip.rows, strip.width,
                            slabs.groups * slabs.of_group() * lanes, lanes, lanes);
     panel.first_channel = first_group * w_.group_in;
     panel.data = static_cast<float*>(
         x_scratch.at_least(4 * (planes(s_, panel) * panel.plane_stride + lanes)));
     const auto pack = [&](const ConvShape& s, const void* x, const Strip& of, const Panel& to,
-                          const int64_t (&offset)[3], float* plane) {
-      unit_.pack_x(s, x, of, to, slabs, offset, plane);
-    };
+                          const int64_t (&offset)[3],
+                          float* plane) { unit_.pack_x(s, x, of, to, slabs, offset, plane); };
     pack_panel(s_, args_.x, pack, strip, panel);
     const int64_t pixels = strip.images * strip.rows * strip.width, padded = rows_.padded();
     auto* dy = static_cast<float*>(dy_scratch.at_least(4 * (end - begin) * padded * pixels));
@@ -171,8 +170,8 @@ class Dvalues {
           T* to = static_cast<T*>(args_.dvalues) + b * w_.rows * w_.cols;
           for (int64_t r = 0; r < w_.rows; ++r, to += w_.cols) {
             for (int64_t c = 0; c < w_.cols; ++c) {
-              const float* at = sums_ + b * block_floats_ +
-                                (c / lanes * padded + r) * lanes + c % lanes;
+              const float* at =
+                  sums_ + b * block_floats_ + (c / lanes * padded + r) * lanes + c % lanes;
               float total = 0;
               for (int64_t i = 0; i < config_.sums; ++i) {
                 total += at[i * w_.nnz * block_floats_];

@@ -34,7 +34,11 @@ inline DvaluesConfig choose_dvalues_config(const ConvShape& s, const Weight& w, 
   const int64_t kept = w.nnz * w.rows * w.cols;
   const ConvConfig strips = choose_strips(padded, kept, 1, lanes, lanes, of_x, 1);
   const double work = static_cast<double>(s.batch) * s.out_pixels() * kept;
-  DvaluesConfig config{strips.strip_images, strips.strip_rows, strips.strip_width, 1, 1,
+  DvaluesConfig config{strips.strip_images,
+                       strips.strip_rows,
+                       strips.strip_width,
+                       1,
+                       1,
                        threads_for_work(threads, work)};
   const int64_t count = strips_of(s, config);
   const auto idle = [](int64_t tasks, int64_t team) {

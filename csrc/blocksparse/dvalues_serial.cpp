@@ -16,17 +16,20 @@ void add_block(const DvaluesArgs& args, int64_t block_row, int64_t column, doubl
   const int64_t tap = column / w.col_blocks(), channel = column % w.col_blocks() * w.cols;
   const int64_t rows = std::min(w.rows, w.group_out - row);
   const int64_t cols = std::min(w.cols, w.group_in - channel);
-  const T* dy = static_cast<const T*>(args.dy) + group * w.group_out + row;
   for (int64_t image = 0; image < s.batch; ++image) {
-    for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel, dy += s.out_channels) {
+    for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel) {
       const int64_t at[3] = {pixel / (s.out[1] * s.out[2]), pixel / s.out[2] % s.out[1],
                              pixel % s.out[2]};
       const T* x = x_at(s, static_cast<const T*>(args.x), image, at, tap);
       if (x == nullptr) continue;
-      x += group * w.group_in + channel;
+      x += (group * w.group_in + channel) * s.in_channel_stride();
+      const T* dy = static_cast<const T*>(args.dy) + image * s.out_pixels() * s.out_channels +
+                    pixel * s.out_pixel_stride() +
+                    (group * w.group_out + row) * s.out_channel_stride();
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < cols; ++c) {
-          sums[r * w.cols + c] += static_cast<double>(to_float(dy[r])) * to_float(x[c]);
+          sums[r * w.cols + c] += static_cast<double>(to_float(dy[r * s.out_channel_stride()])) *
+                                  to_float(x[c * s.in_channel_stride()]);
         }
       }
     }

@@ -1,6 +1,6 @@
 #pragma once
-// The border between dvalues.cpp, which cuts the gradient of a weight into tasks, and the units that
-// run parts of one with one instruction set. Plain structs and function pointers.
+// The border between dvalues.cpp, which cuts the gradient of a weight into tasks, and the units
+// that run parts of one with one instruction set. Plain structs and function pointers.
 #include <cstdint>
 
 #include "blocksparse/conv_unit.h"
@@ -9,11 +9,12 @@
 namespace gossamer::blocksparse {
 
 // How a pixel's channels lie in the panel of a strip (conv_unit.h): a slab is a register of them.
-// The blocks of a span of channels lie in its slabs, none of them in two unless it begins the first.
+// The blocks of a span of channels lie in its slabs, none of them in two unless it begins the
+// first.
 struct Slabs {
   int64_t groups, first_group;
   int64_t channels;  // of a group
-  int64_t span;      // of channels: those of a slab where whole blocks fill it, else those of a block
+  int64_t span;  // of channels: those of a slab where whole blocks fill it, else those of a block
   int64_t lanes;
 
   int64_t of_span() const { return ceil_div(span, lanes); }
@@ -42,8 +43,8 @@ struct DvaluesPass {
   const float* x;  // in the panel, of the first pixel
   const int64_t* offsets;
   int64_t pieces;
-  const float* dy;               // the pixels that x has, without gaps
-  int64_t images, rows, length;  // the pixels: runs of `length` of them
+  const float* dy;                   // the pixels that x has, without gaps
+  int64_t images, rows, length;      // the pixels: runs of `length` of them
   int64_t image_stride, row_stride;  // floats of x from run to run
   int64_t part;                      // rows of dy
   float* sums;
@@ -52,10 +53,10 @@ struct DvaluesPass {
 
 struct DvaluesUnit {
   int lanes;
-  // A plane of the panel, channels-last, as Kernel has it.
+  // A plane of the panel, as Kernel has it.
   void (*pack_x)(const ConvShape& shape, const void* x, const Strip& strip, const Panel& panel,
                  const Slabs& slabs, const int64_t (&offset)[3], float* plane);
-  // dy of the block rows [begin, end), channels-last.
+  // dy of the block rows [begin, end).
   void (*pack_dy)(const ConvShape& shape, const void* dy, const Strip& strip, const Rows& rows,
                   int64_t begin, int64_t end, float* to);
   void (*multiply)(const DvaluesPass& pass);

@@ -17,7 +17,7 @@ from .._library import library
 from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
 from .blocksparse_transpose import dx_by_blocks, transpose_blocks, transposed_geometry
-from .conv_operands import Geometry, as_5d, dense_gradients, is_channels_last
+from .conv_operands import LAST, Geometry, as_5d, dense_gradients, is_channels_last
 
 # Below so many multiply-adds of the dense product a call costs more than it brings.
 _LEAST_WORK = 2**20
@@ -37,24 +37,26 @@ def _native(
 ) -> Tensor:
     geometry = Geometry(*numbers)
     dvalues = _fake(dy, x, crow, col, rows, cols)
+    last = is_channels_last(x)
     _C.blocksparse_dvalues(
         dvalues,
-        _pixels_first(dy),
-        _pixels_first(x),
+        _stored(dy, last),
+        _stored(x, last),
         crow.contiguous(),
         col.contiguous(),
         geometry.groups,
         *geometry.in_3d(),
+        last,
         torch.get_num_threads(),
     )
     return dvalues
 
 
-def _pixels_first(t: Tensor) -> Tensor:
-    """[batch, d, h, w, C], contiguous: the same memory where it is channels-last."""
-    if t.dim() == 2 or not is_channels_last(t):
-        t = t.movedim(1, -1).contiguous().movedim(-1, 1)
-    return as_5d(t, True)
+def _stored(t: Tensor, last: bool) -> Tensor:
+    """With its channels side by side, or its pixels."""
+    if last and t.dim() > 2:
+        return as_5d(t.contiguous(memory_format=LAST[t.dim()]), True)
+    return as_5d(t.contiguous(), last)
 
 
 def _fake(
