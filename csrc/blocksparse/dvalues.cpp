@@ -162,26 +162,33 @@ class Dvalues {
   template <class T>
   void finish(int64_t begin, int64_t end) const {
     if constexpr (sizeof(T) <= sizeof(float)) {
-      const int64_t lanes = unit_.lanes, col_blocks = w_.col_blocks(), padded = rows_.padded();
+      const int64_t lanes = unit_.lanes, col_blocks = w_.col_blocks();
       for (int64_t row = begin; row < end; ++row) {
         const int64_t rows = w_.group_out - row % w_.row_blocks() * w_.rows;
         for (int64_t b = w_.crow_indices[row]; b < w_.crow_indices[row + 1]; ++b) {
           const int64_t cols = w_.group_in - w_.col_indices[b] % col_blocks * w_.cols;
-          T* to = static_cast<T*>(args_.dvalues) + b * w_.rows * w_.cols;
-          for (int64_t r = 0; r < w_.rows; ++r, to += w_.cols) {
-            for (int64_t c = 0; c < w_.cols; ++c) {
-              const float* at =
-                  sums_ + b * block_floats_ + (c / lanes * padded + r) * lanes + c % lanes;
-              float total = 0;
-              for (int64_t i = 0; i < config_.sums; ++i) {
-                total += at[i * w_.nnz * block_floats_];
-              }
-              round_to(r < rows && c < cols ? total : 0.0f, to[c]);
+          const float* sums = sums_ + b * block_floats_;
+          T* values = static_cast<T*>(args_.dvalues) + b * w_.rows * w_.cols;
+          for (int64_t c = 0; c < w_.cols; c += lanes, sums += rows_.padded() * lanes) {
+            const int64_t there = std::min(cols, w_.cols) - c, count = std::min(lanes, w_.cols - c);
+            for (int64_t r = 0; r < w_.rows; ++r) {
+              finish_piece(sums + r * lanes, r < rows ? there : 0, count, values + r * w_.cols + c);
             }
           }
         }
       }
     }
+  }
+
+  // Of `count` numbers the first `there` are sums.
+  template <class T>
+  void finish_piece(const float* sums, int64_t there, int64_t count, T* to) const {
+    constexpr int64_t kMostLanes = 16;
+    float total[kMostLanes] = {};
+    for (int64_t i = 0; i < config_.sums; ++i, sums += w_.nnz * block_floats_) {
+      for (int64_t c = 0; c < unit_.lanes; ++c) total[c] += sums[c];
+    }
+    for (int64_t c = 0; c < count; ++c) round_to(c < there ? total[c] : 0.0f, to[c]);
   }
 
   const DvaluesArgs& args_;
