@@ -72,12 +72,12 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "dvalues": (
         ops.blocksparse_dvalues,
-        (torch.randn(2, 6, 2, 4), image(), *parts(CONV)[1:], 2, 4, *TWO_AXES[:-1]),
+        (torch.randn(2, 6, 3, 4), image(), *parts(CONV)[1:], 2, 4, *TWO_AXES[:-1]),
     ),
     "dvalues with gradient, channels last": (
         ops.blocksparse_dvalues,
         (
-            torch.randn(2, 6, 2, 4, requires_grad=True),
+            torch.randn(2, 6, 3, 4, requires_grad=True),
             image(True, last=True),
             *parts(CONV)[1:],
             *(2, 4, *TWO_AXES[:-1]),

@@ -189,6 +189,13 @@ def test_dvalues_by_live_blocks(blocksparse_target: str, threads: int) -> None:
             raise AssertionError(f"case {index}: {case}") from error
 
 
+def test_dy_of_the_wrong_shape() -> None:
+    weight = block_sparse((6, 5, 3), Block(2, 4))
+    operands = (torch.randn(2, 6, 9), torch.randn(2, 5, 9), weight.crow_indices, weight.col_indices)
+    with pytest.raises(ValueError, match=r"dy has shape \[2, 6, 9\], expected \[2, 6, 7\]"):
+        ops.blocksparse_dvalues(*operands, 2, 4, weight.shape, 1, (1,), (0,), (1,))
+
+
 @pytest.mark.usefixtures("dvalues_by_blocks")
 def test_nan_goes_through_the_pixels_that_see_it() -> None:
     x = torch.randn(2, 16, 6, 6)

@@ -68,8 +68,7 @@ def test_every_activation_behind_every_layer(pattern: str | Block, packed: bool)
     names = (("0", "relu"), ("2", "silu"), ("4", "gelu"), ("7", "relu"))
     fused = same(model, x, *names)
     assert "3 applies" not in str(fused)
-    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert torch.equal(other(x), fused(x))
+    assert torch.equal(copy.deepcopy(fused)(x), fused(x))
     assert "activation=gelu" in repr(fused)
     assert len(gossamer.fuse_activations(fused)) == 0
 
@@ -106,6 +105,8 @@ def test_gradients_stay() -> None:
 def test_one_module_called_in_many_places() -> None:
     fused = same(Bottleneck().eval(), torch.randn(1, 8, 5, 5), ("conv1", "relu"))
     assert fused.stride == 1
+    x = torch.randn(1, 8, 5, 5)
+    assert torch.equal(pickle.loads(pickle.dumps(fused))(x), fused(x))
 
 
 def test_parts_of_what_cannot_be_traced() -> None:

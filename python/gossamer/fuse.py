@@ -202,6 +202,9 @@ def _graph_module(part: _Part) -> fx.GraphModule:
     for _, _, node in part.pairs:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         part.graph.erase_node(node)
+    for node in part.graph.nodes:
+        if isinstance(node.type, str):  # an annotation, which a pickle would look up as a class
+            node.type = None
     made = fx.GraphModule(part.module, part.graph, type(part.module).__name__)
     for name, value in part.module.__dict__.items():
         if not name.startswith("_"):

@@ -17,8 +17,10 @@ from .._library import library
 from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
 from .blocksparse_transpose import dx_by_blocks, transpose_blocks, transposed_geometry
+from .conv_geometry import check_channels, output_sizes
 from .conv_operands import LAST, Geometry, as_5d, dense_gradients, is_channels_last
 
+_OP = "blocksparse_dvalues"
 _LEAST_ROWS = 4  # of a block, for whose sums reading x takes no longer than multiplying
 # A linear layer of fewer rows of x is bound by writing its gradient.
 _LEAST_LINEAR_ROWS = 128
@@ -37,7 +39,7 @@ def _native(
     dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, rows: int, cols: int, *numbers: Any
 ) -> Tensor:
     geometry = Geometry(*numbers)
-    dvalues = _fake(dy, x, crow, col, rows, cols)
+    dvalues = _fake(dy, x, crow, col, rows, cols, *numbers)
     last = is_channels_last(x)
     _C.blocksparse_dvalues(
         dvalues,
@@ -63,6 +65,12 @@ def _stored(t: Tensor, last: bool) -> Tensor:
 def _fake(
     dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, rows: int, cols: int, *numbers: Any
 ) -> Tensor:
+    geometry = Geometry(*numbers)
+    check_channels(_OP, x, geometry.shape, geometry.groups)
+    sizes = output_sizes(_OP, x, geometry.shape[2:], *geometry.steps)
+    expected = [x.shape[0], geometry.shape[0], *sizes]
+    if list(dy.shape) != expected:
+        raise ValueError(f"{_OP}: dy has shape {list(dy.shape)}, expected {expected}")
     return x.new_empty((col.shape[0], rows, cols))
 
 
