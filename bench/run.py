@@ -156,14 +156,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import block_plots
     import plots
     import report
-    from machine import Limits, cpu_name, describe_commit, describe_machine, describe_versions
+    from machine import (
+        Limits,
+        cpu_name,
+        describe_commit,
+        describe_machine,
+        describe_versions,
+        keep_freed_memory,
+    )
     from record import default_path, write_record
     from rich.console import Console
 
     begin = perf_counter()
     console = Console(highlight=False)
     console.width = max(console.width, LEAST_WIDTH)
-    machine = describe_machine()
+    machine = describe_machine() | {"keeps_freed_memory": keep_freed_memory()}
     limits = Limits.measure(list(options.dtypes), options.threads)
     report.print_machine(console, machine, describe_versions(), limits)
     if options.cold:

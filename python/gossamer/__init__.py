@@ -9,6 +9,7 @@ from . import formats, nn, ops, prune
 from .convert import convert
 from .fold import fold_batchnorm
 from .formats import Block
+from .fuse import fuse_activations
 from .info import info
 from .ops import (
     blocksparse_conv,
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "fold_batchnorm",
     "formats",
+    "fuse_activations",
     "grouped_linear",
     "info",
     "nn",
