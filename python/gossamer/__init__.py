@@ -11,6 +11,8 @@ from .fold import fold_batchnorm
 from .formats import Block
 from .info import info
 from .ops import (
+    actsparse_linear,
+    actsparse_outputs,
     blocksparse_conv,
     blocksparse_linear,
     grouped_linear,
@@ -23,6 +25,8 @@ __version__ = _version("gossamer")
 __all__ = [
     "Block",
     "__version__",
+    "actsparse_linear",
+    "actsparse_outputs",
     "blocksparse_conv",
     "blocksparse_linear",
     "convert",
