@@ -54,8 +54,8 @@ struct OutputsArgs {
 // False, with nothing written, where so much of x is active that a dense product of the masked x
 // takes less time.
 bool linear(const LinearArgs& args);
-void linear_serial(const LinearArgs& args);  // the readable definition
-void outputs(const OutputsArgs& args);
+void linear_serial(const LinearArgs& args);    // the readable definition
+bool outputs(const OutputsArgs& args);         // the same, of what is wanted
 void outputs_serial(const OutputsArgs& args);  // the readable definition
 
 // Whose kernels the target in force has for a dtype.

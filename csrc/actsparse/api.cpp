@@ -71,7 +71,7 @@ bool bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
                  threads});
 }
 
-void bind_outputs(const TensorView& out, const TensorView& x, const TensorView& weight,
+bool bind_outputs(const TensorView& out, const TensorView& x, const TensorView& weight,
                   const TensorView& wanted, const std::optional<TensorView>& bias,
                   const std::string& activation, int threads) {
   constexpr const char* op = "actsparse_outputs";
@@ -85,8 +85,8 @@ void bind_outputs(const TensorView& out, const TensorView& x, const TensorView& 
   check_shape(op, "wanted", wanted, m, n);
   check_contiguous(op, "wanted", wanted);
   const void* bias_data = bias_of(op, bias, n, x.dtype, x);
-  outputs({x.dtype, m, n, k, x.data, x.strides[0], weight.data, weight.strides[0], bias_data,
-           wanted.as<const uint8_t>(), activation_of(op, activation), out.data, threads});
+  return outputs({x.dtype, m, n, k, x.data, x.strides[0], weight.data, weight.strides[0], bias_data,
+                  wanted.as<const uint8_t>(), activation_of(op, activation), out.data, threads});
 }
 
 }  // namespace

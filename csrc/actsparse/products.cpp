@@ -74,20 +74,23 @@ struct Costs {
 };
 constexpr Costs kFloat32 = {1.1, 0.015, 0.12, 1.8, 0.044};
 constexpr Costs k16Bits = {1.1, 0.03, 0.2, 1.9, 0.012};
+// Of outputs, beside the other layout of a dense weight.
+constexpr Costs kFloat32Outputs = {1.1, 0.0, 0.12, 3.4, 0.02};
+constexpr Costs k16BitsOutputs = {1.1, 0.0, 0.25, 1.4, 0.01};
 
-// Judged by the first tile.
-bool dense_wins(const LinearArgs& args, int64_t tokens, const ActiveRow* rows, int64_t row_count) {
+// Of m tokens, judged by the first ones and by the rows of `most` that they have active.
+bool dense_wins(const Costs& costs, int64_t m, int64_t tokens, const ActiveRow* rows,
+                int64_t row_count, int64_t most) {
   if (tokens == 1) return false;
   int64_t products = 0;
   for (int64_t i = 0; i < row_count; ++i) products += std::popcount(rows[i].tokens);
-  const Costs& costs = args.dtype == DType::kFloat32 ? kFloat32 : k16Bits;
   const auto share = [&](int64_t count) {
-    return static_cast<double>(count) / static_cast<double>(std::max<int64_t>(args.k, 1));
+    return static_cast<double>(count) / static_cast<double>(std::max<int64_t>(most, 1));
   };
   const double tile = costs.row * share(row_count) + costs.token * static_cast<double>(tokens) +
                       costs.product * share(products);
-  const double tiles = static_cast<double>(args.m) / static_cast<double>(tokens);
-  return tile * tiles > costs.dense + costs.dense_token * static_cast<double>(args.m);
+  const double tiles = static_cast<double>(m) / static_cast<double>(tokens);
+  return tile * tiles > costs.dense + costs.dense_token * static_cast<double>(m);
 }
 
 // One row more than there can be: those who look for active ones write before they count.
@@ -103,7 +106,8 @@ bool linear_tile(const LinearArgs& args, const Unit& unit, int64_t first, int64_
   const Tokens x = {at(args.x, first * args.x_stride), args.x_stride, count, args.threshold};
   ActiveRow* rows = rows_for(args.k);
   const int64_t row_count = find_active(unit, x, args.k, args.threads, rows);
-  if (first == 0 && dense_wins(args, count, rows, row_count)) return false;
+  const Costs& costs = args.dtype == DType::kFloat32 ? kFloat32 : k16Bits;
+  if (first == 0 && dense_wins(costs, args.m, count, rows, row_count, args.k)) return false;
   const double work = static_cast<double>(row_count * args.n * count);
   parallel_ranges(
       threads_for_work(args.threads, work), ceil_div(args.n, kBlockN),
@@ -124,14 +128,18 @@ bool linear_tile(const LinearArgs& args, const Unit& unit, int64_t first, int64_
   return true;
 }
 
-void outputs_tile(const OutputsArgs& args, const Unit& unit, int64_t first, int64_t count) {
+bool outputs_tile(const OutputsArgs& args, const Unit& unit, int64_t first, int64_t count) {
   const int64_t size = size_of(args.dtype);
-  const Tokens x = {static_cast<const char*>(args.x) + first * args.x_stride * size, args.x_stride,
-                    count, 0};
   ActiveRow* rows = rows_for(args.n);
   const int64_t row_count = find_wanted(args.wanted + first * args.n, count, args.n, rows);
+  const Costs& costs = args.dtype == DType::kFloat32 ? kFloat32Outputs : k16BitsOutputs;
+  if (first == 0 && dense_wins(costs, args.m, count, rows, row_count, args.n)) return false;
   auto* out = static_cast<char*>(args.out) + first * args.n * size;
   std::memset(out, 0, count * args.n * size);
+  auto* x = static_cast<float*>(sums.at_least(count * args.k * int64_t{sizeof(float)}));
+  unit.to_floats(
+      {static_cast<const char*>(args.x) + first * args.x_stride * size, args.x_stride, count, 0},
+      args.k, x);
   const double work = static_cast<double>(row_count * args.k * count);
   parallel_ranges(threads_for_work(args.threads, work), row_count, [&](int64_t begin, int64_t end) {
     unit.outputs({args.weight,
@@ -142,13 +150,17 @@ void outputs_tile(const OutputsArgs& args, const Unit& unit, int64_t first, int6
                   end - begin,
                   {args.bias, args.activation, out, args.n, args.n}});
   });
+  return true;
 }
 
+// Whether all tiles were computed: it is the first one that may refuse.
 template <class Args, class Tile>
-void for_tiles(const Args& args, const Tile& tile) {
-  for (int64_t first = 0; first < args.m; first += kMostTokens) {
-    tile(first, std::min(kMostTokens, args.m - first));
+bool for_tiles(const Args& args, const Tile& tile) {
+  bool computed = true;
+  for (int64_t first = 0; first < args.m && computed; first += kMostTokens) {
+    computed = tile(first, std::min(kMostTokens, args.m - first));
   }
+  return computed;
 }
 
 }  // namespace
@@ -159,17 +171,18 @@ bool linear(const LinearArgs& args) {
     linear_serial(args);
     return true;
   }
-  bool computed = true;
-  for_tiles(args, [&](int64_t first, int64_t count) {
-    computed = computed && linear_tile(args, *unit, first, count);
-  });
-  return computed;
+  return for_tiles(
+      args, [&](int64_t first, int64_t count) { return linear_tile(args, *unit, first, count); });
 }
 
-void outputs(const OutputsArgs& args) {
+bool outputs(const OutputsArgs& args) {
   const Unit* unit = choose(args.dtype).unit;
-  if (unit == nullptr) return outputs_serial(args);
-  for_tiles(args, [&](int64_t first, int64_t count) { outputs_tile(args, *unit, first, count); });
+  if (unit == nullptr) {
+    outputs_serial(args);
+    return true;
+  }
+  return for_tiles(
+      args, [&](int64_t first, int64_t count) { return outputs_tile(args, *unit, first, count); });
 }
 
 const char* kernel_target(DType dtype) {

@@ -39,7 +39,7 @@ struct LinearTask {
 struct OutputsTask {
   const void* weight;  // [n, k]
   int64_t weight_stride, k;
-  Tokens x;
+  const float* x;         // [tokens, k]
   const ActiveRow* rows;  // the outputs to compute, as ActiveRow::k, and for which tokens
   int64_t row_count;
   Epilogue epilogue;  // its out is the first token's row, at output 0
@@ -50,6 +50,7 @@ struct Unit {
   int64_t (*find_active)(const Tokens& x, int64_t first, int64_t k, ActiveRow* rows);
   int64_t (*sums_bytes)(int64_t tokens, int64_t columns);
   void (*linear)(const LinearTask& task);
+  void (*to_floats)(const Tokens& x, int64_t k, float* floats);
   void (*outputs)(const OutputsTask& task);
 };
 

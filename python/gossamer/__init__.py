@@ -6,6 +6,7 @@ import torch  # noqa: F401  # isort: skip
 from importlib.metadata import version as _version
 
 from . import formats, nn, ops, prune
+from .calibrate import calibrate_thresholds
 from .convert import convert
 from .fold import fold_batchnorm
 from .formats import Block
@@ -29,6 +30,7 @@ __all__ = [
     "actsparse_outputs",
     "blocksparse_conv",
     "blocksparse_linear",
+    "calibrate_thresholds",
     "convert",
     "fold_batchnorm",
     "formats",

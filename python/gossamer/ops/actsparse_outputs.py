@@ -75,8 +75,9 @@ def actsparse_outputs(
 
     Notes
     -----
-    The sums are computed row by row of the weight, each for the tokens that want it: a layer of
-    which nearly everything is wanted is faster dense. No gradient flows to ``wanted``.
+    The sums are computed row by row of the weight, each for the tokens that want it. Where a dense
+    product takes less time, because there are several tokens that want much, that is computed and
+    masked instead. No gradient flows to ``wanted``.
 
     Examples
     --------
@@ -136,7 +137,7 @@ def _native(
 ) -> Tensor:
     out = _empty_result(x, weight, wanted, bias)
     rows = as_rows(x, x.dim())
-    _C.actsparse_outputs(
+    computed = _C.actsparse_outputs(
         as_rows(out, out.dim()),
         rows if rows.stride(1) == 1 else rows.contiguous(),
         weight if weight.stride(1) == 1 else weight.contiguous(),
@@ -145,13 +146,19 @@ def _native(
         activation,
         torch.get_num_threads(),
     )
-    return out
+    return out if computed else _dense(x, weight, wanted, bias, activation)
 
 
 def _native_cuda(
     x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     _fake(x, weight, wanted, bias, activation)  # for its checks
+    return _dense(x, weight, wanted, bias, activation)
+
+
+def _dense(
+    x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
     y = F.linear(x, weight, bias)
     activate = activation_of(_OP, activation)
     return torch.where(wanted, y if activate is None else activate(y), 0)
