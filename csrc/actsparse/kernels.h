@@ -47,8 +47,30 @@ struct Kernels : Finish<S, T> {
     return bits & static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
   }
 
+  template <class W>
+  static F load_some(const W* p, int64_t count) {
+    W padded[kLanes] = {};
+    __builtin_memcpy(padded, p, count * sizeof(W));
+    return S::load(padded);
+  }
+
+  static int64_t find_of_one(const Tokens& x, int64_t first, int64_t k, ActiveRow* rows) {
+    const T* from = static_cast<const T*>(x.data) + first;
+    const auto threshold = S::as_int(S::set1(static_cast<float>(x.threshold)));
+    ActiveRow* to = rows;
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const F values = k - i < kLanes ? load_some(from + i, k - i) : S::load(from + i);
+      const auto magnitudes = S::and_(S::as_int(values), S::set1(0x7fffffffu));
+      for (uint32_t left = S::above(magnitudes, threshold); left != 0; left &= left - 1) {
+        *to++ = {first + i + __builtin_ctz(left), 1};
+      }
+    }
+    return to - rows;
+  }
+
   // Magnitudes are in the order of their bits, infinity and NaN after all numbers.
   static int64_t find_active(const Tokens& x, int64_t first, int64_t k, ActiveRow* rows) {
+    if (x.count == 1) return find_of_one(x, first, k, rows);
     T rounded;
     round_to(static_cast<float>(x.threshold), rounded);
     const Bits threshold = magnitude(&rounded);
@@ -70,13 +92,6 @@ struct Kernels : Finish<S, T> {
       }
     }
     return to - rows;
-  }
-
-  template <class W>
-  static F load_some(const W* p, int64_t count) {
-    W padded[kLanes] = {};
-    __builtin_memcpy(padded, p, count * sizeof(W));
-    return S::load(padded);
   }
 
   // y[c] += x[0] row[0][c] + x[1] row[1][c] + ..., each product added to the sum in turn. `ahead`
