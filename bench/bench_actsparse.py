@@ -1,4 +1,4 @@
-"""Linear layers whose input is partly zero, against dense ones and their own kernel without zeros."""
+"""Linear layers whose input is partly zero, against dense ones and their own kernel at no zeros."""
 
 from __future__ import annotations
 

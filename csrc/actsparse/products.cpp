@@ -72,8 +72,8 @@ int64_t find_wanted(const uint8_t* wanted, int64_t tokens, int64_t n, ActiveRow*
 struct Costs {
   double row, token, product, dense, dense_token;
 };
-constexpr Costs kFloat32 = {1.1, 0.015, 0.12, 1.8, 0.044};
-constexpr Costs k16Bits = {1.1, 0.03, 0.2, 1.9, 0.012};
+constexpr Costs kFloat32 = {1.1, 0.015, 0.12, 2.0, 0.044};
+constexpr Costs k16Bits = {1.1, 0.03, 0.15, 2.5, 0.012};
 // Of outputs, beside the other layout of a dense weight.
 constexpr Costs kFloat32Outputs = {1.1, 0.0, 0.12, 3.4, 0.02};
 constexpr Costs k16BitsOutputs = {1.1, 0.0, 0.25, 1.4, 0.01};
