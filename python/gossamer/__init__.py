@@ -6,12 +6,15 @@ import torch  # noqa: F401  # isort: skip
 from importlib.metadata import version as _version
 
 from . import formats, nn, ops, prune
+from .calibrate import calibrate_thresholds
 from .convert import convert
 from .fold import fold_batchnorm
 from .formats import Block
 from .fuse import fuse_activations
 from .info import info
 from .ops import (
+    actsparse_linear,
+    actsparse_outputs,
     blocksparse_conv,
     blocksparse_linear,
     grouped_linear,
@@ -24,8 +27,11 @@ __version__ = _version("gossamer")
 __all__ = [
     "Block",
     "__version__",
+    "actsparse_linear",
+    "actsparse_outputs",
     "blocksparse_conv",
     "blocksparse_linear",
+    "calibrate_thresholds",
     "convert",
     "fold_batchnorm",
     "formats",
