@@ -4,6 +4,7 @@ from .conv import SparseConv, SparseConv1d, SparseConv2d, SparseConv3d
 from .grouped import GroupedLinear
 from .linear import SparseLinear
 from .linear_quantized import SparseLinearQuantized
+from .sparse_training import SparseTrainingLinear
 
 __all__ = [
     "GroupedLinear",
@@ -13,4 +14,5 @@ __all__ = [
     "SparseConv3d",
     "SparseLinear",
     "SparseLinearQuantized",
+    "SparseTrainingLinear",
 ]

@@ -26,10 +26,14 @@ from .scores import (
     WeightGradient,
 )
 from .sparsifier import Sparsifier
+from .straight import SRSTE, SSTE, STE, MaskedDecay
 
 __all__ = [
     "NM",
     "SNIP",
+    "SRSTE",
+    "SSTE",
+    "STE",
     "Block",
     "Blocks",
     "ConstantFanIn",
@@ -42,6 +46,7 @@ __all__ = [
     "Gradient",
     "LotteryRounds",
     "Magnitude",
+    "MaskedDecay",
     "Momentum",
     "OneShot",
     "Pattern",

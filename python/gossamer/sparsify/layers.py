@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from ..conversion.eligibility import Obstacles
 from ..conversion.selection import layer_sites, left_out
@@ -52,7 +53,10 @@ class Layer:
 
     @property
     def weight(self) -> nn.Parameter:
+        """The dense Parameter, also where a recipe computes the module's weight from it."""
         weight = self.module.weight
+        if parametrize.is_parametrized(self.module, "weight"):
+            weight = self.module.parametrizations.weight.original  # type: ignore[union-attr]
         assert isinstance(weight, nn.Parameter)
         return weight
 

@@ -162,12 +162,24 @@ class NM(Pattern):
         return max(least, blocks_kept(math.prod(shape), 1 - sparsity))
 
     def select(self, units: Tensor, keep: int) -> Tensor:
-        kept = largest(units, self.n) & (units > -torch.inf)
+        kept = self._best(units) & (units > -torch.inf)
         more = keep - int(kept.sum())
         if more > 0:
             rest = units.masked_fill(kept, -torch.inf)
             kept |= largest(rest.reshape(1, -1), more).view_as(kept)
         return kept
+
+    def _best(self, units: Tensor) -> Tensor:
+        """``largest`` of n: for few entries faster by comparing all of them."""
+        if self.m > 8:
+            return largest(units, self.n)
+        numbers = units.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).unbind(-1)
+        kept = []
+        for i, own in enumerate(numbers):
+            better = [x >= own if j < i else x > own for j, x in enumerate(numbers) if j != i]
+            rank = sum(b.to(torch.uint8) for b in better)
+            kept.append(rank < self.n)
+        return torch.stack(kept, -1)
 
 
 @dataclass(frozen=True)
