@@ -199,5 +199,5 @@ def test_bad_use_of_the_layer() -> None:
         SparseTrainingLinear(4, 4, refresh=0)
     with pytest.raises(ValueError, match="soft threshold moves"):
         SparseTrainingLinear(4, 4, projection="soft", refresh=2)
-    with pytest.raises(TypeError, match="x is torch.float64"):
+    with pytest.raises(TypeError, match=r"x is torch\.float64"):
         SparseTrainingLinear(4, 4)(torch.randn(2, 4, dtype=torch.float64))

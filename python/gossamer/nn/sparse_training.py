@@ -150,8 +150,8 @@ class SparseTrainingLinear(nn.Linear):
 
     @torch.no_grad()
     def projected(self) -> Tensor:
-        """P(W), dense [N, K]."""
-        return self._project().dense.clone()
+        """P(W), dense [N, K]; not to be written to."""
+        return self._project().dense
 
     def _project(self) -> _Projected:
         """P(W) of the weight as it is; what it was made of is remembered by its version."""

@@ -3,6 +3,8 @@
 from ..formats import Block
 from .dynamic import DropGrow
 from .patterns import NM, Blocks, ConstantFanIn, Filters, Pattern, RowBalanced, Unstructured
+from .permute import channel_permutation
+from .posttraining import Pruned, prune_after_training
 from .report import SparsityReport
 from .schedules import (
     Cubic,
@@ -51,6 +53,7 @@ __all__ = [
     "OneShot",
     "Pattern",
     "PlateauBisection",
+    "Pruned",
     "RowBalanced",
     "Schedule",
     "Score",
@@ -61,4 +64,6 @@ __all__ = [
     "Unstructured",
     "WandaScore",
     "WeightGradient",
+    "channel_permutation",
+    "prune_after_training",
 ]

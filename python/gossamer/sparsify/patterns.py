@@ -177,8 +177,7 @@ class NM(Pattern):
         kept = []
         for i, own in enumerate(numbers):
             better = [x >= own if j < i else x > own for j, x in enumerate(numbers) if j != i]
-            rank = sum(b.to(torch.uint8) for b in better)
-            kept.append(rank < self.n)
+            kept.append(torch.stack(better).sum(0) < self.n)
         return torch.stack(kept, -1)
 
 

@@ -138,17 +138,13 @@ class STE(Sparsifier):
         ]
 
     @torch.no_grad()
-    def masked_part(self, layer: Layer) -> Tensor:
-        """(1 - M) W."""
-        fast = self._swapped.get(layer.name)
-        if fast is not None:
-            return layer.weight - fast.projected()
-        return layer.weight.masked_fill(layer.mask, 0)
-
     def _add_decay(self, *_: Any) -> None:
+        """Add decay (W - M W) to the gradients."""
         for layer in self.layers:
-            if layer.weight.grad is not None:
-                layer.weight.grad.add_(self.masked_part(layer), alpha=self.decay)
+            grad, fast = layer.weight.grad, self._swapped.get(layer.name)
+            if grad is not None:
+                masked = layer.weight * layer.mask if fast is None else fast.projected()
+                grad.add_(layer.weight, alpha=self.decay).sub_(masked, alpha=self.decay)
 
     @torch.no_grad()
     def to_dense(self, project: bool = False) -> None:
