@@ -104,7 +104,7 @@ def distil(
     rate: float,
     told: Callable[[str], None],
 ) -> STE:
-    """Train the student under the 2:4 kernels until the time is spent; the teacher's counts, too."""
+    """Train the student by the 2:4 kernels until the time is spent; the teacher's counts, too."""
     optimizer = torch.optim.Adam(student.parameters(), rate)
     sparsifier = STE(student, optimizer, refresh=4, include="encoder")
     order, step, begin = random.Random(SEED), 0, time.process_time()

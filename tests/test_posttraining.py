@@ -21,6 +21,11 @@ from torch import Tensor, nn
 PATTERNS = [NM(2, 4), Unstructured(), ConstantFanIn(), Block(4, 4)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads: int) -> None:
+    torch.set_num_threads(1)  # the products are too small for more
+
+
 def inputs(rows: int, columns: int) -> Tensor:
     """Correlated, of unlike sizes, and one that is always zero."""
     mix = torch.randn(columns, columns) / columns**0.5 + torch.eye(columns)

@@ -21,6 +21,11 @@ from torch import Tensor, nn
 ODD = [(8, 16), (5, 10), (7, 3), (16, 33), (1, 1)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads: int) -> None:
+    torch.set_num_threads(1)  # the products are too small for more
+
+
 def plain_soft(weight: Tensor) -> Tensor:
     padded = nn.functional.pad(weight, (0, -weight.shape[1] % 4)).unflatten(-1, (-1, 4))
     least = padded.abs().sort(-1).values[..., 1:2]

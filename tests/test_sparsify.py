@@ -32,6 +32,12 @@ from gossamer.sparsify import (
 )
 from torch import Tensor, nn
 
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads: int) -> None:
+    torch.set_num_threads(1)  # the products are too small for more
+
+
 PATTERNS: list[Pattern] = [
     Unstructured(),
     NM(2, 4),

@@ -31,8 +31,10 @@ def allocate(layers: Sequence[Layer], sparsity: float, distribution: str) -> lis
     return share_out([r * n for r, n in zip(raw, sizes, strict=True)], sizes, wanted)
 
 
-def share_out(shares: Sequence[float], room: Sequence[int], total: int) -> list[int]:
-    """Whole numbers in proportion to shares, from 1 to the room of each, that sum to ``total``."""
+def share_out(
+    shares: Sequence[float], room: Sequence[int], total: int, least: int = 1
+) -> list[int]:
+    """Whole numbers in proportion to shares, from least to the room of each, of a given sum."""
     full: set[int] = set()
     while True:
         free = [i for i in range(len(room)) if i not in full]
@@ -44,12 +46,12 @@ def share_out(shares: Sequence[float], room: Sequence[int], total: int) -> list[
             break
         full |= over
     exact = [float(room[i]) if i in full else shares[i] * scale for i in range(len(room))]
-    counts = [min(r, max(1, int(x))) for x, r in zip(exact, room, strict=True)]
+    counts = [min(r, max(least, int(x))) for x, r in zip(exact, room, strict=True)]
     # The largest remainders are rounded up, the lower index first.
     order = sorted(range(len(room)), key=lambda i: counts[i] - exact[i])
     while (missing := total - sum(counts)) != 0:
         step = 1 if missing > 0 else -1
-        movable = [i for i in order if 1 <= counts[i] + step <= room[i]]
+        movable = [i for i in order if least <= counts[i] + step <= room[i]]
         if not movable:
             break
         for i in movable[: abs(missing)] if step > 0 else movable[::-1][: abs(missing)]:

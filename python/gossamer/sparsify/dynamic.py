@@ -31,7 +31,8 @@ class DropGrow(Sparsifier):
     grow : Score, optional
         The best are grown; without one a random choice.
     deviation : float
-        Of the normal distribution that grown entries begin with; 0 begins with 0.
+        Of the normal distribution that grown entries begin with; 0 begins with 0, and leaves an
+        entry that was dropped and grown at once what it was.
     """
 
     grows = True
@@ -56,7 +57,7 @@ class DropGrow(Sparsifier):
     def drop_and_grow(self, fraction: float) -> None:
         lives = [int(layer.kept.sum()) for layer in self.layers]
         survivors = [
-            self.survivors(layer, int(fraction * live))
+            self.of_rank_0(self.survivors(layer, int(fraction * live)))
             for layer, live in zip(self.layers, lives, strict=True)
         ]
         counts = self.counts(lives, [int(kept.sum()) for kept in survivors])
@@ -66,8 +67,8 @@ class DropGrow(Sparsifier):
                 for layer, kept, count in zip(self.layers, survivors, counts, strict=True)
             ]
         )
-        for layer in self.layers:
-            self._begin(layer)
+        for layer, kept in zip(self.layers, survivors, strict=True):
+            self._begin(layer, kept)
         self.apply()
 
     def survivors(self, layer: Layer, dropped: int) -> Tensor:
@@ -87,11 +88,12 @@ class DropGrow(Sparsifier):
         finite = worth.double().clamp(max=torch.finfo(torch.float32).max)
         return finite.masked_fill(padded, -torch.inf).masked_fill(survivors, torch.inf)
 
-    def _begin(self, layer: Layer) -> None:
+    def _begin(self, layer: Layer, survivors: Tensor) -> None:
         """Give the grown entries of a layer their first values."""
         assert layer.fresh is not None
         layer.weight.masked_fill_(layer.fresh, 0)
         if self.deviation > 0:
+            grown = layer.mask & ~self.pattern.cover(survivors, layer.shape, layer.groups)
             # As many numbers whatever the device, from the generator that is saved.
-            numbers = torch.randn(int(layer.fresh.sum()), generator=self.generator)
-            layer.weight[layer.fresh] = (self.deviation * numbers).to(layer.weight)
+            numbers = torch.randn(int(grown.sum()), generator=self.generator)
+            layer.weight[grown] = (self.deviation * numbers).to(layer.weight)

@@ -51,6 +51,10 @@ class Pattern:
         """The bool mask of a weight whose units [lanes, units] are kept."""
         raise NotImplementedError
 
+    def spread(self, numbers: Tensor, shape: Shape, groups: int) -> Tensor:
+        """A number for each unit [lanes, units] -> the same for each entry of the weight."""
+        return self.cover(numbers, shape, groups)
+
     def keep(self, units: Shape, shape: Shape, sparsity: float) -> int:
         """How many of [lanes, units] are kept at a sparsity: the nearest number, at least one."""
         return units[0] * blocks_kept(units[1], 1 - sparsity)

@@ -115,7 +115,7 @@ class Cubic(Schedule):
 class DropAndGrow(Schedule):
     """Constant sparsity; every so many steps a share of what lives is dropped, and as much grown.
 
-    The share is fraction / 2 * (1 + cos(pi t / end)), or constant.
+    The share is final + (fraction - final) / 2 * (1 + cos(pi t / end)), or constant.
 
     Parameters
     ----------
@@ -127,7 +127,9 @@ class DropAndGrow(Schedule):
     fraction : float
         The share at the beginning, in (0, 1).
     cosine : bool
-        Whether the share falls to 0.
+        Whether the share falls.
+    final : float
+        To what it falls.
 
     References
     ----------
@@ -143,18 +145,21 @@ class DropAndGrow(Schedule):
         every: int = 100,
         fraction: float = 0.3,
         cosine: bool = True,
+        final: float = 0.0,
     ) -> None:
         super().__init__(sparsity)
         check_steps("DropAndGrow", 0, end, every)
         if not 0 < fraction < 1:
             raise ValueError(f"DropAndGrow: fraction {fraction}, expected in (0, 1)")
-        self.end, self.every, self.fraction, self.cosine = end, every, fraction, cosine
+        self.end, self.every, self.fraction = end, every, fraction
+        self.cosine, self.final = cosine, final
 
     def at(self, step: int) -> float:
         """The share that changes after a step."""
         if not self.cosine:
             return self.fraction
-        return self.fraction / 2 * (1 + math.cos(math.pi * step / self.end))
+        part = (1 + math.cos(math.pi * step / self.end)) / 2
+        return self.final + (self.fraction - self.final) * part
 
     def start(self, sparsifier: Sparsifier) -> None:
         sparsifier.prune_randomly(self.sparsity)

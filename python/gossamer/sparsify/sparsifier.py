@@ -228,12 +228,16 @@ class Sparsifier:
         """Take over new masks, those of rank 0, and note what they change."""
         changed = {}
         for layer, units in zip(self.layers, kept, strict=True):
-            if self._synchronised:
-                shared = units.to(torch.uint8)
-                dist.broadcast(shared, 0)
-                units = shared.bool()
-            changed[layer.name] = layer.take(units)
+            changed[layer.name] = layer.take(self.of_rank_0(units))
         self.history.append(MaskChange.of(self.steps, self.layers, changed))
+
+    def of_rank_0(self, units: Tensor) -> Tensor:
+        """What the first rank has for these bools."""
+        if not self._synchronised:
+            return units
+        shared = units.to(torch.uint8)
+        dist.broadcast(shared, 0)
+        return shared.bool()
 
     def report(self) -> SparsityReport:
         """What each layer has become, and how; prints as a table, ``plot()`` draws it."""
