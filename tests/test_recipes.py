@@ -179,7 +179,7 @@ def test_set_drops_of_either_sign_and_grows_normal_values() -> None:
         assert (layer.weight != w)[side & before & (w.abs() < 0.999 * cut)].all()
     grown = layer.weight[made.masks["0"] & (layer.weight != w)]
     assert len(grown) == pytest.approx(3000, abs=2)
-    assert float(grown.std()) == pytest.approx(0.1, rel=0.05)
+    assert grown.std().item() == pytest.approx(0.1, rel=0.05)
 
 
 def test_dst_ee_tries_what_rarely_lived() -> None:

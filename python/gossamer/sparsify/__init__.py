@@ -4,7 +4,7 @@ from ..formats import Block
 from .dynamic import DropGrow
 from .patterns import NM, Blocks, ConstantFanIn, Filters, Pattern, RowBalanced, Unstructured
 from .permute import channel_permutation
-from .posttraining import Pruned, prune_after_training
+from .posttraining import NetTrim, Pruned, SparseGPT, Wanda, prune_after_training
 from .recipes import (
     DRESS,
     DSTEE,
@@ -80,6 +80,7 @@ __all__ = [
     "MaskSparsity",
     "MaskedDecay",
     "Momentum",
+    "NetTrim",
     "OneShot",
     "Pattern",
     "PlateauBisection",
@@ -89,12 +90,14 @@ __all__ = [
     "Schedule",
     "Score",
     "SecondOrder",
+    "SparseGPT",
     "SparseIFT",
     "SparseMomentum",
     "Sparsifier",
     "SparsityReport",
     "Taylor",
     "Unstructured",
+    "Wanda",
     "WandaScore",
     "WeightGradient",
     "channel_permutation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -231,3 +232,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+# Under the names of their papers.
+Wanda = functools.partial(prune_after_training, method="wanda")
+SparseGPT = functools.partial(prune_after_training, method="sparsegpt")
+NetTrim = functools.partial(prune_after_training, method="nettrim")
