@@ -25,6 +25,7 @@ from gossamer.sparsify import (
     SSTE,
     STE,
     WGSEF,
+    AdaSAP,
     AutoSparse,
     Block,
     ConstantFanIn,
@@ -101,6 +102,7 @@ RECIPES: dict[str, tuple[float, Builder]] = {
     "SSTE": (0.5, lambda m, o: SSTE(m, o, exclude="0")),
     "MaskedDecay": (0.5, lambda m, o: MaskedDecay(m, o, refresh=4, exclude="0")),
     "FISHMask": (0.8, lambda m, o: FISHMask(m, 0.2, 4)),
+    "AdaSAP": (0.5, lambda m, o: AdaSAP(m, 0.5, 10)),
 }
 WHOLE = ("GMP", "MIRL", "SET", "RigL", "DSTEE", "SparseMomentum", "GSM", "LOBSTER", "FISHMask")
 
@@ -402,6 +404,21 @@ def test_hesso_shrinks_a_part_in_each_period() -> None:
     torch.testing.assert_close(norms[6][norms[6] > 0], norms[0][norms[6] > 0])
     made = HESSO(one_layer(6, 24)[0], 0.6, divisible=8)
     assert made.kept_of(made.layers[0]) == 8
+
+
+def test_adasap_perturbs_the_least_neurons_most() -> None:
+    model, layer = one_layer(6, 3)
+    made = AdaSAP(model, 0.4, 10, 0.1, 0.5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[2.0], [1.0], [3.0]]).expand(3, 6))
+    w = layer.weight.detach().clone()
+    layer.weight.grad = g = torch.randn(3, 6)
+    unit = g / g.norm(dim=1, keepdim=True)
+    with made.perturbed():
+        rho = torch.tensor([[0.3], [0.5], [0.1]])
+        torch.testing.assert_close(layer.weight.detach(), w + rho * unit)
+        assert layer.weight.grad is None
+    assert torch.equal(layer.weight, w)
 
 
 def test_mask_sparsity_drives_the_masked_scales_alone() -> None:

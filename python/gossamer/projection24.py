@@ -44,8 +44,8 @@ def hard_threshold_24(weight: Tensor) -> tuple[Tensor, Sparse24]:
     return dense, Sparse24.from_dense(dense)
 
 
-def soft_threshold_24(weight: Tensor) -> Tensor:
-    """S(w) = sign(w) max(|w| - t, 0), t the second smallest magnitude of each four.
+def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> Tensor:
+    """scale S(w), S(w) = sign(w) max(|w| - t, 0), t the second smallest magnitude of each four.
 
     At most two of four are left, and S is continuous in the weight, where keeping the two largest
     is not.
@@ -55,6 +55,7 @@ def soft_threshold_24(weight: Tensor) -> Tensor:
     weight : Tensor
         [..., K] of a floating-point dtype; K need not be a multiple of 4: what is missing counts as
         zeros.
+    scale : float
 
     Returns
     -------
@@ -69,7 +70,8 @@ def soft_threshold_24(weight: Tensor) -> Tensor:
     weight = weight.detach()
     columns = weight.shape[-1]
     if columns % 4 != 0:
-        return soft_threshold_24(F.pad(weight, (0, -columns % 4)))[..., :columns].contiguous()
+        padded = soft_threshold_24(F.pad(weight, (0, -columns % 4)), scale)
+        return padded[..., :columns].contiguous()
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows, kept in _in_parts(weight.contiguous(), out):
         magnitude = rows.abs()
@@ -77,7 +79,7 @@ def soft_threshold_24(weight: Tensor) -> Tensor:
         least = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
         least = torch.minimum(least, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
         magnitude.sub_(least[:, None].expand(-1, 4).contiguous()).relu_()
-        torch.copysign(magnitude, rows, out=kept)
+        torch.copysign(magnitude.mul_(scale), rows, out=kept)
     return out
 
 

@@ -163,7 +163,7 @@ class SparseTrainingLinear(nn.Linear):
             self.age.add_(1)
         shape = (self.out_features, self.in_features)
         if self.projection == "soft":
-            dense = soft_threshold_24(weight).mul_(self.scale.to(weight.dtype))
+            dense = soft_threshold_24(weight, float(self.scale))
             sparse = Sparse24.from_dense(dense)
         elif not self._searched or int(self.age) >= self.refresh:
             if self.projection == "hard":

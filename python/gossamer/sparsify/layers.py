@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,9 @@ class Layer:
     @property
     def weight(self) -> nn.Parameter:
         """The dense Parameter, also where a recipe computes the module's weight from it."""
-        weight = self.module.weight
-        if parametrize.is_parametrized(self.module, "weight"):
-            weight = self.module.parametrizations.weight.original  # type: ignore[union-attr]
+        module: Any = self.module
+        computed = parametrize.is_parametrized(module, "weight")
+        weight = module.parametrizations.weight.original if computed else module.weight
         assert isinstance(weight, nn.Parameter)
         return weight
 

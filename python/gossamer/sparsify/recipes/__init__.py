@@ -1,5 +1,6 @@
 """Recipes under the names of their papers; ``docs/recipes.md`` has a table of all."""
 
+from .adasap import AdaSAP
 from .autosparse import AutoSparse
 from .dress import DRESS
 from .dynamic import DSTEE, SET, RigL, SparseMomentum
@@ -22,6 +23,7 @@ __all__ = [
     "MIRL",
     "SET",
     "WGSEF",
+    "AdaSAP",
     "AutoSparse",
     "FISHMask",
     "MaskSparsity",
