@@ -5,7 +5,7 @@ import torch  # noqa: F401  # isort: skip
 
 from importlib.metadata import version as _version
 
-from . import formats, nn, ops, prune
+from . import formats, nn, ops, prune, sparsify
 from .calibrate import calibrate_thresholds
 from .convert import convert
 from .fold import fold_batchnorm
@@ -44,4 +44,5 @@ __all__ = [
     "quantize",
     "sparse24_linear",
     "sparse24_linear_quantized",
+    "sparsify",
 ]
