@@ -248,7 +248,8 @@ class Coordinates:
             raise ValueError(f"pointcloud: rule {rule!r} is unknown; {', '.join(RULES)}")
         if (target is not None) != (rule == "given"):
             raise ValueError(
-                f"pointcloud: rule {rule!r} {'takes no' if target is not None else 'needs a'} target"
+                f"pointcloud: rule {rule!r} "
+                + ("needs a target" if target is None else "takes no target")
             )
         window = self._window(kernel_size, stride, padding, dilation)
         kernel, step, pad, dilated = window
@@ -470,7 +471,7 @@ def _int32(coords: Tensor) -> Tensor:
         least, most = int(coords.min()), int(coords.max())
         if least < -(2**31) or most >= 2**31:
             raise ValueError(
-                f"pointcloud: coords range from {least} to {most}, beyond the int32 they are kept in"
+                f"pointcloud: coords range from {least} to {most}, beyond the int32 they become"
             )
     elif coords.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"pointcloud: coords are {coords.dtype}, expected torch.int32")
