@@ -1,7 +1,7 @@
 """A street seen by a spinning LiDAR, ray by ray, and scans from files.
 
 A sensor 1.8 m above the ground shoots 86 beams in 3000 directions a turn. Whatever of the scene is
-hit first, within 70 m, is a point: ground, cars, walls and poles, each position off by 2 cm of noise.
+hit first, within 70 m, is a point: ground, cars, walls and poles, each position with 2 cm of noise.
 At 0.1 m that is about 100,000 voxels in a grid of 1400 x 1400 x 40, with 9 neighbours each.
 """
 
