@@ -142,10 +142,11 @@ Rule rule_of(const std::string& text) {
   fail(kOp, ": no outputs '", text, "'; reached, floored or spread");
 }
 
-Outputs make_outputs(const TensorView& inputs, const Sides& box,
-                     const std::vector<std::vector<int64_t>>& window, const std::string& rule,
-                     const std::optional<std::vector<int64_t>>& shape, int threads) {
-  const Rows rows = rows_of("inputs", inputs, std::nullopt);
+Outputs make_outputs(const TensorView& inputs, const std::optional<TensorView>& order,
+                     const Sides& box, const std::vector<std::vector<int64_t>>& window,
+                     const std::string& rule, const std::optional<std::vector<int64_t>>& shape,
+                     int threads) {
+  const Rows rows = rows_of("inputs", inputs, order);
   GOSSAMER_CHECK(!shape || std::cmp_equal(shape->size() + 1, rows.columns), kOp, ": a shape of ",
                  shape ? shape->size() : 0, " axes for coordinates of ", rows.columns, " columns");
   return Outputs(rows, box_of(box, rows.columns), window_of(window, rows.columns - 1),
@@ -173,8 +174,8 @@ void bind_maps(py::module_& m) {
       .def("write", &write_pairs, py::arg("walker_ranks"), py::arg("target_ranks"),
            py::arg("tap_offsets"), py::arg("threads"), release());
   py::class_<Outputs>(m, "PointcloudOutputs")
-      .def(py::init(&make_outputs), py::arg("inputs"), py::arg("box"), py::arg("window"),
-           py::arg("rule"), py::arg("shape"), py::arg("threads"), release())
+      .def(py::init(&make_outputs), py::arg("inputs"), py::arg("order"), py::arg("box"),
+           py::arg("window"), py::arg("rule"), py::arg("shape"), py::arg("threads"), release())
       .def("__len__", &Outputs::count)
       .def("write", &write_outputs, py::arg("coords"), release());
 }

@@ -52,13 +52,15 @@ def match(
     return walker_of, target_of, tap_offsets
 
 
-def outputs(coords: Tensor, box: Box, window: Window, rule: str, shape: Size | None) -> Tensor:
+def outputs(
+    coords: Tensor, order: Tensor | None, box: Box, window: Window, rule: str, shape: Size | None
+) -> Tensor:
     """int32 [M, 1 + D], sorted: the outputs "reached", "floored" or "spread" as in ``plain``."""
     if coords.device.type != "cpu":
         if rule == "floored":
             return plain.floored(coords, window[1])
         return (plain.reached if rule == "reached" else plain.spread)(coords, *window, shape)
-    made = _C.PointcloudOutputs(coords, box, window, rule, shape, torch.get_num_threads())
+    made = _C.PointcloudOutputs(coords, order, box, window, rule, shape, torch.get_num_threads())
     out = torch.empty((len(made), coords.shape[1]), dtype=torch.int32)
     made.write(out)
     return out
