@@ -16,7 +16,7 @@ from .. import _C
 from .._library import library
 from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
-from .blocksparse_transpose import dx_by_blocks, transpose_blocks, transposed_geometry
+from .blocksparse_transpose import dx_by_blocks, phases_of, transpose_blocks, transposed_geometry
 from .conv_geometry import check_channels, output_sizes
 from .conv_operands import LAST, Geometry, as_5d, dense_gradients, is_channels_last
 
@@ -136,16 +136,44 @@ def dx_of(
     geometry: Geometry,
 ) -> Tensor:
     """Differentiable in dy and values."""
-    transposed = transposed_geometry(geometry)
-    if transposed is not None and dx_by_blocks(x_shape, values, geometry):
-        blocks = transpose_blocks(values, crow, col, geometry)
-        by_blocks: Tensor = _product()(dy, *blocks, None, *transposed, "none")
-        return by_blocks
+    if dx_by_blocks(x_shape, values, geometry):
+        transposed = transposed_geometry(geometry)
+        if transposed is not None:
+            blocks = transpose_blocks(values, crow, col, geometry)
+            by_blocks: Tensor = _product()(dy, *blocks, None, *transposed, "none")
+            return by_blocks
+        # How many blocks a phase has is known where there are numbers alone, and not per sample.
+        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            return _dx_by_phases(dy, values, crow, col, x_shape, geometry)
     shape, groups = geometry.shape, geometry.groups
     dense = ToDense.apply(values, crow, col, shape[0], taps_of(shape), shape[1], groups)
     dense = dense.transpose(1, 2).reshape(shape)
     dx, _ = dense_gradients(dy, None, dense, x_shape, geometry)
     assert dx is not None
+    return dx
+
+
+def _dx_by_phases(
+    dy: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    x_shape: Sequence[int],
+    geometry: Geometry,
+) -> Tensor:
+    phases = phases_of(geometry, x_shape, dy.shape)
+    last = LAST.get(dy.dim()) if is_channels_last(dy) else None
+    memory_format = torch.contiguous_format if last is None else last
+    dx = torch.empty(x_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+    pixels = 1
+    for step in geometry.stride:
+        pixels = pixels * step
+    if len(phases) < pixels:
+        dx.zero_()
+    for phase in phases:
+        blocks = transpose_blocks(values, crow, col, geometry, phase.taps)
+        part = _product()(dy, *blocks, None, *phase.geometry, "none")
+        dx[(..., *phase.pixels)] = part[(..., *phase.kept)]
     return dx
 
 
