@@ -146,6 +146,13 @@ def test_when_dx_goes_by_blocks() -> None:
     assert not chosen(0.4, 4, 512, torch.float32, 3, 3)
     assert chosen(0.2, 4, 512, torch.float32, 3, 3)
     assert not chosen(0.4, 16, 512, torch.float32)
+    for kernel, most in ((3, 0.25), (1, 0.5)):
+        shape, steps = (256, 256, kernel), ((2,), (kernel // 2,), (1,))
+        for density in (most, most + 0.05):
+            values = torch.empty(int(density * 256 * kernel), 16, 16)
+            geometry = Geometry(shape, 1, *steps)
+            by_blocks = blocksparse_transpose.dx_by_blocks((512, 256, 4), values, geometry)
+            assert by_blocks == (density == most)
     strided = Geometry((8, 8, 3), 1, (2,), (1,), (1,))
     assert blocksparse_transpose.transposed_geometry(strided) is None
     far = Geometry((8, 8, 3), 1, (1,), (3,), (1,))

@@ -86,12 +86,13 @@ void conv_serial(const ConvArgs& args);  // the definition; float64 has no other
 //
 //   dvalues[block][r, c] = sum_o dy[o, n + r] * x[at(o, tap), channel + c]
 //
-// over the pixels o of all images, n, tap and channel being where the block lies. Whether a number of dy that is not finite meets the zeros around x is up to a
-// kernel. The same for any number of threads.
+// over the pixels o of all images, n, tap and channel being where the block lies. Whether a number
+// of dy that is not finite meets the zeros around x is up to a kernel. The same for any number of
+// threads.
 struct DvaluesArgs {
-  Weight weight;    // its values are not read
+  Weight weight;  // its values are not read
   ConvShape shape;
-  const void* x;    // in the weight's dtype, as dy
+  const void* x;  // in the weight's dtype, as dy
   const void* dy;
   void* dvalues;
   int threads;

@@ -194,7 +194,7 @@ def _activation_of(module: nn.Module, node: fx.Node) -> str | None:
     if node.kwargs.get("approximate", "none") != "none":
         return None
     if node.op == "call_function":
-        return _FUNCTIONS.get(node.target)  # type: ignore[call-overload, no-any-return]
+        return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 

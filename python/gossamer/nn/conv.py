@@ -214,8 +214,9 @@ class SparseConv(TrainableModule):
             rest = (*kind, *geometry, activation, self.pattern.cols if packed else 0)
             return blocksparse_conv_tensors(x, *blocks, *rest)
         indices = None if packed else self.indices
+        rest = (*geometry, activation)
         dtype = self._panels_dtype or stored.dtype
-        return sparse24_conv_tensors(x, stored, indices, *kind, dtype, *geometry, activation)
+        return sparse24_conv_tensors(x, stored, indices, *kind, dtype, *rest)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

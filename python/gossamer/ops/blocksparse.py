@@ -347,15 +347,16 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, *indices = ctx.saved_tensors
+        x, values, crow, col = ctx.saved_tensors
         geometry = Geometry(*ctx.geometry)
         dx = dvalues = db = None
         if values is not None:
             if geometry.packed_cols:
                 values = panels_to_blocks(values, geometry.packed_cols)
-            dx = dx_of(dy, values, *indices, ctx.x_shape, geometry)
+            dx = dx_of(dy, values, crow, col, ctx.x_shape, geometry)
         if x is not None:
-            dvalues = dvalues_of(dy, x, *indices, *ctx.block, geometry)
+            rows, cols = ctx.block
+            dvalues = dvalues_of(dy, x, crow, col, rows, cols, geometry)
             if geometry.packed_cols:
                 dvalues = blocks_to_panels(dvalues)
         if ctx.needs_input_grad[4]:

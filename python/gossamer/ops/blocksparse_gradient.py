@@ -91,13 +91,13 @@ class Dvalues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dy, x, *indices = ctx.saved_tensors
+        dy, x, crow, col = ctx.saved_tensors
         geometry = Geometry(*ctx.geometry)
         ddy = dx = None
         if ctx.needs_input_grad[0]:
-            ddy = _product()(x, grad, *indices, None, *geometry, "none")
+            ddy = _product()(x, grad, crow, col, None, *geometry, "none")
         if ctx.needs_input_grad[1]:
-            dx = dx_of(dy, grad, *indices, x.shape, geometry)
+            dx = dx_of(dy, grad, crow, col, x.shape, geometry)
         return ddy, dx, *(None,) * (len(geometry) + 3)
 
 
@@ -173,7 +173,7 @@ def _dx_by_phases(
     for phase in phases:
         blocks = transpose_blocks(values, crow, col, geometry, phase.taps)
         part = _product()(dy, *blocks, None, *phase.geometry, "none")
-        dx[(..., *phase.pixels)] = part[(..., *phase.kept)]
+        dx[(..., *phase.pixels)] = part[(..., *phase.kept)]  # type: ignore[index]
     return dx
 
 
