@@ -144,7 +144,7 @@ def dx_of(
             return by_blocks
         # How many blocks a phase has is known where there are numbers alone, and not per sample.
         if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-            return _dx_by_phases(dy, values, crow, col, x_shape, geometry)
+            return _dx_by_phases(dy, (values, crow, col), x_shape, geometry)
     shape, groups = geometry.shape, geometry.groups
     dense = ToDense.apply(values, crow, col, shape[0], taps_of(shape), shape[1], groups)
     dense = dense.transpose(1, 2).reshape(shape)
@@ -154,12 +154,7 @@ def dx_of(
 
 
 def _dx_by_phases(
-    dy: Tensor,
-    values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    x_shape: Sequence[int],
-    geometry: Geometry,
+    dy: Tensor, weight: tuple[Tensor, Tensor, Tensor], x_shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     phases = phases_of(geometry, x_shape, dy.shape)
     last = LAST.get(dy.dim()) if is_channels_last(dy) else None
@@ -171,7 +166,7 @@ def _dx_by_phases(
     if len(phases) < pixels:
         dx.zero_()
     for phase in phases:
-        blocks = transpose_blocks(values, crow, col, geometry, phase.taps)
+        blocks = transpose_blocks(*weight, geometry, phase.taps)
         part = _product()(dy, *blocks, None, *phase.geometry, "none")
         dx[(..., *phase.pixels)] = part[(..., *phase.kept)]  # type: ignore[index]
     return dx
