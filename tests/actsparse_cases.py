@@ -67,8 +67,8 @@ CASES = (
     ActiveCase(3, 515, 77, "few"),
     ActiveCase(9, 256, 32, "all"),  # one strip of several tokens, one batch
     ActiveCase(8, 700, 2100, "few"),  # the search is shared out
-    ActiveCase(64, 2100, 40, "few"),  # more sums than are kept at once
-    *draw_cases(24),
+    ActiveCase(64, 4200, 9, "few"),  # more sums than are kept at once
+    *draw_cases(16),
 )
 
 
