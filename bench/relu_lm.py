@@ -34,16 +34,16 @@ class Sizes:
     """Of a model and its training; those of ``TINY`` take no time."""
 
     width: int = 256
-    hidden: int = 4096
-    layers: int = 3
+    hidden: int = 8192
+    layers: int = 2
     heads: int = 4
     context: int = 96
     batch: int = 12
-    steps: int = 80
+    steps: int = 60
     penalty: float = 1.0  # times the mean hidden activation, averaged over the layers
 
 
-TINY = Sizes(width=16, hidden=64, layers=2, heads=2, context=24, batch=2, steps=4)
+TINY = Sizes(width=16, hidden=64, layers=1, heads=2, context=24, batch=2, steps=4)
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 
 

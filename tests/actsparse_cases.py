@@ -66,9 +66,10 @@ CASES = (
     ActiveCase(1, 1031, 1100, "some"),  # several strips, more than one chunk of the search
     ActiveCase(3, 515, 77, "few"),
     ActiveCase(9, 256, 32, "all"),  # one strip of several tokens, one batch
-    ActiveCase(8, 700, 2100, "few"),  # the search is shared out
-    ActiveCase(64, 2100, 40, "few"),  # more sums than are kept at once
-    *draw_cases(24),
+    ActiveCase(8, 300, 1100, "few"),
+    ActiveCase(64, 3, 4200, "few"),  # the search is shared out
+    ActiveCase(64, 4200, 9, "few"),  # more sums than are kept at once
+    *draw_cases(14),
 )
 
 
