@@ -1,6 +1,5 @@
 // The search for pairs: one merge of walkers and targets a line of taps along the last axis.
 #include <algorithm>
-#include <cstring>
 
 #include "common/ceil_div.h"
 #include "common/scratch.h"
@@ -166,7 +165,7 @@ Pairs::Pairs(const Rows& walkers, const Rows& targets, const Box& target_box, co
             const int32_t n = chunk.counts[tap];
             const int32_t* walker = walkers_out + tap * kChunk;
             for (int32_t i = 0; i < n; ++i) to[i] = walker[i] + static_cast<int32_t>(begin);
-            std::memcpy(to + n, targets_out + tap * kChunk, n * sizeof(int32_t));
+            std::copy_n(targets_out + tap * kChunk, n, to + n);
             to += 2 * n;
           }
         }
@@ -195,13 +194,12 @@ void Pairs::write(int32_t* walker_ranks, int32_t* target_ranks, int threads) con
                       const int32_t* from = chunk.ranks.get();
                       for (int64_t tap = 0; tap < searched_; ++tap) {
                         const int64_t n = chunk.counts[tap], place = chunk.places[tap];
-                        const int64_t bytes = n * static_cast<int64_t>(sizeof(int32_t));
-                        std::memcpy(walker_ranks + tap_offsets_[tap] + place, from, bytes);
-                        std::memcpy(target_ranks + tap_offsets_[tap] + place, from + n, bytes);
+                        std::copy_n(from, n, walker_ranks + tap_offsets_[tap] + place);
+                        std::copy_n(from + n, n, target_ranks + tap_offsets_[tap] + place);
                         if (mirrored) {
                           const int64_t mirror = tap_offsets_[taps_ - 1 - tap] + place;
-                          std::memcpy(walker_ranks + mirror, from + n, bytes);
-                          std::memcpy(target_ranks + mirror, from, bytes);
+                          std::copy_n(from + n, n, walker_ranks + mirror);
+                          std::copy_n(from, n, target_ranks + mirror);
                         }
                         from += 2 * n;
                       }
