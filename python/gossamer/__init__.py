@@ -19,6 +19,8 @@ from .ops import (
     grouped_linear,
     sparse24_linear,
     sparse24_linear_quantized,
+    topk_decode,
+    topk_encode,
 )
 from .quantize import quantize
 
@@ -42,4 +44,6 @@ __all__ = [
     "quantize",
     "sparse24_linear",
     "sparse24_linear_quantized",
+    "topk_decode",
+    "topk_encode",
 ]

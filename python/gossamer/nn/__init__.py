@@ -5,6 +5,7 @@ from .conv import SparseConv, SparseConv1d, SparseConv2d, SparseConv3d
 from .grouped import GroupedLinear
 from .linear import SparseLinear
 from .linear_quantized import SparseLinearQuantized
+from .topk_autoencoder import TopKAutoencoder
 
 __all__ = [
     "ActSparseLinear",
@@ -16,4 +17,5 @@ __all__ = [
     "SparseLinear",
     "SparseLinearQuantized",
     "SparseMLP",
+    "TopKAutoencoder",
 ]

@@ -8,6 +8,7 @@ from .quantize_rows import quantize_rows
 from .sparse24 import sparse24_linear
 from .sparse24_conv import sparse24_conv
 from .sparse24_quantized import sparse24_linear_quantized
+from .topk import topk_decode, topk_encode
 
 __all__ = [
     "actsparse_linear",
@@ -19,4 +20,6 @@ __all__ = [
     "sparse24_conv",
     "sparse24_linear",
     "sparse24_linear_quantized",
+    "topk_decode",
+    "topk_encode",
 ]
