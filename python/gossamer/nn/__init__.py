@@ -1,5 +1,11 @@
 """Layers that take the place of torch's own."""
 
+from .activation import (
+    ClippedShiftedReLU,
+    ClippedSoftThreshold,
+    edge_of_chaos,
+    edge_of_chaos_,
+)
 from .activation_sparse import ActSparseLinear, SparseMLP
 from .conv import SparseConv, SparseConv1d, SparseConv2d, SparseConv3d
 from .grouped import GroupedLinear
@@ -9,6 +15,8 @@ from .topk_autoencoder import TopKAutoencoder
 
 __all__ = [
     "ActSparseLinear",
+    "ClippedShiftedReLU",
+    "ClippedSoftThreshold",
     "GroupedLinear",
     "SparseConv",
     "SparseConv1d",
@@ -18,4 +26,6 @@ __all__ = [
     "SparseLinearQuantized",
     "SparseMLP",
     "TopKAutoencoder",
+    "edge_of_chaos",
+    "edge_of_chaos_",
 ]

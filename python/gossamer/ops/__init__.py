@@ -5,6 +5,7 @@ from .actsparse_outputs import actsparse_outputs
 from .blocksparse import blocksparse_conv, blocksparse_linear
 from .grouped import grouped_linear
 from .quantize_rows import quantize_rows
+from .relu2 import relu2_24_linear
 from .sparse24 import sparse24_linear
 from .sparse24_conv import sparse24_conv
 from .sparse24_quantized import sparse24_linear_quantized
@@ -17,6 +18,7 @@ __all__ = [
     "blocksparse_linear",
     "grouped_linear",
     "quantize_rows",
+    "relu2_24_linear",
     "sparse24_conv",
     "sparse24_linear",
     "sparse24_linear_quantized",
