@@ -8,16 +8,22 @@ from .activation import (
 )
 from .activation_sparse import ActSparseLinear, SparseMLP
 from .conv import SparseConv, SparseConv1d, SparseConv2d, SparseConv3d
+from .delta import DeltaConv2d, DeltaLinear
 from .grouped import GroupedLinear
 from .linear import SparseLinear
 from .linear_quantized import SparseLinearQuantized
+from .position_masked import PositionMaskedConv2d, PositionMaskScheduler
 from .topk_autoencoder import TopKAutoencoder
 
 __all__ = [
     "ActSparseLinear",
     "ClippedShiftedReLU",
     "ClippedSoftThreshold",
+    "DeltaConv2d",
+    "DeltaLinear",
     "GroupedLinear",
+    "PositionMaskScheduler",
+    "PositionMaskedConv2d",
     "SparseConv",
     "SparseConv1d",
     "SparseConv2d",
