@@ -9,6 +9,7 @@ from .relu2 import relu2_24_linear
 from .sparse24 import sparse24_linear
 from .sparse24_conv import sparse24_conv
 from .sparse24_quantized import sparse24_linear_quantized
+from .spikes import pack_spikes, spike_linear, unpack_spikes
 from .topk import topk_decode, topk_encode
 
 __all__ = [
@@ -17,11 +18,14 @@ __all__ = [
     "blocksparse_conv",
     "blocksparse_linear",
     "grouped_linear",
+    "pack_spikes",
     "quantize_rows",
     "relu2_24_linear",
     "sparse24_conv",
     "sparse24_linear",
     "sparse24_linear_quantized",
+    "spike_linear",
     "topk_decode",
     "topk_encode",
+    "unpack_spikes",
 ]
