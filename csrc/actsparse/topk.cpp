@@ -80,11 +80,12 @@ class Tiles {
     slices_ = ceil_div(args.columns, kSlice);
   }
 
-  // Copying costs about what three direct reads do, and the loop over a tile of float16 saves less.
+  // Copying costs about what three direct reads of float32 do; 16-bit ones are cheaper, while the
+  // loop over a tile takes as long.
   // Sums are read and written once for each block, and out in short pieces.
   bool worth_it() const {
     const int64_t pairs = begin_of(args_, args_.bags);
-    const int64_t least_uses = args_.dtype == DType::kFloat16 ? 8 : 4;  // of a row
+    const int64_t least_uses = size_ == 2 ? 8 : 4;  // of a row
     return args_.columns >= kSlice && args_.matrix_rows * args_.columns * size_ > l2_bytes() &&
            pairs >= least_uses * args_.matrix_rows &&
            pairs >= args_.bags * std::max<int64_t>(blocks_, 8);
