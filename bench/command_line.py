@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from shapes import (
+    CODE_SHAPES,
+    CODE_TOKENS,
     CONV_SHAPES,
     DTYPES,
     EXPERT_SHAPES,
@@ -17,6 +19,7 @@ from shapes import (
     QUICK_ROWS,
     ROWS,
     SHAPES,
+    CodeShape,
     ConvShape,
     ExpertShape,
     LinearShape,
@@ -25,6 +28,17 @@ from shapes import (
 
 FEATURES = ("sparse24", "blocksparse", "grouped", "actsparse", "model", "relu-lm", "resnet50")
 QUICK_FEATURES = FEATURES[:-2]
+FEATURES = (
+    "sparse24",
+    "blocksparse",
+    "grouped",
+    "actsparse",
+    "codes",
+    "model",
+    "relu-lm",
+    "resnet50",
+)
+QUICK_FEATURES = FEATURES[:-1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -44,6 +58,7 @@ class Choices:
     quick_dtypes: tuple[str, ...]
     every_block: tuple[tuple[int, int] | str, ...] = ((16, 16), "2:4")
     quick_blocks: tuple[tuple[int, int] | str, ...] = ((16, 16),)
+    code_shapes: tuple[CodeShape, ...] = ()
 
     def blocks(self, quick: bool) -> tuple[tuple[int, int] | str, ...]:
         return self.quick_blocks if quick else self.every_block
@@ -54,7 +69,8 @@ def choices_of(device: str) -> Choices:
         every = tuple(DTYPES)
         layers, rows = (SHAPES, CONV_SHAPES, EXPERT_SHAPES), (ROWS, QUICK_ROWS)
         quick_dtypes = ("float32", "bfloat16")
-        return Choices(FEATURES, QUICK_FEATURES, *layers, *rows, every, every, quick_dtypes)
+        names = (every, every, quick_dtypes)
+        return Choices(FEATURES, QUICK_FEATURES, *layers, *rows, *names, code_shapes=CODE_SHAPES)
     import cuda_shapes as gpu
 
     features, default = ("sparse24", "blocksparse"), gpu.DEFAULT_DTYPES
@@ -76,6 +92,8 @@ class Options:
     expert_shapes: tuple[ExpertShape, ...]
     rows: tuple[int, ...]
     tokens: tuple[int, ...]  # an expert
+    code_shapes: tuple[CodeShape, ...]
+    code_tokens: tuple[int, ...]
     blocks: tuple[tuple[int, int] | str, ...]  # or "2:4"
     threads: int
     cold: bool
@@ -130,7 +148,7 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     on_gpu = "on a GPU bf16, fp16, fp8, int8, fp32"
     add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
-    add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert")
+    add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert; codes")
     add("--block", type=_blocks, metavar="16x16,2:4",
         help="patterns of blocksparse; 2:4 is for its convolutions on the CPU")  # fmt: skip
     add("--threads", type=_threads, help="default: what torch would use")
@@ -172,7 +190,13 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
         parser.error("argument --block: '2:4' on a GPU is the feature sparse24")
     try:
         layers = find_shapes(
-            given.shapes, (*choices.shapes, *choices.conv_shapes, *choices.expert_shapes)
+            given.shapes,
+            (
+                *choices.shapes,
+                *choices.conv_shapes,
+                *choices.expert_shapes,
+                *choices.code_shapes,
+            ),
         )
     except ValueError as error:
         parser.error(f"argument --shapes: {error}")
@@ -189,6 +213,8 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
         expert_shapes=tuple(shape for shape in layers if isinstance(shape, ExpertShape)),
         rows=given.m or (choices.quick_rows if given.quick else choices.rows),
         tokens=given.m or EXPERT_TOKENS,
+        code_shapes=tuple(shape for shape in layers if isinstance(shape, CodeShape)),
+        code_tokens=given.m or CODE_TOKENS,
         blocks=given.block or choices.blocks(given.quick),
         threads=given.threads or torch.get_num_threads(),
         cold=given.cold,

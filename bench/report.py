@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from bench_actsparse import ActiveCase
+from bench_codes import CodeCase
 from bench_grouped import GroupedCase
 from block_case import BlockCase
 from machine import MIB, Limits
@@ -186,6 +187,7 @@ def print_summary(
     blocks: Sequence[BlockCase],
     experts: Sequence[GroupedCase],
     active: Sequence[ActiveCase],
+    codes: Sequence[CodeCase],
     models: Sequence[ModelResult],
 ) -> None:
     """What somebody reads who reads nothing else."""
@@ -204,5 +206,9 @@ def print_summary(
         from active_report import print_active_summary
 
         print_active_summary(console, active)
+    if codes:
+        from code_report import print_code_summary
+
+        print_code_summary(console, codes)
     for result in models:
         _print_model(console, result)

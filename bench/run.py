@@ -23,6 +23,7 @@ from shapes import (
     ACTIVE_MODEL,
     ACTIVE_ROWS,
     BLOCK_ROWS,
+    CODE_KS,
     GOAL_MODEL,
     IMAGES,
     QUICK_ACTIVE_ROWS,
@@ -36,6 +37,7 @@ from timing import Effort
 if TYPE_CHECKING:
     from bench_actsparse import ActiveCase, ActivePlan
     from bench_blocksparse import BlockPlan
+    from bench_codes import CodeCase, CodePlan
     from bench_grouped import GroupedCase, GroupedPlan
     from bench_sparse24 import Plan
     from block_case import BlockCase
@@ -96,7 +98,7 @@ def _block_plan(options: Options) -> BlockPlan:
 def _run_cases(
     console: Console,
     bench: ModuleType,
-    plan: Plan | BlockPlan | GroupedPlan | ActivePlan,
+    plan: Plan | BlockPlan | GroupedPlan | ActivePlan | CodePlan,
     limits: Limits,
 ) -> list[Any]:
     from report import print_cases
@@ -165,6 +167,17 @@ def _run_actsparse(console: Console, options: Options, limits: Limits) -> list[A
     return _run_cases(console, bench_actsparse, plan, limits)
 
 
+def _run_codes(console: Console, options: Options, limits: Limits) -> list[CodeCase]:
+    import bench_codes
+
+    shapes, ks = options.code_shapes, CODE_KS
+    if options.quick and not options.shapes_given:
+        shapes, ks = shapes[:1], ks[1:2]
+    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
+    plan = bench_codes.CodePlan(shapes, options.code_tokens, ks, options.dtypes, effort)
+    return _run_cases(console, bench_codes, plan, limits)
+
+
 def _run_models(console: Console, options: Options) -> list[ModelResult]:
     import models
     import relu_lm
@@ -218,9 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     blocks = _run_blocksparse(console, options, limits) if "blocksparse" in wanted else []
     experts = _run_grouped(console, options, limits) if "grouped" in wanted else []
     active = _run_actsparse(console, options, limits) if "actsparse" in wanted else []
+    codes = _run_codes(console, options, limits) if "codes" in wanted else []
     results = _run_models(console, options)
-    report.print_summary(console, cases, blocks, experts, active, results)
-    every = [*cases, *blocks, *experts, *active]
+    report.print_summary(console, cases, blocks, experts, active, codes, results)
+    every = [*cases, *blocks, *experts, *active, *codes]
 
     commit = describe_commit()
     if options.commit:

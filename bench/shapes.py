@@ -179,10 +179,39 @@ EXPERT_SHAPES = (
 )
 EXPERT_TOKENS = (1, 8, 64)  # an expert, on average
 
+
+@dataclass(frozen=True)
+class CodeShape:
+    """A named dictionary of ``width`` rows of d."""
+
+    name: str
+    width: int
+    d: int
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"width": self.width, "d": self.d}
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.width}x{self.d}"
+
+
+CODE_SHAPES = (  # sparse autoencoders on GPT-2 small and Llama-3-8B
+    CodeShape("gpt2-sae.16k", 1 << 14, 768),
+    CodeShape("gpt2-sae.131k", 1 << 17, 768),
+    CodeShape("llama-sae.16k", 1 << 14, 4096),
+)
+CODE_TOKENS = (1, 16, 256, 4096)
+CODE_KS = (32, 64, 256)
+
 # What the goals of block-sparse convolutions speak of.
 GOAL_MODEL = "resnet50"
 
-Shape = LinearShape | ConvShape | ExpertShape
+Shape = LinearShape | ConvShape | ExpertShape | CodeShape
 
 
 @dataclass(frozen=True)

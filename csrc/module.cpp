@@ -2,6 +2,8 @@
 #include <pybind11/stl.h>
 
 #include "actsparse/actsparse.h"
+#include "actsparse/spikes.h"
+#include "actsparse/topk.h"
 #include "blocksparse/blocksparse.h"
 #include "common/cuda_border.h"
 #include "common/parallel.h"
@@ -41,6 +43,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   gossamer::bind_cuda(m, gossamer::build_of_cuda());
   gossamer::actsparse::bind(m);
+  gossamer::actsparse::spikes::bind(m);
+  gossamer::actsparse::topk::bind(m);
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_maps(m);

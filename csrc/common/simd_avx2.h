@@ -30,6 +30,9 @@ struct Simd : SimdOffsets {
   static F where_negative(F sign, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(sign, zero(), _CMP_LT_OQ));
   }
+  static uint32_t lanes_not_up_to(F a, F limit) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, limit, _CMP_NLE_UQ)));
+  }
 
   static I set1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }

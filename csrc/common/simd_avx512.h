@@ -32,6 +32,10 @@ struct Simd : SimdOffsets {
   static F where_negative(F sign, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(sign, zero(), _CMP_LT_OQ), no, yes);
   }
+  // A bit for each lane of a that is above the limit, or where either is NaN.
+  static uint32_t lanes_not_up_to(F a, F limit) {
+    return _mm512_cmp_ps_mask(a, limit, _CMP_NLE_UQ);
+  }
 
   static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }

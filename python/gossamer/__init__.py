@@ -18,8 +18,13 @@ from .ops import (
     blocksparse_conv,
     blocksparse_linear,
     grouped_linear,
+    pack_spikes,
+    relu2_24_linear,
     sparse24_linear,
     sparse24_linear_quantized,
+    spike_linear,
+    topk_decode,
+    topk_encode,
 )
 from .quantize import quantize
 
@@ -40,9 +45,14 @@ __all__ = [
     "info",
     "nn",
     "ops",
+    "pack_spikes",
     "prune",
     "quantize",
+    "relu2_24_linear",
     "sparse24_linear",
     "sparse24_linear_quantized",
     "sparsify",
+    "spike_linear",
+    "topk_decode",
+    "topk_encode",
 ]

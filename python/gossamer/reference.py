@@ -354,3 +354,20 @@ def actsparse_outputs(
     """y[m, n] = act(x[m] W[n] + b[n]) where ``wanted`` [..., N] is True, and 0 elsewhere."""
     y = activate(F.linear(x, weight, bias), activation)
     return torch.where(wanted, y, torch.zeros_like(y))
+
+
+def topk_decode(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y[t] = sum_j values[t, j] W[indices[t, j]] + b."""
+    y = torch.einsum("tj,tjd->td", values, weight[indices.long()])
+    return y if bias is None else y + bias
+
+
+def topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """(values, indices) of the k largest of x Wᵀ + b, the lower index first among equal ones."""
+    dense = F.linear(x, weight, bias)
+    values, indices = dense.sort(dim=-1, descending=True, stable=True)
+    return (F.relu(values) if relu else values)[:, :k], indices[:, :k]

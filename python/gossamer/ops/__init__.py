@@ -5,9 +5,12 @@ from .actsparse_outputs import actsparse_outputs
 from .blocksparse import blocksparse_conv, blocksparse_linear
 from .grouped import grouped_linear
 from .quantize_rows import quantize_rows
+from .relu2 import relu2_24_linear
 from .sparse24 import sparse24_linear
 from .sparse24_conv import sparse24_conv
 from .sparse24_quantized import sparse24_linear_quantized
+from .spikes import pack_spikes, spike_linear, unpack_spikes
+from .topk import topk_decode, topk_encode
 
 __all__ = [
     "actsparse_linear",
@@ -15,8 +18,14 @@ __all__ = [
     "blocksparse_conv",
     "blocksparse_linear",
     "grouped_linear",
+    "pack_spikes",
     "quantize_rows",
+    "relu2_24_linear",
     "sparse24_conv",
     "sparse24_linear",
     "sparse24_linear_quantized",
+    "spike_linear",
+    "topk_decode",
+    "topk_encode",
+    "unpack_spikes",
 ]

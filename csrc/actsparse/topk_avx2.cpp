@@ -1,0 +1,8 @@
+#include "actsparse/topk_kernels.h"
+#include "common/simd_avx2.h"
+
+namespace gossamer::actsparse::topk {
+
+const Unit* unit_avx2(DType dtype) { return unit_of<Simd>(dtype); }
+
+}  // namespace gossamer::actsparse::topk

@@ -1,0 +1,268 @@
+"""Layers over time that compute what has changed since the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.actsparse import actsparse_linear
+from ..ops.conv_at import Taps, conv_at
+from .activation_sparse import ActSparseLinear
+from .gathered_conv import MOST_GATHERED, check_gathered, conv_arguments, taps_of
+
+
+class _Streams:
+    """What a delta layer remembers of every stream, and how it moves on by a step.
+
+    ``seen`` is the input that the output stands for: the sum of all changes that were let through,
+    in float32, so that what a change lost by rounding or by staying below the threshold is still
+    missing from it and is part of the next one. ``output`` is the running sum, in float32 too.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Tensor | None = None
+        self.output: Tensor | None = None
+        self.steps = 0  # since all of it was computed anew
+
+    def start(self, x: Tensor, y: Tensor) -> Tensor:
+        self.seen, self.output, self.steps = _wide(x), _wide(y), 0
+        return y
+
+    def due(self, refresh_every: int | None) -> bool:
+        return self.seen is None or (refresh_every is not None and self.steps + 1 >= refresh_every)
+
+    def change(self, op: str, x: Tensor, threshold: float, of_pixels: bool) -> Tensor:
+        """x minus what was seen, in the dtype of x, with 0 where it is let pass unnoticed."""
+        assert self.seen is not None
+        if x.shape != self.seen.shape:
+            raise ValueError(
+                f"{op}: x has shape {list(x.shape)}, the streams had {list(self.seen.shape)}; "
+                "reset() starts others"
+            )
+        change = (_wide(x) - self.seen).to(x.dtype)
+        size = change.abs()
+        size = size.amax(1, keepdim=True) if of_pixels else size
+        change = change.masked_fill(size <= threshold, 0)  # NaN is above any threshold
+        self.seen = self.seen + change
+        self.steps += 1
+        return change
+
+    def reset(self, streams: Tensor | Sequence[int] | None, silent: Tensor | float) -> None:
+        """Forget all, or make some streams those whose input was 0."""
+        if streams is None or self.seen is None or self.output is None:
+            self.seen = self.output = None
+            return
+        self.seen, self.output = self.seen.clone(), self.output.clone()
+        self.seen[streams] = 0
+        self.output[streams] = silent
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _check(op: str, layer: nn.Module, x: Tensor) -> None:
+    wanted = x.requires_grad or any(p.requires_grad for p in layer.parameters())
+    if torch.is_grad_enabled() and wanted:
+        raise RuntimeError(
+            f"{op}: it remembers its streams from call to call and has no gradient; call it under "
+            "torch.no_grad()"
+        )
+
+
+def _checked_refresh(op: str, refresh_every: int | None) -> int | None:
+    if refresh_every is not None and refresh_every < 1:
+        raise ValueError(f"{op}: refresh_every is {refresh_every}, expected 1 or more, or None")
+    return refresh_every
+
+
+class DeltaLinear(ActSparseLinear):
+    """A linear layer over time: ``y_t = y_{t-1} + W Δ_t``, Δ the inputs that have changed.
+
+    A change of at most ``threshold`` is left out and stays part of the next one, so that y is
+    always that of an input within ``threshold`` of x; with 0 it is the dense layer's but for the
+    rounding of the sums, which ``refresh_every`` bounds. An input that has not changed leaves a row
+    of the weight unread.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        K and N.
+    bias : bool
+        Whether there is a [N] bias.
+    threshold : float
+        The largest change of one input that is left out for now, 0 or more.
+    device, dtype
+        As for ``torch.nn.Linear``.
+    refresh_every : int, optional
+        Every so many steps y is computed anew from all of x. The first step always is.
+
+    Raises
+    ------
+    ValueError
+        If the threshold is negative or not finite, or ``refresh_every`` below 1.
+
+    Notes
+    -----
+    For inference only. x [..., K] has the same leading dimensions at every step, one stream an
+    entry. A NaN or an infinity stays in its stream until that is reset or refreshed. The streams
+    are no part of a ``state_dict``.
+
+    References
+    ----------
+    Yousefzadeh and Sifalakis, "Training for temporal sparsity in deep neural networks, application
+    in video processing", 2021 (arXiv:2107.07305).
+
+    Examples
+    --------
+    >>> import torch, gossamer
+    >>> layer = gossamer.nn.DeltaLinear.from_dense(torch.nn.Linear(64, 32), threshold=0.01)
+    >>> with torch.no_grad():
+    ...     ys = [layer(x) for x in torch.randn(10, 1, 64).cumsum(0) / 100]
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        threshold: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        refresh_every: int | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, threshold, device, dtype)
+        self.refresh_every = _checked_refresh("DeltaLinear", refresh_every)
+        self.streams = _Streams()
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, threshold: float = 0.0, refresh_every: int | None = None
+    ) -> Self:
+        """A layer with a copy of the weight of a dense one, and with its very bias."""
+        layer = super().from_dense(linear, threshold)
+        assert isinstance(layer, cls)
+        layer.refresh_every = _checked_refresh("DeltaLinear", refresh_every)
+        return layer
+
+    def reset(self, streams: Tensor | Sequence[int] | None = None) -> None:
+        """Start all streams anew, or those of the first dimension that are named."""
+        self.streams.reset(streams, 0.0 if self.bias is None else _wide(self.bias.detach()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] of one step to [..., N]."""
+        _check("DeltaLinear", self, x)
+        streams = self.streams
+        with torch.no_grad():
+            if streams.due(self.refresh_every):
+                return streams.start(x, actsparse_linear(x, self.weight_kn, self.bias))
+            change = streams.change("DeltaLinear", x, self.threshold, of_pixels=False)
+            assert streams.output is not None
+            streams.output = streams.output + actsparse_linear(change, self.weight_kn)
+            return streams.output.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, refresh_every={self.refresh_every}"
+
+
+class DeltaConv2d(nn.Conv2d):
+    """A 2-D convolution over time that computes the outputs which see a changed pixel.
+
+    A pixel has changed where any of its channels differs by more than ``threshold`` from what was
+    seen of it before; smaller changes are left out and stay part of the next one. y is always that
+    of an input within ``threshold`` of x.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for ``torch.nn.Conv2d``; without groups, padded with zeros.
+    threshold : float
+        The largest change that is left out for now, 0 or more.
+    refresh_every : int, optional
+        Every so many steps y is computed anew from all of x. The first step always is.
+
+    Raises
+    ------
+    ValueError
+        If the threshold is negative, ``refresh_every`` below 1, or the convolution has groups, a
+        padding by name or one that is not of zeros.
+
+    Notes
+    -----
+    For inference only, over batches [B, C, H, W] of the same shape, one stream an image. Where so
+    many pixels have changed that the dense convolution of the changes takes less time, that is
+    computed.
+
+    References
+    ----------
+    Parger et al., "DeltaCNN: End-to-End CNN Inference of Sparse Frame Differences in Videos", 2022
+    (arXiv:2203.03996).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        threshold: float = 0.0,
+        refresh_every: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= threshold < float("inf"):
+            raise ValueError(f"DeltaConv2d: threshold is {threshold}, expected 0 or more, finite")
+        check_gathered("DeltaConv2d", self)
+        self.threshold = threshold
+        self.refresh_every = _checked_refresh("DeltaConv2d", refresh_every)
+        self.streams = _Streams()
+        self.taps: Taps | None = None
+
+    @classmethod
+    def from_dense(
+        cls, conv: nn.Conv2d, threshold: float = 0.0, refresh_every: int | None = None
+    ) -> Self:
+        """A layer with the very weight and bias of a dense one."""
+        layer = cls(
+            *conv_arguments(conv), threshold=threshold, refresh_every=refresh_every, device="meta"
+        )
+        layer.weight, layer.bias = conv.weight, conv.bias
+        return layer.train(conv.training)
+
+    def reset(self, streams: Tensor | Sequence[int] | None = None) -> None:
+        """Start all streams anew, or those of the first dimension that are named."""
+        bias = 0.0 if self.bias is None else _wide(self.bias.detach()).view(-1, 1, 1)
+        self.streams.reset(streams, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] of one step to [B, C_out, OH, OW]."""
+        _check("DeltaConv2d", self, input)
+        streams = self.streams
+        with torch.no_grad():
+            if streams.due(self.refresh_every):
+                return streams.start(input, super().forward(input))
+            change = streams.change("DeltaConv2d", input, self.threshold, of_pixels=True)
+            streams.output = self._added(change)
+            return streams.output.to(input.dtype)
+
+    def _added(self, change: Tensor) -> Tensor:
+        """The outputs with what the change adds to them."""
+        before = self.streams.output
+        assert before is not None
+        self.taps = taps_of(self, change, self.taps)
+        changed = (change != 0).any(1).flatten(1)
+        at = self.taps.touched(changed).flatten().nonzero().squeeze(-1)
+        if len(at) == 0:
+            return before
+        if len(at) > MOST_GATHERED * before[:, 0].numel():
+            return before + self._conv_forward(change, self.weight, None)
+        added = conv_at(change, self.weight, None, self.taps, at)
+        y = before.permute(0, 2, 3, 1).flatten(0, 2).contiguous().index_add(0, at, _wide(added))
+        shape = (len(before), *self.taps.out_size, self.out_channels)
+        return y.view(shape).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, threshold={self.threshold:g}, "
+            f"refresh_every={self.refresh_every}"
+        )

@@ -1,0 +1,195 @@
+"""Convolutions whose outputs are zero in every channel at masked positions."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.conv_at import Taps, conv_at
+from .gathered_conv import MOST_GATHERED, check_gathered, conv_arguments, taps_of
+
+
+class PositionMaskedConv2d(nn.Conv2d):
+    """A 2-D convolution of some output positions; the others are 0 in every channel and image.
+
+    Where few positions are kept they alone are computed, of gathered pixels; where many are, all
+    are, and the masked ones zeroed. The break-even of a 3x3 kernel on a CPU is at a third kept.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for ``torch.nn.Conv2d``; without groups, padded with zeros.
+
+    Attributes
+    ----------
+    mask : Tensor or None
+        [OH, OW] bool, True where an output is computed; a buffer, part of the ``state_dict``.
+        ``None``, as at first, keeps all.
+
+    Raises
+    ------
+    ValueError
+        If the convolution has groups, a padding by name or one that is not of zeros.
+
+    References
+    ----------
+    Grimaldi et al., "Accelerating Deep Neural Networks via Semi-Structured Activation Sparsity",
+    2023 (arXiv:2309.06626).
+
+    Examples
+    --------
+    >>> import torch, gossamer
+    >>> layer = gossamer.nn.PositionMaskedConv2d(3, 8, 3, padding=1)
+    >>> layer.set_mask(torch.rand(32, 32) < 0.25)
+    >>> y = layer(torch.randn(1, 3, 32, 32))
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_gathered("PositionMaskedConv2d", self)
+        self.register_buffer("mask", None)
+        self.out_size: tuple[int, int] | None = None  # of the last call
+        self.taps: Taps | None = None
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d) -> Self:
+        """A layer with the very weight and bias of a dense one, and no mask."""
+        layer = cls(*conv_arguments(conv), device="meta")
+        layer.weight, layer.bias = conv.weight, conv.bias
+        return layer.train(conv.training)
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Keep the outputs where the [OH, OW] mask is True, or all.
+
+        Raises
+        ------
+        TypeError
+            If the mask is not bool.
+        ValueError
+            If it does not have two dimensions.
+        """
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"PositionMaskedConv2d: the mask is {mask.dtype}, expected torch.bool")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"PositionMaskedConv2d: the mask has shape {list(mask.shape)}, expected [OH, OW]"
+            )
+        self.mask = None if mask is None else mask.to(self.weight.device, copy=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C_out, OH, OW]."""
+        self.taps = taps = taps_of(self, input, self.taps)
+        self.out_size = taps.out_size
+        if self.mask is None:
+            return super().forward(input)
+        if self.mask.shape != taps.out_size:
+            raise ValueError(
+                f"PositionMaskedConv2d: the mask has shape {list(self.mask.shape)}, the output "
+                f"{list(taps.out_size)}"
+            )
+        kept = self.mask.flatten().nonzero().squeeze(-1)
+        if len(kept) > MOST_GATHERED * self.mask.numel() or input.dim() != 4:
+            return super().forward(input).masked_fill(~self.mask, 0)
+        images = torch.arange(len(input), device=input.device).unsqueeze(-1)
+        at = (images * self.mask.numel() + kept).flatten()
+        computed = conv_at(input, self.weight, self.bias, taps, at)
+        y = computed.new_zeros((len(input) * self.mask.numel(), self.out_channels))
+        y = y.index_copy(0, at, computed)
+        return y.view(len(input), *taps.out_size, self.out_channels).permute(0, 3, 1, 2)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        mask = state_dict.get(prefix + "mask")
+        self.set_mask(mask)  # of whatever size it is, or none
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PositionMaskScheduler:
+    """Masks that grow while a model trains, aligned over its layers.
+
+    One random score is drawn for the pixels of the image, and each layer sees it averaged to the
+    size of its output. After ``t`` of ``steps`` steps a layer's ``round(s_t OH OW)`` positions of
+    smallest score are masked, with ``s_t`` rising from 0 to ``sparsity`` as
+    ``1 - (1 - p)²`` while p, the progress from ``begin`` to ``end`` of the steps, goes from 0 to 1.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With ``PositionMaskedConv2d`` layers; it must have run once, which tells their sizes.
+    image_size : tuple of int
+        Height and width of the images.
+    steps : int
+        Of the whole training, 1 or more.
+    sparsity : float
+        At the end, from 0 to below 1.
+    begin, end : float
+        Shares of the steps.
+    frequency : int
+        Until ``end`` masks are in force at every so many steps only; the others are dense.
+    generator : torch.Generator, optional
+        Of the score.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or a layer has not run.
+
+    References
+    ----------
+    Grimaldi et al., "Accelerating Deep Neural Networks via Semi-Structured Activation Sparsity",
+    2023 (arXiv:2309.06626).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: tuple[int, int],
+        steps: int,
+        sparsity: float = 0.25,
+        begin: float = 0.1,
+        end: float = 0.9,
+        frequency: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not (0 <= sparsity < 1 and 0 <= begin < end <= 1 and steps >= 1 and frequency >= 1):
+            raise ValueError(
+                f"PositionMaskScheduler: steps are {steps}, sparsity is {sparsity}, begin {begin}, "
+                f"end {end} and frequency {frequency}; expected sparsity from 0 to below 1, begin "
+                "below end in 0 to 1, and whole numbers from 1 on"
+            )
+        self.layers = [m for m in model.modules() if isinstance(m, PositionMaskedConv2d)]
+        for layer in self.layers:
+            if layer.out_size is None:
+                raise ValueError(f"PositionMaskScheduler: the model must run once first: {layer}")
+        self.steps, self.sparsity, self.frequency = steps, sparsity, frequency
+        self.begin, self.end = begin, end
+        self.score = torch.rand((1, 1, *image_size), generator=generator)
+        self.steps_done = 0
+
+    def sparsity_at(self, step: int) -> float:
+        """s_t after so many steps."""
+        progress = (step / self.steps - self.begin) / (self.end - self.begin)
+        progress = min(max(progress, 0.0), 1.0)
+        return self.sparsity * (1 - (1 - progress) ** 2)
+
+    def step(self) -> None:
+        """Call it after each step of the optimizer: sets the masks of the next one."""
+        self.steps_done += 1
+        sparsity = self.sparsity_at(self.steps_done)
+        done = self.steps_done >= self.end * self.steps
+        dense = self.steps_done % self.frequency != 0 and not done
+        for layer in self.layers:
+            assert layer.out_size is not None
+            count = layer.out_size[0] * layer.out_size[1]
+            masked = 0 if dense else round(sparsity * count)
+            if masked == 0:
+                layer.set_mask(None)
+                continue
+            score = F.adaptive_avg_pool2d(self.score, layer.out_size).flatten()
+            kept = torch.ones(count, dtype=torch.bool)
+            kept[score.argsort(stable=True)[:masked]] = False
+            layer.set_mask(kept.view(layer.out_size))

@@ -1,0 +1,146 @@
+"""The two products that gradients of k-sparse codes are made of, as registered ops.
+
+Of codes (values v, indices i) [B, k] and dy [B, d]:
+
+    topk_values  g [B, k], g[t, j] = dy[t] . W[i[t, j]]
+    topk_weight  G [width, d], G[r] = sum of v[t, j] dy[t] over all (t, j) with i[t, j] = r
+
+Both and ``topk_decode`` are bilinear, and the derivatives of each are the two others, so any order
+of derivative exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._library import library
+
+
+def check_codes(op: str, values: Tensor, indices: Tensor) -> None:
+    if values.dim() != 2 or values.shape != indices.shape:
+        raise ValueError(
+            f"{op}: values have shape {list(values.shape)} and indices {list(indices.shape)}, "
+            "expected both [B, k]"
+        )
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _values_native(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    values = _values_fake(dy, indices, weight)
+    _C.topk_values(values, _rows(dy), indices.contiguous(), _rows(weight), torch.get_num_threads())
+    return values
+
+
+def _values_cuda(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    values = _values_fake(dy, indices, weight)
+    for token, code in enumerate(indices):  # [k, d] at a time
+        torch.mv(weight[code], dy[token], out=values[token])
+    return values
+
+
+def _values_fake(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    return dy.new_empty(indices.shape)
+
+
+def _weight_native(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor:
+    weight = _weight_fake(values, indices, dy, width)
+    _C.topk_weight(
+        weight, values.contiguous(), indices.contiguous(), _rows(dy), torch.get_num_threads()
+    )
+    return weight
+
+
+def _weight_cuda(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor:
+    codes = values.new_zeros((len(values), width)).scatter_add_(1, indices.long(), values)
+    return codes.t() @ dy
+
+
+def _weight_fake(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor:
+    return dy.new_empty((width, dy.shape[1]))
+
+
+library.define(
+    "topk_values(Tensor dy, Tensor indices, Tensor weight) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.define(
+    "topk_weight(Tensor values, Tensor indices, Tensor dy, SymInt width) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+for _name, _native, _cuda, _fake in (
+    ("topk_values", _values_native, _values_cuda, _values_fake),
+    ("topk_weight", _weight_native, _weight_cuda, _weight_fake),
+):
+    library.impl(_name, _native, "CPU")
+    library.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"gossamer::{_name}", _fake, lib=library)
+
+_values = torch.ops.gossamer.topk_values.default
+_weight = torch.ops.gossamer.topk_weight.default
+
+
+def _decode(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.ops.gossamer.topk_decode.default(values, indices, weight, None)
+    return y
+
+
+class Values(torch.autograd.Function):
+    """g = dy at the rows of W."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _values(dy, indices, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dy, indices, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            _decode(grad, indices, weight) if wanted[0] else None,
+            None,
+            Weight.apply(grad, indices, dy, weight.shape[0]) if wanted[2] else None,
+        )
+
+
+class Weight(torch.autograd.Function):
+    """G = v dy, summed by row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _weight(values, indices, dy, width)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, indices, dy = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            Values.apply(dy, indices, grad) if wanted[0] else None,
+            None,
+            _decode(values, indices, grad) if wanted[2] else None,
+            None,
+        )
+
+
+library.impl("topk_values", Values.apply, "Autograd")
+library.impl("topk_weight", Weight.apply, "Autograd")

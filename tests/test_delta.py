@@ -1,0 +1,109 @@
+"""Layers over time: equal to the dense ones but for what the threshold leaves out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from gossamer.nn import DeltaConv2d, DeltaLinear
+from torch import Tensor, nn
+
+
+def steps(count: int, *shape: int) -> Tensor:
+    """A walk in which most entries stay where they are."""
+    moves = torch.randn(count, *shape) * (torch.rand(count, *shape) < 0.2)
+    return moves.cumsum(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_linear_without_threshold_is_dense(dtype: torch.dtype) -> None:
+    dense = nn.Linear(37, 21).to(dtype)
+    layer = DeltaLinear.from_dense(dense)
+    exact = copy.deepcopy(dense).double()
+    with torch.no_grad():
+        for x in steps(200, 3, 2, 37).to(dtype):
+            y = layer(x)
+            assert y.dtype == dtype
+            # bfloat16: what rounding takes from a change is part of the next one.
+            tolerance = (
+                1e-3 if dtype == torch.float32 else 0.15 if dtype == torch.bfloat16 else 1e-9
+            )
+            torch.testing.assert_close(y.double(), exact(x.double()), rtol=0.01, atol=tolerance)
+
+
+def test_linear_is_that_of_an_input_within_the_threshold() -> None:
+    dense = nn.Linear(40, 10, bias=False)
+    layer = DeltaLinear.from_dense(dense, threshold=0.3)
+    walk = torch.randn(100, 4, 40).mul(0.05).cumsum(0)
+    with torch.no_grad():
+        for x in walk:
+            y, seen = layer(x), layer.streams.seen
+            assert seen is not None
+            assert float((seen - x).abs().max()) <= 0.3 + 1e-6
+            torch.testing.assert_close(y, dense(seen), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(seen, x)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_without_threshold_is_dense(stride: int) -> None:
+    dense = nn.Conv2d(3, 8, 3, stride, padding=1, dilation=stride)
+    layer = DeltaConv2d.from_dense(dense)
+    x = torch.randn(2, 3, 20, 17)
+    with torch.no_grad():
+        for step in range(12):
+            x = x.clone()
+            if step == 5:
+                x += 1  # more changes than are gathered
+            elif step != 7:
+                x[step % 2, :, step : step + 4, 2:5] += torch.randn(3, 4, 3)
+            torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_conv_is_that_of_an_input_within_the_threshold() -> None:
+    dense = nn.Conv2d(4, 6, (1, 3), padding=(0, 1), bias=False)
+    layer = DeltaConv2d.from_dense(dense, threshold=0.2)
+    with torch.no_grad():
+        for x in torch.randn(60, 1, 4, 9, 8).mul(0.05).cumsum(0):
+            y, seen = layer(x), layer.streams.seen
+            assert seen is not None
+            assert float((seen - x).abs().max()) <= 0.2 + 1e-6
+            torch.testing.assert_close(y, dense(seen), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_reset_and_refresh(conv: bool) -> None:
+    dense = nn.Conv2d(2, 3, 3) if conv else nn.Linear(6, 3)
+    shape = (3, 2, 5, 6) if conv else (3, 6)
+    make = DeltaConv2d.from_dense if conv else DeltaLinear.from_dense
+    layer = make(dense, threshold=100.0, refresh_every=4)
+    walk = torch.randn(9, *shape)
+    with torch.no_grad():
+        for t, x in enumerate(walk):  # the threshold lets nothing pass between two refreshes
+            torch.testing.assert_close(layer(x), dense(walk[t - t % 4]))
+        layer.reset()
+        torch.testing.assert_close(layer(walk[3]), dense(walk[3]))
+        layer.reset([1])
+        y = layer(walk[5])
+        torch.testing.assert_close(y[0], dense(walk[3])[0])
+        torch.testing.assert_close(y[1], dense(torch.zeros(shape))[1])
+        with pytest.raises(ValueError, match=r"reset\(\)"):
+            layer(walk[0][:2])
+        layer.reset()
+        assert layer(walk[0][:2]).shape[0] == 2
+    assert layer.state_dict().keys() - {"_extra_state"} <= {"weight", "weight_kn", "bias"}
+    with pytest.raises(RuntimeError, match="no_grad"):
+        layer(walk[0])
+    with pytest.raises(ValueError, match="refresh_every is 0"):
+        make(dense, refresh_every=0)
+    with pytest.raises(ValueError, match="threshold is -1"):
+        make(dense, threshold=-1)
+
+
+def test_conv_mistakes() -> None:
+    with pytest.raises(ValueError, match="groups are 2"):
+        DeltaConv2d(4, 4, 3, groups=2)
+    with pytest.raises(ValueError, match="'same'"):
+        DeltaConv2d(4, 4, 3, padding="same")
+    with pytest.raises(TypeError, match="Linear"):
+        DeltaConv2d.from_dense(nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""Convolutions of some output positions: equal to the masked dense one, and the scheduler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gossamer.nn import PositionMaskedConv2d, PositionMaskScheduler
+from torch import Tensor, nn
+
+CONVS = (
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 1, "bias": False},
+    {"kernel_size": (1, 4), "stride": (2, 1), "padding": (0, 3), "dilation": (1, 2)},
+)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.15, 0.3, 0.8, 1.0])
+def test_is_the_masked_dense_convolution(kept: float) -> None:
+    for options in CONVS:
+        dense = nn.Conv2d(5, 7, **options)  # type: ignore[arg-type]
+        layer = PositionMaskedConv2d.from_dense(dense)
+        x = torch.randn(3, 5, 14, 11, requires_grad=True)
+        assert torch.equal(layer(x), dense(x))
+        assert layer.out_size is not None
+        mask = (
+            torch.rand(layer.out_size) < kept
+            if 0 < kept < 1
+            else torch.full(layer.out_size, kept > 0)
+        )
+        layer.set_mask(mask)
+
+        def masked(x: Tensor, dense: nn.Conv2d = dense, mask: Tensor = mask) -> Tensor:
+            return dense(x).masked_fill(~mask, 0)
+
+        operands = [x, *dense.parameters()]
+        y, wanted = layer(x), masked(x)
+        torch.testing.assert_close(y, wanted)
+        dy = torch.randn_like(wanted)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, operands, dy, allow_unused=True, materialize_grads=True),
+            torch.autograd.grad(wanted, operands, dy),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_what_is_no_number_stays_out_of_masked_positions() -> None:
+    layer = PositionMaskedConv2d(2, 3, 3, padding=1)
+    x = torch.randn(1, 2, 6, 6)
+    x[0, 0, 0, 0] = float("nan")
+    for kept in (4, 30):  # gathered, and dense
+        mask = torch.ones(36, dtype=torch.bool)
+        mask[: 36 - kept] = False
+        mask[:2] = False
+        mask[6:8] = False
+        layer.set_mask(mask.view(6, 6))
+        assert layer(x).isfinite().all()
+
+
+def test_state_dict_has_the_mask() -> None:
+    layer, twin = PositionMaskedConv2d(2, 3, 3), PositionMaskedConv2d(2, 3, 3)
+    layer.set_mask(torch.rand(4, 4) < 0.3)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 2, 6, 6)
+    assert torch.equal(twin(x), layer(x))
+    twin.load_state_dict(nn.Conv2d(2, 3, 3).state_dict())
+    assert twin.mask is None
+
+
+def test_scheduler() -> None:
+    model = nn.Sequential(
+        PositionMaskedConv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        PositionMaskedConv2d(4, 4, 3, padding=1),
+    )
+    x = torch.randn(1, 1, 16, 16)
+    with pytest.raises(ValueError, match="run once"):
+        PositionMaskScheduler(model, (16, 16), 100)
+    model(x)
+    scheduler = PositionMaskScheduler(model, (16, 16), 100, sparsity=0.5, frequency=2)
+    assert scheduler.sparsity_at(10) == 0
+    assert scheduler.sparsity_at(50) == pytest.approx(0.375)
+    assert scheduler.sparsity_at(95) == 0.5
+    for step in range(1, 101):
+        scheduler.step()
+        for layer in (model[0], model[3]):
+            if step <= 10 or (step % 2 and step < 90):
+                assert layer.mask is None
+            else:
+                wanted = round(scheduler.sparsity_at(step) * layer.mask.numel())
+                assert int((~layer.mask).sum()) == wanted
+    # Scores are aligned: what the coarse layer masks has a smaller score in the fine one.
+    coarse = model[3].mask.float()[None, None]
+    fine = torch.nn.functional.interpolate(coarse, scale_factor=2)[0, 0] > 0
+    assert float(model[0].mask[fine].float().mean()) > float(model[0].mask[~fine].float().mean())
+    assert model(x).shape == (1, 4, 8, 8)
+
+
+def test_mistakes() -> None:
+    layer = PositionMaskedConv2d(2, 3, 3)
+    with pytest.raises(TypeError, match="float32"):
+        layer.set_mask(torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"\[4\]"):
+        layer.set_mask(torch.ones(4, dtype=torch.bool))
+    layer.set_mask(torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"shape \[4, 4\], the output \[5, 4\]"):
+        layer(torch.randn(1, 2, 7, 6))
+    with pytest.raises(ValueError, match="groups are 2"):
+        PositionMaskedConv2d(2, 2, 3, groups=2)
+    with pytest.raises(ValueError, match="frequency 0"):
+        PositionMaskScheduler(layer, (4, 4), 10, frequency=0)
