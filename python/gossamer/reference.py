@@ -325,3 +325,76 @@ def grouped_linear(
         for e, group in enumerate(groups)
     ]
     return activate(torch.cat(parts), activation)
+
+
+def _rows_of(index: Tensor, order: Tensor | None) -> Tensor:
+    """The rows of these ranks, int64."""
+    return (index if order is None else order[index.long()]).long()
+
+
+def pointcloud_sum_pool(
+    feats: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+    mean: bool,
+) -> Tensor:
+    """out[j] = Σ feats[i] over the pairs (i, j) of a kernel map, in float64; or their mean."""
+    rows = _rows_of(out_index, out_order)
+    sums = feats.new_zeros((n_out, feats.shape[1]), dtype=torch.float64)
+    sums.index_add_(0, rows, feats[_rows_of(in_index, in_order)].double())
+    if mean:
+        sums /= torch.bincount(rows, minlength=n_out).clamp(min=1).unsqueeze(1)
+    return sums.to(feats.dtype)
+
+
+def pointcloud_max_pool(
+    feats: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+) -> tuple[Tensor, Tensor]:
+    """out[j] = max feats[i] over the pairs (i, j), 0 of none, and the i it was taken from, or -1.
+
+    Of equal ones that of the first pair; NaN counts as the greatest, and of several the last.
+    """
+    best = feats.new_zeros((n_out, feats.shape[1]))
+    winner = torch.full_like(best, -1, dtype=torch.int32)
+    ends = tap_offsets.tolist()
+    for begin, end in zip(ends, ends[1:], strict=False):
+        i = _rows_of(in_index[begin:end], in_order)
+        j = _rows_of(out_index[begin:end], out_order)
+        x, so_far, took = feats[i], best[j], winner[j]
+        better = (took < 0) | (x > so_far) | x.isnan()
+        best[j] = torch.where(better, x, so_far)
+        winner[j] = torch.where(better, i.int().unsqueeze(1), took)
+    return best, winner
+
+
+def pointcloud_max_pool_grad(
+    dy: Tensor,
+    winner: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+) -> Tensor:
+    """dx[i, c] = Σ dy[j, c] over the outputs j whose winner is i, in float64; the map says no more."""
+    dx = dy.new_zeros((n_out + 1, dy.shape[1]), dtype=torch.float64)
+    at = torch.where(winner < 0, n_out, winner).long()
+    return dx.scatter_add_(0, at, dy.double())[:n_out].to(dy.dtype)
+
+
+def take_winners(x: Tensor, winner: Tensor) -> Tensor:
+    """y[j, c] = x[winner[j, c], c], 0 where there is none."""
+    if len(x) == 0:
+        return x.new_zeros(winner.shape)
+    return x.gather(0, winner.clamp(min=0).long()) * (winner >= 0)
