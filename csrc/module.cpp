@@ -8,6 +8,7 @@
 #include "common/target.h"
 #include "cuda_build.h"
 #include "grouped/grouped.h"
+#include "pointcloud/pointcloud.h"
 #include "probe/probe.h"
 #include "sparse24/conv.h"
 #include "sparse24/quantized.h"
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::bind_cuda(m, gossamer::build_of_cuda());
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
+  gossamer::pointcloud::bind_conv(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_conv(m);
