@@ -8,6 +8,7 @@
 #include "common/target.h"
 #include "cuda_build.h"
 #include "grouped/grouped.h"
+#include "pointcloud/pointcloud.h"
 #include "pointcloud/pool.h"
 #include "probe/probe.h"
 #include "sparse24/conv.h"
@@ -41,6 +42,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::bind_cuda(m, gossamer::build_of_cuda());
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
+  gossamer::pointcloud::bind_conv(m);
   gossamer::pointcloud::bind_pool(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);

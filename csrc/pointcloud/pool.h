@@ -15,28 +15,13 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-
-namespace pybind11 {
-class module_;
-}
+#include "pointcloud/pointcloud.h"
 
 namespace gossamer::pointcloud {
 
-// Pairs as ranks in the sorted orders of both sides, by tap; `order` leads from rank to row, and
-// is null where that is the identity.
-struct PoolPairs {
-  const int32_t* in_index;
-  const int32_t* out_index;
-  const int64_t* tap_offsets;  // [taps + 1], checked
-  int64_t taps;
-  const int32_t* in_order;   // [n_in] or null
-  const int32_t* out_order;  // [n_out] or null
-  int64_t n_in, n_out;
-};
-
 struct PoolArgs {
-  DType dtype;  // float32, bfloat16, float16, float64
-  PoolPairs pairs;
+  DType dtype;    // float32, bfloat16, float16, float64
+  KernelMap map;  // its ranks unchecked
   int64_t channels;
   const void* feats;  // [n_in, channels], its rows feats_stride elements apart
   int64_t feats_stride;

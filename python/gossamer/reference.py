@@ -327,6 +327,60 @@ def grouped_linear(
     return activate(torch.cat(parts), activation)
 
 
+def _tap_rows(
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each tap the rows of its pairs' inputs and outputs."""
+    sizes = tap_offsets.diff().tolist()
+    rows_in = in_index.long() if in_order is None else in_order[in_index.long()].long()
+    rows_out = out_index.long() if out_order is None else out_order[out_index.long()].long()
+    return list(zip(rows_in.split(sizes), rows_out.split(sizes), strict=True))
+
+
+def pointcloud_conv(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """y[j] = act(b + sum of x[i] W[t] over the pairs (i, j) of each tap t), a tap at a time."""
+    y = feats.new_zeros(n_out, weight.shape[2])
+    taps = _tap_rows(in_index, out_index, tap_offsets, in_order, out_order)
+    for (rows_in, rows_out), tap in zip(taps, weight, strict=True):
+        parts = zip(feats[rows_in].chunk(groups, 1), tap.chunk(groups, 1), strict=True)
+        y.index_add_(0, rows_out, torch.cat([x @ w for x, w in parts], 1))
+    return activate(y if bias is None else y + bias, activation)
+
+
+def pointcloud_conv_weight_grad(
+    dy: Tensor,
+    feats: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    groups: int = 1,
+) -> Tensor:
+    """dW[t] = sum of x[i]ᵀ dy[j] over the pairs (i, j) of tap t, each group with its own."""
+    taps = []
+    for rows_in, rows_out in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
+        parts = zip(feats[rows_in].chunk(groups, 1), dy[rows_out].chunk(groups, 1), strict=True)
+        taps.append(torch.cat([x.t() @ g for x, g in parts], 1))
+    return torch.stack(taps)
+
+
 def _rows_of(index: Tensor, order: Tensor | None) -> Tensor:
     """The rows of these ranks, int64."""
     return (index if order is None else order[index.long()]).long()

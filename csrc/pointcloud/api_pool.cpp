@@ -28,9 +28,9 @@ const int32_t* indices_of(const char* what, const TensorView& t, int64_t length)
   return t.as<const int32_t>();
 }
 
-PoolPairs checked_pairs(const TensorView& in_index, const TensorView& out_index,
-                        const TensorView& tap_offsets, const Order& in_order,
-                        const Order& out_order, int64_t n_in, int64_t n_out) {
+KernelMap checked_map(const TensorView& in_index, const TensorView& out_index,
+                      const TensorView& tap_offsets, const Order& in_order, const Order& out_order,
+                      int64_t n_in, int64_t n_out) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   GOSSAMER_CHECK(n_in <= kMost && n_out <= kMost, kOp, ": ", n_in, " and ", n_out,
                  " voxels, expected at most ", kMost);
@@ -47,14 +47,14 @@ PoolPairs checked_pairs(const TensorView& in_index, const TensorView& out_index,
     GOSSAMER_CHECK(offsets[t] <= offsets[t + 1], kOp, ": tap_offsets[", t + 1, "] is ",
                    offsets[t + 1], ", below the one before it, ", offsets[t]);
   }
-  return {indices_of("in_index", in_index, offsets[taps]),
-          indices_of("out_index", out_index, offsets[taps]),
-          offsets,
-          taps,
-          in_order ? indices_of("in_order", *in_order, n_in) : nullptr,
-          out_order ? indices_of("out_order", *out_order, n_out) : nullptr,
+  return {taps,
           n_in,
-          n_out};
+          n_out,
+          offsets,
+          indices_of("in_index", in_index, offsets[taps]),
+          indices_of("out_index", out_index, offsets[taps]),
+          in_order ? indices_of("in_order", *in_order, n_in) : nullptr,
+          out_order ? indices_of("out_order", *out_order, n_out) : nullptr};
 }
 
 PoolArgs checked(const TensorView& out, const TensorView& feats, const TensorView& in_index,
@@ -72,9 +72,9 @@ PoolArgs checked(const TensorView& out, const TensorView& feats, const TensorVie
   // The stride of a dimension nobody walks along may be anything.
   GOSSAMER_CHECK(feats.strides[1] == 1 || channels <= 1 || rows == 0, kOp, ": feats has strides [",
                  feats.strides[0], ", ", feats.strides[1], "], its columns must be contiguous");
-  const PoolPairs pairs =
-      checked_pairs(in_index, out_index, tap_offsets, in_order, out_order, rows, out.shape[0]);
-  return {feats.dtype, pairs, channels, feats.data, feats.strides[0], out.data, threads};
+  const KernelMap map =
+      checked_map(in_index, out_index, tap_offsets, in_order, out_order, rows, out.shape[0]);
+  return {feats.dtype, map, channels, feats.data, feats.strides[0], out.data, threads};
 }
 
 int32_t* winners_of(const TensorView& winner, int64_t rows, int64_t channels) {

@@ -1,0 +1,516 @@
+"""The coordinate set of a sparse tensor: checked, sorted once, with the maps made of it.
+
+Tensors that descend from one another share a ``_Family``: every set of coordinates made so far and
+the maps between them, by number and not by reference, so that nothing here is a cycle and all of
+it is freed with the last tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plain
+from .kernel_map import KernelMap
+
+Size = tuple[int, ...]
+Key = tuple[Any, ...]
+
+RULES = ("dense", "floor", "given")
+MOST_ROWS = 2**31 - 1  # ranks are int32
+
+
+def sizes(name: str, value: int | Sequence[int], dims: int, least: int) -> Size:
+    """One integer an axis, out of one for all of them or a sequence."""
+    given = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(given) != dims or not all(isinstance(v, int) and v >= least for v in given):
+        raise ValueError(
+            f"pointcloud: {name} is {value}, expected an integer of at least {least}, or {dims} "
+            "of them"
+        )
+    return given
+
+
+@dataclass(eq=False)
+class _Set:
+    """One set of coordinates: what ``Coordinates`` shows of it, and what was made from it."""
+
+    coords: Tensor
+    order: Tensor | None
+    box: plain.Box
+    batch_size: int
+    spatial_shape: Size | None
+    stride: Size
+    maps: dict[Key, KernelMap] = field(default_factory=dict)
+    children: dict[Key, int] = field(default_factory=dict)  # by what made them, as maps
+    parents: dict[tuple[int, Key], None] = field(default_factory=dict)  # the latest last
+
+
+class Coordinates:
+    """The voxels of a sparse tensor, in the rows' order, and the kernel maps made of them.
+
+    Parameters
+    ----------
+    coords : Tensor
+        [N, 1 + D] int32, or int64 within its range, D from 1 to 4: the batch index, then the
+        spatial coordinates, in any order of the rows. No two rows may be equal.
+    batch_size : int, optional
+        Samples in the batch, some of which may have no voxel; by default the greatest batch
+        index + 1.
+    spatial_shape : tuple of int, optional
+        The size of the grid. With it coordinates lie in [0, size), and outputs of a convolution
+        that the dense one does not have are left out; without it the grid has no border and
+        coordinates may be negative.
+    stride : int or tuple of int
+        How many of the scene's cells one cell of this grid is wide.
+
+    Attributes
+    ----------
+    coords : Tensor
+        int32 [N, 1 + D], contiguous, the rows as given.
+    order : Tensor or None
+        int32 [N], the row at each rank of the lexicographic order; None if they are sorted.
+
+    Raises
+    ------
+    TypeError
+        If ``coords`` are neither int32 nor int64.
+    ValueError
+        If rows repeat, lie outside of the batch, of the spatial shape or of int32, or the box
+        around them has more cells than 64 bits number.
+    """
+
+    __slots__ = ("__weakref__", "_family", "_set")
+
+    def __init__(
+        self,
+        coords: Tensor,
+        batch_size: int | None = None,
+        spatial_shape: Sequence[int] | None = None,
+        stride: int | Sequence[int] = 1,
+    ) -> None:
+        coords = _int32(coords)
+        dims = coords.shape[1] - 1
+        shape = None if spatial_shape is None else sizes("spatial_shape", spatial_shape, dims, 1)
+        box = plain.bounds(coords)
+        batch_size = _checked_batch_size(coords, box, batch_size)
+        if shape is not None:
+            _check_inside(coords, box, shape)
+        order, repeated, row = plain.sort(coords, box)
+        if repeated:
+            raise ValueError(
+                f"pointcloud: {repeated} of {len(coords)} coordinates repeat an earlier row, the "
+                f"first in row {row}: {coords[row].tolist()}; voxelize() merges points of a voxel"
+            )
+        step = sizes("stride", stride, dims, 1)
+        self._set = _Set(coords, order, box, batch_size, shape, step)
+        self._family = [self._set]
+
+    @classmethod
+    def _member(cls, family: list[_Set], member: int) -> Coordinates:
+        self = object.__new__(cls)
+        self._family, self._set = family, family[member]
+        return self
+
+    @property
+    def coords(self) -> Tensor:
+        return self._set.coords
+
+    @property
+    def order(self) -> Tensor | None:
+        return self._set.order
+
+    @property
+    def batch_size(self) -> int:
+        return self._set.batch_size
+
+    @property
+    def spatial_shape(self) -> Size | None:
+        return self._set.spatial_shape
+
+    @property
+    def stride(self) -> Size:
+        return self._set.stride
+
+    @property
+    def dims(self) -> int:
+        """D, the spatial axes."""
+        return self._set.coords.shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self._set.coords.device
+
+    @property
+    def bounds(self) -> plain.Box:
+        """The least and the greatest of each column, the batch index first."""
+        return self._set.box
+
+    def __len__(self) -> int:
+        return len(self._set.coords)
+
+    def __repr__(self) -> str:
+        shape = (
+            "unbounded" if self.spatial_shape is None else "x".join(map(str, self.spatial_shape))
+        )
+        return (
+            f"Coordinates({len(self)} voxels, {self.dims}-D, batch {self.batch_size}, {shape}, "
+            f"stride {self.stride})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # without the maps, which are quickly made again
+        one = self._set
+        return _restored, (
+            one.coords,
+            one.order,
+            one.box,
+            one.batch_size,
+            one.spatial_shape,
+            one.stride,
+        )
+
+    def to(self, device: torch.device | str) -> Coordinates:
+        """The same voxels on another device, without the maps; itself if it is there."""
+        one = self._set
+        coords = one.coords.to(device)
+        if coords is one.coords:
+            return self
+        order = None if one.order is None else one.order.to(device)
+        return _restored(coords, order, one.box, one.batch_size, one.spatial_shape, one.stride)
+
+    def sorted(self) -> Tensor:
+        """int32 [N, 1 + D], the rows in lexicographic order."""
+        return self.coords if self.order is None else self.coords[self.order.long()]
+
+    def is_same(self, other: Coordinates) -> bool:
+        """Whether the rows of both are the same voxels of the same grid, in the same order."""
+        return self._set is other._set or (
+            self.batch_size == other.batch_size
+            and self.spatial_shape == other.spatial_shape
+            and self.stride == other.stride
+            and self.device == other.device
+            and torch.equal(self.coords, other.coords)
+        )
+
+    # ---- kernel maps ----------------------------------------------------------------------
+
+    def submanifold(
+        self, kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1
+    ) -> KernelMap:
+        """The map of a convolution whose outputs are these voxels, cached.
+
+        Odd kernels are centred; an even kernel of size k reaches from -(k - 1) // 2 to k // 2 cells
+        (times the dilation).
+        """
+        kernel = sizes("kernel_size", kernel_size, self.dims, 1)
+        dilated = sizes("dilation", dilation, self.dims, 1)
+        key = ("submanifold", kernel, dilated)
+        if key not in self._set.maps:
+            padding = tuple((k - 1) // 2 * d for k, d in zip(kernel, dilated, strict=True))
+            ones = (1,) * self.dims
+            self._set.maps[key] = self._match(self, self, kernel, ones, padding, dilated, False)
+        return self._set.maps[key]
+
+    def strided(
+        self,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        rule: str = "dense",
+        target: Coordinates | None = None,
+    ) -> tuple[Coordinates, KernelMap]:
+        """Outputs and map of a strided convolution, cached.
+
+        Input and output of a pair obey ``input = output * stride - padding + tap * dilation``.
+
+        Parameters
+        ----------
+        rule : {"dense", "floor", "given"}
+            Which outputs there are. "dense": every one that the dense convolution computes from
+            at least one voxel, so that the active region grows (spconv). "floor":
+            ``floor(input / stride)`` of the voxels, whatever the kernel reaches, so that it
+            doesn't (MinkowskiEngine). "given": those of ``target``.
+        target : Coordinates, optional
+            With "given" alone.
+
+        Returns
+        -------
+        Coordinates
+            Sorted, in units of the new stride; ``target`` itself where it was given.
+        KernelMap
+        """
+        if rule not in RULES:
+            raise ValueError(f"pointcloud: rule {rule!r} is unknown; {', '.join(RULES)}")
+        if (target is not None) != (rule == "given"):
+            raise ValueError(
+                f"pointcloud: rule {rule!r} {'takes no' if target is not None else 'needs a'} target"
+            )
+        window = self._window(kernel_size, stride, padding, dilation)
+        kernel, step, pad, dilated = window
+        if target is not None:
+            return target, self._given(target, ("strided", *window), window, transposed=False)
+        shape = self._strided_shape(*window, rule)
+
+        def outputs() -> Tensor:
+            if rule == "floor":
+                return plain.floored(self.coords, step)
+            return plain.reached(self.coords, kernel, step, pad, dilated, shape)
+
+        width = tuple(a * b for a, b in zip(self.stride, step, strict=True))
+        return self._child(("strided", *window, rule), outputs, shape, width, window, False)
+
+    def transposed(
+        self,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        target: Coordinates | None = None,
+        bounded: bool = True,
+    ) -> tuple[Coordinates, KernelMap]:
+        """Outputs and map of a transposed convolution, cached.
+
+        Every output that the dense transposed convolution computes from at least one voxel,
+        ``output = input * stride - padding + tap * dilation``, or those of ``target``.
+
+        Parameters
+        ----------
+        output_padding : int or tuple of int
+            Matters with a spatial shape only: it adds cells at the far border.
+        target : Coordinates, optional
+            The outputs instead of all that are reached.
+        bounded : bool
+            Whether outputs outside of the dense convolution's are left out, where this set has a
+            spatial shape. False generates all of them, negative ones too, without a shape.
+        """
+        window = self._window(kernel_size, stride, padding, dilation)
+        kernel, step, pad, dilated = window
+        if target is not None:
+            return target, self._given(target, ("transposed", *window), window, transposed=True)
+        extra = sizes("output_padding", output_padding, self.dims, 0)
+        shape = None
+        if bounded and self.spatial_shape is not None:
+            shape = tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+                for n, k, s, p, d, e in zip(self.spatial_shape, *window, extra, strict=True)
+            )
+            _check_output_shape(shape, self.spatial_shape, window)
+        width = tuple(max(a // b, 1) for a, b in zip(self.stride, step, strict=True))
+
+        def outputs() -> Tensor:
+            return plain.spread(self.coords, kernel, step, pad, dilated, shape)
+
+        key = ("transposed", *window, extra, bounded)
+        return self._child(key, outputs, shape, width, window, True)
+
+    def inverse(
+        self, kernel_size: int | Sequence[int], stride: int | Sequence[int] | None = None
+    ) -> tuple[Coordinates, KernelMap]:
+        """Back to the voxels that a convolution made these of, by the same pairs.
+
+        Of several such convolutions the latest with this kernel size, and stride if given, counts.
+
+        Raises
+        ------
+        ValueError
+            If none made these coordinates; what did is said.
+        """
+        kernel = sizes("kernel_size", kernel_size, self.dims, 1)
+        step = None if stride is None else sizes("stride", stride, self.dims, 1)
+        for parent, key in reversed(self._set.parents):
+            if key[1] == kernel and step in (None, key[2]):
+                return (
+                    Coordinates._member(self._family, parent),
+                    self._family[parent].maps[key].transposed(),
+                )
+        made = [f"{k[0]} with kernel {k[1]}, stride {k[2]}" for _, k in self._set.parents]
+        raise ValueError(
+            f"pointcloud: no convolution with kernel {kernel}"
+            + ("" if step is None else f" and stride {step}")
+            + f" made these {len(self)} voxels; "
+            + (f"known: {'; '.join(made)}" if made else "none is known")
+        )
+
+    def _window(
+        self,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int],
+        dilation: int | Sequence[int],
+    ) -> tuple[Size, Size, Size, Size]:
+        return (
+            sizes("kernel_size", kernel_size, self.dims, 1),
+            sizes("stride", stride, self.dims, 1),
+            sizes("padding", padding, self.dims, 0),
+            sizes("dilation", dilation, self.dims, 1),
+        )
+
+    def _strided_shape(
+        self, kernel: Size, step: Size, pad: Size, dilated: Size, rule: str
+    ) -> Size | None:
+        if self.spatial_shape is None:
+            return None
+        if rule == "floor":
+            return tuple(-(-n // s) for n, s in zip(self.spatial_shape, step, strict=True))
+        window = (kernel, step, pad, dilated)
+        shape = tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(self.spatial_shape, *window, strict=True)
+        )
+        _check_output_shape(shape, self.spatial_shape, window)
+        return shape
+
+    def _child(
+        self,
+        key: Key,
+        outputs: Callable[[], Tensor],
+        shape: Size | None,
+        width: Size,
+        window: tuple[Size, Size, Size, Size],
+        transposed: bool,
+    ) -> tuple[Coordinates, KernelMap]:
+        one = self._set
+        if key not in one.children:
+            coords = outputs()
+            made = _Set(coords, None, plain.bounds(coords), one.batch_size, shape, width)
+            plain.check_keys_fit(made.box)
+            self._family.append(made)
+            child = Coordinates._member(self._family, len(self._family) - 1)
+            one.maps[key] = self._match(self, child, *window, transposed)
+            one.children[key] = len(self._family) - 1
+            made.parents[_index(self._family, one), key] = None
+        member = one.children[key]
+        return Coordinates._member(self._family, member), one.maps[key]
+
+    def _given(
+        self,
+        target: Coordinates,
+        key: Key,
+        window: tuple[Size, Size, Size, Size],
+        transposed: bool,
+    ) -> KernelMap:
+        if (target.dims, target.batch_size, target.device) != (
+            self.dims,
+            self.batch_size,
+            self.device,
+        ):
+            raise ValueError(
+                f"pointcloud: the target is {target.dims}-D, batch {target.batch_size} on "
+                f"{target.device}; the input {self.dims}-D, batch {self.batch_size} on "
+                f"{self.device}"
+            )
+        if target._family is not self._family:  # its numbers mean nothing here
+            return self._match(self, target, *window, transposed)
+        member = _index(self._family, target._set)
+        key = (*key, "given", member)
+        if key not in self._set.maps:
+            self._set.maps[key] = self._match(self, target, *window, transposed)
+        target._set.parents[_index(self._family, self._set), key] = None
+        return self._set.maps[key]
+
+    @staticmethod
+    def _match(
+        inputs: Coordinates,
+        outputs: Coordinates,
+        kernel: Size,
+        step: Size,
+        pad: Size,
+        dilated: Size,
+        transposed: bool,
+    ) -> KernelMap:
+        walkers, targets = (inputs, outputs) if transposed else (outputs, inputs)
+        walker_of, target_of, ends = plain.match(
+            walkers.sorted(), targets.sorted(), targets.bounds, kernel, step, pad, dilated
+        )
+        in_index, out_index = (walker_of, target_of) if transposed else (target_of, walker_of)
+        return KernelMap(
+            in_index=in_index,
+            out_index=out_index,
+            tap_offsets=ends,
+            in_order=inputs.order,
+            out_order=outputs.order,
+            n_in=len(inputs),
+            n_out=len(outputs),
+            kernel_size=kernel,
+        )
+
+
+def _restored(
+    coords: Tensor,
+    order: Tensor | None,
+    box: plain.Box,
+    batch_size: int,
+    spatial_shape: Size | None,
+    stride: Size,
+) -> Coordinates:
+    family = [_Set(coords, order, box, batch_size, spatial_shape, stride)]
+    return Coordinates._member(family, 0)
+
+
+def _index(family: list[_Set], one: _Set) -> int:
+    return next(i for i, member in enumerate(family) if member is one)
+
+
+def _int32(coords: Tensor) -> Tensor:
+    """Contiguous int32 of the coordinates that a user gave."""
+    if coords.dim() != 2 or not 2 <= coords.shape[1] <= 5:
+        raise ValueError(
+            f"pointcloud: coords have shape {list(coords.shape)}, expected [N, 1 + D] with D from "
+            "1 to 4, the batch index first"
+        )
+    if len(coords) > MOST_ROWS:
+        raise ValueError(f"pointcloud: {len(coords)} voxels, at most {MOST_ROWS}")
+    if coords.dtype == torch.int64 and len(coords):
+        least, most = int(coords.min()), int(coords.max())
+        if least < -(2**31) or most >= 2**31:
+            raise ValueError(
+                f"pointcloud: coords range from {least} to {most}, beyond the int32 they are kept in"
+            )
+    elif coords.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"pointcloud: coords are {coords.dtype}, expected torch.int32")
+    return coords.detach().to(torch.int32).contiguous()
+
+
+def _checked_batch_size(coords: Tensor, box: plain.Box, batch_size: int | None) -> int:
+    if box[0][0] < 0:
+        row = int((coords[:, 0] < 0).nonzero()[0])
+        raise ValueError(f"pointcloud: row {row} has the batch index {int(coords[row, 0])}")
+    if batch_size is None:
+        return box[1][0] + 1 if len(coords) else 0
+    if batch_size < 0 or (len(coords) and box[1][0] >= batch_size):
+        row = int(coords[:, 0].argmax()) if len(coords) else 0
+        raise ValueError(
+            f"pointcloud: batch_size is {batch_size}"
+            + (f", row {row} has the batch index {box[1][0]}" if len(coords) else "")
+        )
+    return batch_size
+
+
+def _check_inside(coords: Tensor, box: plain.Box, shape: Size) -> None:
+    least, most = box[0][1:], box[1][1:]
+    if not len(coords) or (
+        min(least) >= 0 and all(m < n for m, n in zip(most, shape, strict=True))
+    ):
+        return
+    spatial = coords[:, 1:]
+    outside = ((spatial < 0) | (spatial >= torch.tensor(shape, device=coords.device))).any(1)
+    row = int(outside.nonzero()[0])
+    raise ValueError(
+        f"pointcloud: {int(outside.sum())} of {len(coords)} coordinates lie outside of the spatial "
+        f"shape {list(shape)}, the first in row {row}: {coords[row].tolist()} (batch first)"
+    )
+
+
+def _check_output_shape(shape: Size, before: Size, window: tuple[Size, Size, Size, Size]) -> None:
+    if min(shape) < 1:
+        kernel, step, pad, dilated = window
+        raise ValueError(
+            f"pointcloud: kernel {kernel}, stride {step}, padding {pad}, dilation {dilated} leave "
+            f"the shape {shape} of the spatial shape {before}"
+        )

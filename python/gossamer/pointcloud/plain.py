@@ -1,0 +1,161 @@
+"""Coordinate sets and kernel maps in plain torch: what the native ones mean, on any device.
+
+Every function takes and returns coordinates as int32 [N, 1 + D], batch first. A 64-bit key counts
+the cells of the box that the coordinates span, the last axis fastest, from -2**63.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, ...]
+Box = tuple[Size, Size]  # the least and the greatest of each column
+
+
+def bounds(coords: Tensor) -> Box:
+    """The box that holds the coordinates; of none at all, one cell at 0."""
+    if len(coords) == 0:
+        zero = (0,) * coords.shape[1]
+        return zero, zero
+    return tuple(coords.amin(0).tolist()), tuple(coords.amax(0).tolist())
+
+
+def check_keys_fit(box: Box) -> None:
+    """Raise where the cells of the box cannot be numbered in 64 bits."""
+    extent = [high - low + 1 for low, high in zip(*box, strict=True)]
+    if prod(extent) >= 2**64:
+        raise ValueError(
+            f"pointcloud: coordinates span {extent} values (batch first), {prod(extent):.3g} cells "
+            f"with the kernel's reach, and 64-bit keys number at most {2**64:.3g}"
+        )
+
+
+def keys(coords: Tensor, box: Box) -> Tensor:
+    """int64 [N]: ascending where the coordinates, all of them in the box, do lexicographically."""
+    key = torch.full((len(coords),), -(2**63), dtype=torch.int64, device=coords.device)
+    cells = 1
+    for axis in reversed(range(coords.shape[1])):
+        key += (coords[:, axis].long() - box[0][axis]) * cells
+        cells *= box[1][axis] - box[0][axis] + 1
+        if cells >= 2**63:  # only where it is of no use any more: the axes before have one value
+            cells = 0
+    return key
+
+
+def sort(coords: Tensor, box: Box) -> tuple[Tensor | None, int, int]:
+    """The rows in ascending order, None if they are already; the repeated rows, the first of them.
+
+    A row is repeated if an earlier one has its coordinates.
+    """
+    check_keys_fit(box)
+    key, order = keys(coords, box).sort(stable=True)
+    repeated = order[1:][key[1:] == key[:-1]]
+    if len(repeated):
+        return None, len(repeated), int(repeated.min())
+    ascending = bool((order[1:] > order[:-1]).all())
+    return (None if ascending else order.int()), 0, 0
+
+
+def _taps(kernel_size: Size, dilation: Size) -> Iterator[Size]:
+    for tap in product(*map(range, kernel_size)):
+        yield tuple(t * d for t, d in zip(tap, dilation, strict=True))
+
+
+def _shift(coords: Tensor, scale: Size, offset: list[int]) -> Tensor:
+    """int64: each spatial coordinate by its scale, plus its offset."""
+    factor = torch.tensor([1, *scale], device=coords.device)
+    return coords.long() * factor + torch.tensor([0, *offset], device=coords.device)
+
+
+def match(
+    walkers: Tensor,
+    targets: Tensor,
+    box: Box,
+    kernel_size: Size,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs with target = walker * stride - padding + tap * dilation, both sides sorted.
+
+    Returns the walkers and the targets of the pairs, int32 [P] tap-major, and where each tap
+    begins, int64 [T + 1]. ``box`` is that of the targets.
+    """
+    low, high = (torch.tensor(side, device=walkers.device) for side in box)
+    target_keys = keys(targets, box)
+    walker_of, target_of, ends = [], [], [0]
+    for tap in _taps(kernel_size, dilation):
+        wanted = _shift(walkers, stride, [t - p for t, p in zip(tap, padding, strict=True)])
+        inside = ((wanted >= low) & (wanted <= high)).all(1).nonzero().squeeze(1)
+        wanted_keys = keys(wanted[inside], box)
+        at = torch.searchsorted(target_keys, wanted_keys)
+        found = at < len(targets)
+        found[found.clone()] = target_keys[at[found]] == wanted_keys[found]
+        walker_of.append(inside[found].int())
+        target_of.append(at[found].int())
+        ends.append(ends[-1] + len(walker_of[-1]))
+    return torch.cat(walker_of), torch.cat(target_of), torch.tensor(ends)
+
+
+def _unique(coords: Tensor, shape: Size | None) -> Tensor:
+    """Sorted, once each, and inside of the shape."""
+    if shape is not None:
+        spatial = coords[:, 1:]
+        inside = (spatial >= 0) & (spatial < torch.tensor(shape, device=coords.device))
+        coords = coords[inside.all(1)]
+    if len(coords) and not -(2**31) <= int(coords.min()) <= int(coords.max()) < 2**31:
+        raise ValueError(
+            f"pointcloud: output coordinates from {int(coords.min())} to {int(coords.max())} "
+            "leave the range of int32"
+        )
+    return torch.unique(coords.int(), dim=0)
+
+
+def reached(
+    coords: Tensor,
+    kernel_size: Size,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    shape: Size | None,
+) -> Tensor:
+    """Every output whose window holds an input: input = output * stride - padding + tap * dilation."""
+    step = torch.tensor([1, *stride], device=coords.device)
+    outputs = []
+    for tap in _taps(kernel_size, dilation):
+        ones = (1,) * len(stride)
+        scaled = _shift(coords, ones, [p - t for t, p in zip(tap, padding, strict=True)])
+        scaled = scaled[(scaled % step == 0).all(1)]
+        outputs.append(scaled.div(step, rounding_mode="floor"))
+    return _unique(torch.cat(outputs), shape)
+
+
+def floored(coords: Tensor, stride: Size) -> Tensor:
+    """The cells of ``stride`` inputs an axis that hold one."""
+    step = torch.tensor([1, *stride], device=coords.device)
+    return _unique(coords.long().div(step, rounding_mode="floor"), None)
+
+
+def spread(
+    coords: Tensor,
+    kernel_size: Size,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    shape: Size | None,
+) -> Tensor:
+    """Every output of a transposed convolution: output = input * stride - padding + tap * dilation."""
+    return _unique(
+        torch.cat(
+            [
+                _shift(coords, stride, [t - p for t, p in zip(tap, padding, strict=True)])
+                for tap in _taps(kernel_size, dilation)
+            ]
+        ),
+        shape,
+    )
