@@ -381,11 +381,6 @@ def pointcloud_conv_weight_grad(
     return torch.stack(taps)
 
 
-def _rows_of(index: Tensor, order: Tensor | None) -> Tensor:
-    """The rows of these ranks, int64."""
-    return (index if order is None else order[index.long()]).long()
-
-
 def pointcloud_sum_pool(
     feats: Tensor,
     in_index: Tensor,
@@ -397,12 +392,12 @@ def pointcloud_sum_pool(
     mean: bool,
 ) -> Tensor:
     """out[j] = Σ feats[i] over the pairs (i, j) of a kernel map, in float64; or their mean."""
-    rows = _rows_of(out_index, out_order)
     sums = feats.new_zeros((n_out, feats.shape[1]), dtype=torch.float64)
-    sums.index_add_(0, rows, feats[_rows_of(in_index, in_order)].double())
-    if mean:
-        sums /= torch.bincount(rows, minlength=n_out).clamp(min=1).unsqueeze(1)
-    return sums.to(feats.dtype)
+    counts = feats.new_zeros((n_out, 1), dtype=torch.float64)
+    for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
+        sums.index_add_(0, j, feats[i].double())
+        counts.index_add_(0, j, counts.new_ones((len(j), 1)))
+    return (sums / counts.clamp(min=1) if mean else sums).to(feats.dtype)
 
 
 def pointcloud_max_pool(
@@ -420,10 +415,7 @@ def pointcloud_max_pool(
     """
     best = feats.new_zeros((n_out, feats.shape[1]))
     winner = torch.full_like(best, -1, dtype=torch.int32)
-    ends = tap_offsets.tolist()
-    for begin, end in zip(ends, ends[1:], strict=False):
-        i = _rows_of(in_index[begin:end], in_order)
-        j = _rows_of(out_index[begin:end], out_order)
+    for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
         x, so_far, took = feats[i], best[j], winner[j]
         better = (took < 0) | (x > so_far) | x.isnan()
         best[j] = torch.where(better, x, so_far)
@@ -441,7 +433,7 @@ def pointcloud_max_pool_grad(
     out_order: Tensor | None,
     n_out: int,
 ) -> Tensor:
-    """dx[i, c] = Σ dy[j, c] over the outputs j whose winner is i, in float64; the map says no more."""
+    """dx[i, c] = Σ dy[j, c] over the outputs j whose winner is i, in float64."""
     dx = dy.new_zeros((n_out + 1, dy.shape[1]), dtype=torch.float64)
     at = torch.where(winner < 0, n_out, winner).long()
     return dx.scatter_add_(0, at, dy.double())[:n_out].to(dy.dtype)
