@@ -135,7 +135,7 @@ def _to_samples(x: SparseTensor) -> KernelMap:
     return KernelMap(
         in_index=ranks,
         out_index=x.coordinates.sorted()[:, 0].contiguous(),
-        tap_offsets=torch.tensor([0, len(x)]),
+        tap_offsets=torch.tensor([0, len(x)], device="cpu"),
         in_order=x.coordinates.order,
         out_order=None,
         n_in=len(x),
