@@ -77,7 +77,7 @@ class Oracle:
         x, values = x.detach().double(), weight.values.detach().double()
         bias = None if bias is None else bias.detach().double()
         self.dtype = weight.dtype
-        with _one_thread():
+        with one_thread():
             self.y = reference.sparse24_linear(
                 x, values, weight.indices, bias, weight.in_features, activation
             )
@@ -129,7 +129,7 @@ class QuantizedOracle(Oracle):
         numbers, scales = weight.numbers(), weight.scales.double()
         bias = None if bias is None else bias.double()
         shape = (weight.in_features, weight.group)
-        with _one_thread():
+        with one_thread():
             self.y = reference.sparse24_linear_quantized(
                 x, None, numbers, weight.indices, scales, bias, *shape, activation
             )
@@ -155,7 +155,7 @@ class SumOracle(Oracle):
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The reference is a long row of small products: on a busy machine, teams wait at each."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
