@@ -2,6 +2,7 @@
 
 from .blocksparse import blocksparse_conv, blocksparse_linear
 from .grouped import grouped_linear
+from .pointcloud import pointcloud_conv
 from .quantize_rows import quantize_rows
 from .sparse24 import sparse24_linear
 from .sparse24_conv import sparse24_conv
@@ -11,6 +12,7 @@ __all__ = [
     "blocksparse_conv",
     "blocksparse_linear",
     "grouped_linear",
+    "pointcloud_conv",
     "quantize_rows",
     "sparse24_conv",
     "sparse24_linear",

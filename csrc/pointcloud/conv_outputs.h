@@ -1,0 +1,82 @@
+#pragma once
+// What every kernel does around its products: tiles of outputs whose sums lie in scratch, of each
+// tap the slice of pairs that belongs to the tile, and the finished rows. Included by units of one
+// instruction set.
+#include "common/simd_finish.h"
+#include "pointcloud/conv_unit.h"
+
+namespace gossamer::pointcloud {
+namespace {
+
+// The pairs of a tap that add to a tile of outputs.
+struct Slice {
+  int64_t tap, begin, end;
+  int64_t first;  // rank of the tile's first output
+};
+
+template <class S, class T>
+struct Outputs {
+  using F = typename S::F;
+
+  static int64_t whole(int64_t channels) { return (channels + S::kLanes - 1) / S::kLanes; }
+  static SumsRow sums_row(const Channels& channels) {
+    const int64_t group = whole(channels.group_out()) * S::kLanes;
+    return {group, group * channels.groups};
+  }
+
+  // A tap has no output twice, so its slice is no longer than the tile.
+  static int64_t slice_end(const int32_t* out, int64_t begin, int64_t end, int64_t last_rank) {
+    while (begin < end) {
+      const int64_t middle = begin + (end - begin) / 2;
+      if (out[middle] < last_rank) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  }
+
+  template <class Multiply>
+  static void run(const ConvTask& task, const SumsRow& row, const Multiply& multiply) {
+    const KernelMap& map = task.args.map;
+    for (int64_t first = task.begin; first < task.end; first += task.tile) {
+      const int64_t last = first + task.tile < task.end ? first + task.tile : task.end;
+      __builtin_memset(task.sums, 0, (last - first) * row.all * sizeof(float));
+      for (int64_t tap = 0; tap < map.taps; ++tap) {
+        const int64_t begin = task.next[tap], rest = map.tap_offsets[tap + 1] - begin;
+        const int64_t most = rest < last - first ? rest : last - first;
+        const int64_t end = slice_end(map.out, begin, begin + most, last);
+        if (end > begin) multiply(Slice{tap, begin, end, first});
+        task.next[tap] = end;
+      }
+      finish(task, row, first, last);
+    }
+  }
+
+  static void finish(const ConvTask& task, const SumsRow& row, int64_t first, int64_t last) {
+    const ConvArgs& args = task.args;
+    const int64_t groups = row.all / row.group, outputs = args.channels.out / groups;
+    for (int64_t rank = first; rank < last; ++rank) {
+      const float* sums = task.sums + (rank - first) * row.all;
+      T* y = static_cast<T*>(args.y) + args.map.out_row(rank) * args.channels.out;
+      for (int64_t g = 0; g < groups; ++g, y += outputs) {
+        for (int64_t o = 0; o < outputs; o += S::kLanes) {
+          const int64_t at = g * row.group + o;
+          const F sum = S::add(S::load(sums + at), S::load(task.bias + at));
+          const F result = Finish<S, T>::activate(sum, args.activation);
+          if (outputs - o >= S::kLanes) {
+            S::store(y + o, result);
+          } else {
+            T part[S::kLanes];
+            S::store(part, result);
+            for (int64_t i = 0; i < outputs - o; ++i) y[o + i] = part[i];
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace gossamer::pointcloud
