@@ -133,10 +133,9 @@ def _check_voxels(
         if case.kind == "transpose":
             window["output_padding"] = case.extra
         kind = getattr(nn, f"Conv{'' if case.kind == 'conv' else 'Transpose'}{case.dims}d")
-        ones = nn.init.ones_(kind(1, 1, case.kernel, bias=False, **window).weight)
-        dense = kind(1, 1, case.kernel, bias=False, **window)
-        dense.weight = nn.Parameter(ones)
-        mask = x.replace_feats(torch.ones(len(x), 1)).dense()
+        dense = kind(1, 1, case.kernel, bias=False, dtype=torch.float64, **window)
+        nn.init.ones_(dense.weight)
+        mask = x.replace_feats(torch.ones(len(x), 1, dtype=torch.float64)).dense()
         cells = (dense(mask)[:, 0] > 0.5).nonzero()
         if case.kind == "generative":
             cells = cells - torch.tensor([0, *generative_padding(case.kernel, case.dilation)])

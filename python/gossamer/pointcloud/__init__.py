@@ -4,6 +4,7 @@ from . import functional, models
 from .convolution import Conv, SubmanifoldConv
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
+from .load import load_minkowski, load_spconv, load_torchsparse
 from .named import (
     AvgPool1d,
     AvgPool2d,
@@ -87,5 +88,8 @@ __all__ = [
     "cat",
     "collate",
     "functional",
+    "load_minkowski",
+    "load_spconv",
+    "load_torchsparse",
     "models",
 ]
