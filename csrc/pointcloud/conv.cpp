@@ -112,6 +112,4 @@ void conv(const ConvArgs& args) {
   });
 }
 
-void weight_grad(const WeightGradArgs& args) { weight_grad_serial(args); }
-
 }  // namespace gossamer::pointcloud
