@@ -1,11 +1,12 @@
-// Cuts the gradient of the weights into segments of pairs, and adds up what the kernels make of them.
+// Cuts the gradient of the weights over the threads, and adds up what the kernels make of its parts.
 #include <algorithm>
 #include <vector>
 
-#include "common/ceil_div.h"
+#include "common/cache_size.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/target.h"
+#include "pointcloud/conv_split.h"
 #include "pointcloud/conv_unit.h"
 
 namespace gossamer::pointcloud {
@@ -20,86 +21,114 @@ const WeightGradUnit* unit_of(Target target, DType dtype, const Channels& channe
   return nullptr;
 }
 
-// Pairs of a tap that are summed together, whatever the threads: at most kSegments more of them
-// than taps, whose sums are in memory at once.
-constexpr int64_t kSegments = 64, kLeastSegment = 2048;
+// The outputs are cut into so many segments, whatever the threads: a tap's sum over each is one of
+// the parts that threads share out, and these are added up in their order.
+constexpr int64_t kSegments = 4;
 
-struct Segment {
-  int64_t tap, begin, end;
+constexpr int64_t kLeastTile = 32, kMostTile = 1024;
+
+thread_local Scratch part_sums, next_pairs;
+
+class WeightGradient {
+ public:
+  WeightGradient(const WeightGradArgs& args, const WeightGradUnit& unit)
+      : args_(args),
+        unit_(unit),
+        row_(unit.sums_row(args.channels)),
+        each_(args.channels.group_in() * row_.all) {
+    const KernelMap& map = args.map;
+    for (int64_t s = 0; s <= kSegments; ++s) {
+      ranks_.push_back(first_rank(map, s, kSegments));
+      for (int64_t t = 0; t < map.taps; ++t) pairs_.push_back(pair_at(map, t, ranks_.back()));
+    }
+    sums_ = static_cast<float*>(
+        part_sums.at_least(kSegments * map.taps * each_ * int64_t{sizeof(float)}));
+  }
+
+  void run() const {
+    const int64_t taps = args_.map.taps;
+    const double work = static_cast<double>(args_.map.pairs()) * static_cast<double>(each_);
+    const int threads = threads_for_work(args_.threads, work);
+    // Parts follow each other by segment; each thread takes those whose middle lies in its share.
+    parallel_run(threads, [&](int thread, int team) {
+      int64_t before = 0;
+      for (int64_t s = 0; s < kSegments; ++s) {
+        int64_t first_tap = taps, last_tap = taps;
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t pairs = pairs_[(s + 1) * taps + t] - pairs_[s * taps + t];
+          if (owner(before + pairs / 2, team) == thread) {
+            first_tap = std::min(first_tap, t);
+            last_tap = t + 1;
+          }
+          before += pairs;
+        }
+        if (first_tap < taps) run_part(s, first_tap, last_tap);
+      }
+    });
+    parallel_ranges(threads, taps, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) finish(t);
+    });
+  }
+
+ private:
+  int64_t owner(int64_t pair, int64_t team) const {
+    return std::min(pair * team / std::max<int64_t>(args_.map.pairs(), 1), team - 1);
+  }
+
+  float* sums_of(int64_t segment, int64_t tap) const {
+    return sums_ + (segment * args_.map.taps + tap) * each_;
+  }
+
+  void run_part(int64_t segment, int64_t first_tap, int64_t last_tap) const {
+    const int64_t taps = args_.map.taps;
+    auto* next = static_cast<int64_t*>(next_pairs.at_least(taps * int64_t{sizeof(int64_t)}));
+    std::copy_n(pairs_.begin() + segment * taps, taps, next);
+    const int64_t row_bytes = (args_.channels.in + args_.channels.out) * size_of(args_.dtype);
+    const int64_t tile = std::clamp(l2_bytes() / 4 / row_bytes, kLeastTile, kMostTile);
+    unit_.run({args_, first_tap, last_tap, ranks_[segment], ranks_[segment + 1], next, tile,
+               sums_of(segment, first_tap)});
+  }
+
+  // The sums of a tap's parts, one after the other, rounded.
+  template <class T>
+  void finish_as(int64_t tap) const {
+    float* sums = sums_of(0, tap);
+    for (int64_t s = 1; s < kSegments; ++s) {
+      const float* more = sums_of(s, tap);
+      for (int64_t i = 0; i < each_; ++i) sums[i] += more[i];
+    }
+    const int64_t c_in = args_.channels.group_in();
+    const int64_t groups = row_.all / row_.group, outputs = args_.channels.out / groups;
+    auto* dw = static_cast<T*>(args_.dw) + tap * c_in * args_.channels.out;
+    for (int64_t c = 0; c < c_in; ++c) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const float* from = sums + c * row_.all + g * row_.group;
+        for (int64_t o = 0; o < outputs; ++o) round_to(from[o], *dw++);
+      }
+    }
+  }
+  void finish(int64_t tap) const {
+    switch (args_.dtype) {
+      case DType::kBFloat16: return finish_as<BFloat16>(tap);
+      case DType::kFloat16: return finish_as<Float16>(tap);
+      default: return finish_as<float>(tap);
+    }
+  }
+
+  const WeightGradArgs& args_;
+  const WeightGradUnit& unit_;
+  const SumsRow row_;
+  const int64_t each_;  // floats of a part
+  std::vector<int64_t> ranks_, pairs_;  // of each segment the first output, and the first pairs
+  float* sums_;
 };
-
-std::vector<Segment> segments_of(const KernelMap& map) {
-  const int64_t most = std::max(kLeastSegment, ceil_div(map.pairs(), kSegments));
-  std::vector<Segment> segments;
-  for (int64_t t = 0; t < map.taps; ++t) {
-    const int64_t first = map.tap_offsets[t], pairs = map.tap_offsets[t + 1] - first;
-    const int64_t parts = std::max<int64_t>(ceil_div(pairs, most), 1);
-    for (int64_t p = 0; p < parts; ++p) {
-      segments.push_back({t, first + pairs * p / parts, first + pairs * (p + 1) / parts});
-    }
-  }
-  return segments;
-}
-
-thread_local Scratch segment_sums;
-
-// The sums of a tap's segments, one after the other, rounded.
-template <class T>
-void add_segments(const WeightGradArgs& args, const SumsRow& row, int64_t tap, float* sums,
-                  int64_t count) {
-  const int64_t c_in = args.channels.group_in();
-  const int64_t groups = row.all / row.group, outputs = args.channels.out / groups;
-  for (int64_t s = 1; s < count; ++s) {
-    const float* more = sums + s * c_in * row.all;
-    for (int64_t i = 0; i < c_in * row.all; ++i) sums[i] += more[i];
-  }
-  auto* dw = static_cast<T*>(args.dw) + tap * c_in * args.channels.out;
-  for (int64_t c = 0; c < c_in; ++c) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* from = sums + c * row.all + g * row.group;
-      for (int64_t o = 0; o < outputs; ++o) round_to(from[o], *dw++);
-    }
-  }
-}
-
-void add_segments(const WeightGradArgs& args, const SumsRow& row, int64_t tap, float* sums,
-                  int64_t count) {
-  switch (args.dtype) {
-    case DType::kBFloat16: return add_segments<BFloat16>(args, row, tap, sums, count);
-    case DType::kFloat16: return add_segments<Float16>(args, row, tap, sums, count);
-    default: return add_segments<float>(args, row, tap, sums, count);
-  }
-}
 
 }  // namespace
 
 void weight_grad(const WeightGradArgs& args) {
   const WeightGradUnit* unit = unit_of(target(), args.dtype, args.channels);
   if (unit == nullptr) return weight_grad_serial(args);
-  const KernelMap& map = args.map;
-  const std::vector<Segment> segments = segments_of(map);
-  const auto count = static_cast<int64_t>(segments.size());
-  const SumsRow row = unit->sums_row(args.channels);
-  const int64_t each = args.channels.group_in() * row.all;
-  auto* sums = static_cast<float*>(segment_sums.at_least(count * each * int64_t{sizeof(float)}));
-  const int threads =
-      threads_for_work(args.threads, static_cast<double>(map.pairs()) * static_cast<double>(each));
-  // Each thread takes the segments whose middle lies in its share of the pairs.
-  parallel_run(threads, [&](int thread, int team) {
-    for (int64_t s = 0; s < count; ++s) {
-      const int64_t middle = (segments[s].begin + segments[s].end) / 2;
-      const auto owner = std::min<int64_t>(middle * team / std::max<int64_t>(map.pairs(), 1),
-                                           team - 1);
-      if (owner == thread) unit->run({args, segments[s].begin, segments[s].end, sums + s * each});
-    }
-  });
-  parallel_ranges(threads, map.taps, [&](int64_t begin, int64_t end) {
-    for (int64_t s = 0; s < count;) {
-      const int64_t tap = segments[s].tap, first = s;
-      while (s < count && segments[s].tap == tap) ++s;
-      if (tap >= begin && tap < end) add_segments(args, row, tap, sums + first * each, s - first);
-    }
-  });
+  WeightGradient(args, *unit).run();
 }
 
 }  // namespace gossamer::pointcloud
