@@ -5,6 +5,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/target.h"
+#include "pointcloud/conv_split.h"
 #include "pointcloud/conv_unit.h"
 
 namespace gossamer::pointcloud {
@@ -25,33 +26,6 @@ thread_local Scratch packed_weights, padded_bias, tile_sums, next_pairs;
 
 // The sums of a tile, the rows that it gathers and a tap's weights share L2.
 constexpr int64_t kLeastTile = 32, kMostTile = 1024;
-
-// The first pair of a tap at or after an output.
-int64_t pair_at(const KernelMap& map, int64_t tap, int64_t rank) {
-  const int32_t* first = map.out + map.tap_offsets[tap];
-  const int32_t* last = map.out + map.tap_offsets[tap + 1];
-  return std::lower_bound(first, last, rank) - map.out;
-}
-
-// What the outputs before one cost: their pairs, and one more for each to be written.
-int64_t cost_before(const KernelMap& map, int64_t rank) {
-  int64_t cost = rank;
-  for (int64_t t = 0; t < map.taps; ++t) cost += pair_at(map, t, rank) - map.tap_offsets[t];
-  return cost;
-}
-
-int64_t rank_of_cost(const KernelMap& map, int64_t cost) {
-  int64_t low = 0, high = map.n_out;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (cost_before(map, middle) < cost) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 void run_range(const ConvArgs& args, const ConvUnit& unit, const float* weights, const float* bias,
                int64_t begin, int64_t end) {
@@ -103,15 +77,10 @@ void conv(const ConvArgs& args) {
   parallel_ranges(std::min(threads, args.threads), map.taps, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) unit->pack(args, t, weights + t * tap_floats);
   });
-  const int64_t cost = map.pairs() + map.n_out;
   parallel_run(threads, [&](int thread, int team) {
-    const auto rank = [&](int64_t of) {
-      return of == team ? map.n_out : rank_of_cost(map, cost / team * of);
-    };
-    run_range(args, *unit, weights, bias, rank(thread), rank(thread + 1));
+    run_range(args, *unit, weights, bias, first_rank(map, thread, team),
+              first_rank(map, thread + 1, team));
   });
 }
-
-void weight_grad(const WeightGradArgs& args) { weight_grad_serial(args); }
 
 }  // namespace gossamer::pointcloud

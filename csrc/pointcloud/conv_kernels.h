@@ -241,10 +241,13 @@ struct Depthwise {
   };
 };
 
+bool is_depthwise(const Channels& channels) {
+  return channels.group_in() == 1 && channels.group_out() == 1;
+}
+
 template <class S, class T>
 const ConvUnit* unit_of(const Channels& channels) {
-  const bool depthwise = channels.group_in() == 1 && channels.group_out() == 1;
-  return depthwise ? &Depthwise<S, T>::unit : &Gather<S, T, FloatWords<S, T>>::unit;
+  return is_depthwise(channels) ? &Depthwise<S, T>::unit : &Gather<S, T, FloatWords<S, T>>::unit;
 }
 
 template <class S>

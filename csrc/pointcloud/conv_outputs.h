@@ -14,6 +14,21 @@ struct Slice {
   int64_t first;  // rank of the tile's first output
 };
 
+// From pair `begin` on. A tap has no output twice, so its slice is no longer than the tile.
+Slice slice_of(const KernelMap& map, int64_t tap, int64_t begin, int64_t first, int64_t last) {
+  int64_t low = begin, high = map.tap_offsets[tap + 1];
+  if (high - low > last - first) high = low + (last - first);
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (map.out[middle] < last) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return {tap, begin, low, first};
+}
+
 template <class S, class T>
 struct Outputs {
   using F = typename S::F;
@@ -24,19 +39,6 @@ struct Outputs {
     return {group, group * channels.groups};
   }
 
-  // A tap has no output twice, so its slice is no longer than the tile.
-  static int64_t slice_end(const int32_t* out, int64_t begin, int64_t end, int64_t last_rank) {
-    while (begin < end) {
-      const int64_t middle = begin + (end - begin) / 2;
-      if (out[middle] < last_rank) {
-        begin = middle + 1;
-      } else {
-        end = middle;
-      }
-    }
-    return begin;
-  }
-
   template <class Multiply>
   static void run(const ConvTask& task, const SumsRow& row, const Multiply& multiply) {
     const KernelMap& map = task.args.map;
@@ -44,11 +46,9 @@ struct Outputs {
       const int64_t last = first + task.tile < task.end ? first + task.tile : task.end;
       __builtin_memset(task.sums, 0, (last - first) * row.all * sizeof(float));
       for (int64_t tap = 0; tap < map.taps; ++tap) {
-        const int64_t begin = task.next[tap], rest = map.tap_offsets[tap + 1] - begin;
-        const int64_t most = rest < last - first ? rest : last - first;
-        const int64_t end = slice_end(map.out, begin, begin + most, last);
-        if (end > begin) multiply(Slice{tap, begin, end, first});
-        task.next[tap] = end;
+        const Slice slice = slice_of(map, tap, task.next[tap], first, last);
+        if (slice.end > slice.begin) multiply(slice);
+        task.next[tap] = slice.end;
       }
       finish(task, row, first, last);
     }

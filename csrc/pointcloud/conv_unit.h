@@ -32,11 +32,14 @@ struct ConvUnit {
   void (*run)(const ConvTask& task);
 };
 
-// Some pairs of one tap, whose outer products are added to the sums.
+// Some taps over a range of outputs, whose outer products are summed.
 struct WeightGradTask {
   const WeightGradArgs& args;
-  int64_t begin, end;
-  float* sums;  // [group_in][a row of sums]
+  int64_t first_tap, last_tap;
+  int64_t begin, end;  // outputs, by rank
+  int64_t* next;       // [taps], as in ConvTask
+  int64_t tile;        // outputs whose rows stay in L2 while the taps go by
+  float* sums;         // [last_tap - first_tap][group_in][a row of sums]
 };
 
 struct WeightGradUnit {
