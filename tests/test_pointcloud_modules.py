@@ -332,7 +332,8 @@ def test_other_weights_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_u_net_learns(dims: int) -> None:
+def test_a_u_net_learns(dims: int, threads: int) -> None:
+    torch.set_num_threads(1)  # on a busy machine, teams wait at each of thousands of small steps
     x = scene(3, (16, 16, 16) if dims == 3 else (40, 40), 0.05)
     labels = (x.feats.sum(1) > 0).long()
     model = pc.models.MinkUNet(

@@ -93,8 +93,9 @@ def draw(kind: str, dims: int, seed: str) -> LayerCase:
         groups, (c_in, c_out) = 1, of.choice(((513, 3), (3, 513), (130, 129)))
     density = of.choice((0.02, 0.1, 0.3, 1.0) if dims < 4 else (0.02, 0.1))
     bias, dtype = of.random() < 0.7, of.choice(DTYPES)
-    window = (kernel, stride, padding, dilation, extra)
-    return LayerCase(kind, *window, groups, (c_in, c_out), bias, shape, density, dtype, of.random() < 0.5)
+    window, channels = (kernel, stride, padding, dilation, extra), (c_in, c_out)
+    apart = of.random() < 0.5
+    return LayerCase(kind, *window, groups, channels, bias, shape, density, dtype, apart)
 
 
 def check(case: LayerCase) -> None:
