@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -361,3 +363,9 @@ def test_u_nets_have_the_blocks_they_are_named_for() -> None:
     assert blocks == [8, 16, 23]
     with pytest.raises(ValueError, match=r"blocks \(1, 2\)"):
         pc.models.MinkUNet(3, 20, blocks=(1, 2))
+
+
+def test_the_example_of_wafer_maps_runs(threads: int) -> None:
+    torch.set_num_threads(1)
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "wafer_maps.py"))
+    assert 0 <= example["main"](["--size", "2000", "--steps", "2", "--batch", "4"]) <= 1
