@@ -180,6 +180,21 @@ void bind_conv(py::module_& m) {
         py::arg("feats"), py::arg("in_index"), py::arg("out_index"), py::arg("tap_offsets"),
         py::arg("in_order"), py::arg("out_order"), py::arg("groups"), py::arg("threads"),
         release());
+  m.def(
+      "pointcloud_conv_choose",
+      [](const std::string& dtype, int64_t c_in, int64_t c_out, int64_t groups) {
+        const DType type = dlpack::dtype_from_name(dtype);
+        if (!is_weight_dtype(type)) {
+          throw py::type_error("pointcloud_conv_choose: no kernels for " + dtype);
+        }
+        const ConvChoice choice = choose_conv(type, {groups, c_in, c_out});
+        py::dict report;
+        report["target"] = choice.target;
+        report["kernel"] = choice.kernel;
+        report["why"] = choice.why;
+        return report;
+      },
+      py::arg("dtype"), py::arg("c_in"), py::arg("c_out"), py::arg("groups") = 1);
 }
 
 }  // namespace gossamer::pointcloud

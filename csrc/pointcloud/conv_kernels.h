@@ -241,13 +241,9 @@ struct Depthwise {
   };
 };
 
-bool is_depthwise(const Channels& channels) {
-  return channels.group_in() == 1 && channels.group_out() == 1;
-}
-
 template <class S, class T>
 const ConvUnit* unit_of(const Channels& channels) {
-  return is_depthwise(channels) ? &Depthwise<S, T>::unit : &Gather<S, T, FloatWords<S, T>>::unit;
+  return channels.depthwise() ? &Depthwise<S, T>::unit : &Gather<S, T, FloatWords<S, T>>::unit;
 }
 
 template <class S>
