@@ -8,6 +8,7 @@
 #include "common/target.h"
 #include "cuda_build.h"
 #include "grouped/grouped.h"
+#include "pointcloud/maps.h"
 #include "pointcloud/pointcloud.h"
 #include "probe/probe.h"
 #include "sparse24/conv.h"
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_conv(m);
+  gossamer::pointcloud::bind_maps(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_conv(m);

@@ -7,15 +7,16 @@ it is freed with the last tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import plain
+from . import native, plain
 from .kernel_map import KernelMap
+from .native import Window
 
 Size = tuple[int, ...]
 Key = tuple[Any, ...]
@@ -96,11 +97,11 @@ class Coordinates:
         coords = _int32(coords)
         dims = coords.shape[1] - 1
         shape = None if spatial_shape is None else sizes("spatial_shape", spatial_shape, dims, 1)
-        box = plain.bounds(coords)
+        box = native.bounds(coords)
         batch_size = _checked_batch_size(coords, box, batch_size)
         if shape is not None:
             _check_inside(coords, box, shape)
-        order, repeated, row = plain.sort(coords, box)
+        order, repeated, row = native.sort(coords, box)
         if repeated:
             raise ValueError(
                 f"pointcloud: {repeated} of {len(coords)} coordinates repeat an earlier row, the "
@@ -162,16 +163,9 @@ class Coordinates:
             f"stride {self.stride})"
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:  # without the maps, which are quickly made again
-        one = self._set
-        return _restored, (
-            one.coords,
-            one.order,
-            one.box,
-            one.batch_size,
-            one.spatial_shape,
-            one.stride,
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Checked again where it arrives, and without the maps, which are quickly made again.
+        return Coordinates, (self.coords, self.batch_size, self.spatial_shape, self.stride)
 
     def to(self, device: torch.device | str) -> Coordinates:
         """The same voxels on another device, without the maps; itself if it is there."""
@@ -180,7 +174,8 @@ class Coordinates:
         if coords is one.coords:
             return self
         order = None if one.order is None else one.order.to(device)
-        return _restored(coords, order, one.box, one.batch_size, one.spatial_shape, one.stride)
+        moved = _Set(coords, order, one.box, one.batch_size, one.spatial_shape, one.stride)
+        return Coordinates._member([moved], 0)
 
     def sorted(self) -> Tensor:
         """int32 [N, 1 + D], the rows in lexicographic order."""
@@ -212,7 +207,7 @@ class Coordinates:
         if key not in self._set.maps:
             padding = tuple((k - 1) // 2 * d for k, d in zip(kernel, dilated, strict=True))
             ones = (1,) * self.dims
-            self._set.maps[key] = self._match(self, self, kernel, ones, padding, dilated, False)
+            self._set.maps[key] = self._match(self, self, (kernel, ones, padding, dilated), False)
         return self._set.maps[key]
 
     def strided(
@@ -248,21 +243,17 @@ class Coordinates:
             raise ValueError(f"pointcloud: rule {rule!r} is unknown; {', '.join(RULES)}")
         if (target is not None) != (rule == "given"):
             raise ValueError(
-                f"pointcloud: rule {rule!r} {'takes no' if target is not None else 'needs a'} target"
+                f"pointcloud: rule {rule!r} "
+                + ("needs a target" if target is None else "takes no target")
             )
         window = self._window(kernel_size, stride, padding, dilation)
-        kernel, step, pad, dilated = window
         if target is not None:
             return target, self._given(target, ("strided", *window), window, transposed=False)
         shape = self._strided_shape(*window, rule)
 
-        def outputs() -> Tensor:
-            if rule == "floor":
-                return plain.floored(self.coords, step)
-            return plain.reached(self.coords, kernel, step, pad, dilated, shape)
-
-        width = tuple(a * b for a, b in zip(self.stride, step, strict=True))
-        return self._child(("strided", *window, rule), outputs, shape, width, window, False)
+        width = tuple(a * b for a, b in zip(self.stride, window[1], strict=True))
+        made = "floored" if rule == "floor" else "reached"
+        return self._child(("strided", *window, rule), made, shape, width, window)
 
     def transposed(
         self,
@@ -290,7 +281,6 @@ class Coordinates:
             spatial shape. False generates all of them, negative ones too, without a shape.
         """
         window = self._window(kernel_size, stride, padding, dilation)
-        kernel, step, pad, dilated = window
         if target is not None:
             return target, self._given(target, ("transposed", *window), window, transposed=True)
         extra = sizes("output_padding", output_padding, self.dims, 0)
@@ -301,13 +291,10 @@ class Coordinates:
                 for n, k, s, p, d, e in zip(self.spatial_shape, *window, extra, strict=True)
             )
             _check_output_shape(shape, self.spatial_shape, window)
-        width = tuple(max(a // b, 1) for a, b in zip(self.stride, step, strict=True))
-
-        def outputs() -> Tensor:
-            return plain.spread(self.coords, kernel, step, pad, dilated, shape)
+        width = tuple(max(a // b, 1) for a, b in zip(self.stride, window[1], strict=True))
 
         key = ("transposed", *window, extra, bounded)
-        return self._child(key, outputs, shape, width, window, True)
+        return self._child(key, "spread", shape, width, window)
 
     def inverse(
         self, kernel_size: int | Sequence[int], stride: int | Sequence[int] | None = None
@@ -343,7 +330,7 @@ class Coordinates:
         stride: int | Sequence[int],
         padding: int | Sequence[int],
         dilation: int | Sequence[int],
-    ) -> tuple[Size, Size, Size, Size]:
+    ) -> Window:
         return (
             sizes("kernel_size", kernel_size, self.dims, 1),
             sizes("stride", stride, self.dims, 1),
@@ -369,22 +356,21 @@ class Coordinates:
     def _child(
         self,
         key: Key,
-        outputs: Callable[[], Tensor],
+        made: str,
         shape: Size | None,
         width: Size,
-        window: tuple[Size, Size, Size, Size],
-        transposed: bool,
+        window: Window,
     ) -> tuple[Coordinates, KernelMap]:
         one = self._set
         if key not in one.children:
-            coords = outputs()
-            made = _Set(coords, None, plain.bounds(coords), one.batch_size, shape, width)
-            plain.check_keys_fit(made.box)
-            self._family.append(made)
-            child = Coordinates._member(self._family, len(self._family) - 1)
-            one.maps[key] = self._match(self, child, *window, transposed)
-            one.children[key] = len(self._family) - 1
-            made.parents[_index(self._family, one), key] = None
+            coords = native.outputs(self.coords, one.box, window, made, shape)
+            child = _Set(coords, None, native.bounds(coords), one.batch_size, shape, width)
+            self._family.append(child)
+            member = len(self._family) - 1
+            outputs = Coordinates._member(self._family, member)
+            one.maps[key] = self._match(self, outputs, window, made == "spread")
+            one.children[key] = member
+            child.parents[_index(self._family, one), key] = None
         member = one.children[key]
         return Coordinates._member(self._family, member), one.maps[key]
 
@@ -392,7 +378,7 @@ class Coordinates:
         self,
         target: Coordinates,
         key: Key,
-        window: tuple[Size, Size, Size, Size],
+        window: Window,
         transposed: bool,
     ) -> KernelMap:
         if (target.dims, target.batch_size, target.device) != (
@@ -406,11 +392,11 @@ class Coordinates:
                 f"{self.device}"
             )
         if target._family is not self._family:  # its numbers mean nothing here
-            return self._match(self, target, *window, transposed)
+            return self._match(self, target, window, transposed)
         member = _index(self._family, target._set)
         key = (*key, "given", member)
         if key not in self._set.maps:
-            self._set.maps[key] = self._match(self, target, *window, transposed)
+            self._set.maps[key] = self._match(self, target, window, transposed)
         target._set.parents[_index(self._family, self._set), key] = None
         return self._set.maps[key]
 
@@ -418,15 +404,12 @@ class Coordinates:
     def _match(
         inputs: Coordinates,
         outputs: Coordinates,
-        kernel: Size,
-        step: Size,
-        pad: Size,
-        dilated: Size,
+        window: Window,
         transposed: bool,
     ) -> KernelMap:
         walkers, targets = (inputs, outputs) if transposed else (outputs, inputs)
-        walker_of, target_of, ends = plain.match(
-            walkers.sorted(), targets.sorted(), targets.bounds, kernel, step, pad, dilated
+        walker_of, target_of, ends = native.match(
+            walkers.coords, walkers.order, targets.coords, targets.order, targets.bounds, window
         )
         in_index, out_index = (walker_of, target_of) if transposed else (target_of, walker_of)
         return KernelMap(
@@ -437,20 +420,8 @@ class Coordinates:
             out_order=outputs.order,
             n_in=len(inputs),
             n_out=len(outputs),
-            kernel_size=kernel,
+            kernel_size=window[0],
         )
-
-
-def _restored(
-    coords: Tensor,
-    order: Tensor | None,
-    box: plain.Box,
-    batch_size: int,
-    spatial_shape: Size | None,
-    stride: Size,
-) -> Coordinates:
-    family = [_Set(coords, order, box, batch_size, spatial_shape, stride)]
-    return Coordinates._member(family, 0)
 
 
 def _index(family: list[_Set], one: _Set) -> int:
@@ -470,7 +441,7 @@ def _int32(coords: Tensor) -> Tensor:
         least, most = int(coords.min()), int(coords.max())
         if least < -(2**31) or most >= 2**31:
             raise ValueError(
-                f"pointcloud: coords range from {least} to {most}, beyond the int32 they are kept in"
+                f"pointcloud: coords range from {least} to {most}, beyond the int32 they become"
             )
     elif coords.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"pointcloud: coords are {coords.dtype}, expected torch.int32")
@@ -507,7 +478,7 @@ def _check_inside(coords: Tensor, box: plain.Box, shape: Size) -> None:
     )
 
 
-def _check_output_shape(shape: Size, before: Size, window: tuple[Size, Size, Size, Size]) -> None:
+def _check_output_shape(shape: Size, before: Size, window: Window) -> None:
     if min(shape) < 1:
         kernel, step, pad, dilated = window
         raise ValueError(

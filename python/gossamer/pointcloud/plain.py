@@ -124,7 +124,7 @@ def reached(
     dilation: Size,
     shape: Size | None,
 ) -> Tensor:
-    """Every output whose window holds an input: input = output * stride - padding + tap * dilation."""
+    """Every output with input = output * stride - padding + tap * dilation for some tap."""
     step = torch.tensor([1, *stride], device=coords.device)
     outputs = []
     for tap in _taps(kernel_size, dilation):
@@ -149,7 +149,7 @@ def spread(
     dilation: Size,
     shape: Size | None,
 ) -> Tensor:
-    """Every output of a transposed convolution: output = input * stride - padding + tap * dilation."""
+    """Every output = input * stride - padding + tap * dilation: a transposed convolution's."""
     return _unique(
         torch.cat(
             [

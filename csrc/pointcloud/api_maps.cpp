@@ -1,0 +1,182 @@
+// The border of coordinate sets and kernel maps: what Python hands over is checked here, once.
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/border.h"
+#include "common/py_tensor.h"
+#include "pointcloud/maps.h"
+
+namespace py = pybind11;
+
+namespace gossamer::pointcloud {
+namespace {
+
+constexpr const char* kOp = "pointcloud";
+// A search holds this many taps' pairs of 1024 walkers at once: 256 MB.
+constexpr int64_t kMostTaps = 1 << 15;
+// Keeps the products of coordinates and sizes far from overflow.
+constexpr int64_t kMostCells = 1 << 30;
+
+using Sides = std::pair<std::vector<int64_t>, std::vector<int64_t>>;  // least, greatest
+
+void check_ints(const char* what, const TensorView& t, DType dtype) {
+  GOSSAMER_CHECK(t.device == Device::kCPU, kOp, ": ", what, " on ", device_text(t),
+                 ", these are the CPU's maps");
+  check_dtype(kOp, what, t, dtype);
+  check_contiguous(kOp, what, t);
+}
+
+void check_coords(const char* what, const TensorView& coords) {
+  check_matrix(kOp, what, coords);
+  check_ints(what, coords, DType::kInt32);
+  GOSSAMER_CHECK(coords.shape[1] >= 2 && coords.shape[1] <= kMostColumns, kOp, ": ", what,
+                 " have shape ", shape_text(coords), ", expected 2 to 5 columns");
+  GOSSAMER_CHECK(coords.shape[0] <= INT32_MAX, kOp, ": ", coords.shape[0], " voxels, at most ",
+                 INT32_MAX);
+}
+
+Rows rows_of(const char* what, const TensorView& coords, const std::optional<TensorView>& order) {
+  check_coords(what, coords);
+  if (order) {
+    check_vector(kOp, "order", *order, coords.shape[0]);
+    check_ints("order", *order, DType::kInt32);
+  }
+  return {coords.as<int32_t>(), order ? order->as<int32_t>() : nullptr, coords.shape[0],
+          static_cast<int>(coords.shape[1])};
+}
+
+Box box_of(const Sides& sides, int columns) {
+  Box box;
+  box.columns = columns;
+  GOSSAMER_CHECK(
+      std::cmp_equal(sides.first.size(), columns) && std::cmp_equal(sides.second.size(), columns),
+      kOp, ": a box of ", sides.first.size(), " columns for coordinates of ", columns);
+  for (int c = 0; c < columns; ++c) {
+    box.low[c] = sides.first[c], box.high[c] = sides.second[c];
+    GOSSAMER_CHECK(INT32_MIN <= box.low[c] && box.low[c] <= box.high[c] && box.high[c] <= INT32_MAX,
+                   kOp, ": column ", c, " of the box runs from ", box.low[c], " to ", box.high[c]);
+  }
+  return box;
+}
+
+Window window_of(const std::vector<std::vector<int64_t>>& sizes, int axes) {
+  Window window;
+  GOSSAMER_CHECK(sizes.size() == 4, kOp, ": a window of ", sizes.size(), " sizes, expected 4");
+  const char* names[] = {"kernel_size", "stride", "padding", "dilation"};
+  int64_t* places[] = {window.kernel, window.stride, window.padding, window.dilation};
+  for (int i = 0; i < 4; ++i) {
+    GOSSAMER_CHECK(std::cmp_equal(sizes[i].size(), axes), kOp, ": ", names[i], " has ",
+                   sizes[i].size(), " axes, the coordinates ", axes);
+    for (int a = 0; a < axes; ++a) {
+      GOSSAMER_CHECK(sizes[i][a] >= (i == 2 ? 0 : 1) && sizes[i][a] <= kMostCells, kOp, ": ",
+                     names[i], " is ", sizes[i][a], " along axis ", a, ", at most ", kMostCells);
+      places[i][a] = sizes[i][a];
+    }
+  }
+  int64_t taps = 1;
+  for (int a = 0; a < axes; ++a) {
+    taps *= window.kernel[a];
+    GOSSAMER_CHECK(taps <= kMostTaps, kOp, ": a kernel of more than ", kMostTaps, " taps");
+  }
+  return window;
+}
+
+py::tuple bind_bounds(const TensorView& coords, int threads) {
+  check_coords("coords", coords);
+  const auto columns = static_cast<int>(coords.shape[1]);
+  Box box;
+  {
+    const py::gil_scoped_release release;
+    box = bounds(coords.as<int32_t>(), coords.shape[0], columns, threads);
+  }
+  py::tuple low(columns), high(columns);
+  for (int c = 0; c < columns; ++c) low[c] = box.low[c], high[c] = box.high[c];
+  return py::make_tuple(low, high);
+}
+
+std::tuple<bool, int64_t, int64_t> bind_sort(const TensorView& coords, const Sides& box,
+                                             const TensorView& order, int threads) {
+  const Rows rows = rows_of("coords", coords, order);
+  const SortReport report =
+      sort(rows.coords, rows.count, box_of(box, rows.columns), order.as<int32_t>(), threads);
+  return {report.ascending, report.repeated, report.first_repeated};
+}
+
+Pairs make_pairs(const TensorView& walkers, const std::optional<TensorView>& walker_order,
+                 const TensorView& targets, const std::optional<TensorView>& target_order,
+                 const Sides& target_box, const std::vector<std::vector<int64_t>>& window,
+                 int threads) {
+  const Rows from = rows_of("walkers", walkers, walker_order);
+  const Rows to = rows_of("targets", targets, target_order);
+  GOSSAMER_CHECK(from.columns == to.columns, kOp, ": coordinates of ", from.columns, " and of ",
+                 to.columns, " columns");
+  const Window w = window_of(window, to.columns - 1);
+  bool mirrored = from.coords == to.coords && from.order == to.order && from.count == to.count;
+  for (int a = 0; a + 1 < to.columns; ++a) {
+    mirrored = mirrored && w.stride[a] == 1 && w.kernel[a] % 2 == 1 &&
+               w.padding[a] == w.kernel[a] / 2 * w.dilation[a];
+  }
+  return Pairs(from, to, box_of(target_box, to.columns), w, mirrored, threads);
+}
+
+void write_pairs(const Pairs& pairs, const TensorView& walker_ranks, const TensorView& target_ranks,
+                 const TensorView& tap_offsets, int threads) {
+  const std::vector<int64_t>& offsets = pairs.tap_offsets();
+  check_vector(kOp, "walker_ranks", walker_ranks, offsets.back());
+  check_vector(kOp, "target_ranks", target_ranks, offsets.back());
+  check_vector(kOp, "tap_offsets", tap_offsets, static_cast<int64_t>(offsets.size()));
+  check_ints("walker_ranks", walker_ranks, DType::kInt32);
+  check_ints("target_ranks", target_ranks, DType::kInt32);
+  check_ints("tap_offsets", tap_offsets, DType::kInt64);
+  std::copy(offsets.begin(), offsets.end(), tap_offsets.as<int64_t>());
+  pairs.write(walker_ranks.as<int32_t>(), target_ranks.as<int32_t>(), threads);
+}
+
+Rule rule_of(const std::string& text) {
+  if (text == "reached") return Rule::kReached;
+  if (text == "floored") return Rule::kFloored;
+  if (text == "spread") return Rule::kSpread;
+  fail(kOp, ": no outputs '", text, "'; reached, floored or spread");
+}
+
+Outputs make_outputs(const TensorView& inputs, const Sides& box,
+                     const std::vector<std::vector<int64_t>>& window, const std::string& rule,
+                     const std::optional<std::vector<int64_t>>& shape, int threads) {
+  const Rows rows = rows_of("inputs", inputs, std::nullopt);
+  GOSSAMER_CHECK(!shape || std::cmp_equal(shape->size() + 1, rows.columns), kOp, ": a shape of ",
+                 shape ? shape->size() : 0, " axes for coordinates of ", rows.columns, " columns");
+  return Outputs(rows, box_of(box, rows.columns), window_of(window, rows.columns - 1),
+                 rule_of(rule), shape ? shape->data() : nullptr, threads);
+}
+
+void write_outputs(const Outputs& outputs, const TensorView& coords) {
+  check_coords("outputs", coords);
+  check_shape(kOp, "outputs", coords, outputs.count(), outputs.columns());
+  outputs.write(coords.as<int32_t>());
+}
+
+}  // namespace
+
+void bind_maps(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("pointcloud_bounds", &bind_bounds, py::arg("coords"), py::arg("threads"));
+  m.def("pointcloud_sort", &bind_sort, py::arg("coords"), py::arg("box"), py::arg("order"),
+        py::arg("threads"), release());
+  py::class_<Pairs>(m, "PointcloudPairs")
+      .def(py::init(&make_pairs), py::arg("walkers"), py::arg("walker_order"), py::arg("targets"),
+           py::arg("target_order"), py::arg("target_box"), py::arg("window"), py::arg("threads"),
+           release())
+      .def("__len__", [](const Pairs& pairs) { return pairs.tap_offsets().back(); })
+      .def("write", &write_pairs, py::arg("walker_ranks"), py::arg("target_ranks"),
+           py::arg("tap_offsets"), py::arg("threads"), release());
+  py::class_<Outputs>(m, "PointcloudOutputs")
+      .def(py::init(&make_outputs), py::arg("inputs"), py::arg("box"), py::arg("window"),
+           py::arg("rule"), py::arg("shape"), py::arg("threads"), release())
+      .def("__len__", &Outputs::count)
+      .def("write", &write_outputs, py::arg("coords"), release());
+}
+
+}  // namespace gossamer::pointcloud

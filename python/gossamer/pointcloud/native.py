@@ -1,0 +1,68 @@
+"""Coordinate sets and kernel maps by the native module on the CPU, by plain torch elsewhere.
+
+The functions of ``plain``, which say what each of them means.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import plain
+from .plain import Box, Size
+
+Window = tuple[Size, Size, Size, Size]  # kernel size, stride, padding, dilation
+
+
+def bounds(coords: Tensor) -> Box:
+    if coords.device.type != "cpu":
+        return plain.bounds(coords)
+    box: Box = _C.pointcloud_bounds(coords, torch.get_num_threads())
+    return box
+
+
+def sort(coords: Tensor, box: Box) -> tuple[Tensor | None, int, int]:
+    if coords.device.type != "cpu":
+        return plain.sort(coords, box)
+    order = torch.empty(len(coords), dtype=torch.int32)
+    ascending, repeated, row = _C.pointcloud_sort(coords, box, order, torch.get_num_threads())
+    return (None if ascending else order), repeated, row
+
+
+def match(
+    walkers: Tensor,
+    walker_order: Tensor | None,
+    targets: Tensor,
+    target_order: Tensor | None,
+    box: Box,
+    window: Window,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``plain.match`` of the rows in their orders."""
+    if walkers.device.type != "cpu":
+        sides = _sorted(walkers, walker_order), _sorted(targets, target_order)
+        return plain.match(*sides, box, *window)
+    threads = torch.get_num_threads()
+    pairs = _C.PointcloudPairs(walkers, walker_order, targets, target_order, box, window, threads)
+    walker_of, target_of = (torch.empty(len(pairs), dtype=torch.int32) for _ in range(2))
+    tap_offsets = torch.empty(prod(window[0]) + 1, dtype=torch.int64)
+    pairs.write(walker_of, target_of, tap_offsets, threads)
+    return walker_of, target_of, tap_offsets
+
+
+def outputs(coords: Tensor, box: Box, window: Window, rule: str, shape: Size | None) -> Tensor:
+    """int32 [M, 1 + D], sorted: the outputs "reached", "floored" or "spread" as in ``plain``."""
+    if coords.device.type != "cpu":
+        if rule == "floored":
+            return plain.floored(coords, window[1])
+        return (plain.reached if rule == "reached" else plain.spread)(coords, *window, shape)
+    made = _C.PointcloudOutputs(coords, box, window, rule, shape, torch.get_num_threads())
+    out = torch.empty((len(made), coords.shape[1]), dtype=torch.int32)
+    made.write(out)
+    return out
+
+
+def _sorted(coords: Tensor, order: Tensor | None) -> Tensor:
+    return coords if order is None else coords[order.long()]
