@@ -18,9 +18,11 @@ struct TileConv {
   using Out = Outputs<Simd, T>;
   static constexpr int kPairs = Tiles::kRows, kOutputs = 16;
   static constexpr int kStep = Tiles::kRowBytes / sizeof(T);  // channels
-  static constexpr int kBlock = 8 * kStep;                    // of a gathered row
+  static constexpr int kBlock = 4 * kStep;                    // channels of a gathered row
   static constexpr int kTogether = 4;                         // tiles of C
-  static constexpr int kAhead = 32;                           // pairs, whose rows are fetched
+  // Pairs gathered, then multiplied, then added to the sums: tiles wait for what was stored just
+  // before, so a few groups of pairs lie between.
+  static constexpr int kBatch = 4 * kPairs;
 
   static int64_t steps_of(int64_t channels) { return (channels + kStep - 1) / kStep; }
 
@@ -65,7 +67,8 @@ struct TileConv {
   }
 
   template <int Outputs>
-  static void multiply(const T* a, const char* b, int64_t b_tile, int64_t steps, float* c) {
+  static void multiply(const T* a, int64_t a_row, const char* b, int64_t b_tile, int64_t steps,
+                       float* c) {
     constexpr int kRowBytes = kTogether * kOutputs * sizeof(float);
     Tiles::fence();
     _tile_zero(0);
@@ -73,7 +76,7 @@ struct TileConv {
     if constexpr (Outputs > 2) _tile_zero(2);
     if constexpr (Outputs > 3) _tile_zero(3);
     for (int64_t s = 0; s < steps; ++s, a += kStep, b += Tiles::kBytes) {
-      _tile_loadd(4, a, kBlock * sizeof(T));
+      _tile_loadd(4, a, a_row);
       _tile_loadd(5, b, Tiles::kRowBytes);
       _tile_dpbf16ps(0, 4, 5);
       if constexpr (Outputs > 1) {
@@ -101,19 +104,23 @@ struct TileConv {
     const KernelMap& map = task.args.map;
     const int64_t x_stride = task.args.x_stride;
     const T* x = static_cast<const T*>(task.args.x) + part.channel;
-    for (int64_t first = slice.begin; first < slice.end; first += kPairs) {
+    const int64_t steps = steps_of(part.count), row = steps * kStep;
+    for (int64_t first = slice.begin; first < slice.end; first += kBatch) {
       // Rows past the last pair keep what they had: their sums are not used.
-      alignas(64) T rows[kPairs * kBlock];
-      alignas(64) float c[kPairs * kTogether * kOutputs];
-      const int64_t pairs = slice.end - first < kPairs ? slice.end - first : kPairs;
+      alignas(64) T rows[kBatch * kBlock];
+      alignas(64) float c[kBatch * kTogether * kOutputs];
+      const int64_t pairs = slice.end - first < kBatch ? slice.end - first : kBatch;
       for (int64_t p = 0; p < pairs; ++p) {
-        if (first + p + kAhead < slice.end) {
-          const T* later = x + map.in_row(map.in[first + p + kAhead]) * x_stride;
+        if (first + p + kBatch < slice.end) {
+          const T* later = x + map.in_row(map.in[first + p + kBatch]) * x_stride;
           for (int64_t i = 0; i < part.count; i += kStep) __builtin_prefetch(later + i);
         }
-        gather(x + map.in_row(map.in[first + p]) * x_stride, part.count, rows + p * kBlock);
+        gather(x + map.in_row(map.in[first + p]) * x_stride, part.count, rows + p * row);
       }
-      multiply<Outputs>(rows, part.b, part.b_tile, steps_of(part.count), c);
+      for (int64_t p = 0; p < pairs; p += kPairs) {
+        multiply<Outputs>(rows + p * row, row * sizeof(T), part.b, part.b_tile, steps,
+                          c + p * kTogether * kOutputs);
+      }
       for (int64_t p = 0; p < pairs; ++p) {
         float* sums = part.sums + (map.out[first + p] - slice.first) * part.sums_stride;
 #pragma GCC unroll 4
