@@ -23,7 +23,7 @@ from shapes import (
     find_shapes,
 )
 
-FEATURES = ("sparse24", "blocksparse", "grouped", "model", "resnet50")
+FEATURES = ("sparse24", "blocksparse", "grouped", "pointcloud", "model", "resnet50")
 QUICK_FEATURES = FEATURES[:-1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -86,6 +86,7 @@ class Options:
     shapes_given: bool = False  # not a default
     rows_given: bool = False
     seconds: float | None = None
+    scan: Path | None = None  # of a point cloud; a synthetic street if None
 
 
 def _comma_list(text: str) -> list[str]:
@@ -136,6 +137,8 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
     add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
+    add("--scan", type=Path, metavar="FILE",
+        help="a point cloud, .bin of KITTI or nuScenes, instead of the synthetic street")  # fmt: skip
     add("--commit", help="for the record, where git does not tell it")
     for kind in ("json", "plot"):
         add(
@@ -199,4 +202,5 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
         shapes_given=bool(given.shapes),
         rows_given=bool(given.m),
         seconds=given.seconds,
+        scan=given.scan,
     )

@@ -25,6 +25,7 @@ from timing import Effort
 if TYPE_CHECKING:
     from bench_blocksparse import BlockPlan
     from bench_grouped import GroupedCase, GroupedPlan
+    from bench_pointcloud import VoxelCase, VoxelPlan
     from bench_sparse24 import Plan
     from block_case import BlockCase
     from machine import Limits
@@ -40,6 +41,7 @@ QUICK_CSR_ROWS = 64  # with more, torch's CSR product takes longer than all the 
 QUICK_GFLOP = 40.0  # of the dense product: leaves out the two widest layers at 1024 rows
 QUICK_BLOCK_LAYERS = ("bert.up", "llama.attention")  # beside ResNet-50's convolutions
 QUICK_EXPERT_LAYERS = ("mixtral-fifth.up", "olmoe.up")
+QUICK_CHANNELS = (16, 64)
 LEAST_WIDTH = 140  # of the tables: better wrapped by a narrow terminal than cut
 
 
@@ -81,7 +83,7 @@ def _block_plan(options: Options) -> BlockPlan:
 
 
 def _run_cases(
-    console: Console, bench: ModuleType, plan: Plan | BlockPlan | GroupedPlan, limits: Limits
+    console: Console, bench: ModuleType, plan: Plan | BlockPlan | GroupedPlan | VoxelPlan, limits: Limits
 ) -> list[Any]:
     from report import print_cases
     from tqdm import tqdm
@@ -130,6 +132,16 @@ def _run_grouped(console: Console, options: Options, limits: Limits) -> list[Gro
     return _run_cases(console, bench_grouped, plan, limits)
 
 
+def _run_pointcloud(console: Console, options: Options, limits: Limits) -> list[VoxelCase]:
+    import bench_pointcloud
+
+    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
+    plan = bench_pointcloud.VoxelPlan(options.scan, options.dtypes, effort)
+    if options.quick:
+        plan = replace(plan, channels=QUICK_CHANNELS, shapes=plan.shapes[:1])
+    return _run_cases(console, bench_pointcloud, plan, limits)
+
+
 def _run_models(console: Console, options: Options) -> list[ModelResult]:
     import models
     import resnet
@@ -173,9 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = _run_sparse24(console, options, limits) if "sparse24" in wanted else []
     blocks = _run_blocksparse(console, options, limits) if "blocksparse" in wanted else []
     experts = _run_grouped(console, options, limits) if "grouped" in wanted else []
+    clouds = _run_pointcloud(console, options, limits) if "pointcloud" in wanted else []
     results = _run_models(console, options)
     report.print_summary(console, cases, blocks, experts, results)
-    every = [*cases, *blocks, *experts]
+    if clouds:
+        from pointcloud_report import draw_scene, print_pointcloud_summary
+
+        print_pointcloud_summary(console, clouds)
+    every = [*cases, *blocks, *experts, *clouds]
 
     commit = describe_commit()
     if options.commit:
@@ -196,6 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if blocks:
             path = path.with_stem(f"{path.stem}-blocks")
             block_plots.draw(path, blocks, f"Layers of blocks {where}")
+            console.print(f"plot: {path}")
+        if clouds:
+            path = default_path(options.plot, device, commit, ".png")
+            path = path.with_stem(f"{path.stem}-scene")
+            draw_scene(path, options.scan)
             console.print(f"plot: {path}")
     console.print(f"took {perf_counter() - begin:.0f} s")
     right = all(case.check.passed for case in every) and all(r.answers.passed for r in results)

@@ -1,7 +1,9 @@
 // The border of the convolutions over point clouds: what Python hands over is checked here, once.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "common/border.h"
 #include "common/parallel.h"
@@ -19,52 +21,52 @@ struct MapViews {
   const std::optional<TensorView>&in_order, &out_order;
 };
 
+// One pass over `count` ranks, of which the sign of `wrong(i)` tells: arithmetic that the compiler
+// makes vectors of. Returns the first wrong one's index, or -1; a second pass looks for it.
+template <class Wrong>
+int64_t first_wrong(int64_t begin, int64_t end, const Wrong& wrong) {
+  uint32_t signs = 0;
+  for (int64_t i = begin; i < end; ++i) signs |= wrong(i);
+  for (int64_t i = begin; signs >> 31 != 0 && i < end; ++i) {
+    if (wrong(i) >> 31 != 0) return i;
+  }
+  return -1;
+}
+
 void check_ranks(const char* op, const char* what, const TensorView& ranks, int64_t count,
                  int threads) {
-  const auto* rank = ranks.as<const int32_t>();
-  std::atomic<int64_t> wrong{-1};
-  parallel_ranges(threads_for_bytes(threads, ranks.numel() * 4), ranks.numel(),
-                  [&](int64_t begin, int64_t end) {
-                    // One pass that the compiler makes vectors of, and a second where it fails.
-                    bool outside = false;
-                    const auto limit = static_cast<uint64_t>(count);
-                    for (int64_t i = begin; i < end; ++i) {
-                      outside |= static_cast<uint32_t>(rank[i]) >= limit;
-                    }
-                    for (int64_t i = begin; outside && i < end; ++i) {
-                      if (static_cast<uint32_t>(rank[i]) >= limit) {
-                        wrong.store(i);
-                        return;
-                      }
-                    }
-                  });
-  const int64_t at = wrong.load();
+  const auto* rank = ranks.as<const uint32_t>();
+  const int64_t n = ranks.numel(), most = std::numeric_limits<int32_t>::max();
+  const auto last = static_cast<uint32_t>(std::min(count - 1, most));
+  std::atomic<int64_t> found{-1};
+  parallel_ranges(threads_for_bytes(threads, 4 * n), n, [&](int64_t begin, int64_t end) {
+    const int64_t at =
+        first_wrong(begin, end, [&](int64_t i) { return rank[i] | (last - rank[i]); });
+    if (at >= 0) found.store(at);
+  });
+  const int64_t at = found.load();
   if (at >= 0) {
-    fail(op, ": ", what, "[", at, "] is ", rank[at], ", there are ", count, " rows");
+    fail(op, ": ", what, "[", at, "] is ", static_cast<int32_t>(rank[at]), ", there are ", count,
+         " rows");
   }
 }
 
 // Pairs of a tap whose ranks do not ascend would be passed over, or be counted for a wrong output.
 void check_ascending(const char* op, const char* what, const TensorView& ranks,
                      const int64_t* tap_offsets, int64_t taps, int threads) {
-  const auto* rank = ranks.as<const int32_t>();
-  std::atomic<int64_t> wrong{-1};
-  parallel_ranges(threads_for_bytes(threads, ranks.numel() * 4), ranks.numel(),
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t t = 0; t < taps; ++t) {
-                      const int64_t first = std::max(begin, tap_offsets[t] + 1);
-                      const int64_t last = std::min(end, tap_offsets[t + 1]);
-                      bool falls = false;
-                      for (int64_t i = first; i < last; ++i) falls |= rank[i] <= rank[i - 1];
-                      for (int64_t i = first; falls && i < last; ++i) {
-                        if (rank[i] <= rank[i - 1]) {
-                          wrong.store(i);
-                          return;
-                        }
-                      }
-                    }
-                  });
-  const int64_t at = wrong.load();
+  const auto* rank = ranks.as<const uint32_t>();
+  std::atomic<int64_t> found{-1};
+  const int64_t n = ranks.numel();
+  parallel_ranges(threads_for_bytes(threads, 4 * n), n, [&](int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t first = std::max(begin, tap_offsets[t] + 1);
+      const int64_t at = first_wrong(first, std::min(end, tap_offsets[t + 1]), [&](int64_t i) {
+        return rank[i] - rank[i - 1] - 1;
+      });
+      if (at >= 0) found.store(at);
+    }
+  });
+  const int64_t at = found.load();
   if (at >= 0) {
     fail(op, ": ", what, "[", at, "] is ", rank[at], ", not above ", rank[at - 1],
          ", the one before it in its tap");
@@ -180,6 +182,21 @@ void bind_conv(py::module_& m) {
         py::arg("feats"), py::arg("in_index"), py::arg("out_index"), py::arg("tap_offsets"),
         py::arg("in_order"), py::arg("out_order"), py::arg("groups"), py::arg("threads"),
         release());
+  m.def(
+      "pointcloud_conv_choose",
+      [](const std::string& dtype, int64_t c_in, int64_t c_out, int64_t groups) {
+        const DType type = dlpack::dtype_from_name(dtype);
+        if (!is_weight_dtype(type)) {
+          throw py::type_error("pointcloud_conv_choose: no kernels for " + dtype);
+        }
+        const ConvChoice choice = choose_conv(type, {groups, c_in, c_out});
+        py::dict report;
+        report["target"] = choice.target;
+        report["kernel"] = choice.kernel;
+        report["why"] = choice.why;
+        return report;
+      },
+      py::arg("dtype"), py::arg("c_in"), py::arg("c_out"), py::arg("groups") = 1);
 }
 
 }  // namespace gossamer::pointcloud

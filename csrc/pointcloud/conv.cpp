@@ -15,7 +15,12 @@ const ConvUnit* unit_of(Target target, DType dtype, const Channels& channels) {
 #ifdef GOSSAMER_X86
   switch (target) {
     case Target::kAVX2: return conv_unit_avx2(dtype, channels);
-    default: return target == Target::kSerial ? nullptr : conv_unit_avx512(dtype, channels);
+    case Target::kAVX512: return conv_unit_avx512(dtype, channels);
+    case Target::kAVX512BF16: return conv_unit_avx512_bf16(dtype, channels);
+#ifdef GOSSAMER_AMX
+    case Target::kAMXBF16: return conv_unit_amx_bf16(dtype, channels);
+#endif
+    default: break;
   }
 #endif
   (void)target, (void)dtype, (void)channels;
@@ -81,6 +86,24 @@ void conv(const ConvArgs& args) {
     run_range(args, *unit, weights, bias, first_rank(map, thread, team),
               first_rank(map, thread + 1, team));
   });
+}
+
+ConvChoice choose_conv(DType dtype, const Channels& channels) {
+  const Target wanted = target();
+  const ConvUnit* unit = unit_of(wanted, dtype, channels);
+  if (unit == nullptr) {
+    return {"serial", name(Target::kSerial),
+            wanted == Target::kSerial ? "no vector target is in force"
+                                      : "float64 has the serial kernel only"};
+  }
+  // A target without kernels of its own hands out those of the one before.
+  Target owner = wanted;
+  for (auto below = static_cast<int>(wanted) - 1; below >= 0; --below) {
+    if (unit_of(static_cast<Target>(below), dtype, channels) == unit) {
+      owner = static_cast<Target>(below);
+    }
+  }
+  return {unit->kernel, name(owner), unit->why};
 }
 
 }  // namespace gossamer::pointcloud

@@ -14,6 +14,8 @@
 //   add(w, x, sum)             sum + w x, lane by lane
 //
 // depthwise: a lane a channel; pairs follow each other.
+#include <type_traits>
+
 #include "pointcloud/conv_outputs.h"
 
 namespace gossamer::pointcloud {
@@ -47,7 +49,10 @@ struct Gather {
   static constexpr int pairs_of(int vectors) {
     return S::kLanes == 16 ? (vectors == 1 ? 16 : 24 / vectors) : 12 / vectors;
   }
-  static constexpr int kMostPairs = S::kLanes == 16 ? 16 : 12;
+  // Rows whose words are as they lie, few enough for an address each, are not copied.
+  static constexpr bool in_place(int vectors) {
+    return std::is_same_v<T, float> && pairs_of(vectors) <= 8;
+  }
   static constexpr int kAhead = 32;  // pairs, of which the rows are fetched
 
   static int64_t words_of(int64_t channels) {
@@ -82,8 +87,11 @@ struct Gather {
   }
 
   template <int Vectors, int Pairs>
-  static void multiply(const float* x, const float* w, int64_t words, float* const* sums) {
+  static void multiply(const float* const* x, const float* w, int64_t words, float* const* sums) {
+    const float* row[Pairs];
     F sum[Pairs][Vectors];
+#pragma GCC unroll 16
+    for (int p = 0; p < Pairs; ++p) row[p] = in_place(Vectors) ? x[p] : x[0] + p * kBlock;
 #pragma GCC unroll 16
     for (int p = 0; p < Pairs; ++p) {
 #pragma GCC unroll 4
@@ -95,7 +103,7 @@ struct Gather {
       for (int v = 0; v < Vectors; ++v) panel[v] = S::load(w + v * S::kLanes);
 #pragma GCC unroll 16
       for (int p = 0; p < Pairs; ++p) {
-        const F word = S::broadcast(x + p * kBlock + i);
+        const F word = S::broadcast(row[p] + i);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sum[p][v] = Words::add(panel[v], word, sum[p][v]);
       }
@@ -107,7 +115,7 @@ struct Gather {
     }
   }
   template <int Vectors, int Pairs>
-  static void multiply_up_to(int64_t pairs, const float* x, const float* w, int64_t words,
+  static void multiply_up_to(int64_t pairs, const float* const* x, const float* w, int64_t words,
                              float* const* sums) {
     if (pairs == Pairs) return multiply<Vectors, Pairs>(x, w, words, sums);
     if constexpr (Pairs > 1) multiply_up_to<Vectors, Pairs - 1>(pairs, x, w, words, sums);
@@ -119,6 +127,7 @@ struct Gather {
     float* sums;
     int64_t sums_stride;
     int64_t channel, count;
+    bool fetch;  // these channels are not read before
   };
 
   template <int Vectors>
@@ -135,21 +144,26 @@ struct Gather {
     const int64_t words = words_of(part.count);
     int64_t pair = slice.begin;
     for (int64_t g = 0; g < groups; ++g) {
-      alignas(64) float rows[kPairs * kBlock];
+      alignas(64) float rows[in_place(Vectors) ? 1 : kPairs * kBlock];
+      const float* at[kPairs] = {rows};
       float* sums[kPairs];
       const int64_t pairs = least + (g < longer ? 1 : 0);
       for (int64_t p = 0; p < pairs; ++p, ++pair) {
-        if (pair + kAhead < slice.end) {
+        if (part.fetch && pair + kAhead < slice.end) {
           const T* later = x + map.in_row(map.in[pair + kAhead]) * x_stride;
           for (int64_t c = 0; c < part.count; c += 64 / int64_t{sizeof(T)}) {
             __builtin_prefetch(later + c);
           }
         }
         const T* row = x + map.in_row(map.in[pair]) * x_stride;
-        Words::gather(row, part.count, x_end, rows + p * kBlock);
+        if constexpr (in_place(Vectors)) {
+          at[p] = row;
+        } else {
+          Words::gather(row, part.count, x_end, rows + p * kBlock);
+        }
         sums[p] = part.sums + (map.out[pair] - slice.first) * part.sums_stride;
       }
-      multiply_up_to<Vectors, kPairs>(pairs, rows, part.w, words, sums);
+      multiply_up_to<Vectors, kPairs>(pairs, at, part.w, words, sums);
     }
   }
   template <int Vectors>
@@ -174,7 +188,7 @@ struct Gather {
           for (int64_t c = 0; c < c_in; c += kBlock * Words::kChannels) {
             const int64_t rest = c_in - c, block = kBlock * Words::kChannels;
             const Part part = {w + c / Words::kChannels * width, task.sums + at, row.all,
-                               g * c_in + c, rest < block ? rest : block};
+                               g * c_in + c, rest < block ? rest : block, p == 0};
             run_part_of<kMostVectors>(last - first, task, slice, part);
           }
         }
@@ -241,13 +255,9 @@ struct Depthwise {
   };
 };
 
-bool is_depthwise(const Channels& channels) {
-  return channels.group_in() == 1 && channels.group_out() == 1;
-}
-
 template <class S, class T>
 const ConvUnit* unit_of(const Channels& channels) {
-  return is_depthwise(channels) ? &Depthwise<S, T>::unit : &Gather<S, T, FloatWords<S, T>>::unit;
+  return channels.depthwise() ? &Depthwise<S, T>::unit : &Gather<S, T, FloatWords<S, T>>::unit;
 }
 
 template <class S>

@@ -43,6 +43,7 @@ struct Channels {
 
   int64_t group_in() const { return in / groups; }
   int64_t group_out() const { return out / groups; }
+  bool depthwise() const { return groups == in && groups == out; }
 };
 
 struct ConvArgs {
@@ -73,13 +74,13 @@ void conv_serial(const ConvArgs& args);  // the readable definition
 void weight_grad(const WeightGradArgs& args);
 void weight_grad_serial(const WeightGradArgs& args);
 
-// The kernel that the target in force has for a dtype, and whose it is.
+// The kernel that the target in force has for a dtype and channels, and whose it is.
 struct ConvChoice {
   const char* kernel;
   const char* target;
   const char* why;
 };
-ConvChoice choose_conv(DType dtype);
+ConvChoice choose_conv(DType dtype, const Channels& channels);
 
 void bind_conv(pybind11::module_& m);
 

@@ -177,7 +177,7 @@ struct DepthwiseOuter {
 
 template <class S, class T>
 const WeightGradUnit* weight_grad_of(const Channels& channels) {
-  return is_depthwise(channels) ? &DepthwiseOuter<S, T>::unit : &Outer<S, T>::unit;
+  return channels.depthwise() ? &DepthwiseOuter<S, T>::unit : &Outer<S, T>::unit;
 }
 
 template <class S>
