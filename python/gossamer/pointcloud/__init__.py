@@ -4,6 +4,8 @@ from . import functional, models
 from .convolution import Conv, SubmanifoldConv
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
+from .load import load_minkowski, load_spconv, load_torchsparse
+from .named import (
     AvgPool1d,
     AvgPool2d,
     AvgPool3d,
@@ -33,14 +35,13 @@ from .kernel_map import KernelMap
     SubmanifoldConv3d,
     SubmanifoldConv4d,
 )
-from .load import load_minkowski, load_spconv, load_torchsparse
-from .named import (
 from .points import voxelize
 from .pointwise import BatchNorm, Prune, ReLU
 from .pooling import AvgPool, GlobalAvgPool, GlobalMaxPool, GlobalSumPool, MaxPool
 from .tensor import SparseTensor, cat, collate
 from .transposed import ConvTranspose, GenerativeConvTranspose, InverseConv
 
+__all__ = [
     "AvgPool",
     "AvgPool1d",
     "AvgPool2d",
@@ -92,6 +93,5 @@ from .transposed import ConvTranspose, GenerativeConvTranspose, InverseConv
     "load_spconv",
     "load_torchsparse",
     "models",
+    "voxelize",
 ]
-__all__ = [
-__all__ = ["Coordinates", "KernelMap", "SparseTensor", "cat", "collate", "voxelize"]
