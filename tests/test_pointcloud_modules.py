@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import same_state
+from gossamer import fold_batchnorm
 from gossamer import pointcloud as pc
 from torch import Tensor, nn
 
@@ -353,6 +354,20 @@ def test_a_u_net_learns(dims: int, threads: int) -> None:
         losses.append(loss.item())
     assert all(p.grad is not None for p in model.parameters())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_folded_batchnorms_change_nothing(threads: int) -> None:
+    torch.set_num_threads(1)
+    model = pc.models.MinkUNet(3, 2, (1,) * 8, (6, 5, 7, 8, 8, 7, 6, 5), stem=4)
+    x = scene(3, (12, 12, 12), 0.1)
+    for _ in range(3):
+        model(x)  # statistics of its own
+    want = model.eval()(x).feats
+    report = fold_batchnorm(model)
+    assert not report.left, str(report)
+    assert len(report) == 33
+    assert not any(isinstance(m, pc.BatchNorm) for m in model.modules())
+    torch.testing.assert_close(model(x).feats, want, rtol=1e-4, atol=1e-4)
 
 
 def test_u_nets_have_the_blocks_they_are_named_for() -> None:

@@ -99,7 +99,8 @@ def _rows(t: Tensor) -> Tensor:
 def _sum_native(feats: Tensor, *pairs_mean: Any) -> Tensor:
     *pairs, n_out, mean = pairs_mean
     out = feats.new_empty((n_out, feats.shape[1]))
-    _C.pointcloud_sum_pool(out, _rows(feats), *pairs, mean, torch.get_num_threads())
+    operands = (_rows(feats), *pairs, mean, torch.get_num_threads())
+    _C.pointcloud_sum_pool(out, *operands)
     return out
 
 
@@ -107,16 +108,16 @@ def _max_native(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
     *pairs, n_out = pairs_n
     out = feats.new_empty((n_out, feats.shape[1]))
     winner = torch.empty_like(out, dtype=torch.int32)
-    _C.pointcloud_max_pool(out, winner, _rows(feats), *pairs, torch.get_num_threads())
+    operands = (winner, _rows(feats), *pairs, torch.get_num_threads())
+    _C.pointcloud_max_pool(out, *operands)
     return out, winner
 
 
 def _max_grad_native(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
     *pairs, n_out = pairs_n
     out = dy.new_empty((n_out, dy.shape[1]))
-    _C.pointcloud_max_pool_grad(
-        out, _rows(dy), winner.contiguous(), *pairs, torch.get_num_threads()
-    )
+    operands = (_rows(dy), winner.contiguous(), *pairs, torch.get_num_threads())
+    _C.pointcloud_max_pool_grad(out, *operands)
     return out
 
 

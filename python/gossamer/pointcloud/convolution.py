@@ -33,6 +33,7 @@ class Convolution(nn.Module):
 
     axes: ClassVar[int | None] = None
     transposed: ClassVar[bool] = False
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -63,7 +64,9 @@ class Convolution(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         shape = (*self.kernel_size, in_channels // groups, out_channels)
         self.weight = nn.Parameter(torch.empty(shape, **made))
-        self.bias = nn.Parameter(torch.empty(out_channels, **made)) if bias else None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_channels, **made)) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
