@@ -44,6 +44,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_conv(m);
   gossamer::pointcloud::bind_maps(m);
+  gossamer::pointcloud::bind_voxelize(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_conv(m);

@@ -72,10 +72,8 @@ def test_is_the_dense_convolution(target: str) -> None:
     coords = grid[:, 0].nonzero().int()
     box, ones = plain.bounds(coords), (1, 1, 1)
     kernel = torch.randn(10, 20, 3, 3, 3)
-    n_out, out_of, pairs_in, ends = len(coords), *plain.match(
-        coords, coords, box, (3, 3, 3), ones, ones, ones
-    )
-    map = KernelMap(pairs_in, out_of, ends, None, None, n_out, n_out, (3, 3, 3))
+    pairs = plain.match(coords, coords, box, (3, 3, 3), ones, ones, ones)
+    map = KernelMap(pairs[1], pairs[0], pairs[2], None, None, len(coords), len(coords), (3, 3, 3))
     at = coords.long().unbind(1)
     rows = (at[0], slice(None), *at[1:])
     weight = kernel.flatten(2).permute(2, 1, 0)
@@ -235,9 +233,7 @@ def changed(name: str, at: int, value: int) -> dict[str, Any]:
         ({}, changed("out_order", 2, -7), ValueError, r"out_order\[2\] is -7, there are 35"),
     ],
 )
-def test_mistakes(
-    operands: dict[str, Any], of_map: dict[str, Any], error: type, text: str
-) -> None:
+def test_mistakes(operands: dict[str, Any], of_map: dict[str, Any], error: type, text: str) -> None:
     given = {"feats": FEATS, "weight": WEIGHT, "bias": None, "map": replace(MAP, **of_map)}
     with pytest.raises(error, match=text):
         pointcloud_conv(**(given | operands))

@@ -5,9 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/border.h"
-#include "common/py_tensor.h"
-#include "pointcloud/maps.h"
+#include "pointcloud/border_maps.h"
 
 namespace py = pybind11;
 
@@ -21,32 +19,6 @@ constexpr int64_t kMostTaps = 1 << 15;
 constexpr int64_t kMostCells = 1 << 30;
 
 using Sides = std::pair<std::vector<int64_t>, std::vector<int64_t>>;  // least, greatest
-
-void check_ints(const char* what, const TensorView& t, DType dtype) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, kOp, ": ", what, " on ", device_text(t),
-                 ", these are the CPU's maps");
-  check_dtype(kOp, what, t, dtype);
-  check_contiguous(kOp, what, t);
-}
-
-void check_coords(const char* what, const TensorView& coords) {
-  check_matrix(kOp, what, coords);
-  check_ints(what, coords, DType::kInt32);
-  GOSSAMER_CHECK(coords.shape[1] >= 2 && coords.shape[1] <= kMostColumns, kOp, ": ", what,
-                 " have shape ", shape_text(coords), ", expected 2 to 5 columns");
-  GOSSAMER_CHECK(coords.shape[0] <= INT32_MAX, kOp, ": ", coords.shape[0], " voxels, at most ",
-                 INT32_MAX);
-}
-
-Rows rows_of(const char* what, const TensorView& coords, const std::optional<TensorView>& order) {
-  check_coords(what, coords);
-  if (order) {
-    check_vector(kOp, "order", *order, coords.shape[0]);
-    check_ints("order", *order, DType::kInt32);
-  }
-  return {coords.as<int32_t>(), order ? order->as<int32_t>() : nullptr, coords.shape[0],
-          static_cast<int>(coords.shape[1])};
-}
 
 Box box_of(const Sides& sides, int columns) {
   Box box;
@@ -85,7 +57,7 @@ Window window_of(const std::vector<std::vector<int64_t>>& sizes, int axes) {
 }
 
 py::tuple bind_bounds(const TensorView& coords, int threads) {
-  check_coords("coords", coords);
+  check_coords(kOp, "coords", coords);
   const auto columns = static_cast<int>(coords.shape[1]);
   Box box;
   {
@@ -99,7 +71,7 @@ py::tuple bind_bounds(const TensorView& coords, int threads) {
 
 std::tuple<bool, int64_t, int64_t> bind_sort(const TensorView& coords, const Sides& box,
                                              const TensorView& order, int threads) {
-  const Rows rows = rows_of("coords", coords, order);
+  const Rows rows = rows_of(kOp, "coords", coords, order);
   const SortReport report =
       sort(rows.coords, rows.count, box_of(box, rows.columns), order.as<int32_t>(), threads);
   return {report.ascending, report.repeated, report.first_repeated};
@@ -109,8 +81,8 @@ Pairs make_pairs(const TensorView& walkers, const std::optional<TensorView>& wal
                  const TensorView& targets, const std::optional<TensorView>& target_order,
                  const Sides& target_box, const std::vector<std::vector<int64_t>>& window,
                  int threads) {
-  const Rows from = rows_of("walkers", walkers, walker_order);
-  const Rows to = rows_of("targets", targets, target_order);
+  const Rows from = rows_of(kOp, "walkers", walkers, walker_order);
+  const Rows to = rows_of(kOp, "targets", targets, target_order);
   GOSSAMER_CHECK(from.columns == to.columns, kOp, ": coordinates of ", from.columns, " and of ",
                  to.columns, " columns");
   const Window w = window_of(window, to.columns - 1);
@@ -128,9 +100,9 @@ void write_pairs(const Pairs& pairs, const TensorView& walker_ranks, const Tenso
   check_vector(kOp, "walker_ranks", walker_ranks, offsets.back());
   check_vector(kOp, "target_ranks", target_ranks, offsets.back());
   check_vector(kOp, "tap_offsets", tap_offsets, static_cast<int64_t>(offsets.size()));
-  check_ints("walker_ranks", walker_ranks, DType::kInt32);
-  check_ints("target_ranks", target_ranks, DType::kInt32);
-  check_ints("tap_offsets", tap_offsets, DType::kInt64);
+  check_ints(kOp, "walker_ranks", walker_ranks, DType::kInt32);
+  check_ints(kOp, "target_ranks", target_ranks, DType::kInt32);
+  check_ints(kOp, "tap_offsets", tap_offsets, DType::kInt64);
   std::copy(offsets.begin(), offsets.end(), tap_offsets.as<int64_t>());
   pairs.write(walker_ranks.as<int32_t>(), target_ranks.as<int32_t>(), threads);
 }
@@ -142,10 +114,11 @@ Rule rule_of(const std::string& text) {
   fail(kOp, ": no outputs '", text, "'; reached, floored or spread");
 }
 
-Outputs make_outputs(const TensorView& inputs, const Sides& box,
-                     const std::vector<std::vector<int64_t>>& window, const std::string& rule,
-                     const std::optional<std::vector<int64_t>>& shape, int threads) {
-  const Rows rows = rows_of("inputs", inputs, std::nullopt);
+Outputs make_outputs(const TensorView& inputs, const std::optional<TensorView>& order,
+                     const Sides& box, const std::vector<std::vector<int64_t>>& window,
+                     const std::string& rule, const std::optional<std::vector<int64_t>>& shape,
+                     int threads) {
+  const Rows rows = rows_of(kOp, "inputs", inputs, order);
   GOSSAMER_CHECK(!shape || std::cmp_equal(shape->size() + 1, rows.columns), kOp, ": a shape of ",
                  shape ? shape->size() : 0, " axes for coordinates of ", rows.columns, " columns");
   return Outputs(rows, box_of(box, rows.columns), window_of(window, rows.columns - 1),
@@ -153,7 +126,7 @@ Outputs make_outputs(const TensorView& inputs, const Sides& box,
 }
 
 void write_outputs(const Outputs& outputs, const TensorView& coords) {
-  check_coords("outputs", coords);
+  check_coords(kOp, "outputs", coords);
   check_shape(kOp, "outputs", coords, outputs.count(), outputs.columns());
   outputs.write(coords.as<int32_t>());
 }
@@ -173,8 +146,8 @@ void bind_maps(py::module_& m) {
       .def("write", &write_pairs, py::arg("walker_ranks"), py::arg("target_ranks"),
            py::arg("tap_offsets"), py::arg("threads"), release());
   py::class_<Outputs>(m, "PointcloudOutputs")
-      .def(py::init(&make_outputs), py::arg("inputs"), py::arg("box"), py::arg("window"),
-           py::arg("rule"), py::arg("shape"), py::arg("threads"), release())
+      .def(py::init(&make_outputs), py::arg("inputs"), py::arg("order"), py::arg("box"),
+           py::arg("window"), py::arg("rule"), py::arg("shape"), py::arg("threads"), release())
       .def("__len__", &Outputs::count)
       .def("write", &write_outputs, py::arg("coords"), release());
 }

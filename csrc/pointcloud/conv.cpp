@@ -56,8 +56,7 @@ void pad_bias(const ConvArgs& args, const SumsRow& row, float* padded) {
 }
 
 const float* bias_row(const ConvArgs& args, const SumsRow& row) {
-  auto* padded =
-      static_cast<float*>(padded_bias.at_least(row.all * int64_t{sizeof(float)}));
+  auto* padded = static_cast<float*>(padded_bias.at_least(row.all * int64_t{sizeof(float)}));
   switch (args.dtype) {
     case DType::kBFloat16: pad_bias<BFloat16>(args, row, padded); break;
     case DType::kFloat16: pad_bias<Float16>(args, row, padded); break;
@@ -73,8 +72,8 @@ void conv(const ConvArgs& args) {
   if (unit == nullptr) return conv_serial(args);
   const KernelMap& map = args.map;
   const int64_t tap_floats = unit->tap_floats(args.channels);
-  auto* weights = static_cast<float*>(
-      packed_weights.at_least(map.taps * tap_floats * int64_t{sizeof(float)}));
+  auto* weights =
+      static_cast<float*>(packed_weights.at_least(map.taps * tap_floats * int64_t{sizeof(float)}));
   const float* bias = bias_row(args, unit->sums_row(args.channels));
   const auto products = static_cast<double>(map.pairs() + map.n_out);
   const int threads = threads_for_work(

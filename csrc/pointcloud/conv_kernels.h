@@ -5,8 +5,8 @@
 //   W        [word][output]   a panel of up to kMostVectors registers of outputs, in L1 or L2
 //   sums     [output voxel]   rows of the tile: those of these pairs move to registers and back
 //
-// Each word of x meets the whole panel, and each register of W all pairs. Written once over a vector
-// vocabulary S (common/simd_*.h), the storage type T and Words, which say what a word is:
+// Each word of x meets the whole panel, and each register of W all pairs. Written once over a
+// vector vocabulary S (common/simd_*.h), the storage type T and Words, which say what a word is:
 //
 //   kChannels                  in a word
 //   gather(x, count, end, to)  count channels of a row, of memory that is readable up to `end`
@@ -58,9 +58,7 @@ struct Gather {
   static int64_t words_of(int64_t channels) {
     return (channels + Words::kChannels - 1) / Words::kChannels;
   }
-  static int64_t panels_of(int64_t vectors) {
-    return (vectors + kMostVectors - 1) / kMostVectors;
-  }
+  static int64_t panels_of(int64_t vectors) { return (vectors + kMostVectors - 1) / kMostVectors; }
 
   static int64_t tap_floats(const Channels& channels) {
     return Out::sums_row(channels).all * words_of(channels.group_in());
@@ -179,12 +177,12 @@ struct Gather {
         for (int64_t p = 0; p < panels; ++p) {
           const int64_t first = vectors * p / panels, last = vectors * (p + 1) / panels;
           const int64_t width = (last - first) * S::kLanes, at = g * row.group + first * S::kLanes;
-          const float* w =
-              task.weights + slice.tap * floats + at * words_of(c_in);
+          const float* w = task.weights + slice.tap * floats + at * words_of(c_in);
           for (int64_t c = 0; c < c_in; c += kBlock * Words::kChannels) {
             const int64_t rest = c_in - c, block = kBlock * Words::kChannels;
-            const Part part = {w + c / Words::kChannels * width, task.sums + at, row.all,
-                               g * c_in + c, rest < block ? rest : block, p == 0};
+            const Part part = {
+                w + c / Words::kChannels * width, task.sums + at, row.all, g * c_in + c,
+                rest < block ? rest : block,      p == 0};
             run_part_of<kMostVectors>(last - first, task, slice, part);
           }
         }

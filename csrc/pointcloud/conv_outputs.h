@@ -29,8 +29,8 @@ Slice slice_of(const KernelMap& map, int64_t tap, int64_t begin, int64_t first, 
   return {tap, begin, low, first};
 }
 
-// The rows that pairs gather, from a channel on. By value: vector stores may alias anything, and the
-// map would be read again after each.
+// The rows that pairs gather, from a channel on. By value: vector stores may alias anything, and
+// the map would be read again after each.
 template <class T>
 struct Rows {
   const T *x, *end;  // of the memory
@@ -39,8 +39,7 @@ struct Rows {
 
   Rows(const ConvArgs& args, int64_t channel)
       : x(static_cast<const T*>(args.x) + channel),
-        end(static_cast<const T*>(args.x) + (args.map.n_in - 1) * args.x_stride +
-            args.channels.in),
+        end(static_cast<const T*>(args.x) + (args.map.n_in - 1) * args.x_stride + args.channels.in),
         stride(args.x_stride),
         in(args.map.in),
         order(args.map.in_order) {}

@@ -47,6 +47,7 @@ class KeySpace {
   }
 
   uint64_t step(int column) const { return step_[column]; }
+  uint64_t cells() const { return cells_; }
   // How many bits a key has.
   int bits() const { return cells_ <= 1 ? 0 : 64 - __builtin_clzll(cells_ - 1); }
 

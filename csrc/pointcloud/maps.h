@@ -98,12 +98,14 @@ class Outputs {
  private:
   KeySpace space_;
   int columns_;
-  std::unique_ptr<uint64_t[]> keys_;  // sorted
-  int64_t candidates_;
+  bool bitmap_ = false;
+  std::unique_ptr<uint64_t[]> words_;  // a bit a cell, or the keys of all candidates, sorted
+  int64_t length_ = 0;                 // of words_
   int parts_;
-  std::vector<int64_t> first_;  // [parts + 1], the rank at which each part of the keys begins
+  std::vector<int64_t> first_;  // [parts + 1], the rank at which each part of the words begins
 };
 
 void bind_maps(pybind11::module_& m);
+void bind_voxelize(pybind11::module_& m);
 
 }  // namespace gossamer::pointcloud

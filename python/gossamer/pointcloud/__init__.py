@@ -2,6 +2,7 @@
 
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
+from .points import voxelize
 from .tensor import SparseTensor, cat, collate
 
-__all__ = ["Coordinates", "KernelMap", "SparseTensor", "cat", "collate"]
+__all__ = ["Coordinates", "KernelMap", "SparseTensor", "cat", "collate", "voxelize"]

@@ -363,7 +363,7 @@ class Coordinates:
     ) -> tuple[Coordinates, KernelMap]:
         one = self._set
         if key not in one.children:
-            coords = native.outputs(self.coords, one.box, window, made, shape)
+            coords = native.outputs(self.coords, one.order, one.box, window, made, shape)
             child = _Set(coords, None, native.bounds(coords), one.batch_size, shape, width)
             self._family.append(child)
             member = len(self._family) - 1

@@ -5,6 +5,7 @@ The functions of ``plain``, which say what each of them means.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -52,13 +53,15 @@ def match(
     return walker_of, target_of, tap_offsets
 
 
-def outputs(coords: Tensor, box: Box, window: Window, rule: str, shape: Size | None) -> Tensor:
+def outputs(
+    coords: Tensor, order: Tensor | None, box: Box, window: Window, rule: str, shape: Size | None
+) -> Tensor:
     """int32 [M, 1 + D], sorted: the outputs "reached", "floored" or "spread" as in ``plain``."""
     if coords.device.type != "cpu":
         if rule == "floored":
             return plain.floored(coords, window[1])
         return (plain.reached if rule == "reached" else plain.spread)(coords, *window, shape)
-    made = _C.PointcloudOutputs(coords, box, window, rule, shape, torch.get_num_threads())
+    made = _C.PointcloudOutputs(coords, order, box, window, rule, shape, torch.get_num_threads())
     out = torch.empty((len(made), coords.shape[1]), dtype=torch.int32)
     made.write(out)
     return out
@@ -66,3 +69,38 @@ def outputs(coords: Tensor, box: Box, window: Window, rule: str, shape: Size | N
 
 def _sorted(coords: Tensor, order: Tensor | None) -> Tensor:
     return coords if order is None else coords[order.long()]
+
+
+@dataclass(frozen=True, eq=False)
+class Voxels:
+    """Points by the voxel they lie in."""
+
+    coords: Tensor  # int32 [M, 1 + D], ascending
+    of_point: Tensor  # int64 [N]
+    order: Tensor | None  # int32 [N], the points by voxel, then by row; None if they are so
+    begins: Tensor  # int64 [M + 1], where each voxel's points begin in the order
+
+
+def voxels(points: Tensor, batch: Tensor | None, sizes: tuple[float, ...]) -> Voxels:
+    """float32 or float64 points in cells of these sizes."""
+    if points.device.type != "cpu":
+        return Voxels(*plain.voxels(points, batch, sizes))
+    threads = torch.get_num_threads()
+    cells = torch.empty((len(points), points.shape[1] + 1), dtype=torch.int32)
+    _C.pointcloud_quantize(points, batch, sizes, cells, threads)
+    order, _, _ = sort(cells, bounds(cells))
+    found = _C.PointcloudVoxels(cells, order, threads)
+    coords = torch.empty((len(found), cells.shape[1]), dtype=torch.int32)
+    of_point = torch.empty(len(points), dtype=torch.int64)
+    begins = torch.empty(len(found) + 1, dtype=torch.int64)
+    found.write(coords, of_point, begins)
+    return Voxels(coords, of_point, order, begins)
+
+
+def reduce(features: Tensor, of: Voxels, how: str) -> Tensor:
+    """[M, C]: a voxel's "mean", "first" or "max" of its points' features."""
+    if features.device.type != "cpu":
+        return plain.reduce(features, of.of_point, len(of.coords), how)
+    out = features.new_empty((len(of.coords), features.shape[1]))
+    _C.pointcloud_reduce(features, of.order, of.begins, how, out, torch.get_num_threads())
+    return out

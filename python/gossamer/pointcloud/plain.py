@@ -159,3 +159,40 @@ def spread(
         ),
         shape,
     )
+
+
+def voxels(
+    points: Tensor, batch: Tensor | None, sizes: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coordinates of the voxels, each point's voxel, the points by voxel, where each begins."""
+    cells = (
+        points.double() / torch.tensor(sizes, dtype=torch.float64, device=points.device)
+    ).floor()
+    refused = ~((cells >= -(2**31)) & (cells < 2**31)).all(1)
+    if bool(refused.any()):
+        row = int(refused.nonzero()[0])
+        raise ValueError(
+            f"voxelize: point {row}, {points[row].tolist()}, is not finite or lies in no voxel "
+            "that int32 numbers"
+        )
+    sample = points.new_zeros(len(points)) if batch is None else batch
+    rows = torch.cat([sample.unsqueeze(1).int(), cells.int()], 1)
+    coords, of_point = torch.unique(rows, dim=0, return_inverse=True)
+    begins = torch.bincount(of_point, minlength=len(coords)).cumsum(0)
+    order = of_point.argsort(stable=True).int()
+    return coords, of_point, order, torch.cat([begins.new_zeros(1), begins])
+
+
+def reduce(features: Tensor, of_point: Tensor, voxels: int, how: str) -> Tensor:
+    """[voxels, C]: the mean, the first or the maximum over each voxel's points."""
+    at = of_point.unsqueeze(1).expand_as(features)
+    exact = features.double()
+    out = exact.new_zeros(voxels, features.shape[1])
+    if how == "first":
+        rows = torch.arange(len(at), device=at.device)
+        first = rows.new_zeros(voxels).scatter_reduce_(
+            0, of_point, rows, "amin", include_self=False
+        )
+        return features[first]
+    name = "amax" if how == "max" else "mean"
+    return out.scatter_reduce_(0, at, exact, name, include_self=False).to(features.dtype)
