@@ -138,16 +138,9 @@ _weight_op = torch.ops.gossamer.pointcloud_conv_weight_grad.default
 def _native(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     *pairs, n_out, groups, activation = rest
     y = _empty_result(feats, weight, bias, n_out, groups)
-    _C.pointcloud_conv(
-        y,
-        _rows(feats),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        *(None if t is None else t.contiguous() for t in pairs),
-        groups,
-        activation,
-        torch.get_num_threads(),
-    )
+    dense = (None if t is None else t.contiguous() for t in (weight, bias, *pairs))
+    operands: tuple[Any, ...] = (y, _rows(feats), *dense, groups, activation)
+    _C.pointcloud_conv(*operands, torch.get_num_threads())
     return y
 
 
@@ -273,14 +266,9 @@ def _feats_gradient(dy: Tensor, weight: Tensor, pairs: _Pairs, n_in: int, groups
 def _weight_native(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
     *pairs, groups = rest
     dw = _weight_fake(dy, feats, *rest)
-    _C.pointcloud_conv_weight_grad(
-        dw,
-        _rows(dy),
-        _rows(feats),
-        *(None if t is None else t.contiguous() for t in pairs),
-        groups,
-        torch.get_num_threads(),
-    )
+    dense = (None if t is None else t.contiguous() for t in pairs)
+    operands: tuple[Any, ...] = (dw, _rows(dy), _rows(feats), *dense, groups)
+    _C.pointcloud_conv_weight_grad(*operands, torch.get_num_threads())
     return dw
 
 
