@@ -139,8 +139,8 @@ def _native(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> T
     *pairs, n_out, groups, activation = rest
     y = _empty_result(feats, weight, bias, n_out, groups)
     dense = (None if t is None else t.contiguous() for t in (weight, bias, *pairs))
-    operands: tuple[Any, ...] = (y, _rows(feats), *dense, groups, activation)
-    _C.pointcloud_conv(*operands, torch.get_num_threads())
+    rest = (*dense, groups, activation, torch.get_num_threads())
+    _C.pointcloud_conv(y, _rows(feats), *rest)
     return y
 
 
@@ -267,8 +267,8 @@ def _weight_native(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
     *pairs, groups = rest
     dw = _weight_fake(dy, feats, *rest)
     dense = (None if t is None else t.contiguous() for t in pairs)
-    operands: tuple[Any, ...] = (dw, _rows(dy), _rows(feats), *dense, groups)
-    _C.pointcloud_conv_weight_grad(*operands, torch.get_num_threads())
+    rest = (*dense, groups, torch.get_num_threads())
+    _C.pointcloud_conv_weight_grad(dw, _rows(dy), _rows(feats), *rest)
     return dw
 
 
