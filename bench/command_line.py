@@ -138,7 +138,7 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
     add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
     add("--scan", type=Path, metavar="FILE",
-        help="a point cloud, .bin of KITTI or nuScenes, instead of the synthetic street")  # fmt: skip
+        help="a point cloud of KITTI or nuScenes instead of the synthetic one")  # fmt: skip
     add("--commit", help="for the record, where git does not tell it")
     for kind in ("json", "plot"):
         add(

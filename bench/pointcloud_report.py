@@ -55,7 +55,14 @@ def draw_scene(path: Path, scan: Path | None) -> None:
     low, high = feature.quantile(torch.tensor([0.02, 0.98])).tolist()
     figure, axes = plt.subplots(figsize=(10, 10), layout="constrained")
     axes.scatter(
-        coords[:, 1], coords[:, 2], c=feature, s=0.3, cmap="turbo", vmin=low, vmax=high, linewidths=0
+        coords[:, 1],
+        coords[:, 2],
+        c=feature,
+        s=0.3,
+        cmap="turbo",
+        vmin=low,
+        vmax=high,
+        linewidths=0,
     )
     axes.set_aspect("equal")
     axes.set_title(f"{len(coords)} voxels from above, by a feature of three convolutions")

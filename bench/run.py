@@ -83,7 +83,10 @@ def _block_plan(options: Options) -> BlockPlan:
 
 
 def _run_cases(
-    console: Console, bench: ModuleType, plan: Plan | BlockPlan | GroupedPlan | VoxelPlan, limits: Limits
+    console: Console,
+    bench: ModuleType,
+    plan: Plan | BlockPlan | GroupedPlan | VoxelPlan,
+    limits: Limits,
 ) -> list[Any]:
     from report import print_cases
     from tqdm import tqdm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,27 +21,33 @@ TYPICAL = PointcloudCase((3, 3), 40, 35, 0.5, 20, 37)
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_plain_torch(target: str, dtype: torch.dtype) -> None:
-    for i, case in enumerate(CASES):
+def own_dtypes(target: str) -> list[torch.dtype]:
+    """Those for which a target has kernels of its own."""
+    sizes = (64, 64)
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+    owners = {d: _C.pointcloud_conv_choose(name, *sizes)["target"] for d, name in names.items()}
+    return [d for d in DTYPES if target in ("cuda", owners[d])]
+
+
+def test_matches_plain_torch(target: str) -> None:
+    for dtype, (i, case) in product(own_dtypes(target), enumerate(CASES)):
         feats, weight, bias = case.operands(dtype)
         map, given = case.map(shuffled=i % 3 > 0), bias if i % 2 else None
         activation = ACTIVATIONS[i % 4]
         y = pointcloud_conv(feats, weight, given, map, case.groups, activation)
-        with naming(case):
+        with naming(case, dtype):
             ConvOracle(feats, weight, given, map, case.groups, activation).check(y)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_match_plain_torch(target: str, dtype: torch.dtype) -> None:
-    for i, case in enumerate(CASES):
+def test_gradients_match_plain_torch(target: str) -> None:
+    for dtype, (i, case) in product(own_dtypes(target), enumerate(CASES)):
         feats, weight, bias = operands = [t.requires_grad_() for t in case.operands(dtype)]
         map = case.map(shuffled=i % 3 > 0)
         y = pointcloud_conv(feats, weight, bias, map, case.groups)
         dy = torch.randn(y.shape).to(dtype)
         dx, dw, db = torch.autograd.grad(y, operands, dy)
         back = weight.unflatten(2, (case.groups, -1)).transpose(1, 3).flatten(2)
-        with naming(case):
+        with naming(case, dtype):
             ConvOracle(dy, back, None, map.transposed(), case.groups).check(dx)
             WeightGradOracle(dy, feats, map, case.groups).check(dw)
         torch.testing.assert_close(db, dy.sum(0))
@@ -49,8 +56,8 @@ def test_gradients_match_plain_torch(target: str, dtype: torch.dtype) -> None:
 class naming:
     """Says at which of several cases an assertion failed."""
 
-    def __init__(self, case: PointcloudCase) -> None:
-        self.case = case
+    def __init__(self, case: PointcloudCase, dtype: torch.dtype) -> None:
+        self.case = f"{case}, {dtype}"
 
     def __enter__(self) -> None:
         pass
@@ -65,10 +72,8 @@ def test_is_the_dense_convolution(target: str) -> None:
     coords = grid[:, 0].nonzero().int()
     box, ones = plain.bounds(coords), (1, 1, 1)
     kernel = torch.randn(10, 20, 3, 3, 3)
-    n_out, out_of, pairs_in, ends = len(coords), *plain.match(
-        coords, coords, box, (3, 3, 3), ones, ones, ones
-    )
-    map = KernelMap(pairs_in, out_of, ends, None, None, n_out, n_out, (3, 3, 3))
+    pairs = plain.match(coords, coords, box, (3, 3, 3), ones, ones, ones)
+    map = KernelMap(pairs[1], pairs[0], pairs[2], None, None, len(coords), len(coords), (3, 3, 3))
     at = coords.long().unbind(1)
     rows = (at[0], slice(None), *at[1:])
     weight = kernel.flatten(2).permute(2, 1, 0)
@@ -76,12 +81,11 @@ def test_is_the_dense_convolution(target: str) -> None:
     torch.testing.assert_close(y, F.conv3d(grid, kernel, padding=1)[rows], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_for_any_threads(target: str, threads: int, dtype: torch.dtype) -> None:
-    for case in CASES[5:]:
+def test_same_bits_for_any_threads(target: str, threads: int) -> None:
+    for dtype, case in product(own_dtypes(target), CASES[8:14]):
         feats, weight, bias = (t.requires_grad_() for t in case.operands(dtype))
         map, found = case.map(), []
-        for team in (1, 2, 3, 7):
+        for team in (1, 3, 7):
             torch.set_num_threads(team)
             y = pointcloud_conv(feats, weight, bias, map, case.groups, "silu")
             found.append((y, *torch.autograd.grad(y.square().sum(), (feats, weight))))
@@ -91,11 +95,13 @@ def test_same_bits_for_any_threads(target: str, threads: int, dtype: torch.dtype
             assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True)), str(case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_reaches_its_pairs_alone(
-    target: str, bad: float, dtype: torch.dtype
-) -> None:
+def test_what_is_no_number_reaches_its_pairs_alone(target: str) -> None:
+    for dtype in own_dtypes(target):
+        for bad in (float("nan"), float("inf")):
+            check_what_is_no_number(dtype, bad)
+
+
+def check_what_is_no_number(dtype: torch.dtype, bad: float) -> None:
     feats, weight, bias = TYPICAL.operands(dtype)
     map = TYPICAL.map()
     clean = pointcloud_conv(feats, weight, bias, map)
@@ -179,6 +185,21 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert feats.grad.dtype == torch.float32
 
 
+def test_targets_say_what_runs(target: str) -> None:
+    below = _C.targets_built()[: _C.targets_built().index(_C.target()) + 1]
+    for dtype, groups in product(("float32", "bfloat16", "float16", "float64"), (1, 64)):
+        chosen = _C.pointcloud_conv_choose(dtype, 64, 64, groups)
+        assert chosen["target"] in below
+        serial = _C.target() == "serial" or dtype == "float64"
+        assert (chosen["kernel"] == "serial") == serial
+        assert (chosen["kernel"] == "depthwise") == (not serial and groups == 64)
+    if _C.target() == "amx_bf16":
+        assert _C.pointcloud_conv_choose("bfloat16", 64, 64)["kernel"] == "tiles"
+        assert _C.pointcloud_conv_choose("bfloat16", 4, 16)["kernel"] == "gather"
+    with pytest.raises(TypeError, match="int8"):
+        _C.pointcloud_conv_choose("int8", 8, 8)
+
+
 FEATS, WEIGHT, BIAS = TYPICAL.operands(torch.float32)
 MAP = TYPICAL.map()
 
@@ -212,9 +233,7 @@ def changed(name: str, at: int, value: int) -> dict[str, Any]:
         ({}, changed("out_order", 2, -7), ValueError, r"out_order\[2\] is -7, there are 35"),
     ],
 )
-def test_mistakes(
-    operands: dict[str, Any], of_map: dict[str, Any], error: type, text: str
-) -> None:
+def test_mistakes(operands: dict[str, Any], of_map: dict[str, Any], error: type, text: str) -> None:
     given = {"feats": FEATS, "weight": WEIGHT, "bias": None, "map": replace(MAP, **of_map)}
     with pytest.raises(error, match=text):
         pointcloud_conv(**(given | operands))

@@ -60,9 +60,8 @@ void check_ascending(const char* op, const char* what, const TensorView& ranks,
   parallel_ranges(threads_for_bytes(threads, 4 * n), n, [&](int64_t begin, int64_t end) {
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t first = std::max(begin, tap_offsets[t] + 1);
-      const int64_t at = first_wrong(first, std::min(end, tap_offsets[t + 1]), [&](int64_t i) {
-        return rank[i] - rank[i - 1] - 1;
-      });
+      const int64_t at = first_wrong(first, std::min(end, tap_offsets[t + 1]),
+                                     [&](int64_t i) { return rank[i] - rank[i - 1] - 1; });
       if (at >= 0) found.store(at);
     }
   });
@@ -166,8 +165,8 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
   check_shape(op, "dy", dy, dy.shape[0], channels.out);
   const KernelMap map = checked_map(op, {in, out, tap_offsets, in_order, out_order}, dw.shape[0],
                                     x.shape[0], dy.shape[0], threads);
-  weight_grad({x.dtype, map, channels, dy.data, x.data, dy.strides[0], x.strides[0], dw.data,
-               threads});
+  weight_grad(
+      {x.dtype, map, channels, dy.data, x.data, dy.strides[0], x.strides[0], dw.data, threads});
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ const ConvUnit* unit_of(Target target, DType dtype, const Channels& channels) {
 
 thread_local Scratch packed_weights, padded_bias, tile_sums, next_pairs;
 
-// The sums of a tile, the rows that it gathers and a tap's weights share L2.
+// The sums of a tile, an eighth of L2, share it with the rows that it gathers and a tap's weights.
 constexpr int64_t kLeastTile = 32, kMostTile = 1024;
 
 void run_range(const ConvArgs& args, const ConvUnit& unit, const float* weights, const float* bias,
@@ -38,7 +38,7 @@ void run_range(const ConvArgs& args, const ConvUnit& unit, const float* weights,
   const KernelMap& map = args.map;
   const int64_t row_bytes = unit.sums_row(args.channels).all * int64_t{sizeof(float)};
   const int64_t tile =
-      std::min(std::clamp(l2_bytes() / 4 / row_bytes, kLeastTile, kMostTile), end - begin);
+      std::min(std::clamp(l2_bytes() / 8 / row_bytes, kLeastTile, kMostTile), end - begin);
   auto* next = static_cast<int64_t*>(next_pairs.at_least(map.taps * int64_t{sizeof(int64_t)}));
   for (int64_t t = 0; t < map.taps; ++t) next[t] = pair_at(map, t, begin);
   auto* sums = static_cast<float*>(tile_sums.at_least(tile * row_bytes));
@@ -56,8 +56,7 @@ void pad_bias(const ConvArgs& args, const SumsRow& row, float* padded) {
 }
 
 const float* bias_row(const ConvArgs& args, const SumsRow& row) {
-  auto* padded =
-      static_cast<float*>(padded_bias.at_least(row.all * int64_t{sizeof(float)}));
+  auto* padded = static_cast<float*>(padded_bias.at_least(row.all * int64_t{sizeof(float)}));
   switch (args.dtype) {
     case DType::kBFloat16: pad_bias<BFloat16>(args, row, padded); break;
     case DType::kFloat16: pad_bias<Float16>(args, row, padded); break;
@@ -73,8 +72,8 @@ void conv(const ConvArgs& args) {
   if (unit == nullptr) return conv_serial(args);
   const KernelMap& map = args.map;
   const int64_t tap_floats = unit->tap_floats(args.channels);
-  auto* weights = static_cast<float*>(
-      packed_weights.at_least(map.taps * tap_floats * int64_t{sizeof(float)}));
+  auto* weights =
+      static_cast<float*>(packed_weights.at_least(map.taps * tap_floats * int64_t{sizeof(float)}));
   const float* bias = bias_row(args, unit->sums_row(args.channels));
   const auto products = static_cast<double>(map.pairs() + map.n_out);
   const int threads = threads_for_work(

@@ -101,28 +101,24 @@ struct TileConv {
 
   template <int Outputs>
   static void run_part(const ConvTask& task, const Slice& slice, const Part& part) {
-    const KernelMap& map = task.args.map;
-    const int64_t x_stride = task.args.x_stride;
-    const T* x = static_cast<const T*>(task.args.x) + part.channel;
+    const Rows<T> x(task.args, part.channel);
+    const int32_t* const out = task.args.map.out;
     const int64_t steps = steps_of(part.count), row = steps * kStep;
     for (int64_t first = slice.begin; first < slice.end; first += kBatch) {
       // Rows past the last pair keep what they had: their sums are not used.
       alignas(64) T rows[kBatch * kBlock];
       alignas(64) float c[kBatch * kTogether * kOutputs];
       const int64_t pairs = slice.end - first < kBatch ? slice.end - first : kBatch;
-      for (int64_t p = 0; p < pairs; ++p) {
-        if (first + p + kBatch < slice.end) {
-          const T* later = x + map.in_row(map.in[first + p + kBatch]) * x_stride;
-          for (int64_t i = 0; i < part.count; i += kStep) __builtin_prefetch(later + i);
-        }
-        gather(x + map.in_row(map.in[first + p]) * x_stride, part.count, rows + p * row);
+      for (int64_t p = first + kBatch; p < first + kBatch + pairs && p < slice.end; ++p) {
+        x.fetch(p, part.count);
       }
+      for (int64_t p = 0; p < pairs; ++p) gather(x.of(first + p), part.count, rows + p * row);
       for (int64_t p = 0; p < pairs; p += kPairs) {
         multiply<Outputs>(rows + p * row, row * sizeof(T), part.b, part.b_tile, steps,
                           c + p * kTogether * kOutputs);
       }
       for (int64_t p = 0; p < pairs; ++p) {
-        float* sums = part.sums + (map.out[first + p] - slice.first) * part.sums_stride;
+        float* sums = part.sums + (out[first + p] - slice.first) * part.sums_stride;
 #pragma GCC unroll 4
         for (int o = 0; o < Outputs * kOutputs; o += kOutputs) {
           const F products = Simd::load(c + p * kTogether * kOutputs + o);
@@ -176,8 +172,12 @@ struct TileConv {
 }  // namespace
 
 const ConvUnit* conv_unit_amx_bf16(DType dtype, const Channels& channels) {
-  const bool tiles = dtype == DType::kBFloat16 && !channels.depthwise();
-  return tiles ? &TileConv::unit : conv_unit_avx512_bf16(dtype, channels);
+  // On the cores that have AMX, float32 products are faster than tiles mostly of padding, and than
+  // VDPBF16PS anywhere (measured on Emerald Rapids).
+  constexpr int64_t kLeastWeights = 512;  // of a tap and group
+  const bool few = channels.group_in() * channels.group_out() < kLeastWeights;
+  const bool tiles = dtype == DType::kBFloat16 && !few;
+  return tiles ? &TileConv::unit : conv_unit_avx512(dtype, channels);
 }
 
 }  // namespace gossamer::pointcloud

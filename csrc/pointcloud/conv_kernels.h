@@ -5,8 +5,8 @@
 //   W        [word][output]   a panel of up to kMostVectors registers of outputs, in L1 or L2
 //   sums     [output voxel]   rows of the tile: those of these pairs move to registers and back
 //
-// Each word of x meets the whole panel, and each register of W all pairs. Written once over a vector
-// vocabulary S (common/simd_*.h), the storage type T and Words, which say what a word is:
+// Each word of x meets the whole panel, and each register of W all pairs. Written once over a
+// vector vocabulary S (common/simd_*.h), the storage type T and Words, which say what a word is:
 //
 //   kChannels                  in a word
 //   gather(x, count, end, to)  count channels of a row, of memory that is readable up to `end`
@@ -58,9 +58,7 @@ struct Gather {
   static int64_t words_of(int64_t channels) {
     return (channels + Words::kChannels - 1) / Words::kChannels;
   }
-  static int64_t panels_of(int64_t vectors) {
-    return (vectors + kMostVectors - 1) / kMostVectors;
-  }
+  static int64_t panels_of(int64_t vectors) { return (vectors + kMostVectors - 1) / kMostVectors; }
 
   static int64_t tap_floats(const Channels& channels) {
     return Out::sums_row(channels).all * words_of(channels.group_in());
@@ -133,11 +131,8 @@ struct Gather {
   template <int Vectors>
   static void run_part(const ConvTask& task, const Slice& slice, const Part& part) {
     constexpr int kPairs = pairs_of(Vectors);
-    const KernelMap& map = task.args.map;
-    const int64_t x_stride = task.args.x_stride;
-    const T* x = static_cast<const T*>(task.args.x);
-    const T* x_end = x + (map.n_in - 1) * x_stride + task.args.channels.in;
-    x += part.channel;
+    const Rows<T> x(task.args, part.channel);
+    const int32_t* const out = task.args.map.out;
     const int64_t groups = (slice.end - slice.begin + kPairs - 1) / kPairs;
     const int64_t least = (slice.end - slice.begin) / groups;
     const int64_t longer = (slice.end - slice.begin) % groups;
@@ -148,21 +143,20 @@ struct Gather {
       const float* at[kPairs] = {rows};
       float* sums[kPairs];
       const int64_t pairs = least + (g < longer ? 1 : 0);
-      for (int64_t p = 0; p < pairs; ++p, ++pair) {
-        if (part.fetch && pair + kAhead < slice.end) {
-          const T* later = x + map.in_row(map.in[pair + kAhead]) * x_stride;
-          for (int64_t c = 0; c < part.count; c += 64 / int64_t{sizeof(T)}) {
-            __builtin_prefetch(later + c);
-          }
-        }
-        const T* row = x + map.in_row(map.in[pair]) * x_stride;
-        if constexpr (in_place(Vectors)) {
-          at[p] = row;
-        } else {
-          Words::gather(row, part.count, x_end, rows + p * kBlock);
-        }
-        sums[p] = part.sums + (map.out[pair] - slice.first) * part.sums_stride;
+      for (int64_t p = 0; p < pairs; ++p) {
+        sums[p] = part.sums + (out[pair + p] - slice.first) * part.sums_stride;
       }
+      for (int64_t p = kAhead; part.fetch && p < kAhead + pairs && pair + p < slice.end; ++p) {
+        x.fetch(pair + p, part.count);
+      }
+      for (int64_t p = 0; p < pairs; ++p) {
+        if constexpr (in_place(Vectors)) {
+          at[p] = x.of(pair + p);
+        } else {
+          Words::gather(x.of(pair + p), part.count, x.end, rows + p * kBlock);
+        }
+      }
+      pair += pairs;
       multiply_up_to<Vectors, kPairs>(pairs, at, part.w, words, sums);
     }
   }
@@ -183,12 +177,12 @@ struct Gather {
         for (int64_t p = 0; p < panels; ++p) {
           const int64_t first = vectors * p / panels, last = vectors * (p + 1) / panels;
           const int64_t width = (last - first) * S::kLanes, at = g * row.group + first * S::kLanes;
-          const float* w =
-              task.weights + slice.tap * floats + at * words_of(c_in);
+          const float* w = task.weights + slice.tap * floats + at * words_of(c_in);
           for (int64_t c = 0; c < c_in; c += kBlock * Words::kChannels) {
             const int64_t rest = c_in - c, block = kBlock * Words::kChannels;
-            const Part part = {w + c / Words::kChannels * width, task.sums + at, row.all,
-                               g * c_in + c, rest < block ? rest : block, p == 0};
+            const Part part = {
+                w + c / Words::kChannels * width, task.sums + at, row.all, g * c_in + c,
+                rest < block ? rest : block,      p == 0};
             run_part_of<kMostVectors>(last - first, task, slice, part);
           }
         }
@@ -225,20 +219,19 @@ struct Depthwise {
   }
 
   static void run(const ConvTask& task) {
-    const KernelMap& map = task.args.map;
-    const int64_t channels = task.args.channels.out, x_stride = task.args.x_stride;
+    const int64_t channels = task.args.channels.out;
     const SumsRow row = sums_row(task.args.channels);
-    const T* x = static_cast<const T*>(task.args.x);
-    const T* x_end = x + (map.n_in - 1) * x_stride + channels;
+    const Rows<T> x(task.args, 0);
+    const int32_t* const out = task.args.map.out;
     Out::run(task, row, [&](const Slice& slice) {
       const float* w = task.weights + slice.tap * row.all;
       for (int64_t pair = slice.begin; pair < slice.end; ++pair) {
-        const T* from = x + map.in_row(map.in[pair]) * x_stride;
-        float* sums = task.sums + (map.out[pair] - slice.first) * row.all;
+        const T* from = x.of(pair);
+        float* sums = task.sums + (out[pair] - slice.first) * row.all;
         for (int64_t c = 0; c < channels; c += S::kLanes) {
           float part[S::kLanes];
           FloatWords<S, T>::gather(from + c, channels - c < S::kLanes ? channels - c : S::kLanes,
-                                   x_end, part);
+                                   x.end, part);
           S::store(sums + c, S::fma(S::load(w + c), S::load(part), S::load(sums + c)));
         }
       }

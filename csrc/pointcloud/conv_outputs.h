@@ -29,6 +29,31 @@ Slice slice_of(const KernelMap& map, int64_t tap, int64_t begin, int64_t first, 
   return {tap, begin, low, first};
 }
 
+// The rows that pairs gather, from a channel on. By value: vector stores may alias anything, and
+// the map would be read again after each.
+template <class T>
+struct Rows {
+  const T *x, *end;  // of the memory
+  int64_t stride;
+  const int32_t *in, *order;
+
+  Rows(const ConvArgs& args, int64_t channel)
+      : x(static_cast<const T*>(args.x) + channel),
+        end(static_cast<const T*>(args.x) + (args.map.n_in - 1) * args.x_stride + args.channels.in),
+        stride(args.x_stride),
+        in(args.map.in),
+        order(args.map.in_order) {}
+
+  const T* of(int64_t pair) const {
+    const int64_t rank = in[pair];
+    return x + (order == nullptr ? rank : order[rank]) * stride;
+  }
+  void fetch(int64_t pair, int64_t channels) const {
+    const T* row = of(pair);
+    for (int64_t c = 0; c < channels; c += 64 / int64_t{sizeof(T)}) __builtin_prefetch(row + c);
+  }
+};
+
 template <class S, class T>
 struct Outputs {
   using F = typename S::F;
@@ -57,14 +82,18 @@ struct Outputs {
   static void finish(const ConvTask& task, const SumsRow& row, int64_t first, int64_t last) {
     const ConvArgs& args = task.args;
     const int64_t groups = row.all / row.group, outputs = args.channels.out / groups;
-    for (int64_t rank = first; rank < last; ++rank) {
-      const float* sums = task.sums + (rank - first) * row.all;
-      T* y = static_cast<T*>(args.y) + args.map.out_row(rank) * args.channels.out;
+    const Activation activation = args.activation;
+    const float* const bias = task.bias;
+    const int32_t* const order = args.map.out_order;
+    T* const first_row = static_cast<T*>(args.y);
+    const float* sums = task.sums;
+    for (int64_t rank = first; rank < last; ++rank, sums += row.all) {
+      T* y = first_row + (order == nullptr ? rank : order[rank]) * groups * outputs;
       for (int64_t g = 0; g < groups; ++g, y += outputs) {
         for (int64_t o = 0; o < outputs; o += S::kLanes) {
           const int64_t at = g * row.group + o;
-          const F sum = S::add(S::load(sums + at), S::load(task.bias + at));
-          const F result = Finish<S, T>::activate(sum, args.activation);
+          const F sum = S::add(S::load(sums + at), S::load(bias + at));
+          const F result = Finish<S, T>::activate(sum, activation);
           if (outputs - o >= S::kLanes) {
             S::store(y + o, result);
           } else {

@@ -13,8 +13,8 @@
 //
 // Rows of x, y and dy lie in the order of their owner, which in_order and out_order give by rank.
 //
-// The sum of an output runs over taps, then over channels, in one order; that of a weight over fixed
-// segments of pairs. Neither depends on how the work is cut into tiles or over threads.
+// The sum of an output runs over taps, then over channels, in one order; that of a weight over
+// fixed segments of pairs. Neither depends on how the work is cut into tiles or over threads.
 #include <cstdint>
 
 #include "common/activation.h"
@@ -28,8 +28,8 @@ namespace gossamer::pointcloud {
 
 struct KernelMap {
   int64_t taps, n_in, n_out;
-  const int64_t* tap_offsets;        // [taps + 1]
-  const int32_t *in, *out;           // [tap_offsets[taps]], ranks
+  const int64_t* tap_offsets;           // [taps + 1]
+  const int32_t *in, *out;              // [tap_offsets[taps]], ranks
   const int32_t *in_order, *out_order;  // rank -> row, or null where they are the same
 
   int64_t pairs() const { return tap_offsets[taps]; }

@@ -1,4 +1,5 @@
-// Cuts the gradient of the weights over the threads, and adds up what the kernels make of its parts.
+// Cuts the gradient of the weights over the threads, and adds up what the kernels make of its
+// parts.
 #include <algorithm>
 #include <vector>
 
@@ -118,7 +119,7 @@ class WeightGradient {
   const WeightGradArgs& args_;
   const WeightGradUnit& unit_;
   const SumsRow row_;
-  const int64_t each_;  // floats of a part
+  const int64_t each_;                  // floats of a part
   std::vector<int64_t> ranks_, pairs_;  // of each segment the first output, and the first pairs
   float* sums_;
 };

@@ -36,7 +36,7 @@ struct Outer {
   static constexpr int kBlock = 64, kMostVectors = S::kLanes == 16 ? 4 : 2;
   static constexpr int kPanel = kMostVectors * S::kLanes;
   static constexpr int kChannels = 6;  // their sums and a panel fit the 32 or 16 registers
-  static constexpr int kPairs = 32;  // their rows and the sums of a block fit L1
+  static constexpr int kPairs = 32;    // their rows and the sums of a block fit L1
   static constexpr int64_t kLine = 64 / sizeof(T);
 
   template <int Vectors, int Channels>
@@ -129,9 +129,12 @@ struct Outer {
         const int64_t first = vectors * p / panels * S::kLanes;
         const int64_t last = vectors * (p + 1) / panels * S::kLanes;
         for (int64_t c = 0; c < c_in; c += kBlock) {
-          const Part part = {g * c_in + c,      c_in - c < kBlock ? c_in - c : kBlock,
-                             g * c_out + first, (last < c_out ? last : c_out) - first,
-                             sums + c * row.all + g * row.group + first, row.all};
+          const Part part = {g * c_in + c,
+                             c_in - c < kBlock ? c_in - c : kBlock,
+                             g * c_out + first,
+                             (last < c_out ? last : c_out) - first,
+                             sums + c * row.all + g * row.group + first,
+                             row.all};
           run_part_of<kMostVectors>((last - first) / S::kLanes, args, slice, part);
         }
       }

@@ -1,8 +1,8 @@
-"""pointcloud_conv: y[j] = act(b + sum of x[i] W[t]) over the pairs (i, j) and taps t of a kernel map.
+"""pointcloud_conv: y[j] = act(b + sum of x[i] W[t]) over the pairs (i, j) of a kernel map's taps t.
 
 ``pointcloud_conv`` applies autocast, ``_autograd`` picks the gradient or goes below it, ``_native``
-allocates the result and crosses into C++. The op and its weight's gradient, an op too, are linear in
-two operands each, and the derivatives of each are the two again, so any order of derivative exists.
+allocates the result and crosses into C++. The op and its weight's gradient, an op too, are linear
+in two operands each, and the derivatives of each are the two again: any order of them exists.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def pointcloud_conv(
 
     Output voxel j gets ``act(bias + sum of feats[i] @ weight[t])`` over the pairs (i, j) of every
     tap t, which is what a dense convolution makes of a grid that is zero elsewhere. Features are
-    gathered, multiplied and summed tile by tile of outputs: nothing of the size of the pairs is ever
-    stored. The result is the same, bit for bit, for any number of threads. A NaN or an infinity in
-    one voxel's features reaches the outputs that have a pair with it and no others.
+    gathered, multiplied and summed tile by tile of outputs: nothing of the pairs' size is stored.
+    The result is the same, bit for bit, for any number of threads. A NaN or an infinity in one
+    voxel's features reaches the outputs that have a pair with it and no others.
 
     Parameters
     ----------
@@ -138,16 +138,9 @@ _weight_op = torch.ops.gossamer.pointcloud_conv_weight_grad.default
 def _native(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     *pairs, n_out, groups, activation = rest
     y = _empty_result(feats, weight, bias, n_out, groups)
-    _C.pointcloud_conv(
-        y,
-        _rows(feats),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        *(None if t is None else t.contiguous() for t in pairs),
-        groups,
-        activation,
-        torch.get_num_threads(),
-    )
+    dense = (None if t is None else t.contiguous() for t in (weight, bias, *pairs))
+    rest = (*dense, groups, activation, torch.get_num_threads())
+    _C.pointcloud_conv(y, _rows(feats), *rest)
     return y
 
 
@@ -155,7 +148,8 @@ def _native_cuda(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any)
     *pairs, n_out, groups, activation = rest
     _empty_result(feats, weight, bias, n_out, groups)
     name = None if activation == "none" else activation
-    return reference.pointcloud_conv(feats, weight, bias, *pairs, n_out, groups, name)
+    operands: tuple[Any, ...] = (*pairs, n_out, groups, name)
+    return reference.pointcloud_conv(feats, weight, bias, *operands)
 
 
 def _fake(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -170,8 +164,8 @@ def _empty_result(
 ) -> Tensor:
     if feats.dim() != 2 or weight.dim() != 3:
         raise ValueError(
-            f"{_OP}: feats have shape {list(feats.shape)} and weight {list(weight.shape)}, expected "
-            "[n_in, C_in] and [T, C_in / groups, C_out]"
+            f"{_OP}: feats have shape {list(feats.shape)} and weight {list(weight.shape)}, "
+            "expected [n_in, C_in] and [T, C_in / groups, C_out]"
         )
     if groups < 1 or weight.shape[2] % groups != 0:
         raise ValueError(f"{_OP}: {groups} groups do not divide {weight.shape[2]} outputs")
@@ -272,14 +266,9 @@ def _feats_gradient(dy: Tensor, weight: Tensor, pairs: _Pairs, n_in: int, groups
 def _weight_native(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
     *pairs, groups = rest
     dw = _weight_fake(dy, feats, *rest)
-    _C.pointcloud_conv_weight_grad(
-        dw,
-        _rows(dy),
-        _rows(feats),
-        *(None if t is None else t.contiguous() for t in pairs),
-        groups,
-        torch.get_num_threads(),
-    )
+    dense = (None if t is None else t.contiguous() for t in pairs)
+    rest = (*dense, groups, torch.get_num_threads())
+    _C.pointcloud_conv_weight_grad(dw, _rows(dy), _rows(feats), *rest)
     return dw
 
 
