@@ -172,11 +172,8 @@ struct TileConv {
 }  // namespace
 
 const ConvUnit* conv_unit_amx_bf16(DType dtype, const Channels& channels) {
-  // On the cores that have AMX, float32 products are faster than tiles mostly of padding, and than
-  // VDPBF16PS anywhere (measured on Emerald Rapids).
-  constexpr int64_t kLeastWeights = 512;  // of a tap and group
-  const bool few = channels.group_in() * channels.group_out() < kLeastWeights;
-  const bool tiles = dtype == DType::kBFloat16 && !few;
+  // On the cores that have AMX, VDPBF16PS is slower than float32 products anywhere.
+  const bool tiles = dtype == DType::kBFloat16 && channels.fill_tiles();
   return tiles ? &TileConv::unit : conv_unit_avx512(dtype, channels);
 }
 

@@ -54,5 +54,6 @@ const ConvUnit* conv_unit_avx512_bf16(DType dtype, const Channels& channels);
 const ConvUnit* conv_unit_amx_bf16(DType dtype, const Channels& channels);
 const WeightGradUnit* weight_grad_unit_avx2(DType dtype, const Channels& channels);
 const WeightGradUnit* weight_grad_unit_avx512(DType dtype, const Channels& channels);
+const WeightGradUnit* weight_grad_unit_amx_bf16(DType dtype, const Channels& channels);
 
 }  // namespace gossamer::pointcloud

@@ -44,6 +44,9 @@ struct Channels {
   int64_t group_in() const { return in / groups; }
   int64_t group_out() const { return out / groups; }
   bool depthwise() const { return groups == in && groups == out; }
+  // Whether AMX is faster than float32 products, where tiles are not mostly padding (measured on
+  // Emerald Rapids).
+  bool fill_tiles() const { return group_in() * group_out() >= 512; }
 };
 
 struct ConvArgs {

@@ -16,6 +16,9 @@ namespace {
 const WeightGradUnit* unit_of(Target target, DType dtype, const Channels& channels) {
 #ifdef GOSSAMER_X86
   if (target == Target::kAVX2) return weight_grad_unit_avx2(dtype, channels);
+#ifdef GOSSAMER_AMX
+  if (target == Target::kAMXBF16) return weight_grad_unit_amx_bf16(dtype, channels);
+#endif
   if (target != Target::kSerial) return weight_grad_unit_avx512(dtype, channels);
 #endif
   (void)target, (void)dtype, (void)channels;
