@@ -68,8 +68,10 @@ class BlockCase(Case):
         return super().finding() | {"goal": self.goal, "bytes_seconds": self.bytes_seconds}
 
 
-def break_even(cases: Sequence[BlockCase]) -> tuple[str, float]:
+def break_even(cases: Sequence[Any]) -> tuple[str, float]:
     """The density at which a layer is as fast as dense, from its cases at several densities.
+
+    They have a ``density`` and are otherwise of any feature.
 
     Returns
     -------

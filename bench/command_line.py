@@ -23,7 +23,10 @@ from shapes import (
     find_shapes,
 )
 
-FEATURES = ("sparse24", "blocksparse", "grouped", "pointcloud", "model", "resnet50")
+FEATURES = (
+    *("sparse24", "blocksparse", "grouped", "actsparse", "pointcloud"),
+    *("model", "relu-lm", "resnet50"),
+)
 QUICK_FEATURES = FEATURES[:-1]
 RESULTS = Path(__file__).resolve().parent / "results"
 

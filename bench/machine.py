@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
@@ -58,6 +59,20 @@ def cores() -> int:
 def busy_cores() -> float:
     """Cores' worth of work that the machine had in the last minute; 0 where it does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep what is freed and hand it out again; False where it takes no such orders.
+
+    Otherwise large results come now from memory that was used before and now from fresh pages,
+    which the system clears at the first touch: which contender meets those is chance.
+    """
+    most_maps, trim_threshold, largest = -4, -1, 2**31 - 1  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return False
+    return bool(mallopt(most_maps, 0) and mallopt(trim_threshold, largest))
 
 
 def describe_machine() -> dict[str, Any]:

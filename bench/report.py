@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from bench_actsparse import ActiveCase
 from bench_grouped import GroupedCase
 from block_case import BlockCase
 from machine import MIB, Limits
@@ -184,6 +185,7 @@ def print_summary(
     cases: Sequence[Case],
     blocks: Sequence[BlockCase],
     experts: Sequence[GroupedCase],
+    active: Sequence[ActiveCase],
     models: Sequence[ModelResult],
 ) -> None:
     """What somebody reads who reads nothing else."""
@@ -198,5 +200,9 @@ def print_summary(
         from grouped_report import print_grouped_summary
 
         print_grouped_summary(console, experts)
+    if active:
+        from active_report import print_active_summary
+
+        print_active_summary(console, active)
     for result in models:
         _print_model(console, result)

@@ -112,7 +112,7 @@ def run(dtype: str, effort: Effort) -> ModelResult:
             density=DENSITY,
             sample_input=sample.to(memory_format=last),
         )
-        sparse = report.model
+        sparse = gossamer.fuse_activations(report.model).model
         pruned = prune_like(original, report, prune)
         pruned_last = copy.deepcopy(pruned).to(memory_format=last)
         exact = copy.deepcopy(pruned).double()(sample.double())

@@ -19,10 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from command_line import Options, parse
-from shapes import BLOCK_ROWS, GOAL_MODEL, IMAGES, QUICK_BLOCK_ROWS, QUICK_IMAGES
+from shapes import (
+    ACTIVE_MODEL,
+    ACTIVE_ROWS,
+    BLOCK_ROWS,
+    GOAL_MODEL,
+    IMAGES,
+    QUICK_ACTIVE_ROWS,
+    QUICK_BLOCK_ROWS,
+    QUICK_IMAGES,
+    QUICK_SPARSITIES,
+    SPARSITIES,
+)
 from timing import Effort
 
 if TYPE_CHECKING:
+    from bench_actsparse import ActiveCase, ActivePlan
     from bench_blocksparse import BlockPlan
     from bench_grouped import GroupedCase, GroupedPlan
     from bench_pointcloud import VoxelCase, VoxelPlan
@@ -42,6 +54,7 @@ QUICK_GFLOP = 40.0  # of the dense product: leaves out the two widest layers at 
 QUICK_BLOCK_LAYERS = ("bert.up", "llama.attention")  # beside ResNet-50's convolutions
 QUICK_EXPERT_LAYERS = ("mixtral-fifth.up", "olmoe.up")
 QUICK_CHANNELS = (16, 64)
+QUICK_ACTIVE_LAYERS = ("llama.up", "llama.down")
 LEAST_WIDTH = 140  # of the tables: better wrapped by a narrow terminal than cut
 
 
@@ -85,7 +98,7 @@ def _block_plan(options: Options) -> BlockPlan:
 def _run_cases(
     console: Console,
     bench: ModuleType,
-    plan: Plan | BlockPlan | GroupedPlan | VoxelPlan,
+    plan: Plan | BlockPlan | GroupedPlan | ActivePlan | VoxelPlan,
     limits: Limits,
 ) -> list[Any]:
     from report import print_cases
@@ -145,13 +158,33 @@ def _run_pointcloud(console: Console, options: Options, limits: Limits) -> list[
     return _run_cases(console, bench_pointcloud, plan, limits)
 
 
+def _run_actsparse(console: Console, options: Options, limits: Limits) -> list[ActiveCase]:
+    import bench_actsparse
+
+    shapes = options.shapes
+    if not options.shapes_given:
+        shapes = tuple(shape for shape in shapes if shape.model == ACTIVE_MODEL)
+        if options.quick:
+            shapes = tuple(shape for shape in shapes if shape.name in QUICK_ACTIVE_LAYERS)
+    rows = QUICK_ACTIVE_ROWS if options.quick else ACTIVE_ROWS
+    plan = bench_actsparse.ActivePlan(
+        shapes,
+        options.rows if options.rows_given else rows,
+        options.dtypes,
+        QUICK_SPARSITIES if options.quick else SPARSITIES,
+        QUICK_EFFORT if options.quick else FULL_EFFORT,
+    )
+    return _run_cases(console, bench_actsparse, plan, limits)
+
+
 def _run_models(console: Console, options: Options) -> list[ModelResult]:
     import models
+    import relu_lm
     import resnet
 
     effort = QUICK_MODEL_EFFORT if options.quick else FULL_MODEL_EFFORT
     results = []
-    for feature, model in (("model", models), ("resnet50", resnet)):
+    for feature, model in (("model", models), ("relu-lm", relu_lm), ("resnet50", resnet)):
         for dtype in options.model_dtypes if feature in options.features else ():
             console.print(f"converting and timing {model.NAME}, {dtype} ...")
             results.append(model.run(dtype, effort))
@@ -168,17 +201,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_cuda.main(options, arguments)
     torch.set_num_threads(options.threads)
 
+    import active_report
     import block_plots
     import plots
     import report
-    from machine import Limits, cpu_name, describe_commit, describe_machine, describe_versions
+    from machine import (
+        Limits,
+        cpu_name,
+        describe_commit,
+        describe_machine,
+        describe_versions,
+        keep_freed_memory,
+    )
     from record import default_path, write_record
     from rich.console import Console
 
     begin = perf_counter()
     console = Console(highlight=False)
     console.width = max(console.width, LEAST_WIDTH)
-    machine = describe_machine()
+    machine = describe_machine() | {"keeps_freed_memory": keep_freed_memory()}
     limits = Limits.measure(list(options.dtypes), options.threads)
     report.print_machine(console, machine, describe_versions(), limits)
     if options.cold:
@@ -188,14 +229,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = _run_sparse24(console, options, limits) if "sparse24" in wanted else []
     blocks = _run_blocksparse(console, options, limits) if "blocksparse" in wanted else []
     experts = _run_grouped(console, options, limits) if "grouped" in wanted else []
+    active = _run_actsparse(console, options, limits) if "actsparse" in wanted else []
     clouds = _run_pointcloud(console, options, limits) if "pointcloud" in wanted else []
     results = _run_models(console, options)
-    report.print_summary(console, cases, blocks, experts, results)
+    report.print_summary(console, cases, blocks, experts, active, results)
     if clouds:
         from pointcloud_report import draw_scene, print_pointcloud_summary
 
         print_pointcloud_summary(console, clouds)
-    every = [*cases, *blocks, *experts, *clouds]
+    every = [*cases, *blocks, *experts, *active, *clouds]
 
     commit = describe_commit()
     if options.commit:
@@ -221,6 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = default_path(options.plot, device, commit, ".png")
             path = path.with_stem(f"{path.stem}-scene")
             draw_scene(path, options.scan)
+            console.print(f"plot: {path}")
+        if active:
+            path = default_path(options.plot, device, commit, ".png")
+            path = path.with_stem(f"{path.stem}-zeros")
+            active_report.draw(path, active, f"Layers with zero inputs {where}")
             console.print(f"plot: {path}")
     console.print(f"took {perf_counter() - begin:.0f} s")
     right = all(case.check.passed for case in every) and all(r.answers.passed for r in results)

@@ -22,6 +22,13 @@ QUICK_BLOCK_ROWS = (16,)
 IMAGES = (1, 8)
 QUICK_IMAGES = (8,)
 
+# Of layers whose input is partly zero, of the model whose layers they are.
+ACTIVE_MODEL = "llama"
+ACTIVE_ROWS = (1, 2, 4, 8, 16, 32)
+QUICK_ACTIVE_ROWS = (1, 8)
+SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95)
+QUICK_SPARSITIES = (0.0, 0.5, 0.9)
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

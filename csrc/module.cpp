@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "actsparse/actsparse.h"
 #include "blocksparse/blocksparse.h"
 #include "common/cuda_border.h"
 #include "common/parallel.h"
@@ -41,6 +42,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   gossamer::bind_cuda(m, gossamer::build_of_cuda());
+  gossamer::actsparse::bind(m);
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_conv(m);

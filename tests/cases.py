@@ -17,6 +17,8 @@ VALUE_TYPES = ("int8", "float8_e4m3fn", "int4")
 # Those with block-sparse kernels of their own (csrc/blocksparse/conv.cpp); any other runs those of
 # the best one below it. tests/test_blocksparse_targets.py fails where this list is not up to date.
 BLOCKSPARSE_TARGETS = ("serial", "avx2", "avx512", "amx_bf16")
+# The same of csrc/actsparse/products.cpp.
+ACTSPARSE_TARGETS = ("serial", "avx2", "avx512")
 
 # (M, N, K), by what a kernel has to get right.
 SHAPES = (

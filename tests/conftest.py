@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import gossamer
 import pytest
 import torch
-from cases import BLOCKSPARSE_TARGETS
+from cases import ACTSPARSE_TARGETS, BLOCKSPARSE_TARGETS
 from gossamer import _C
 
 assert gossamer.__version__  # torch is imported first, through the package
@@ -61,6 +61,12 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=[name for name in BLOCKSPARSE_TARGETS if name in _C.machine_targets()])
 def blocksparse_target(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each target that computes blocks in a way of its own, in turn, in force for one test."""
+    yield from _forced(request.param)
+
+
+@pytest.fixture(params=[name for name in ACTSPARSE_TARGETS if name in _C.machine_targets()])
+def actsparse_target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each target that skips zero activations in a way of its own, in turn, in force for one."""
     yield from _forced(request.param)
 
 

@@ -142,7 +142,7 @@ def test_summary_has_the_mean_ratio_of_limits(capsys: pytest.CaptureFixture[str]
         replace(case, rows=rows, limit_seconds=1.0, dense_limit_seconds=ratio)
         for rows, ratio in ((1, 2.0), (16, 8.0), (64, 3.0))
     ]
-    report.print_summary(console, cases, [], [], [])
+    report.print_summary(console, cases, [], [], [], [])
     assert re.search(r"float32( +\S+){2} +4.00x +3.00x", capsys.readouterr().out)
 
 

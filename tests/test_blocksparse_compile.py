@@ -70,6 +70,19 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ops.blocksparse_gather,
         (torch.randn(6, 6, 5, requires_grad=True), *parts(CONV)[1:], 2, 4, 2),
     ),
+    "dvalues": (
+        ops.blocksparse_dvalues,
+        (torch.randn(2, 6, 3, 4), image(), *parts(CONV)[1:], 2, 4, *TWO_AXES[:-1]),
+    ),
+    "dvalues with gradient, channels last": (
+        ops.blocksparse_dvalues,
+        (
+            torch.randn(2, 6, 3, 4, requires_grad=True),
+            image(True, last=True),
+            *parts(CONV)[1:],
+            *(2, 4, *TWO_AXES[:-1]),
+        ),
+    ),
     "validate": (ops.blocksparse_validate, (*parts(CONV), 6, 6, 5, 2)),
 }
 

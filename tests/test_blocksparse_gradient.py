@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import compress, product
 
-import gossamer
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import SumOracle
 from conv_cases import CASES, CONVS, ConvCase, block_sparse, typical
-from gossamer import Block, blocksparse_conv, blocksparse_linear, reference
+from gossamer import _C, Block, blocksparse_conv, blocksparse_linear, reference
 from gossamer.formats import BlockSparse, BlockSparsePanels
-from gossamer.ops import blocksparse_transpose
+from gossamer.ops import blocksparse_gradient, blocksparse_transpose
 from gossamer.ops.conv_operands import Geometry
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
@@ -92,7 +91,7 @@ def test_gradients_are_those_of_the_dense_layer(blocksparse_target: str, case: C
 @pytest.fixture
 def dx_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the sizes, where there is such a way."""
-    monkeypatch.setattr(gossamer.ops.blocksparse, "dx_by_blocks", lambda *sizes: True)
+    monkeypatch.setattr(blocksparse_gradient, "dx_by_blocks", lambda *sizes: True)
 
 
 STRIDE_1 = [case for case in CASES if set(case.stride) == {1}]
@@ -148,6 +147,118 @@ def test_when_dx_goes_by_blocks() -> None:
     assert blocksparse_transpose.transposed_geometry(strided) is None
     far = Geometry((8, 8, 3), 1, (1,), (3,), (1,))
     assert blocksparse_transpose.transposed_geometry(far) is None
+
+
+@pytest.fixture
+def dvalues_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes."""
+    monkeypatch.setattr(blocksparse_gradient, "dvalues_by_blocks", lambda *sizes: True)
+
+
+# Beside the drawn ones: strips of several images, rows, and parts of a row, and several sums.
+MANY_PIXELS = (
+    typical(batch=9, group_in=40, group_out=40, block=Block(16, 16), dtype=torch.float32),
+    typical(batch=2, extents=(70, 90), block=Block(2, 8)),
+    typical(batch=2, group_in=300, extents=(5, 900), stride=(1, 2), block=Block(24, 24)),
+    typical(batch=5, kernel=(1, 1), padding=(0, 0), extents=(40, 33), channels_last=False),
+)
+
+
+@pytest.mark.usefixtures("dvalues_by_blocks")
+def test_dvalues_by_live_blocks(blocksparse_target: str, threads: int) -> None:
+    for index, case in enumerate((*CASES[1::3], *MANY_PIXELS)):
+        weight, x = case.weight(), case.x()
+        values = weight.values.requires_grad_()
+        gradients = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            y = blocksparse_conv(x, weight, **case.geometry)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(index)).to(y.dtype)
+            gradients += torch.autograd.grad(y, values, dy)
+        assert torch.equal(*gradients), (index, case)
+        exact = [t.detach().double() for t in (x, weight.to_dense(), dy)]
+        indices = (weight.crow_indices, weight.col_indices, weight.block, weight.groups)
+        wanted, sizes = (
+            reference.blocksparse_gather(dense_gradients(case, *operands)[1], *indices)
+            for operands in (exact, [t.abs() for t in exact])
+        )
+        products = max(1, dy.numel() // dy.shape[1])
+        try:
+            SumOracle(wanted, sizes, products, case.dtype).check(gradients[0])
+        except AssertionError as error:
+            raise AssertionError(f"case {index}: {case}") from error
+
+
+def test_dy_of_the_wrong_shape() -> None:
+    weight = block_sparse((6, 5, 3), Block(2, 4))
+    operands = (torch.randn(2, 6, 9), torch.randn(2, 5, 9), weight.crow_indices, weight.col_indices)
+    with pytest.raises(ValueError, match=r"dy has shape \[2, 6, 9\], expected \[2, 6, 7\]"):
+        ops.blocksparse_dvalues(*operands, 2, 4, weight.shape, 1, (1,), (0,), (1,))
+
+
+@pytest.mark.usefixtures("dvalues_by_blocks")
+def test_nan_goes_through_the_pixels_that_see_it() -> None:
+    x = torch.randn(2, 16, 6, 6)
+    x[1, 3, 0, 5] = torch.nan  # a corner: taps left of the middle or below it are not laid over it
+    weight = block_sparse((32, 16, 3, 3), Block(16, 16), 1.0)
+    weight.values.requires_grad_()
+    blocksparse_conv(x, weight, padding=1).sum().backward()
+    wrong = replace(weight, values=weight.values.grad.isnan().float()).to_dense()
+    seen = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 0, 0]])
+    assert torch.equal(wrong[:, 3], seen.expand(32, 3, 3).float())
+    assert not wrong[:, :3].any()
+    assert not wrong[:, 4:].any()
+
+
+@pytest.mark.usefixtures("dvalues_by_blocks")
+@pytest.mark.parametrize("kernel", [(), (2, 2)], ids=str)
+def test_derivatives_by_live_blocks(serial_target: str, kernel: tuple[int, ...]) -> None:
+    groups = 2 if kernel else 1
+    sparse = block_sparse((4, 3, *kernel), Block(2, 2), 0.6, groups, torch.float64)
+
+    def layer(x: Tensor, values: Tensor) -> Tensor:
+        weight = replace(sparse, values=values)
+        return blocksparse_conv(x, weight, None, 2, 1) if kernel else blocksparse_linear(x, weight)
+
+    operands = (double(2, 3 * groups, *(3,) * len(kernel)), double(*sparse.values.shape))
+    assert torch.autograd.gradcheck(layer, operands)
+    assert torch.autograd.gradgradcheck(layer, operands)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    got = torch.autograd.grad(compiled(*operands).square().sum(), operands)
+    want = torch.autograd.grad(layer(*operands).square().sum(), operands)
+    torch.testing.assert_close(got, want)
+
+
+def test_when_dvalues_go_by_blocks(serial_target: str) -> None:
+    def chosen(
+        density: float, block: Block, pixels: int, kernel: int, dtype: torch.dtype = torch.float32
+    ) -> bool:
+        shape = (256, 256, *(3,) * kernel)
+        count = int(density * 65536 * 3**kernel / (block.rows * block.cols))
+        geometry = Geometry(shape, 1, *[(1,) * kernel] * 3)
+        x = torch.empty(pixels, 256, *(1,) * kernel, dtype=dtype)
+        return bool(
+            blocksparse_gradient.dvalues_by_blocks(x, count, block.rows, block.cols, geometry)
+        )
+
+    if "avx512" not in _C.machine_targets():
+        pytest.skip("chosen for this machine's lanes")
+    _C.force_target("avx2")
+    assert chosen(0.5, Block(8, 8), 4, 2)
+    _C.force_target("avx512")
+    for dtype in (torch.float32, torch.float16):
+        assert chosen(0.5, Block(16, 16), 4, 2, dtype)
+    assert not chosen(0.6, Block(16, 16), 4, 2)
+    assert not chosen(0.5, Block(8, 8), 4, 2)
+    assert chosen(0.25, Block(8, 8), 4, 2)
+    assert chosen(0.125, Block(1, 16), 4, 2)
+    assert not chosen(0.2, Block(1, 16), 4, 2)
+    assert not chosen(0.2, Block(16, 16), 4, 2, torch.bfloat16)
+    assert chosen(0.25, Block(16, 16), 128, 0)
+    assert not chosen(0.25, Block(16, 16), 64, 0)
+    assert not chosen(0.1, Block(16, 16), 4, 2, torch.float64)
+    _C.force_target("serial")
+    assert not chosen(0.1, Block(16, 16), 4, 2)
 
 
 @pytest.mark.parametrize("wanted", [w for w in product([True, False], repeat=3) if any(w)])

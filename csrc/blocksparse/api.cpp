@@ -157,6 +157,25 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
   on_gpu(x) ? conv_cuda(op, args, x) : conv(args);
 }
 
+void bind_dvalues(const TensorView& dvalues_out, const TensorView& dy, const TensorView& x,
+                  const TensorView& crow, const TensorView& col, int64_t groups, const Axes& kernel,
+                  const Axes& stride, const Axes& padding, const Axes& dilation, bool channels_last,
+                  int threads) {
+  constexpr const char* op = "blocksparse_dvalues";
+  check_dims(op, "x", x, 5);
+  check_dims(op, "dy", dy, 5);
+  check_dtype(op, "x", x, dvalues_out.dtype);
+  check_dtype(op, "dy", dy, dvalues_out.dtype);
+  check_on_cpu(op, "x", x);
+  const ConvShape s =
+      conv_shape(op, x.shape, dy.shape, groups, kernel, stride, padding, dilation, channels_last);
+  check_device(op, "dy", dy, "x", x);
+  check_device(op, "dvalues", dvalues_out, "x", x);
+  const Weight w =
+      weight_of(op, dvalues_out, crow, col, s.out_channels, s.taps(), s.group_in(), groups);
+  dvalues({w, s, x.data, dy.data, dvalues_out.data, threads});
+}
+
 template <class Config>
 void report_strips(py::dict& report, const Config& config) {
   report["strip_images"] = config.strip_images;
@@ -237,6 +256,10 @@ void bind(py::module_& m) {
         py::arg("channels_last"), py::arg("packed_cols"), py::arg("activation"), py::arg("threads"),
         release());
 
+  m.def("blocksparse_dvalues", &bind_dvalues, py::arg("dvalues"), py::arg("dy"), py::arg("x"),
+        py::arg("crow_indices"), py::arg("col_indices"), py::arg("groups"), py::arg("kernel"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),
+        py::arg("threads"), release());
   m.def("blocksparse_choose", &choose, py::arg("x"), py::arg("out"), py::arg("dtype"),
         py::arg("rows"), py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),

@@ -82,6 +82,24 @@ struct ConvArgs {
 void conv(const ConvArgs& args);         // chooses target and kernel
 void conv_serial(const ConvArgs& args);  // the definition; float64 has no other
 
+// The gradient of the live blocks' values, [nnz, rows, cols] with 0 in the padding:
+//
+//   dvalues[block][r, c] = sum_o dy[o, n + r] * x[at(o, tap), channel + c]
+//
+// over the pixels o of all images, n, tap and channel being where the block lies. Whether a number of dy that is not finite meets the zeros around x is up to a
+// kernel. The same for any number of threads.
+struct DvaluesArgs {
+  Weight weight;    // its values are not read
+  ConvShape shape;
+  const void* x;    // in the weight's dtype, as dy
+  const void* dy;
+  void* dvalues;
+  int threads;
+};
+
+void dvalues(const DvaluesArgs& args);         // chooses the target
+void dvalues_serial(const DvaluesArgs& args);  // the definition; float64 has no other
+
 // ValueError with the first thing that is wrong with the indices, in O(nnz).
 void check_indices(const Weight& weight);
 // The same of the padding, which has to hold 0. Expects checked indices.

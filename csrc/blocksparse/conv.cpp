@@ -101,7 +101,7 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
   panel.first_channel = first_group * w.group_in;
   const int64_t floats = planes(s, panel) * panel.plane_stride + kMostPixels * kernel.slab;
   panel.data = static_cast<float*>(panel_scratch.at_least(4 * floats));
-  pack_panel(s, args.x, kernel, strip, panel);
+  pack_panel(s, args.x, kernel.pack, strip, panel);
 
   const int64_t image_stride = s.out_pixels() * s.out_channels, first = first_of(s, strip);
   const int64_t size = size_of(w.dtype);

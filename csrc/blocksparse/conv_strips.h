@@ -8,24 +8,32 @@
 
 namespace gossamer::blocksparse {
 
+// Of the strips of all images, that at `at`.
+template <class Config>
+Strip strip_at(const ConvShape& s, const Config& config, int64_t at) {
+  const int64_t columns = ceil_div(s.out[2], config.strip_width);
+  const int64_t rows = ceil_div(s.out[1], config.strip_rows);
+  const int64_t column = at % columns * config.strip_width;
+  const int64_t row = at / columns % rows * config.strip_rows;
+  const int64_t slice = at / columns / rows;
+  const int64_t image = slice / s.out[0] * config.strip_images;
+  return {image,
+          std::min(config.strip_images, s.batch - image),
+          slice % s.out[0],
+          row,
+          std::min(config.strip_rows, s.out[1] - row),
+          column,
+          std::min(config.strip_width, s.out[2] - column)};
+}
+
 // Calls body(strip, part) for each part of the outputs of each strip, on a team of threads.
 template <class Config, class Body>
 void for_each_strip(const ConvShape& s, const Config& config, const Body& body) {
-  const int64_t columns = ceil_div(s.out[2], config.strip_width);
-  const int64_t rows = ceil_div(s.out[1], config.strip_rows);
   const int64_t tasks = strips_of(s, config) * config.parts;
   parallel_run(static_cast<int>(std::min<int64_t>(config.threads, tasks)),
                [&](int thread, int team) {
                  for (int64_t task = thread; task < tasks; task += team) {
-                   const int64_t part = task % config.parts, at = task / config.parts;
-                   const int64_t column = at % columns * config.strip_width;
-                   const int64_t row = at / columns % rows * config.strip_rows;
-                   const int64_t slice = at / columns / rows;
-                   const int64_t image = slice / s.out[0] * config.strip_images;
-                   body(Strip{image, std::min(config.strip_images, s.batch - image),
-                              slice % s.out[0], row, std::min(config.strip_rows, s.out[1] - row),
-                              column, std::min(config.strip_width, s.out[2] - column)},
-                        part);
+                   body(strip_at(s, config, task / config.parts), task % config.parts);
                  }
                });
 }
@@ -52,15 +60,17 @@ inline std::vector<int64_t> taps_in(const ConvShape& s, const Panel& panel) {
   return taps;
 }
 
-inline void pack_panel(const ConvShape& s, const void* x, const Kernel& kernel, const Strip& strip,
-                       const Panel& panel) {
+// `pack` as Kernel has it.
+template <class Pack>
+void pack_panel(const ConvShape& s, const void* x, Pack pack, const Strip& strip,
+                const Panel& panel) {
   float* plane = panel.data;
   for (int64_t kd = 0; kd < s.kernel[0]; ++kd) {
     for (int64_t h = 0; h < planes_h(s, panel); ++h) {
       for (int64_t w = 0; w < planes_w(s, panel); ++w, plane += panel.plane_stride) {
         const int64_t offset[3] = {kd * s.dilation[0], panel.own_rows ? h * s.dilation[1] : h,
                                    panel.own_columns ? w * s.dilation[2] : w};
-        kernel.pack(s, x, strip, panel, offset, plane);
+        pack(s, x, strip, panel, offset, plane);
       }
     }
   }

@@ -44,13 +44,7 @@ void for_each_pixel(const ConvShape& s, const void* x, void* out, int64_t begin,
 template <class Body>
 void for_pixel_ranges(DType dtype, const ConvShape& s, int threads, const Body& body) {
   parallel_ranges(threads, s.batch * s.out_pixels(), [&](int64_t begin, int64_t end) {
-    switch (dtype) {
-      case DType::kFloat64: return body(double{}, begin, end);
-      case DType::kFloat32: return body(float{}, begin, end);
-      case DType::kBFloat16: return body(BFloat16{}, begin, end);
-      case DType::kFloat16: return body(Float16{}, begin, end);
-      default: return;  // refused at the border
-    }
+    visit_floats(dtype, [&]<class T>(T t) { body(t, begin, end); });
   });
 }
 

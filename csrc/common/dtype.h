@@ -92,6 +92,18 @@ static inline float to_float(E4M3 x) {
   return bits_to_float(sign | float_to_bits(subnormal));
 }
 
+// Calls body(T{}) with the type of a dtype that weights may have.
+template <class Body>
+static inline void visit_floats(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat64: return body(double{});
+    case DType::kFloat32: return body(float{});
+    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kFloat16: return body(Float16{});
+    default: return;  // refused at the border
+  }
+}
+
 // Round to nearest even, as torch does.
 static inline void round_to(double x, double& out) { out = x; }
 static inline void round_to(float x, float& out) { out = x; }

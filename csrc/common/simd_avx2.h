@@ -44,6 +44,9 @@ struct Simd : SimdOffsets {
   static I shift_left(I a) {
     return _mm256_slli_epi32(a, N);
   }
+  static uint32_t above(I a, I b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(as_float(_mm256_cmpgt_epi32(a, b))));
+  }
   static I half(I a) { return _mm256_srai_epi32(a, 1); }
   static I round(F a) { return _mm256_cvtps_epi32(a); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }

@@ -46,6 +46,7 @@ struct Simd : SimdOffsets {
   static I shift_left(I a) {
     return _mm512_slli_epi32(a, N);
   }
+  static uint32_t above(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }  // signed, a bit a lane
   static I half(I a) { return _mm512_srai_epi32(a, 1); }  // of signed lanes, towards minus infinity
   static I round(F a) { return _mm512_cvtps_epi32(a); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }

@@ -67,7 +67,7 @@ class Conv {
     planes.first_channel = first_group * s_.group_in();
     planes.data = static_cast<float*>(
         plane_scratch.at_least(4 * blocksparse::planes(s_, planes) * planes.plane_stride));
-    blocksparse::pack_panel(s_, args_.x, units_.ends->pixel_lanes, strip, planes);
+    blocksparse::pack_panel(s_, args_.x, units_.ends->pixel_lanes.pack, strip, planes);
 
     const std::vector<int64_t> columns = columns_in(planes);
     // The columns of the planes past the strip's are no outputs, and the last row's need no sums.

@@ -5,12 +5,16 @@ import torch  # noqa: F401  # isort: skip
 
 from importlib.metadata import version as _version
 
-from . import formats, nn, ops, prune
+from . import formats, nn, ops, prune, sparsify
+from .calibrate import calibrate_thresholds
 from .convert import convert
 from .fold import fold_batchnorm
 from .formats import Block
+from .fuse import fuse_activations
 from .info import info
 from .ops import (
+    actsparse_linear,
+    actsparse_outputs,
     blocksparse_conv,
     blocksparse_linear,
     grouped_linear,
@@ -23,11 +27,15 @@ __version__ = _version("gossamer")
 __all__ = [
     "Block",
     "__version__",
+    "actsparse_linear",
+    "actsparse_outputs",
     "blocksparse_conv",
     "blocksparse_linear",
+    "calibrate_thresholds",
     "convert",
     "fold_batchnorm",
     "formats",
+    "fuse_activations",
     "grouped_linear",
     "info",
     "nn",
@@ -36,4 +44,5 @@ __all__ = [
     "quantize",
     "sparse24_linear",
     "sparse24_linear_quantized",
+    "sparsify",
 ]

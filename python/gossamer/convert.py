@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .conversion.eligibility import dtype_name
-from .conversion.kinds import is_conv, layer_pattern
+from .conversion.kinds import ACTIVATION, is_conv, layer_pattern
 from .conversion.plan import LayerPlan, Wanted, plan_layers
 from .conversion.report import ConversionReport, LayerReport
 from .formats import Block
@@ -26,11 +27,12 @@ def convert(
     sample_input: Any = None,
     force: bool = False,
     density: float | None = None,
+    thresholds: float | Mapping[str, float] = 0.0,
 ) -> ConversionReport:
     """Replace a model's linear layers and convolutions by sparse ones where that is faster.
 
     They become ``gossamer.nn.SparseLinear`` and ``SparseConv1d``, ``SparseConv2d``,
-    ``SparseConv3d``, packed where their pattern has a layout for that.
+    ``SparseConv3d``, packed where their pattern has a layout for that, or ``ActSparseLinear``.
 
     The model is changed in place, at the very end: an error leaves it as it was. A layer that
     cannot or should not be swapped stays dense, and the report says why. The new layers are packed
@@ -42,8 +44,12 @@ def convert(
         Linear layers and convolutions (not transposed ones) anywhere inside it are candidates. A
         model that is itself such a layer has no holder to put the new layer into: it is found as
         ``report.model``.
-    pattern : "2:4" or Block
-        Two non-zeros in every four inputs of a weight, or blocks.
+    pattern : "2:4", Block or "activation"
+        Two non-zeros in every four inputs of a weight, or blocks. "activation" leaves the weights
+        of linear layers as they are and skips inputs that are zero (``ActSparseLinear``): for
+        what follows a ReLU or one of its kind, or has thresholds. Only a sample tells where that
+        pays, at as many rows as it has: give one like those that the model is to run on, such as
+        a single token.
     prune : {None, "magnitude"}
         None prunes nothing: a layer whose weight does not fit already stays dense. ``"magnitude"``
         prunes every included layer (``gossamer.prune.magnitude_24`` or ``magnitude_blocks``), also
@@ -62,6 +68,9 @@ def convert(
         Swap even what measurement or table would leave dense.
     density : float, optional
         The share of blocks that pruning keeps in each layer, of a pattern of blocks.
+    thresholds : float or mapping of str to float
+        Of "activation": inputs of at most this absolute value count as zero, for all layers, or
+        by a layer's name and 0 for others (``gossamer.calibrate_thresholds``).
 
     Returns
     -------
@@ -72,7 +81,8 @@ def convert(
     ------
     ValueError
         Unknown pattern, pruning or name; names come with their closest matches. A density that is
-        missing, superfluous or not in (0, 1].
+        missing, superfluous or not in (0, 1]. Thresholds that are negative, not finite, of no
+        layer, or of a pattern other than "activation".
     TypeError
         ``model`` is not a module, or ``sample_input`` of another type.
     """
@@ -80,13 +90,38 @@ def convert(
         raise TypeError(f"convert: model is a torch.nn.Module, got {type(model).__name__}")
     if prune not in (None, "magnitude"):
         raise ValueError(f"convert: prune is None or 'magnitude', got {prune!r}")
-    # Of any weight: the pattern and the density are looked at before the model.
-    pattern_of("convert", pattern, (1, 1)).check("convert", density, wanted=prune is not None)
-    wanted = Wanted(pattern, prune, density)
+    if pattern == ACTIVATION:
+        _check_activation(model, prune, density, thresholds)
+    elif thresholds != 0.0:
+        raise ValueError(f"convert: thresholds are for pattern 'activation', got {pattern!r}")
+    else:
+        # Of any weight: the pattern and the density are looked at before the model.
+        pattern_of("convert", pattern, (1, 1)).check("convert", density, wanted=prune is not None)
+    wanted = Wanted(pattern, prune, density, thresholds)
     # Parameters made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         plans = plan_layers(model, wanted, include, exclude, sample_input, force)
         return _carry_out(model, wanted, plans)
+
+
+def _check_activation(
+    model: nn.Module,
+    prune: str | None,
+    density: float | None,
+    thresholds: float | Mapping[str, float],
+) -> None:
+    if prune is not None or density is not None:
+        raise ValueError(
+            f"convert: pattern 'activation' prunes no weight, got prune {prune!r} and density "
+            f"{density}"
+        )
+    each = thresholds if isinstance(thresholds, Mapping) else {"": thresholds}
+    for name, threshold in each.items():
+        if not 0 <= threshold < math.inf:
+            raise ValueError(f"convert: threshold {threshold} of {name!r}, expected 0 or more")
+    layers = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if isinstance(thresholds, Mapping) and (unknown := set(thresholds) - layers):
+        raise ValueError(f"convert: thresholds of {sorted(unknown)[0]!r}, no such module")
 
 
 def _carry_out(model: nn.Module, wanted: Wanted, plans: list[LayerPlan]) -> ConversionReport:

@@ -121,7 +121,7 @@ def fold_batchnorm(model: nn.Module) -> FoldReport:
     return FoldReport(tuple(pairs), left)
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not m._modules or super().is_leaf_module(m, module_qualified_name)
 
@@ -133,7 +133,7 @@ def _graphs(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, fx.Graph
     try:
         parameters = inspect.signature(module.forward).parameters.values()
         fixed = {p.name: p.default for p in parameters if p.default is not p.empty}
-        yield prefix, _Tracer().trace(module, concrete_args=fixed)
+        yield prefix, Tracer().trace(module, concrete_args=fixed)
     except Exception:  # whatever the model's own code makes of what it is given
         for name, child in module.named_children():
             yield from _graphs(child, f"{prefix}{name}.")

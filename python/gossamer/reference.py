@@ -444,3 +444,32 @@ def take_winners(x: Tensor, winner: Tensor) -> Tensor:
     if len(x) == 0:
         return x.new_zeros(winner.shape)
     return x.gather(0, winner.clamp(min=0).long()) * (winner >= 0)
+
+
+def actsparse_linear(
+    x: Tensor,
+    weight_kn: Tensor,
+    bias: Tensor | None = None,
+    threshold: float = 0.0,
+    activation: str | None = None,
+) -> Tensor:
+    """y[m] = act(sum of x[m, k] W[k] over the k with not |x[m, k]| <= threshold, + b)."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.new_zeros(rows.shape[0], weight_kn.shape[1])
+    for m, row in enumerate(rows):
+        active = ~(row.abs() <= threshold)
+        y[m] = row[active] @ weight_kn[active]
+    y = y.view(*x.shape[:-1], weight_kn.shape[1])
+    return activate(y if bias is None else y + bias, activation)
+
+
+def actsparse_outputs(
+    x: Tensor,
+    weight: Tensor,
+    wanted: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """y[m, n] = act(x[m] W[n] + b[n]) where ``wanted`` [..., N] is True, and 0 elsewhere."""
+    y = activate(F.linear(x, weight, bias), activation)
+    return torch.where(wanted, y, torch.zeros_like(y))

@@ -12,8 +12,7 @@ from torch.nn.utils import parametrize
 
 from .._cuda_module import obstacle
 from ..formats import Block
-from ..nn import SparseConv, SparseLinear
-from .kinds import dense_class, is_conv
+from .kinds import ACTIVATION, dense_class, is_conv, is_sparse
 from .selection import LayerSite
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +59,8 @@ class Obstacles:
         if reason is not None:
             return Obstacle(reason, prunable=False)
         reason = self._read_directly(layer) or _would_be_lost(layer)
+        if reason is None and self._pattern == ACTIVATION and is_conv(layer):
+            reason = "zero activations are skipped by linear layers only"
         reason = reason or _unsupported(layer)
         return None if reason is None else Obstacle(reason, prunable=True)
 
@@ -116,7 +117,7 @@ def _memory_span(tensor: Tensor | None) -> tuple[int, int] | None:
 
 def _foreign(layer: nn.Module) -> str | None:
     kind, dense = type(layer), dense_class(layer)
-    if isinstance(layer, (SparseLinear, SparseConv)):
+    if is_sparse(layer):
         return f"already a {kind.__name__}"
     if dense is None:
         expected = "Conv1d, Conv2d or Conv3d" if is_conv(layer) else "Linear"

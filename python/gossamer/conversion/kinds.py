@@ -7,10 +7,11 @@ import re
 from torch import Tensor, nn
 
 from ..formats import Block
-from ..nn import SparseConv, SparseLinear
+from ..nn import ActSparseLinear, SparseConv, SparseLinear
 from ..nn.patterns import Pattern, pattern_of
 
 SparseLayer = SparseLinear | SparseConv
+ACTIVATION = "activation"  # not a pattern of the weight: zeros are looked for in x
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -24,13 +25,17 @@ def is_candidate(layer: nn.Module) -> bool:
 
     Sparse, quantised and third-party layers are, so that the report can say why they stay.
     """
-    if dense_class(layer) is not None or isinstance(layer, (SparseLinear, SparseConv)):
+    if dense_class(layer) is not None or is_sparse(layer):
         return True
     name = type(layer).__name__
     linear = hasattr(layer, "in_features") and hasattr(layer, "out_features")
     sizes = ("in_channels", "out_channels", "kernel_size", "groups")
     conv = all(hasattr(layer, size) for size in sizes)
     return (linear and name.endswith("Linear")) or (conv and bool(re.search(r"Conv\dd$", name)))
+
+
+def is_sparse(layer: nn.Module) -> bool:
+    return isinstance(layer, (SparseLinear, SparseConv, ActSparseLinear))
 
 
 def is_conv(layer: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from .. import _C
 from ..formats import Block, BlockSparse, BlockSparsePanels, Sparse24Conv, Sparse24ConvPairs
+from ..nn import ActSparseLinear
+from ..ops.actsparse_gradient import active
 from ..ops.blocksparse_choice import blocksparse_choice
 from ..ops.sparse24_conv import sparse24_conv_choice
 from .cost_table import NO_FIGURES, worth_swapping
 from .eligibility import Obstacles, dtype_name
-from .kinds import SparseLayer, is_conv, make_sparse
+from .kinds import ACTIVATION, SparseLayer, is_conv, make_sparse
 from .selection import LayerSite, layer_sites, left_out
 from .timing import Calls, Speed, measure_speed, noise_shape, output_error, record_calls
 
@@ -26,11 +28,21 @@ SWAP_THRESHOLD = 1.05
 
 @dataclass(frozen=True)
 class Wanted:
-    """The pattern that layers are to get, and how they are made to fit it."""
+    """The pattern that layers are to get, and how they are made to fit it.
+
+    ``thresholds`` are those of inputs by name of the layer, or one for all of them.
+    """
 
     pattern: str | Block
     prune: str | None
     density: float | None
+    thresholds: float | Mapping[str, float] = 0.0
+
+    def threshold(self, names: tuple[str, ...]) -> float:
+        if not isinstance(self.thresholds, Mapping):
+            return self.thresholds
+        given = [self.thresholds[name] for name in names if name in self.thresholds]
+        return given[0] if given else 0.0
 
 
 @dataclass
@@ -40,7 +52,7 @@ class LayerPlan:
     site: LayerSite
     reason: str
     pruned: bool = False
-    replacement: SparseLayer | None = None
+    replacement: SparseLayer | ActSparseLinear | None = None
     kernel: str | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
@@ -71,6 +83,8 @@ def plan_layers(
             pruned = wanted.prune is not None and obstacle.prunable
             left = "" if pruned or wanted.prune is None else "; not pruned"
             plans.append(LayerPlan(site, obstacle.reason + left, pruned))
+        elif wanted.pattern == ACTIVATION:
+            plans.append(_try_skipping(site, wanted, calls, force, speeds))
         else:
             plans.append(_try_sparse(site, wanted, calls, force, speeds))
     return plans
@@ -105,13 +119,50 @@ def _try_sparse(
     return plan
 
 
+def _try_skipping(
+    site: LayerSite,
+    wanted: Wanted,
+    calls: dict[nn.Module, Calls] | None,
+    force: bool,
+    speeds: dict[Any, Speed],
+) -> LayerPlan:
+    """The same for a layer that keeps its weight and skips inactive inputs."""
+    layer = site.module
+    assert isinstance(layer, nn.Linear)
+    sparse = ActSparseLinear.from_dense(layer, wanted.threshold(site.names))
+    mine = None if calls is None else calls[layer]
+    swap, reason, measured = _gain(layer, sparse, mine, speeds)
+    plan = LayerPlan(site, reason, measured=measured)
+    if mine is not None and mine.commonest is not None:
+        x = mine.example(mine.commonest)
+        share = float(active(x, sparse.threshold).float().mean())
+        plan.reason = reason = f"{reason}; {share:.0%} of its inputs active"
+    if swap or force:
+        error_max, error_mean = output_error(layer, layer.weight, sparse, mine)
+        plan.measured |= {"error_max": error_max, "error_mean": error_mean}
+        plan.reason = reason if swap else f"forced: {reason}"
+        target = "cuda" if layer.weight.is_cuda else _C.actsparse_target(_dtype_of(layer))
+        plan.kernel = f"{target}/rows"
+        plan.replacement = sparse
+    return plan
+
+
+def _dtype_of(layer: nn.Linear) -> str:
+    return dtype_name(layer.weight.dtype)
+
+
 def _gain(
-    layer: nn.Module, sparse: SparseLayer, calls: Calls | None, speeds: dict[Any, Speed]
+    layer: nn.Module,
+    sparse: SparseLayer | ActSparseLinear,
+    calls: Calls | None,
+    speeds: dict[Any, Speed],
 ) -> tuple[bool, str, dict[str, Any]]:
     """Whether to swap, why, and the measurement, which equal layers share in ``speeds``."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if calls is None:
+        if isinstance(sparse, ActSparseLinear):
+            return False, NO_FIGURES.format("zeros that nobody has counted"), {}
         if isinstance(sparse.pattern, Block):
             return False, NO_FIGURES.format("blocks"), {}
         if is_conv(layer):
@@ -123,7 +174,9 @@ def _gain(
         return False, "the sample does not reach it", {}
     # What a layer says of itself, and how much of it is stored.
     kind = (type(layer), layer.extra_repr(), weight.dtype, sparse.weight.nbytes)
-    key = (kind, frozenset(calls.given.items()), calls.autocast)
+    key: Any = (kind, frozenset(calls.given.items()), calls.autocast)
+    if isinstance(sparse, ActSparseLinear):
+        key = (layer,)  # each has inputs of its own
     if key not in speeds:
         speeds[key] = measure_speed(layer, sparse, calls)
     speed = speeds[key]

@@ -45,6 +45,7 @@ def left_out(
     sites: Iterable[LayerSite],
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
+    op: str = "convert",
 ) -> dict[LayerSite, str]:
     """The sites that ``include`` does not name (if given) or ``exclude`` names, and which of both.
 
@@ -60,12 +61,12 @@ def left_out(
     """
     sites = list(sites)
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    included = _entries("include", include, modules)
-    excluded = _entries("exclude", exclude, modules)
+    included = _entries(op, "include", include, modules)
+    excluded = _entries(op, "exclude", exclude, modules)
     for entry in included:
         if not any(_picks([entry], site) for site in sites):
             raise ValueError(
-                f"convert: include names {entry!r}, which holds no linear layer and no convolution"
+                f"{op}: include names {entry!r}, which holds no linear layer and no convolution"
             )
     reasons: dict[LayerSite, str] = {}
     for site in sites:
@@ -76,15 +77,17 @@ def left_out(
     return reasons
 
 
-def _entries(argument: str, given: str | Iterable[str] | None, modules: list[str]) -> list[str]:
+def _entries(
+    op: str, argument: str, given: str | Iterable[str] | None, modules: list[str]
+) -> list[str]:
     entries = [given] if isinstance(given, str) else list(given or ())
     for entry in entries:
         if not isinstance(entry, str):
-            raise TypeError(f"convert: {argument} takes names of modules, got {entry!r}")
+            raise TypeError(f"{op}: {argument} takes names of modules, got {entry!r}")
         if not any(_matches(name, entry) for name in modules):
             hint = ", ".join(_close_matches(entry, modules))
             raise ValueError(
-                f"convert: {argument} names {entry!r}, but the model has no such module"
+                f"{op}: {argument} names {entry!r}, but the model has no such module"
                 + (f"; close matches: {hint}" if hint else "")
             )
     return entries

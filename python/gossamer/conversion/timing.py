@@ -89,19 +89,7 @@ def record_calls(
     TypeError
         The sample is no tensor, tuple, list or dict of keyword arguments.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(sample_input, Mapping):
-        kwargs = dict(sample_input)
-    elif isinstance(sample_input, (tuple, list)):
-        args = tuple(sample_input)
-    elif isinstance(sample_input, Tensor):
-        args = (sample_input,)
-    else:
-        raise TypeError(
-            "convert: sample_input is a tensor, a tuple of arguments or a dict of keyword "
-            f"arguments, got {type(sample_input).__name__}"
-        )
+    args, kwargs = arguments_of("convert: sample_input", sample_input)
     calls: dict[nn.Module, Calls] = {layer: Calls(unit_dims(layer)) for layer in layers}
 
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -109,8 +97,38 @@ def record_calls(
         if isinstance(x, Tensor) and not x.is_nested:
             calls[layer].record(x)
 
-    was_training = {module: module.training for module in model.modules()}
     hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in calls]
+    try:
+        run_evaluating(model, args, kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def arguments_of(what: str, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call.
+
+    Raises
+    ------
+    TypeError
+        The sample is no tensor, tuple, list or dict of keyword arguments.
+    """
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    if isinstance(sample, (tuple, list)):
+        return tuple(sample), {}
+    if isinstance(sample, Tensor):
+        return (sample,), {}
+    raise TypeError(
+        f"{what} is a tensor, a tuple of arguments or a dict of keyword arguments, got "
+        f"{type(sample).__name__}"
+    )
+
+
+def run_evaluating(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Calls a model in evaluation mode, and leaves it and the random numbers as they were."""
+    was_training = {module: module.training for module in model.modules()}
     try:
         # Not model.eval(): models override train(), and only the flags are to be put back.
         for module in was_training:
@@ -118,11 +136,8 @@ def record_calls(
         with torch.random.fork_rng(devices=[]), _uncompiled():
             model(*args, **kwargs)
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in was_training.items():
             module.training = training
-    return calls
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class SparseConv(TrainableModule):
         int64: what a ``state_dict`` says of itself.
     bias : Parameter or None
         [C_out].
+    activation : {None, "relu", "gelu", "silu"}
+        What is applied to the result, in the same pass; ``gossamer.fuse_activations`` sets it.
 
     Raises
     ------
@@ -206,13 +208,14 @@ class SparseConv(TrainableModule):
             self._refuse_training()
             stored = self.panels  # type: ignore[assignment]
         assert stored is not None
+        activation = self.activation or "none"
         if isinstance(self.pattern, Block):
             blocks = (stored, self.crow_indices, self.col_indices)
-            rest = (*kind, *geometry, "none", self.pattern.cols if packed else 0)
+            rest = (*kind, *geometry, activation, self.pattern.cols if packed else 0)
             return blocksparse_conv_tensors(x, *blocks, *rest)
         indices = None if packed else self.indices
         dtype = self._panels_dtype or stored.dtype
-        return sparse24_conv_tensors(x, stored, indices, *kind, dtype, *geometry)
+        return sparse24_conv_tensors(x, stored, indices, *kind, dtype, *geometry, activation)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

@@ -54,6 +54,8 @@ class SparseLinear(TrainableModule):
         int64: what a ``state_dict`` says of itself.
     bias : Parameter or None
         [N].
+    activation : {None, "relu", "gelu", "silu"}
+        What is applied to the result, in the same pass; ``gossamer.fuse_activations`` sets it.
 
     Raises
     ------
@@ -166,16 +168,17 @@ class SparseLinear(TrainableModule):
             self._refuse_training()
             stored, dtype = buffers["panels"], panels_dtype
         assert stored is not None
+        activation = self.activation or "none"
         if isinstance(self.pattern, Block):
             crow, col = buffers["crow_indices"], buffers["col_indices"]
             assert crow is not None
             assert col is not None
             packed_cols = 0 if panels_dtype is None else self.pattern.cols
             return blocksparse_linear_tensors(
-                x, stored, crow, col, bias, shape, packed_cols=packed_cols
+                x, stored, crow, col, bias, shape, activation, packed_cols
             )
         indices = buffers["indices"]  # None while packed
-        return sparse24_linear_tensors(x, stored, indices, bias, shape, dtype)
+        return sparse24_linear_tensors(x, stored, indices, bias, shape, dtype, activation)
 
     def extra_repr(self) -> str:
         return (

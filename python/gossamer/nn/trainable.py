@@ -28,6 +28,8 @@ class TrainableModule(PackableModule):
     values: nn.Parameter | None
     bias: nn.Parameter | None
     pattern: str | Block
+    # What is applied to the result: None, "relu", "gelu" or "silu".
+    activation: str | None = None
     _pattern: Pattern
     _values_require_grad: bool = True  # what a packed layer gives its values back
 
@@ -105,6 +107,11 @@ class TrainableModule(PackableModule):
 
     def _give_to(self, dense: nn.Module, weight: Tensor) -> None:
         """Put a dense weight, a copy of the bias and the flags into a layer of torch's."""
+        if self.activation is not None:
+            raise ValueError(
+                f"{type(self).__name__}.to_dense: the layer applies {self.activation!r}, which "
+                "torch's does not; set activation to None and apply it behind the layer"
+            )
         dense.weight = nn.Parameter(weight, requires_grad=self.weight_requires_grad)
         if self.bias is not None:
             bias = self.bias.detach().clone()
@@ -167,7 +174,8 @@ class TrainableModule(PackableModule):
         state = f"packed={self.packed}"
         if isinstance(weight, (BlockSparse, BlockSparsePanels)):
             state = f"density={weight.density:.3g}, {state}"
-        return f"pattern={self.pattern}, {state}"
+        activation = "" if self.activation is None else f", activation={self.activation}"
+        return f"pattern={self.pattern}, {state}{activation}"
 
     def _refuse_training(self) -> None:
         """Called by the forward of a packed layer."""

@@ -1,5 +1,7 @@
 """The ops: of each its schema, native implementation, fake, gradient and public function."""
 
+from .actsparse import actsparse_linear
+from .actsparse_outputs import actsparse_outputs
 from .blocksparse import blocksparse_conv, blocksparse_linear
 from .grouped import grouped_linear
 from .pointcloud import pointcloud_conv
@@ -9,6 +11,8 @@ from .sparse24_conv import sparse24_conv
 from .sparse24_quantized import sparse24_linear_quantized
 
 __all__ = [
+    "actsparse_linear",
+    "actsparse_outputs",
     "blocksparse_conv",
     "blocksparse_linear",
     "grouped_linear",

@@ -7,7 +7,6 @@ allocates the result and crosses into C++.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +17,11 @@ from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import BlockSparse, BlockSparsePanels
 from ..formats.blocksparse_panels import blocks_to_panels, panels_to_blocks
-from ..formats.geometry import channels_last, taps_of
-from .blocksparse_layout import Gather, ToDense
-from .blocksparse_transpose import dx_by_blocks, transpose_blocks, transposed_geometry
+from .blocksparse_gradient import dvalues_of, dx_of
 from .conv_geometry import Sizes, prepare
 from .conv_operands import (
     Geometry,
     as_5d,
-    dense_gradients,
     empty_result,
     is_channels_last,
 )
@@ -329,7 +325,7 @@ torch.library.register_fake("gossamer::blocksparse_product", _fake, lib=library)
 
 
 class _Product(torch.autograd.Function):
-    """The gradient: dx by transposed blocks or as dW, through the dense weight."""
+    """The gradients, by blocks or through the dense weight."""
 
     generate_vmap_rule = True  # for per-sample gradients
 
@@ -353,20 +349,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
         geometry = Geometry(*ctx.geometry)
-        shape, groups = geometry.shape, geometry.groups
-        dense = dx = dvalues = db = None
+        dx = dvalues = db = None
         if values is not None:
             if geometry.packed_cols:
                 values = panels_to_blocks(values, geometry.packed_cols)
-            crow, col = indices
-            dx = _dx_by_blocks(dy, values, crow, col, ctx.x_shape, geometry)
-        if values is not None and dx is None:
-            sizes = (shape[0], taps_of(shape), shape[1], groups)
-            dense = ToDense.apply(values, *indices, *sizes).transpose(1, 2).reshape(shape)
-        dense_dx, dweight = dense_gradients(dy, x, dense, ctx.x_shape, geometry)
-        dx = dense_dx if dx is None else dx
-        if dweight is not None:
-            dvalues = Gather.apply(channels_last(dweight), *indices, *ctx.block, groups)
+            dx = dx_of(dy, values, *indices, ctx.x_shape, geometry)
+        if x is not None:
+            dvalues = dvalues_of(dy, x, *indices, *ctx.block, geometry)
             if geometry.packed_cols:
                 dvalues = blocks_to_panels(dvalues)
         if ctx.needs_input_grad[4]:
@@ -375,21 +364,3 @@ class _Product(torch.autograd.Function):
 
 
 _apply_product = apply_function(_Product)
-
-
-def _dx_by_blocks(
-    dy: Tensor,
-    values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    x_shape: Sequence[int],
-    geometry: Geometry,
-) -> Tensor | None:
-    """dx by this op itself, so that any order of derivative exists; None where dense is better."""
-    transposed = transposed_geometry(geometry)
-    if transposed is None or not dx_by_blocks(x_shape, values, geometry):
-        return None
-    blocks = transpose_blocks(values, crow, col, geometry)
-    call = _op if torch.compiler.is_compiling() else _autograd
-    dx: Tensor = call(dy, *blocks, None, *transposed, "none")
-    return dx

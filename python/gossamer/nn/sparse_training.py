@@ -1,0 +1,296 @@
+"""SparseTrainingLinear: a dense weight is trained, what is multiplied is its 2:4 projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Panels
+from ..ops.operands import autocast_dtype, autocast_to
+from ..ops.sparse24 import sparse24_linear_tensors
+from ..projection24 import (
+    hard_threshold_24,
+    mvue_24,
+    scale_24,
+    soft_threshold_24,
+    transposable_mask_24,
+)
+
+PROJECTIONS = ("hard", "soft", "transposable")
+# From so many rows on the product gains more from panels than they take to be made.
+_ROWS_WORTH_PANELS = 256
+
+
+class SparseTrainingLinear(nn.Linear):
+    """``y = x P(W)ᵀ + b``, P(W) 2:4 and anew at each step, the gradient of P(W) given to W.
+
+    The forward product runs through the 2:4 kernels. The weight is a dense Parameter; a
+    ``state_dict`` holds it beside the three buffers below.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        K and N, any numbers from 1 on.
+    bias : bool
+    projection : {"hard", "soft", "transposable"}
+        "hard" keeps the two largest of every four inputs. "soft" takes the second smallest
+        magnitude of the four off each, and multiplies by the scale that ``freeze_scale()`` found.
+        "transposable" keeps two of every four inputs and of every four outputs, so that the
+        gradient of x is a 2:4 product, too.
+    refresh : int
+        Steps between searches for the mask (not of "soft"): a step is what changed the weight.
+    mvue : bool
+        Whether the gradient of the weight is taken from a random 2:4 estimate of the output's,
+        which is unbiased, by the 2:4 kernels.
+    device, dtype
+        As for ``torch.nn.Linear``: float32, bfloat16, float16, float64.
+
+    Attributes
+    ----------
+    weight : Parameter
+        [N, K], dense.
+    scale : Tensor
+        0-d float64: the frozen factor of "soft", 1 otherwise.
+    age : Tensor
+        0-d int64: steps since the mask was searched.
+    indices : Tensor
+        [N, ceil(ceil(K / 4) / 2)] uint8: the mask (``gossamer.formats.Sparse24``).
+
+    Raises
+    ------
+    ValueError
+        If a size or ``refresh`` is below 1, or the projection unknown.
+    TypeError
+        If there are no kernels for ``dtype``.
+
+    References
+    ----------
+    Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR
+    2021 ("hard"); Hu et al., "S-STE", NeurIPS 2024 ("soft"); Hu et al., "Accelerating Transformer
+    Pre-training with 2:4 Sparsity", ICML 2024 ("transposable", ``mvue``).
+    """
+
+    scale: Tensor
+    age: Tensor
+    indices: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        projection: str = "hard",
+        refresh: int = 1,
+        mvue: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features < 1 or out_features < 1 or refresh < 1:
+            raise ValueError(
+                f"SparseTrainingLinear: in_features {in_features}, out_features {out_features}, "
+                f"refresh {refresh}: all must be at least 1"
+            )
+        if projection not in PROJECTIONS:
+            raise ValueError(
+                f"SparseTrainingLinear: projection {projection!r}, expected {PROJECTIONS}"
+            )
+        if projection == "soft" and refresh != 1:
+            raise ValueError("SparseTrainingLinear: a soft threshold moves with every step")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if self.weight.dtype not in VALUE_DTYPES:
+            raise TypeError(f"SparseTrainingLinear: no kernels for {self.weight.dtype}")
+        self.projection, self.refresh, self.mvue = projection, refresh, mvue
+        on = self.weight.device
+        groups = (in_features + 3) // 4
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64, device=on))
+        self.register_buffer("age", torch.zeros((), dtype=torch.int64, device=on))
+        empty = torch.zeros(out_features, (groups + 1) // 2, dtype=torch.uint8, device=on)
+        self.register_buffer("indices", empty)
+        self._projected: _Projected | None = None
+        self._searched = False
+        self.freeze_scale()
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, projection: str = "hard", refresh: int = 1, mvue: bool = False
+    ) -> SparseTrainingLinear:
+        """A layer that shares the very Parameters of a dense one, which optimizers may hold."""
+        bias = linear.bias
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias is not None,
+            projection,
+            refresh,
+            mvue,
+            linear.weight.device,
+            linear.weight.dtype,
+        )
+        layer.weight, layer.bias = linear.weight, bias
+        layer.freeze_scale()
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def freeze_scale(self) -> None:
+        """Take the scale of "soft" from the weight as it is: <W, S(W)> / <S(W), S(W)>."""
+        if self.projection == "soft" and self.weight.device.type != "meta":
+            self.scale.fill_(scale_24(self.weight))
+        self._projected = None
+
+    @property
+    @torch.no_grad()
+    def mask(self) -> Tensor:
+        """Bool [N, K]: which entries of the weight are multiplied at present."""
+        sparse = self._project().sparse
+        ones = torch.ones_like(sparse.values)
+        return Sparse24(ones, sparse.indices, sparse.shape).to_dense() != 0
+
+    @torch.no_grad()
+    def projected(self) -> Tensor:
+        """P(W), dense [N, K]; not to be written to."""
+        return self._project().dense
+
+    def _project(self) -> _Projected:
+        """P(W) of the weight as it is; what it was made of is remembered by its version."""
+        weight = self.weight
+        made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._projected is not None and self._projected.made_of == made_of:
+            return self._projected
+        if self._projected is not None:
+            self.age.add_(1)
+        shape = (self.out_features, self.in_features)
+        if self.projection == "soft":
+            dense = soft_threshold_24(weight, float(self.scale))
+            sparse = Sparse24.from_dense(dense)
+        elif not self._searched or int(self.age) >= self.refresh:
+            if self.projection == "hard":
+                dense, sparse = hard_threshold_24(weight)
+            else:
+                dense = weight.detach() * transposable_mask_24(weight)
+                sparse = Sparse24.from_dense(dense)
+            self.age.zero_()
+        else:
+            values = torch.ops.gossamer.sparse24_gather(weight.detach(), self.indices)
+            sparse = Sparse24(values, self.indices, shape)
+            dense = sparse.to_dense()
+        self.indices, self._searched = sparse.indices.contiguous(), True
+        self._projected = _Projected(dense, sparse, made_of)
+        return self._projected
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            projected = self._project()
+        autocast = autocast_dtype(x)
+        bias: Tensor | None = self.bias
+        dense, sparse = projected.dense, projected.sparse
+        if autocast is not None:
+            x = autocast_to(x, autocast)
+            bias = None if bias is None else autocast_to(bias, autocast)
+            dense, sparse = projected.cast(
+                autocast if dense.dtype != torch.float64 else dense.dtype
+            )
+        if x.dtype != dense.dtype:
+            raise TypeError(f"SparseTrainingLinear: x is {x.dtype}, the weight {dense.dtype}")
+        both = self.projection == "transposable"
+        y: Tensor = _Straight.apply(
+            x, self.weight, bias, dense, sparse.values, sparse.indices, both, self.mvue
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, projection={self.projection!r}, refresh={self.refresh}, "
+            f"mvue={self.mvue}"
+        )
+
+    def _bring_up_to_date(self) -> None:
+        """Project the weight as it is, so that what is saved goes on as the layer itself does."""
+        if self.weight.device.type != "meta":
+            with torch.no_grad():
+                self._project()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._bring_up_to_date()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._projected, self._searched = None, bool(self.indices.any())
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._bring_up_to_date()
+        return {**self.__dict__, "_projected": None}
+
+
+class _Projected:
+    """P(W), dense and packed, and of which weight."""
+
+    def __init__(self, dense: Tensor, sparse: Sparse24, made_of: tuple[Any, ...]) -> None:
+        self.dense, self.sparse, self.made_of = dense, sparse, made_of
+        self._cast: tuple[Tensor, Sparse24] | None = None
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Sparse24]:
+        if self.dense.dtype == dtype:
+            return self.dense, self.sparse
+        if self._cast is None or self._cast[0].dtype != dtype:
+            self._cast = self.dense.to(dtype), self.sparse.to(dtype)
+        return self._cast
+
+
+def _product(x: Tensor, weight: Sparse24, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, by panels where there are rows enough to pay for them."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows >= _ROWS_WORTH_PANELS and weight.dtype in PANEL_DTYPES:
+        panels = Sparse24Panels.from_sparse24(weight)
+        return sparse24_linear_tensors(x, panels.panels, None, bias, panels.shape, panels.dtype)
+    return sparse24_linear_tensors(
+        x, weight.values, weight.indices, bias, weight.shape, weight.dtype
+    )
+
+
+class _Straight(torch.autograd.Function):
+    """dx = dy P(W); dW = dyᵀ x, of P(W) and given to W; db = the sum of dy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dense: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        both: bool,
+        mvue: bool,
+    ) -> Tensor:
+        ctx.both, ctx.mvue = both, mvue
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if wants_weight else None, dense if wants_x else None)
+        shape = (dense.shape[0], dense.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            return _product(x, Sparse24(values, indices, shape), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, dense = ctx.saved_tensors
+        dx = dweight = db = None
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                if ctx.both:
+                    dx = _product(dy, Sparse24.from_dense(dense.t().contiguous()), None)
+                else:
+                    dx = dy @ dense
+            if ctx.needs_input_grad[1]:
+                rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+                if ctx.mvue and len(rows) > 0:
+                    estimate = Sparse24.from_dense(mvue_24(rows.t()))
+                    dweight = _product(inputs.t().contiguous(), estimate, None).t()
+                else:
+                    dweight = rows.t() @ inputs
+            if ctx.needs_input_grad[2]:
+                db = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, dweight, db, None, None, None, None, None

@@ -1,0 +1,94 @@
+"""The gradients of the products that skip zero activations, each made of the other product.
+
+A wanted output of ``actsparse_outputs`` reads a row of the weight that an active input of
+``actsparse_linear`` adds: they are each other's transposes, so any order of derivative exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operands import as_rows
+
+
+def active(x: Tensor, threshold: float) -> Tensor:
+    """Where ``|x| > threshold``, rounded to the dtype of x, or x is NaN."""
+    return ~(x.abs() <= threshold)
+
+
+def masked(x: Tensor, threshold: float) -> Tensor:
+    """x, with zeros for its inactive entries."""
+    return x if threshold == 0 else torch.where(active(x, threshold), x, 0)
+
+
+class Linear(torch.autograd.Function):
+    """The gradient: dx = dy Wᵀ where x is active, dW = xᵀ dy of the masked x, db = dyᵀ 1."""
+
+    generate_vmap_rule = True  # for per-sample gradients
+
+    @staticmethod
+    def forward(x: Tensor, weight_kn: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.gossamer.actsparse_linear.default(
+                x, weight_kn, bias, threshold, "none"
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight_kn, _, ctx.threshold = inputs
+        # Without a threshold x serves dW alone; the weight serves dx alone.
+        ctx.save_for_backward(
+            x if weight_kn.requires_grad or ctx.threshold > 0 else None,
+            weight_kn if x.requires_grad else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_kn = ctx.saved_tensors
+        dx = dweight = db = None
+        if ctx.needs_input_grad[0] and ctx.threshold == 0:
+            dx = dy @ weight_kn.t()
+        elif ctx.needs_input_grad[0]:
+            wanted = active(x, ctx.threshold)
+            dx = Outputs.apply(dy, weight_kn, wanted, None)
+        if ctx.needs_input_grad[1]:
+            rows = as_rows(masked(x, ctx.threshold), x.dim())
+            dweight = rows.t() @ as_rows(dy, dy.dim())
+        if ctx.needs_input_grad[2]:
+            db = as_rows(dy, dy.dim()).sum(0)
+        return dx, dweight, db, None
+
+
+class Outputs(torch.autograd.Function):
+    """The gradient, of dy where it is wanted: dx = dy W, dW = dyᵀ x, db = dyᵀ 1."""
+
+    generate_vmap_rule = True  # for per-sample gradients
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.gossamer.actsparse_outputs.default(x, weight, wanted, bias, "none")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, wanted, _ = inputs
+        ctx.save_for_backward(
+            x if weight.requires_grad else None, weight if x.requires_grad else None, wanted
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, wanted = ctx.saved_tensors
+        dx = dweight = db = None
+        dy = torch.where(wanted, dy, 0)
+        if ctx.needs_input_grad[0]:
+            dx = Linear.apply(dy, weight, None, 0.0)
+        rows = as_rows(dy, dy.dim())
+        if ctx.needs_input_grad[1]:
+            dweight = rows.t() @ as_rows(x, x.dim())
+        if ctx.needs_input_grad[3]:
+            db = rows.sum(0)
+        return dx, dweight, None, db

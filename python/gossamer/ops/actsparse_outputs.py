@@ -1,0 +1,209 @@
+"""actsparse_outputs: y[m, n] = act(x[m] · W[n] + b[n]) where (m, n) is wanted, and 0 elsewhere.
+
+The transpose of ``actsparse_linear``, and the gradient of each is made of the other: there a zero
+of x saves a row of the weight, here one of y does. The rows are those of torch.nn.Linear.weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C
+from .._library import calls_cpu_kernel, library
+from .actsparse_gradient import Outputs, active
+from .operands import (
+    activation_of,
+    apply_function,
+    as_rows,
+    autocast_dtype,
+    autocast_to,
+    check_bias,
+    check_devices,
+    check_dtypes,
+    check_features,
+    gradient_wanted,
+)
+
+_OP = "actsparse_outputs"
+
+
+def actsparse_outputs(
+    x: Tensor,
+    weight: Tensor,
+    wanted: Tensor,
+    bias: Tensor | None = None,
+    threshold: float = 0.0,
+    activation: str | None = None,
+) -> Tensor:
+    """The wanted outputs of a linear layer, without reading the weights of the others.
+
+    Parameters
+    ----------
+    x : Tensor
+        [..., K], of any strides; leading dimensions may be empty.
+    weight : Tensor
+        [N, K] in the dtype of ``x``, as ``torch.nn.Linear.weight``: float32, bfloat16, float16, or
+        float64 (serial kernel).
+    wanted : Tensor
+        Which outputs each token wants, in one of three forms:
+
+        - bool [..., N]: those that are True;
+        - a gate [..., N] in the dtype of ``x``: those with ``|gate| > threshold``, and NaN;
+        - int32 or int64 [..., S] or [S], the same for all tokens: those of these indices. The
+          result is [..., S] then, in their order.
+    bias : Tensor, optional
+        [N] in the dtype of ``x``.
+    threshold : float
+        0 or more, for a gate; rounded to its dtype first.
+    activation : {None, "relu", "gelu", "silu"}
+        Applied to the wanted outputs; "gelu" is the exact one, by erf.
+
+    Returns
+    -------
+    Tensor
+        [..., N] in the dtype of ``x``, 0 where not wanted, or [..., S] for indices. Autocast casts
+        as in ``actsparse_linear``.
+
+    Raises
+    ------
+    TypeError
+        If dtypes differ or have no kernel.
+    ValueError
+        If shapes or devices do not match, an index is out of range, or the activation is unknown.
+
+    Notes
+    -----
+    The sums are computed row by row of the weight, each for the tokens that want it. Where a dense
+    product takes less time, because there are several tokens that want much, that is computed and
+    masked instead. No gradient flows to ``wanted``.
+
+    Examples
+    --------
+    >>> import torch, gossamer
+    >>> x, gate = torch.randn(1, 16), torch.randn(1, 64).relu()
+    >>> up = gossamer.actsparse_outputs(x, torch.randn(64, 16), gate)
+    """
+    autocast = autocast_dtype(x)
+    if autocast is not None:
+        x, weight = autocast_to(x, autocast), autocast_to(weight, autocast)
+        bias = None if bias is None else autocast_to(bias, autocast)
+    check_dtypes(_OP, weight.dtype, x=x, bias=bias)
+    indices = None
+    if wanted.is_floating_point():
+        wanted = active(wanted.detach(), threshold)
+    elif wanted.dtype != torch.bool:
+        indices = _indices_of(x, weight, wanted)
+        wanted = indices.new_zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.bool)
+        wanted = wanted.scatter(-1, indices, True)
+    call = _op if torch.compiler.is_compiling() else _autograd
+    y: Tensor = call(x, weight, wanted, bias, activation or "none")
+    return y if indices is None else y.gather(-1, indices)
+
+
+def _indices_of(x: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """As int64 [..., S] for every token, inside the weight."""
+    if wanted.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{_OP}: wanted is {wanted.dtype}, expected bool, int32, int64 or a floating gate"
+        )
+    outputs = weight.shape[0]
+    if not torch.compiler.is_compiling() and wanted.numel() > 0:
+        low, high = (int(t) for t in wanted.aminmax())
+        if low < 0 or high >= outputs:
+            raise ValueError(
+                f"{_OP}: wanted names outputs {low} to {high}, the weight has {outputs}"
+            )
+    shape = (*x.shape[:-1], wanted.shape[-1] if wanted.dim() else 1)
+    if wanted.dim() != 1 and wanted.shape != shape:
+        raise ValueError(
+            f"{_OP}: wanted has shape {list(wanted.shape)}, x {list(x.shape)}; expected indices "
+            f"[S] or [..., S] with the leading dimensions of x"
+        )
+    return wanted.long().expand(shape)
+
+
+library.define(
+    "actsparse_outputs(Tensor x, Tensor weight, Tensor wanted, Tensor? bias, str activation) "
+    "-> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_op = torch.ops.gossamer.actsparse_outputs.default
+
+
+def _native(
+    x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    out = _empty_result(x, weight, wanted, bias)
+    rows = as_rows(x, x.dim())
+    computed = _C.actsparse_outputs(
+        as_rows(out, out.dim()),
+        rows if rows.stride(1) == 1 else rows.contiguous(),
+        weight if weight.stride(1) == 1 else weight.contiguous(),
+        as_rows(wanted, wanted.dim()).contiguous().view(torch.uint8),
+        None if bias is None else bias.contiguous(),
+        activation,
+        torch.get_num_threads(),
+    )
+    return out if computed else _dense(x, weight, wanted, bias, activation)
+
+
+def _native_cuda(
+    x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    _fake(x, weight, wanted, bias, activation)  # for its checks
+    return _dense(x, weight, wanted, bias, activation)
+
+
+def _dense(
+    x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    activate = activation_of(_OP, activation)
+    return torch.where(wanted, y if activate is None else activate(y), 0)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    activation_of(_OP, activation)
+    check_devices(_OP, x, weight=weight, wanted=wanted, bias=bias)
+    return _empty_result(x, weight, wanted, bias)
+
+
+def _empty_result(x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dim() != 2:
+        raise ValueError(f"{_OP}: weight has shape {list(weight.shape)}, expected [N, K]")
+    check_features(_OP, x, x.dim(), weight.shape[1])
+    check_bias(_OP, bias, weight.shape[0])
+    shape = (*x.shape[:-1], weight.shape[0])
+    if wanted.shape != shape or wanted.dtype != torch.bool:
+        raise ValueError(
+            f"{_OP}: wanted is {wanted.dtype} of shape {list(wanted.shape)}, expected outputs of "
+            f"every token: {list(shape)}"
+        )
+    return x.new_empty(shape)
+
+
+def _autograd(
+    x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    if gradient_wanted(x, weight, bias):
+        y: Tensor = _apply_outputs(x, weight, wanted, bias)
+        activate = activation_of(_OP, activation)  # outside, for torch to differentiate
+        # All of them are 0 at 0, where nothing was wanted.
+        return y if activate is None else activate(y)
+    if calls_cpu_kernel(x, weight, wanted, bias):
+        return _native(x, weight, wanted, bias, activation)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(x, weight, wanted, bias, activation)
+
+
+library.impl("actsparse_outputs", _native, "CPU")
+library.impl("actsparse_outputs", _native_cuda, "CUDA")
+library.impl("actsparse_outputs", _autograd, "Autograd")
+torch.library.register_fake("gossamer::actsparse_outputs", _fake, lib=library)
+
+
+_apply_outputs = apply_function(Outputs)

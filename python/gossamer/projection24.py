@@ -1,0 +1,180 @@
+"""What training 2:4 weights needs beside pruning: projections, masks both ways, an estimate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import Sparse24
+from .prune import magnitude_24
+
+# Rows of fours that are worked on at a time, so that every pass but the first finds them in cache.
+_AT_A_TIME = 2**17
+
+
+def hard_threshold_24(weight: Tensor) -> tuple[Tensor, Sparse24]:
+    """What ``gossamer.prune.magnitude_24`` keeps of a matrix [N, K], in fewer passes; no gradients.
+
+    Returns
+    -------
+    dense : Tensor
+        [N, K], zeros of either sign where nothing is kept.
+    sparse : Sparse24
+        The same.
+    """
+    weight = weight.detach()
+    if weight.shape[-1] % 4 == 0 and weight.is_contiguous():
+        dense = torch.empty_like(weight)
+        for rows, kept in _in_parts(weight, dense):
+            magnitude = rows.abs()
+            a, b, c, d = magnitude.unbind(-1)
+            # The second largest; a mask, and torch.where, would cost more than all of this.
+            least = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+            least = torch.maximum(least, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
+            torch.mul(magnitude.ge_(least[:, None].expand(-1, 4).contiguous()), rows, out=kept)
+        # More than two are left of a tie, and of what is no number: rare enough to be found out so.
+        with contextlib.suppress(ValueError):
+            return dense, Sparse24.from_dense(dense)
+    dense = magnitude_24(weight)
+    return dense, Sparse24.from_dense(dense)
+
+
+def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> Tensor:
+    """scale S(w), S(w) = sign(w) max(|w| - t, 0), t the second smallest magnitude of each four.
+
+    At most two of four are left, and S is continuous in the weight, where keeping the two largest
+    is not.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [..., K] of a floating-point dtype; K need not be a multiple of 4: what is missing counts as
+        zeros.
+    scale : float
+
+    Returns
+    -------
+    Tensor
+        The same shape and dtype, without gradients.
+
+    References
+    ----------
+    Hu et al., "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training",
+    NeurIPS 2024.
+    """
+    weight = weight.detach()
+    columns = weight.shape[-1]
+    if columns % 4 != 0:
+        padded = soft_threshold_24(F.pad(weight, (0, -columns % 4)), scale)
+        return padded[..., :columns].contiguous()
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for rows, kept in _in_parts(weight.contiguous(), out):
+        magnitude = rows.abs()
+        a, b, c, d = magnitude.unbind(-1)
+        least = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+        least = torch.minimum(least, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
+        magnitude.sub_(least[:, None].expand(-1, 4).contiguous()).relu_()
+        torch.copysign(magnitude.mul_(scale), rows, out=kept)
+    return out
+
+
+def _in_parts(weight: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
+    if weight.numel() == 0:
+        return []
+    fours, kept = weight.view(-1, 4), out.view(-1, 4)
+    return list(zip(fours.split(_AT_A_TIME), kept.split(_AT_A_TIME), strict=True))
+
+
+def scale_24(weight: Tensor) -> float:
+    """<W, S(W)> / <S(W), S(W)>: what S(W) is multiplied by to be nearest to W; 1 of zeros.
+
+    1.483 of independent normal weights, 1.751 of uniform ones.
+    """
+    soft = soft_threshold_24(weight).double()
+    square = float(soft.square().sum())
+    return float((weight.detach().double() * soft).sum()) / square if square > 0 else 1.0
+
+
+def mvue_24(gradient: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A random 2:4 tensor whose mean is the one given: the unbiased one of least variance.
+
+    An entry of magnitude a is kept with the probability p = min(1, 2 a / S), S the sum of the
+    four (if one has p = 1, the others share the second place in proportion), and divided by p.
+
+    Parameters
+    ----------
+    gradient : Tensor
+        [..., M] of a floating-point dtype, finite.
+    generator : torch.Generator, optional
+
+    Returns
+    -------
+    Tensor
+        The same shape and dtype.
+
+    References
+    ----------
+    Chmiel et al., "Optimal Fine-Grained N:M sparsity for Activations and Neural Gradients", 2022
+    (arXiv:2203.10991). Pairs are drawn by systematic sampling here, with one random number a four:
+    each entry has the probability it has there, so mean and variance are the same.
+    """
+    columns = gradient.shape[-1]
+    padded = F.pad(gradient.detach(), (0, -columns % 4)).unflatten(-1, (-1, 4))
+    magnitude = padded.abs().float()
+    total = magnitude.sum(-1, keepdim=True)
+    largest, where = magnitude.max(-1, keepdim=True)
+    rest = total - largest
+    alone = largest > rest
+    scale = torch.where(alone, 1 / rest, 2 / total)
+    p = (magnitude * scale).nan_to_num(nan=0.0, posinf=0.0)
+    p = torch.where(alone, p.scatter(-1, where, 1.0), p)
+    # The numbers u and u + 1 lie each in one of the intervals that the p leave side by side.
+    u = torch.rand(total.shape, generator=generator, device=generator.device if generator else None)
+    ends = (p.cumsum(-1) - (1 - u).clamp(1e-6).to(p.device)).floor()
+    chosen = ends > F.pad(ends, (1, 0), value=-1.0)[..., :-1]
+    estimate = torch.where(chosen, padded / p.to(padded.dtype), 0)
+    return estimate.flatten(-2)[..., :columns].contiguous()
+
+
+@functools.cache
+def _both_ways() -> Tensor:
+    """The 90 masks of 4x4 entries with two in each row and column: [90, 16]."""
+    pairs = [[float(i in pair) for i in range(4)] for pair in itertools.combinations(range(4), 2)]
+    masks = [
+        [entry for row in rows for entry in row]
+        for rows in itertools.product(pairs, repeat=4)
+        if all(sum(column) == 2 for column in zip(*rows, strict=True))
+    ]
+    return torch.tensor(masks)
+
+
+def transposable_mask_24(weight: Tensor) -> Tensor:
+    """The mask that is 2:4 along rows and along columns and keeps most magnitude.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [N, K] of a floating-point dtype; zeros stand for what is missing of whole 4x4 blocks.
+
+    Returns
+    -------
+    Tensor
+        Bool [N, K]. Of equally good masks of a block one is taken, always the same.
+
+    References
+    ----------
+    Hubara et al., "Accelerated Sparse Neural Training", NeurIPS 2021; Hu et al., "Accelerating
+    Transformer Pre-training with 2:4 Sparsity", ICML 2024, who look at all 90 masks of a block.
+    """
+    rows, columns = weight.shape
+    padded = F.pad(weight.detach().abs().float(), (0, -columns % 4, 0, -rows % 4))
+    blocks = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2)
+    masks = _both_ways().to(weight.device)
+    best = (blocks.flatten(2) @ masks.t()).argmax(-1)
+    mask = masks[best].bool().unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return mask[:rows, :columns].contiguous()

@@ -1,0 +1,182 @@
+"""fuse_activations: the same answers in fewer passes, and only where nothing else sees them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import gossamer
+import pytest
+import torch
+import torch.nn.functional as F
+from gossamer import Block
+from gossamer.nn import SparseConv2d, SparseLinear
+from torch import Tensor, nn
+
+BLOCK = Block(4, 4)
+
+
+def conv(pattern: str | Block = BLOCK) -> SparseConv2d:
+    density = 0.5 if isinstance(pattern, Block) else None
+    return SparseConv2d(8, 8, 3, padding=1, pattern=pattern, density=density)
+
+
+class Bottleneck(nn.Module):
+    """One ReLU for all, as torchvision's; an Identity is what folding leaves of a BatchNorm."""
+
+    note = "a class attribute"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(), nn.Identity()
+        self.conv2 = conv("2:4")
+        self.relu = nn.ReLU(inplace=True)
+        self.stride = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.conv2(y)
+        y += x
+        z: Tensor = self.relu(y)
+        return z
+
+
+def same(model: nn.Module, x: Tensor, *names: tuple[str, str]) -> nn.Module:
+    """What is fused, with unchanged answers and state."""
+    expected, keys = model(x), list(model.state_dict())
+    report = gossamer.fuse_activations(model)
+    assert report.fused == names
+    assert len(report) == len(names)
+    torch.testing.assert_close(report.model(x), expected)
+    assert list(report.model.state_dict()) == keys
+    return report.model
+
+
+@pytest.mark.parametrize("pattern", ["2:4", BLOCK], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_activation_behind_every_layer(pattern: str | Block, packed: bool) -> None:
+    density = 0.5 if isinstance(pattern, Block) else None
+    linear = SparseLinear(8, 8, pattern=pattern, density=density)
+    model = nn.Sequential(
+        conv(pattern), nn.ReLU(), conv(pattern), nn.SiLU(), conv(pattern), nn.GELU(),
+        nn.Flatten(2), linear, nn.ReLU(),
+    ).eval()  # fmt: skip
+    if packed:
+        for layer in (model[0], model[2], model[4], linear):
+            layer.pack()
+    x = torch.randn(2, 8, 2, 4)
+    names = (("0", "relu"), ("2", "silu"), ("4", "gelu"), ("7", "relu"))
+    fused = same(model, x, *names)
+    assert "3 applies" not in str(fused)
+    assert torch.equal(copy.deepcopy(fused)(x), fused(x))
+    assert "activation=gelu" in repr(fused)
+    assert len(gossamer.fuse_activations(fused)) == 0
+
+
+def test_activations_as_functions() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(conv() for _ in range(7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.convs[0](x), inplace=True)
+            x = torch.relu(self.convs[1](x))
+            x = self.convs[2](x).relu()
+            x = F.silu(self.convs[3](x))
+            x = F.gelu(self.convs[4](x))
+            x = F.gelu(self.convs[5](x), approximate="tanh")
+            return torch.tanh(self.convs[6](x))
+
+    names = ("relu", "relu", "relu", "silu", "gelu")
+    fused = ((f"convs.{i}", name) for i, name in enumerate(names))
+    same(Net().eval(), torch.randn(1, 8, 4, 4), *fused)
+
+
+def test_gradients_stay() -> None:
+    model, x = nn.Sequential(conv(), nn.ReLU()).eval(), torch.randn(2, 8, 4, 4)
+    values = model[0].values
+    (expected,) = torch.autograd.grad(model(x).square().sum(), values)
+    fused = gossamer.fuse_activations(model).model
+    (got,) = torch.autograd.grad(fused(x).square().sum(), values)
+    torch.testing.assert_close(got, expected)
+
+
+def test_one_module_called_in_many_places() -> None:
+    fused = same(Bottleneck().eval(), torch.randn(1, 8, 5, 5), ("conv1", "relu"))
+    assert fused.stride == 1
+    x = torch.randn(1, 8, 5, 5)
+    assert torch.equal(pickle.loads(pickle.dumps(fused))(x), fused(x))
+
+
+def test_parts_of_what_cannot_be_traced() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Bottleneck()
+            self.again = self.block
+            self.tail = nn.Sequential(conv(), nn.ReLU())
+
+        def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            x = self.block(x) if skip is None else self.again(x + skip)
+            y: Tensor = self.tail(x)
+            return y
+
+    model, x = Branching().eval(), torch.randn(1, 8, 5, 5)
+    expected = model(x, x)
+    fused = same(model, x, ("block.conv1", "relu"), ("tail.0", "relu"))
+    assert fused is model
+    assert fused.block is fused.again
+    torch.testing.assert_close(fused(x, x), expected)
+
+
+class UsedTwice(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        return self.relu(self.conv2(y) * 2) + F.relu(y)
+
+
+class CalledTwice(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv1(x)) + self.conv1(2 * x) + self.conv2(x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(conv(), nn.ReLU())
+    model[0].register_forward_hook(lambda *args: None)
+    return model
+
+
+def hooked_activation() -> nn.Module:
+    model = nn.Sequential(conv(), nn.ReLU())
+    model[1].register_forward_hook(lambda *args: None)
+    return model
+
+
+def shared() -> nn.Module:
+    layer = conv()
+    return nn.Sequential(nn.Sequential(layer, nn.ReLU()), nn.Sequential(layer, nn.Sigmoid()))
+
+
+def dense() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+
+
+@pytest.mark.parametrize("make", [UsedTwice, CalledTwice, hooked, hooked_activation, shared, dense])
+def test_what_stays(make: type[nn.Module]) -> None:
+    model = make().eval()
+    assert same(model, torch.randn(1, 8, 5, 5)) is model
+
+
+def test_mistakes() -> None:
+    with pytest.raises(TypeError, match=r"Tensor, expected an nn.Module"):
+        gossamer.fuse_activations(torch.ones(1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="training mode"):
+        gossamer.fuse_activations(nn.Sequential(conv(), nn.ReLU()))
+    layer = conv()
+    layer.activation = "relu"
+    with pytest.raises(ValueError, match="to_dense: the layer applies 'relu'"):
+        layer.to_dense()
+    layer.activation = "tanh"
+    with pytest.raises(ValueError, match="activation 'tanh', expected"):
+        layer(torch.randn(1, 8, 4, 4))

@@ -1,0 +1,208 @@
+"""2:4 training: the projections and their constants, and the layer against plain torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from gossamer.nn import SparseTrainingLinear
+from gossamer.projection24 import (
+    hard_threshold_24,
+    mvue_24,
+    scale_24,
+    soft_threshold_24,
+    transposable_mask_24,
+)
+from gossamer.prune import magnitude_24
+from torch import Tensor, nn
+
+ODD = [(8, 16), (5, 10), (7, 3), (16, 33), (1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads: int) -> None:
+    torch.set_num_threads(1)  # the products are too small for more
+
+
+def plain_soft(weight: Tensor) -> Tensor:
+    padded = nn.functional.pad(weight, (0, -weight.shape[1] % 4)).unflatten(-1, (-1, 4))
+    least = padded.abs().sort(-1).values[..., 1:2]
+    soft = padded.sign() * (padded.abs() - least).clamp(min=0)
+    return soft.flatten(1)[:, : weight.shape[1]]
+
+
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_projections_are_what_they_are_called(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    dense, sparse = hard_threshold_24(weight)
+    assert torch.equal(dense + 0.0, magnitude_24(weight) + 0.0)
+    assert torch.equal(sparse.to_dense() + 0.0, dense + 0.0)
+    torch.testing.assert_close(soft_threshold_24(weight), plain_soft(weight))
+    mask = transposable_mask_24(weight)
+    for direction in (mask, mask.t()):
+        padded = nn.functional.pad(direction, (0, -direction.shape[1] % 4))
+        assert int(padded.unflatten(-1, (-1, 4)).sum(-1).max()) <= 2
+
+
+def test_ties_and_what_is_no_number_are_pruned_as_magnitude_24_does() -> None:
+    weight = torch.ones(4, 16)
+    weight[1, :4] = torch.tensor([torch.nan, torch.inf, torch.inf, 1])
+    for given in (weight, torch.zeros(4, 16)):
+        torch.testing.assert_close(
+            hard_threshold_24(given)[0], magnitude_24(given), equal_nan=True, rtol=0, atol=0
+        )
+
+
+def test_a_transposable_mask_is_the_best_of_all() -> None:
+    weight = torch.randn(4, 4).abs()
+    pairs = list(itertools.combinations(range(4), 2))
+    best = max(
+        sum(float(weight[row, column]) for row, pair in enumerate(rows) for column in pair)
+        for rows in itertools.product(pairs, repeat=4)
+        if all(sum(column in pair for pair in rows) == 2 for column in range(4))
+    )
+    assert float(weight[transposable_mask_24(weight)].sum()) == pytest.approx(best)
+
+
+def test_constants_of_large_weights() -> None:
+    normal, uniform = torch.randn(1000, 1000), torch.rand(1000, 1000) - 0.5
+    assert scale_24(normal) == pytest.approx(1.483, abs=0.004)
+    assert scale_24(uniform) == pytest.approx(1.751, abs=0.004)
+    kept = hard_threshold_24(normal)[0].square().sum() / normal.square().sum()
+    assert float(kept) == pytest.approx(0.868, abs=0.002)
+    assert scale_24(torch.zeros(4, 4)) == 1
+
+
+def test_the_estimate_is_unbiased_and_of_least_variance() -> None:
+    groups = torch.tensor(
+        [[1.0, -2, 3, 4], [0, 0, 0, 5], [0, 0, 0, 0], [1, 1, -1, 10], [2, 2, 2, 2], [0, 3, 0, -4]]
+    )
+    generator = torch.Generator().manual_seed(0)
+    draws = 40_000
+    drawn = mvue_24(groups.repeat(draws, 1), generator).view(draws, *groups.shape)
+    assert int((drawn != 0).sum(-1).max()) <= 2
+    p = torch.tensor(
+        [
+            *([0.2, 0.4, 0.6, 0.8], [0, 0, 0, 1], [0, 0, 0, 0], [1 / 3, 1 / 3, 1 / 3, 1]),
+            *([0.5, 0.5, 0.5, 0.5], [0, 1, 0, 1]),
+        ]
+    )
+    variance = torch.where(p > 0, groups.square() * (1 / p.clamp(min=1e-9) - 1), 0)
+    error = drawn.double().mean(0) - groups
+    assert (error.abs() <= 4.5 * (variance / draws).sqrt() + 1e-5).all()  # of 24, 1 in 6000 seeds
+    torch.testing.assert_close(drawn.var(0), variance, rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", ["hard", "soft", "transposable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_layer_multiplies_the_projection_and_trains_the_weight(
+    projection: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if dtype == torch.float64:
+        request.getfixturevalue("serial_target")
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    for rows, inputs, outputs in ((3, 10, 7), (300, 32, 20), (0, 8, 8)):
+        layer = SparseTrainingLinear(inputs, outputs, projection=projection, dtype=dtype)
+        dense = layer.weight.detach()
+        if projection == "hard":
+            expected = magnitude_24(dense)
+        elif projection == "soft":
+            expected = plain_soft(dense) * layer.scale.to(dtype)
+        else:
+            expected = dense * transposable_mask_24(dense)
+        torch.testing.assert_close(layer.projected(), expected)
+        x = torch.randn(2, rows, inputs, dtype=dtype, requires_grad=True)
+        twin = x.detach().clone().requires_grad_()
+        effective = expected.clone().requires_grad_()
+        y = layer(x)
+        dy = torch.randn_like(y)
+        other = nn.functional.linear(twin, effective, layer.bias)
+        y.backward(dy)
+        other.backward(dy)
+        torch.testing.assert_close(y, other, **tolerance)
+        torch.testing.assert_close(x.grad, twin.grad, **tolerance)
+        torch.testing.assert_close(layer.weight.grad, effective.grad, **tolerance)
+
+
+def test_the_estimated_gradient_has_the_mean_of_the_exact_one() -> None:
+    exact = SparseTrainingLinear(8, 8, bias=False)
+    estimated = SparseTrainingLinear.from_dense(copy.deepcopy(exact), mvue=True)
+    x, draws = torch.randn(16, 8), 100
+    (exact(x).square().sum() * draws).backward()
+    samples = []
+    for _ in range(draws):
+        estimated.weight.grad = None
+        estimated(x).square().sum().backward()
+        samples.append(estimated.weight.grad)
+    mean, spread = torch.stack(samples).mean(0), torch.stack(samples).std(0) / draws**0.5
+    assert ((mean - exact.weight.grad / draws).abs() <= 5 * spread + 1e-4).all()
+
+
+def test_autocast_multiplies_in_its_dtype_and_keeps_the_master() -> None:
+    layer = SparseTrainingLinear(64, 32)
+    x = torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert (y.dtype, layer.weight.dtype, layer.weight.grad.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("projection", ["hard", "soft", "transposable"])
+def test_training_goes_on_to_the_bit(projection: str) -> None:
+    refresh = 1 if projection == "soft" else 3
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = SparseTrainingLinear(12, 8, projection=projection, refresh=refresh)
+        return layer, torch.optim.SGD(layer.parameters(), 0.05, momentum=0.9)
+
+    def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(6, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+
+    layer, optimizer = make()
+    train(layer, optimizer, range(10))
+    other, its_optimizer = make()
+    train(other, its_optimizer, range(5))
+    state = copy.deepcopy((other.state_dict(), its_optimizer.state_dict()))
+    resumed, its_optimizer = make()
+    resumed.load_state_dict(state[0])
+    its_optimizer.load_state_dict(state[1])
+    train(resumed, its_optimizer, range(5, 10))
+    assert torch.equal(resumed.weight, layer.weight)
+    assert torch.equal(resumed.mask, layer.mask)
+    assert torch.equal(copy.deepcopy(resumed).mask, layer.mask)
+
+
+def test_the_mask_is_searched_every_so_many_steps() -> None:
+    layer = SparseTrainingLinear(8, 4, refresh=3)
+    x, masks = torch.randn(2, 8), []
+    for _ in range(7):
+        layer(x)
+        layer(x)  # a second batch of the same step
+        masks.append(layer.mask)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(4, 8))
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(masks)]
+    assert same == [True, True, False, True, True, False]
+
+
+def test_bad_use_of_the_layer() -> None:
+    with pytest.raises(ValueError, match="projection 'nope'"):
+        SparseTrainingLinear(4, 4, projection="nope")
+    with pytest.raises(ValueError, match="refresh 0"):
+        SparseTrainingLinear(4, 4, refresh=0)
+    with pytest.raises(ValueError, match="soft threshold moves"):
+        SparseTrainingLinear(4, 4, projection="soft", refresh=2)
+    with pytest.raises(TypeError, match=r"x is torch\.float64"):
+        SparseTrainingLinear(4, 4)(torch.randn(2, 4, dtype=torch.float64))
