@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -101,19 +102,33 @@ def test_native_code_includes_no_torch_header() -> None:
     assert "torch" not in re.search(r"^requires = (.+)$", PYPROJECT, re.MULTILINE)[1]
 
 
-def stub_parameters() -> dict[str, list[str]]:
-    tree = ast.parse((Path(gossamer.__file__).parent / "_C.pyi").read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {node.name: [argument.arg for argument in node.args.args] for node in functions}
+def stub_parameters(body: list[ast.stmt], prefix: str = "") -> dict[str, list[str]]:
+    parameters = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            parameters[prefix + node.name] = [argument.arg for argument in node.args.args]
+        elif isinstance(node, ast.ClassDef):
+            parameters |= stub_parameters(node.body, f"{node.name}.")
+    return parameters
+
+
+def native_parameters(owner: object, prefix: str = "") -> dict[str, list[str]]:
+    parameters = {}
+    for name, member in vars(owner).items():
+        if isinstance(member, type):
+            parameters |= native_parameters(member, f"{name}.")
+            continue
+        signature = (getattr(member, "__doc__", None) or "").split("\n")[0]
+        if signature.startswith(f"{name}("):  # what pybind11 writes
+            parameters[prefix + name] = re.findall(r"(\w+): ", signature)
+    return parameters
 
 
 def test_stub_states_the_native_signatures() -> None:
-    native = {
-        name: re.findall(r"(\w+): ", function.__doc__.splitlines()[0])
-        for name, function in vars(_C).items()
-        if callable(function) and not name.startswith("__")
-    }
-    assert stub_parameters() == native
+    stub = ast.parse((Path(gossamer.__file__).parent / "_C.pyi").read_text())
+    native = native_parameters(_C)
+    assert {name for name, value in vars(_C).items() if inspect.isroutine(value)} <= set(native)
+    assert stub_parameters(stub.body) == native
 
 
 @pytest.mark.skipif(

@@ -119,6 +119,8 @@ struct Layer {
   // Calls visit(key, count, step) for the input's outputs along the last axis.
   template <class Visit>
   void for_runs(const int32_t* input, const KeySpace& space, const Visit& visit) const {
+    // Rows that their owner has changed since the box was made stay inside of it.
+    if (input[0] < box.low[0] || input[0] > box.high[0]) return;
     Run runs[kMostColumns - 1];
     uint64_t key = static_cast<uint64_t>(input[0] - box.low[0]) * space.step(0);
     for (int a = 0; a < axis_count; ++a) {

@@ -1,8 +1,8 @@
 """The coordinate set of a sparse tensor: checked, sorted once, with the maps made of it.
 
-Tensors that descend from one another share a ``_Family``: every set of coordinates made so far and
-the maps between them, by number and not by reference, so that nothing here is a cycle and all of
-it is freed with the last tensor.
+Tensors that descend from one another share a family: the list of every set of coordinates made so
+far. Sets and the maps between them refer to each other by number in it and not by reference, so
+that nothing here is a cycle, and all of it is freed with the last tensor.
 """
 
 from __future__ import annotations
@@ -15,25 +15,20 @@ import torch
 from torch import Tensor
 
 from . import native, plain
+from .checks import (
+    check_inside,
+    check_output_shape,
+    checked_batch_size,
+    int32_coords,
+    sizes,
+)
 from .kernel_map import KernelMap
 from .native import Window
+from .plain import Size
 
-Size = tuple[int, ...]
 Key = tuple[Any, ...]
 
 RULES = ("dense", "floor", "given")
-MOST_ROWS = 2**31 - 1  # ranks are int32
-
-
-def sizes(name: str, value: int | Sequence[int], dims: int, least: int) -> Size:
-    """One integer an axis, out of one for all of them or a sequence."""
-    given = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(given) != dims or not all(isinstance(v, int) and v >= least for v in given):
-        raise ValueError(
-            f"pointcloud: {name} is {value}, expected an integer of at least {least}, or {dims} "
-            "of them"
-        )
-    return given
 
 
 @dataclass(eq=False)
@@ -94,13 +89,13 @@ class Coordinates:
         spatial_shape: Sequence[int] | None = None,
         stride: int | Sequence[int] = 1,
     ) -> None:
-        coords = _int32(coords)
+        coords = int32_coords(coords)
         dims = coords.shape[1] - 1
         shape = None if spatial_shape is None else sizes("spatial_shape", spatial_shape, dims, 1)
         box = native.bounds(coords)
-        batch_size = _checked_batch_size(coords, box, batch_size)
+        batch_size = checked_batch_size(coords, box, batch_size)
         if shape is not None:
-            _check_inside(coords, box, shape)
+            check_inside(coords, box, shape)
         order, repeated, row = native.sort(coords, box)
         if repeated:
             raise ValueError(
@@ -290,7 +285,7 @@ class Coordinates:
                 (n - 1) * s - 2 * p + d * (k - 1) + e + 1
                 for n, k, s, p, d, e in zip(self.spatial_shape, *window, extra, strict=True)
             )
-            _check_output_shape(shape, self.spatial_shape, window)
+            check_output_shape(shape, self.spatial_shape, window)
         width = tuple(max(a // b, 1) for a, b in zip(self.stride, window[1], strict=True))
 
         key = ("transposed", *window, extra, bounded)
@@ -350,7 +345,7 @@ class Coordinates:
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(self.spatial_shape, *window, strict=True)
         )
-        _check_output_shape(shape, self.spatial_shape, window)
+        check_output_shape(shape, self.spatial_shape, window)
         return shape
 
     def _child(
@@ -426,62 +421,3 @@ class Coordinates:
 
 def _index(family: list[_Set], one: _Set) -> int:
     return next(i for i, member in enumerate(family) if member is one)
-
-
-def _int32(coords: Tensor) -> Tensor:
-    """Contiguous int32 of the coordinates that a user gave."""
-    if coords.dim() != 2 or not 2 <= coords.shape[1] <= 5:
-        raise ValueError(
-            f"pointcloud: coords have shape {list(coords.shape)}, expected [N, 1 + D] with D from "
-            "1 to 4, the batch index first"
-        )
-    if len(coords) > MOST_ROWS:
-        raise ValueError(f"pointcloud: {len(coords)} voxels, at most {MOST_ROWS}")
-    if coords.dtype == torch.int64 and len(coords):
-        least, most = int(coords.min()), int(coords.max())
-        if least < -(2**31) or most >= 2**31:
-            raise ValueError(
-                f"pointcloud: coords range from {least} to {most}, beyond the int32 they become"
-            )
-    elif coords.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"pointcloud: coords are {coords.dtype}, expected torch.int32")
-    return coords.detach().to(torch.int32).contiguous()
-
-
-def _checked_batch_size(coords: Tensor, box: plain.Box, batch_size: int | None) -> int:
-    if box[0][0] < 0:
-        row = int((coords[:, 0] < 0).nonzero()[0])
-        raise ValueError(f"pointcloud: row {row} has the batch index {int(coords[row, 0])}")
-    if batch_size is None:
-        return box[1][0] + 1 if len(coords) else 0
-    if batch_size < 0 or (len(coords) and box[1][0] >= batch_size):
-        row = int(coords[:, 0].argmax()) if len(coords) else 0
-        raise ValueError(
-            f"pointcloud: batch_size is {batch_size}"
-            + (f", row {row} has the batch index {box[1][0]}" if len(coords) else "")
-        )
-    return batch_size
-
-
-def _check_inside(coords: Tensor, box: plain.Box, shape: Size) -> None:
-    least, most = box[0][1:], box[1][1:]
-    if not len(coords) or (
-        min(least) >= 0 and all(m < n for m, n in zip(most, shape, strict=True))
-    ):
-        return
-    spatial = coords[:, 1:]
-    outside = ((spatial < 0) | (spatial >= torch.tensor(shape, device=coords.device))).any(1)
-    row = int(outside.nonzero()[0])
-    raise ValueError(
-        f"pointcloud: {int(outside.sum())} of {len(coords)} coordinates lie outside of the spatial "
-        f"shape {list(shape)}, the first in row {row}: {coords[row].tolist()} (batch first)"
-    )
-
-
-def _check_output_shape(shape: Size, before: Size, window: Window) -> None:
-    if min(shape) < 1:
-        kernel, step, pad, dilated = window
-        raise ValueError(
-            f"pointcloud: kernel {kernel}, stride {step}, padding {pad}, dilation {dilated} leave "
-            f"the shape {shape} of the spatial shape {before}"
-        )

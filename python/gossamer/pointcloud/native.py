@@ -58,9 +58,7 @@ def outputs(
 ) -> Tensor:
     """int32 [M, 1 + D], sorted: the outputs "reached", "floored" or "spread" as in ``plain``."""
     if coords.device.type != "cpu":
-        if rule == "floored":
-            return plain.floored(coords, window[1])
-        return (plain.reached if rule == "reached" else plain.spread)(coords, *window, shape)
+        return plain.outputs(coords, *window, rule, shape)
     made = _C.PointcloudOutputs(coords, order, box, window, rule, shape, torch.get_num_threads())
     out = torch.empty((len(made), coords.shape[1]), dtype=torch.int32)
     made.write(out)

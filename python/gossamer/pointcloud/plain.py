@@ -113,52 +113,43 @@ def _unique(coords: Tensor, shape: Size | None) -> Tensor:
             f"pointcloud: output coordinates from {int(coords.min())} to {int(coords.max())} "
             "leave the range of int32"
         )
-    return torch.unique(coords.int(), dim=0)
+    coords = coords.int()
+    box = bounds(coords)
+    check_keys_fit(box)
+    key, order = keys(coords, box).sort()
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    return coords[order[first]]
 
 
-def reached(
+def outputs(
     coords: Tensor,
     kernel_size: Size,
     stride: Size,
     padding: Size,
     dilation: Size,
+    rule: str,
     shape: Size | None,
 ) -> Tensor:
-    """Every output with input = output * stride - padding + tap * dilation for some tap."""
+    """What a layer makes of its inputs, sorted, and inside of the shape.
+
+    "reached": every output with input = output * stride - padding + tap * dilation for some tap;
+    "spread": every input * stride - padding + tap * dilation, a transposed convolution's;
+    "floored": every floor(input / stride).
+    """
     step = torch.tensor([1, *stride], device=coords.device)
-    outputs = []
+    if rule == "floored":
+        return _unique(coords.long().div(step, rounding_mode="floor"), shape)
+    made, ones = [], (1,) * len(stride)
     for tap in _taps(kernel_size, dilation):
-        ones = (1,) * len(stride)
-        scaled = _shift(coords, ones, [p - t for t, p in zip(tap, padding, strict=True)])
-        scaled = scaled[(scaled % step == 0).all(1)]
-        outputs.append(scaled.div(step, rounding_mode="floor"))
-    return _unique(torch.cat(outputs), shape)
-
-
-def floored(coords: Tensor, stride: Size) -> Tensor:
-    """The cells of ``stride`` inputs an axis that hold one."""
-    step = torch.tensor([1, *stride], device=coords.device)
-    return _unique(coords.long().div(step, rounding_mode="floor"), None)
-
-
-def spread(
-    coords: Tensor,
-    kernel_size: Size,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-    shape: Size | None,
-) -> Tensor:
-    """Every output = input * stride - padding + tap * dilation: a transposed convolution's."""
-    return _unique(
-        torch.cat(
-            [
-                _shift(coords, stride, [t - p for t, p in zip(tap, padding, strict=True)])
-                for tap in _taps(kernel_size, dilation)
-            ]
-        ),
-        shape,
-    )
+        ahead = [t - p for t, p in zip(tap, padding, strict=True)]
+        if rule == "spread":
+            made.append(_shift(coords, stride, ahead))
+        else:
+            scaled = _shift(coords, ones, [-a for a in ahead])
+            scaled = scaled[(scaled % step == 0).all(1)]
+            made.append(scaled.div(step, rounding_mode="floor"))
+    return _unique(torch.cat(made), shape)
 
 
 def voxels(

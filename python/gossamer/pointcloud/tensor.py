@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coordinates import Coordinates, Size
+from .coordinates import Coordinates
+from .plain import Size
 
 
 class SparseTensor:
