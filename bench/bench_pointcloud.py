@@ -129,7 +129,7 @@ def plain_map(coords: Tensor, shape: VoxelShape) -> tuple[Tensor, Tensor, Tensor
     padding = ((shape.kernel - 1) // 2,) * 3
     outputs = ordered
     if shape.stride > 1:
-        outputs = plain.reached(ordered, kernel, step, padding, ones, None)
+        outputs = plain.outputs(ordered, kernel, step, padding, ones, "reached", None)
     return plain.match(outputs, ordered, box, kernel, step, padding, ones)
 
 
