@@ -26,19 +26,11 @@ from shapes import (
     find_shapes,
 )
 
-FEATURES = ("sparse24", "blocksparse", "grouped", "actsparse", "model", "relu-lm", "resnet50")
-QUICK_FEATURES = FEATURES[:-2]
 FEATURES = (
-    "sparse24",
-    "blocksparse",
-    "grouped",
-    "actsparse",
-    "codes",
-    "model",
-    "relu-lm",
-    "resnet50",
+    *("sparse24", "blocksparse", "grouped", "actsparse", "codes", "pointcloud"),
+    *("model", "relu-lm", "resnet50"),
 )
-QUICK_FEATURES = FEATURES[:-1]
+QUICK_FEATURES = FEATURES[:-2]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -104,6 +96,7 @@ class Options:
     shapes_given: bool = False  # not a default
     rows_given: bool = False
     seconds: float | None = None
+    scan: Path | None = None  # of a point cloud; a synthetic street if None
 
 
 def _comma_list(text: str) -> list[str]:
@@ -154,6 +147,8 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
     add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
+    add("--scan", type=Path, metavar="FILE",
+        help="a point cloud of KITTI or nuScenes instead of the synthetic one")  # fmt: skip
     add("--commit", help="for the record, where git does not tell it")
     for kind in ("json", "plot"):
         add(
@@ -225,4 +220,5 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
         shapes_given=bool(given.shapes),
         rows_given=bool(given.m),
         seconds=given.seconds,
+        scan=given.scan,
     )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from bench_blocksparse import BlockPlan
     from bench_codes import CodeCase, CodePlan
     from bench_grouped import GroupedCase, GroupedPlan
+    from bench_pointcloud import VoxelCase, VoxelPlan
     from bench_sparse24 import Plan
     from block_case import BlockCase
     from machine import Limits
@@ -54,6 +55,7 @@ QUICK_CSR_ROWS = 64  # with more, torch's CSR product takes longer than all the 
 QUICK_GFLOP = 40.0  # of the dense product: leaves out the two widest layers at 1024 rows
 QUICK_BLOCK_LAYERS = ("bert.up", "llama.attention")  # beside ResNet-50's convolutions
 QUICK_EXPERT_LAYERS = ("mixtral-fifth.up", "olmoe.up")
+QUICK_CHANNELS = (16, 64)
 QUICK_ACTIVE_LAYERS = ("llama.up", "llama.down")
 LEAST_WIDTH = 140  # of the tables: better wrapped by a narrow terminal than cut
 
@@ -98,7 +100,7 @@ def _block_plan(options: Options) -> BlockPlan:
 def _run_cases(
     console: Console,
     bench: ModuleType,
-    plan: Plan | BlockPlan | GroupedPlan | ActivePlan | CodePlan,
+    plan: Plan | BlockPlan | GroupedPlan | ActivePlan | CodePlan | VoxelPlan,
     limits: Limits,
 ) -> list[Any]:
     from report import print_cases
@@ -146,6 +148,16 @@ def _run_grouped(console: Console, options: Options, limits: Limits) -> list[Gro
     effort = QUICK_EFFORT if options.quick else FULL_EFFORT
     plan = bench_grouped.GroupedPlan(shapes, options.tokens, options.dtypes, effort)
     return _run_cases(console, bench_grouped, plan, limits)
+
+
+def _run_pointcloud(console: Console, options: Options, limits: Limits) -> list[VoxelCase]:
+    import bench_pointcloud
+
+    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
+    plan = bench_pointcloud.VoxelPlan(options.scan, options.dtypes, effort)
+    if options.quick:
+        plan = replace(plan, channels=QUICK_CHANNELS, shapes=plan.shapes[:1])
+    return _run_cases(console, bench_pointcloud, plan, limits)
 
 
 def _run_actsparse(console: Console, options: Options, limits: Limits) -> list[ActiveCase]:
@@ -232,9 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experts = _run_grouped(console, options, limits) if "grouped" in wanted else []
     active = _run_actsparse(console, options, limits) if "actsparse" in wanted else []
     codes = _run_codes(console, options, limits) if "codes" in wanted else []
+    clouds = _run_pointcloud(console, options, limits) if "pointcloud" in wanted else []
     results = _run_models(console, options)
     report.print_summary(console, cases, blocks, experts, active, codes, results)
-    every = [*cases, *blocks, *experts, *active, *codes]
+    if clouds:
+        from pointcloud_report import draw_scene, print_pointcloud_summary
+
+        print_pointcloud_summary(console, clouds)
+    every = [*cases, *blocks, *experts, *active, *codes, *clouds]
 
     commit = describe_commit()
     if options.commit:
@@ -255,6 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if blocks:
             path = path.with_stem(f"{path.stem}-blocks")
             block_plots.draw(path, blocks, f"Layers of blocks {where}")
+            console.print(f"plot: {path}")
+        if clouds:
+            path = default_path(options.plot, device, commit, ".png")
+            path = path.with_stem(f"{path.stem}-scene")
+            draw_scene(path, options.scan)
             console.print(f"plot: {path}")
         if active:
             path = default_path(options.plot, device, commit, ".png")

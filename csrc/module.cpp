@@ -12,6 +12,8 @@
 #include "cuda_build.h"
 #include "grouped/grouped.h"
 #include "pointcloud/maps.h"
+#include "pointcloud/pointcloud.h"
+#include "pointcloud/pool.h"
 #include "probe/probe.h"
 #include "sparse24/conv.h"
 #include "sparse24/quantized.h"
@@ -47,7 +49,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::actsparse::topk::bind(m);
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
+  gossamer::pointcloud::bind_conv(m);
   gossamer::pointcloud::bind_maps(m);
+  gossamer::pointcloud::bind_pool(m);
   gossamer::pointcloud::bind_voxelize(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);

@@ -55,7 +55,7 @@ def test_command_line_choices() -> None:
     ("arguments", "complaint"),
     [
         (["--dtype", "float8"], "float8"),
-        (["--feature", "pointcloud"], "pointcloud"),
+        (["--feature", "voxels"], "voxels"),
         (["--shapes", "gpt5"], "gpt5"),
         (["--m", "0"], "rows"),
         (["--threads", "0"], "thread"),

@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .conversion.eligibility import Obstacles, hooks_of
 from .conversion.kinds import dense_class
 from .nn import SparseConv, SparseLinear
+from .pointcloud import BatchNorm
+from .pointcloud.convolution import Convolution
 
 # What follows what: a BatchNorm1d takes the rows of a linear layer too.
 _NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
@@ -22,7 +24,9 @@ _NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
+    Convolution: BatchNorm,
 }
+_LAYERS = (*_NORM_OF, SparseLinear, SparseConv)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def fold_batchnorm(model: nn.Module) -> FoldReport:
     a model that it cannot trace, each part that it can is read by itself, and is taken to be called
     as a whole. A BatchNorm stays where the output of the layer before it is used elsewhere too,
     where either of them is called twice, has hooks, is shared, or is computed from something else.
-    What a linear layer hands to a BatchNorm1d is taken to be [batch, features].
+    What a linear layer hands to a BatchNorm1d is taken to be [batch, features]. Convolutions of
+    ``gossamer.pointcloud`` take its ``BatchNorm`` in.
 
     Parameters
     ----------
@@ -149,7 +154,7 @@ def _followers(
         if not isinstance(before, fx.Node) or before.op != "call_module":
             continue
         layer = prefix + str(before.target)
-        if not isinstance(model.get_submodule(layer), (*_NORM_OF, SparseLinear, SparseConv)):
+        if not isinstance(model.get_submodule(layer), _LAYERS):
             continue
         reason = None
         if len(before.users) > 1:
@@ -166,20 +171,29 @@ def _obstacle(obstacles: Obstacles, layer: Any, norm: Any, whole: bool) -> str |
     """What the two modules have against folding; ``whole`` says that all their calls are known."""
     if not whole and any(len(obstacles.holders(module)) != 1 for module in (layer, norm)):
         return "it or the layer before it is held in several places"
-    reason = obstacles.not_to_be_written(layer) or obstacles.tied(layer, "bias")
+    voxels = isinstance(layer, Convolution)
+    if voxels and type(layer).forward is not Convolution.forward:
+        return f"the layer before it: {type(layer).__name__} overrides forward"
+    written = obstacles.not_its_own if voxels else obstacles.not_to_be_written
+    reason = written(layer) or obstacles.tied(layer, "bias")
     if reason is not None:
         return f"the layer before it: {reason}"
     for module, what in ((layer, "the layer before it"), (norm, "it")):
         if hooks := hooks_of(module):
             return f"{what} has {' and '.join(hooks)}"
-    kind = dense_class(layer)
+    kind = Convolution if voxels else dense_class(layer)
     if kind is None or type(norm) is not _NORM_OF[kind] or "forward" in norm.__dict__:
         return f"it is a {type(norm).__name__} after a {type(layer).__name__}"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
-    if norm.running_mean.is_meta or norm.num_features != layer.weight.shape[0]:
+    if norm.running_mean.is_meta or norm.num_features != layer.weight.shape[_outputs_axis(layer)]:
         return f"it has {norm.num_features} channels on {norm.running_mean.device}"
     return None
+
+
+def _outputs_axis(layer: nn.Module) -> int:
+    """Where the weight has the output channels."""
+    return -1 if isinstance(layer, Convolution) else 0
 
 
 def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
@@ -193,7 +207,9 @@ def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     shift = shift * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+    shape = [1] * weight.dim()
+    shape[_outputs_axis(layer)] = -1
+    weight = weight * scale.view(shape)
     return weight.to(layer.weight.dtype), shift.to(layer.weight.dtype)
 
 

@@ -327,6 +327,125 @@ def grouped_linear(
     return activate(torch.cat(parts), activation)
 
 
+def _tap_rows(
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each tap the rows of its pairs' inputs and outputs."""
+    sizes = tap_offsets.diff().tolist()
+    rows_in = in_index.long() if in_order is None else in_order[in_index.long()].long()
+    rows_out = out_index.long() if out_order is None else out_order[out_index.long()].long()
+    return list(zip(rows_in.split(sizes), rows_out.split(sizes), strict=True))
+
+
+def pointcloud_conv(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """y[j] = act(b + sum of x[i] W[t] over the pairs (i, j) of each tap t), a tap at a time."""
+    y = feats.new_zeros(n_out, weight.shape[2])
+    taps = _tap_rows(in_index, out_index, tap_offsets, in_order, out_order)
+    for (rows_in, rows_out), tap in zip(taps, weight, strict=True):
+        parts = zip(feats[rows_in].chunk(groups, 1), tap.chunk(groups, 1), strict=True)
+        y.index_add_(0, rows_out, torch.cat([x @ w for x, w in parts], 1))
+    return activate(y if bias is None else y + bias, activation)
+
+
+def pointcloud_conv_weight_grad(
+    dy: Tensor,
+    feats: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    groups: int = 1,
+) -> Tensor:
+    """dW[t] = sum of x[i]ᵀ dy[j] over the pairs (i, j) of tap t, each group with its own."""
+    taps = []
+    for rows_in, rows_out in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
+        parts = zip(feats[rows_in].chunk(groups, 1), dy[rows_out].chunk(groups, 1), strict=True)
+        taps.append(torch.cat([x.t() @ g for x, g in parts], 1))
+    return torch.stack(taps)
+
+
+def pointcloud_sum_pool(
+    feats: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+    mean: bool,
+) -> Tensor:
+    """out[j] = Σ feats[i] over the pairs (i, j) of a kernel map, in float64; or their mean."""
+    sums = feats.new_zeros((n_out, feats.shape[1]), dtype=torch.float64)
+    counts = feats.new_zeros((n_out, 1), dtype=torch.float64)
+    for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
+        sums.index_add_(0, j, feats[i].double())
+        counts.index_add_(0, j, counts.new_ones((len(j), 1)))
+    return (sums / counts.clamp(min=1) if mean else sums).to(feats.dtype)
+
+
+def pointcloud_max_pool(
+    feats: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+) -> tuple[Tensor, Tensor]:
+    """out[j] = max feats[i] over the pairs (i, j), 0 of none, and the i it was taken from, or -1.
+
+    Of equal ones that of the first pair; NaN counts as the greatest, and of several the last.
+    """
+    best = feats.new_zeros((n_out, feats.shape[1]))
+    winner = torch.full_like(best, -1, dtype=torch.int32)
+    for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
+        x, so_far, took = feats[i], best[j], winner[j]
+        better = (took < 0) | (x > so_far) | x.isnan()
+        best[j] = torch.where(better, x, so_far)
+        winner[j] = torch.where(better, i.int().unsqueeze(1), took)
+    return best, winner
+
+
+def pointcloud_max_pool_grad(
+    dy: Tensor,
+    winner: Tensor,
+    in_index: Tensor,
+    out_index: Tensor,
+    tap_offsets: Tensor,
+    in_order: Tensor | None,
+    out_order: Tensor | None,
+    n_out: int,
+) -> Tensor:
+    """dx[i, c] = Σ dy[j, c] over the outputs j whose winner is i, in float64."""
+    dx = dy.new_zeros((n_out + 1, dy.shape[1]), dtype=torch.float64)
+    at = torch.where(winner < 0, n_out, winner).long()
+    return dx.scatter_add_(0, at, dy.double())[:n_out].to(dy.dtype)
+
+
+def take_winners(x: Tensor, winner: Tensor) -> Tensor:
+    """y[j, c] = x[winner[j, c], c], 0 where there is none."""
+    if len(x) == 0:
+        return x.new_zeros(winner.shape)
+    return x.gather(0, winner.clamp(min=0).long()) * (winner >= 0)
+
+
 def actsparse_linear(
     x: Tensor,
     weight_kn: Tensor,

@@ -66,9 +66,11 @@ class Obstacles:
 
     def not_to_be_written(self, layer: nn.Module) -> str | None:
         """What is wrong with changing the weight of a layer in place."""
-        return (
-            _foreign(layer) or _computed(layer) or _unreadable(layer) or self.tied(layer, "weight")
-        )
+        return _foreign(layer) or self.not_its_own(layer)
+
+    def not_its_own(self, layer: nn.Module) -> str | None:
+        """The same of a layer whose class is known."""
+        return _computed(layer) or _unreadable(layer) or self.tied(layer, "weight")
 
     def tied(self, layer: nn.Module, name: str) -> str | None:
         """Who else sees the memory of one of a layer's parameters."""

@@ -12,8 +12,8 @@ from .delta import DeltaConv2d, DeltaLinear
 from .grouped import GroupedLinear
 from .linear import SparseLinear
 from .linear_quantized import SparseLinearQuantized
-from .sparse_training import SparseTrainingLinear
 from .position_masked import PositionMaskedConv2d, PositionMaskScheduler
+from .sparse_training import SparseTrainingLinear
 from .topk_autoencoder import TopKAutoencoder
 
 __all__ = [

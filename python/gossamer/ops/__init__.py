@@ -4,6 +4,7 @@ from .actsparse import actsparse_linear
 from .actsparse_outputs import actsparse_outputs
 from .blocksparse import blocksparse_conv, blocksparse_linear
 from .grouped import grouped_linear
+from .pointcloud import pointcloud_conv
 from .quantize_rows import quantize_rows
 from .relu2 import relu2_24_linear
 from .sparse24 import sparse24_linear
@@ -19,6 +20,7 @@ __all__ = [
     "blocksparse_linear",
     "grouped_linear",
     "pack_spikes",
+    "pointcloud_conv",
     "quantize_rows",
     "relu2_24_linear",
     "sparse24_conv",

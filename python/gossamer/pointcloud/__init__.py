@@ -1,8 +1,97 @@
 """Sparse convolution over the active voxels of 1-D to 4-D grids: point clouds and the like."""
 
+from . import functional, models
+from .convolution import Conv, SubmanifoldConv
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
+from .load import load_minkowski, load_spconv, load_torchsparse
+from .named import (
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    AvgPool4d,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Conv4d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    ConvTranspose4d,
+    GenerativeConvTranspose1d,
+    GenerativeConvTranspose2d,
+    GenerativeConvTranspose3d,
+    GenerativeConvTranspose4d,
+    InverseConv1d,
+    InverseConv2d,
+    InverseConv3d,
+    InverseConv4d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+    MaxPool4d,
+    SubmanifoldConv1d,
+    SubmanifoldConv2d,
+    SubmanifoldConv3d,
+    SubmanifoldConv4d,
+)
 from .points import voxelize
+from .pointwise import BatchNorm, Prune, ReLU
+from .pooling import AvgPool, GlobalAvgPool, GlobalMaxPool, GlobalSumPool, MaxPool
 from .tensor import SparseTensor, cat, collate
+from .transposed import ConvTranspose, GenerativeConvTranspose, InverseConv
 
-__all__ = ["Coordinates", "KernelMap", "SparseTensor", "cat", "collate", "voxelize"]
+__all__ = [
+    "AvgPool",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "AvgPool4d",
+    "BatchNorm",
+    "Conv",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Conv4d",
+    "ConvTranspose",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "ConvTranspose4d",
+    "Coordinates",
+    "GenerativeConvTranspose",
+    "GenerativeConvTranspose1d",
+    "GenerativeConvTranspose2d",
+    "GenerativeConvTranspose3d",
+    "GenerativeConvTranspose4d",
+    "GlobalAvgPool",
+    "GlobalMaxPool",
+    "GlobalSumPool",
+    "InverseConv",
+    "InverseConv1d",
+    "InverseConv2d",
+    "InverseConv3d",
+    "InverseConv4d",
+    "KernelMap",
+    "MaxPool",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxPool4d",
+    "Prune",
+    "ReLU",
+    "SparseTensor",
+    "SubmanifoldConv",
+    "SubmanifoldConv1d",
+    "SubmanifoldConv2d",
+    "SubmanifoldConv3d",
+    "SubmanifoldConv4d",
+    "cat",
+    "collate",
+    "functional",
+    "load_minkowski",
+    "load_spconv",
+    "load_torchsparse",
+    "models",
+    "voxelize",
+]

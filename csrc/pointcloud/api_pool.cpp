@@ -1,0 +1,131 @@
+// The border of pooling: what Python hands over is checked here, once. The kernels check each
+// index of a map as they meet it.
+#include <pybind11/stl.h>
+
+#include <limits>
+
+#include "common/border.h"
+#include "common/py_tensor.h"
+#include "pointcloud/pool.h"
+
+namespace py = pybind11;
+
+namespace gossamer::pointcloud {
+namespace {
+
+constexpr const char* kOp = "pointcloud_pool";
+using Order = std::optional<TensorView>;
+
+void check_cpu(const char* what, const TensorView& t) {
+  GOSSAMER_CHECK(t.device == Device::kCPU, kOp, ": ", what, " is on ", device_text(t),
+                 ", this is the CPU's pooling");
+}
+
+const int32_t* indices_of(const char* what, const TensorView& t, int64_t length) {
+  check_cpu(what, t);
+  check_dtype(kOp, what, t, DType::kInt32);
+  check_vector(kOp, what, t, length);
+  return t.as<const int32_t>();
+}
+
+KernelMap checked_map(const TensorView& in_index, const TensorView& out_index,
+                      const TensorView& tap_offsets, const Order& in_order, const Order& out_order,
+                      int64_t n_in, int64_t n_out) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  GOSSAMER_CHECK(n_in <= kMost && n_out <= kMost, kOp, ": ", n_in, " and ", n_out,
+                 " voxels, expected at most ", kMost);
+  check_cpu("tap_offsets", tap_offsets);
+  check_dtype(kOp, "tap_offsets", tap_offsets, DType::kInt64);
+  GOSSAMER_CHECK(tap_offsets.ndim == 1 && tap_offsets.shape[0] >= 1, kOp,
+                 ": tap_offsets has shape ", shape_text(tap_offsets),
+                 ", expected one more than the taps");
+  check_contiguous(kOp, "tap_offsets", tap_offsets);
+  const auto* offsets = tap_offsets.as<const int64_t>();
+  const int64_t taps = tap_offsets.shape[0] - 1;
+  GOSSAMER_CHECK(offsets[0] == 0, kOp, ": tap_offsets begin at ", offsets[0], ", expected 0");
+  for (int64_t t = 0; t < taps; ++t) {
+    GOSSAMER_CHECK(offsets[t] <= offsets[t + 1], kOp, ": tap_offsets[", t + 1, "] is ",
+                   offsets[t + 1], ", below the one before it, ", offsets[t]);
+  }
+  return {taps,
+          n_in,
+          n_out,
+          offsets,
+          indices_of("in_index", in_index, offsets[taps]),
+          indices_of("out_index", out_index, offsets[taps]),
+          in_order ? indices_of("in_order", *in_order, n_in) : nullptr,
+          out_order ? indices_of("out_order", *out_order, n_out) : nullptr};
+}
+
+PoolArgs checked(const TensorView& out, const TensorView& feats, const TensorView& in_index,
+                 const TensorView& out_index, const TensorView& tap_offsets, const Order& in_order,
+                 const Order& out_order, int threads) {
+  check_cpu("feats", feats);
+  check_matrix(kOp, "feats", feats);
+  check_weight_dtype(kOp, "feats", feats);
+  check_cpu("out", out);
+  check_matrix(kOp, "out", out);
+  check_dtype(kOp, "out", out, feats.dtype);
+  check_shape(kOp, "out", out, out.shape[0], feats.shape[1]);
+  check_contiguous(kOp, "out", out);
+  const int64_t rows = feats.shape[0], channels = feats.shape[1];
+  // The stride of a dimension nobody walks along may be anything.
+  GOSSAMER_CHECK(feats.strides[1] == 1 || channels <= 1 || rows == 0, kOp, ": feats has strides [",
+                 feats.strides[0], ", ", feats.strides[1], "], its columns must be contiguous");
+  const KernelMap map =
+      checked_map(in_index, out_index, tap_offsets, in_order, out_order, rows, out.shape[0]);
+  return {feats.dtype, map, channels, feats.data, feats.strides[0], out.data, threads};
+}
+
+int32_t* winners_of(const TensorView& winner, int64_t rows, int64_t channels) {
+  check_cpu("winner", winner);
+  check_matrix(kOp, "winner", winner);
+  check_dtype(kOp, "winner", winner, DType::kInt32);
+  check_shape(kOp, "winner", winner, rows, channels);
+  check_contiguous(kOp, "winner", winner);
+  return winner.as<int32_t>();
+}
+
+}  // namespace
+
+void bind_pool(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "pointcloud_sum_pool",
+      [](const TensorView& out, const TensorView& feats, const TensorView& in_index,
+         const TensorView& out_index, const TensorView& tap_offsets, const Order& in_order,
+         const Order& out_order, bool mean, int threads) {
+        sum_pool(
+            checked(out, feats, in_index, out_index, tap_offsets, in_order, out_order, threads),
+            mean);
+      },
+      py::arg("out"), py::arg("feats"), py::arg("in_index"), py::arg("out_index"),
+      py::arg("tap_offsets"), py::arg("in_order"), py::arg("out_order"), py::arg("mean"),
+      py::arg("threads"), release());
+  m.def(
+      "pointcloud_max_pool",
+      [](const TensorView& out, const TensorView& winner, const TensorView& feats,
+         const TensorView& in_index, const TensorView& out_index, const TensorView& tap_offsets,
+         const Order& in_order, const Order& out_order, int threads) {
+        max_pool(
+            checked(out, feats, in_index, out_index, tap_offsets, in_order, out_order, threads),
+            winners_of(winner, out.shape[0], out.shape[1]));
+      },
+      py::arg("out"), py::arg("winner"), py::arg("feats"), py::arg("in_index"),
+      py::arg("out_index"), py::arg("tap_offsets"), py::arg("in_order"), py::arg("out_order"),
+      py::arg("threads"), release());
+  m.def(
+      "pointcloud_max_pool_grad",
+      [](const TensorView& out, const TensorView& feats, const TensorView& winner,
+         const TensorView& in_index, const TensorView& out_index, const TensorView& tap_offsets,
+         const Order& in_order, const Order& out_order, int threads) {
+        max_pool_grad(
+            checked(out, feats, in_index, out_index, tap_offsets, in_order, out_order, threads),
+            winners_of(winner, feats.shape[0], feats.shape[1]));
+      },
+      py::arg("out"), py::arg("feats"), py::arg("winner"), py::arg("in_index"),
+      py::arg("out_index"), py::arg("tap_offsets"), py::arg("in_order"), py::arg("out_order"),
+      py::arg("threads"), release());
+}
+
+}  // namespace gossamer::pointcloud

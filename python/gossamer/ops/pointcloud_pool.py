@@ -1,0 +1,253 @@
+"""pointcloud_pool: sums, means and maxima of voxels over the pairs of a kernel map.
+
+``pointcloud_pool`` is for people, over three registered ops: ``pointcloud_sum_pool`` (means too),
+``pointcloud_max_pool`` and the gradient of the latter. That of a sum is a sum over the same pairs
+the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _C, reference
+from .._library import library
+from .operands import apply_function, gradient_wanted
+
+if TYPE_CHECKING:
+    from ..pointcloud.kernel_map import KernelMap
+
+_OP = "pointcloud_pool"
+_MAP = "Tensor in_index, Tensor out_index, Tensor tap_offsets, Tensor? in_order, Tensor? out_order"
+# The map's tensors in the schema's order, and how many rows the result has.
+_Pairs = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", int]
+
+
+def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -> Tensor:
+    """Reduce over the input voxels that a kernel map pairs with each output voxel.
+
+    Only voxels that exist take part, and an output that is paired with none is 0. The result is
+    the same to the bit for any number of threads.
+
+    Parameters
+    ----------
+    feats : Tensor
+        [n_in, C] float32, bfloat16, float16 or float64, of any strides, in the rows' own order.
+    kernel_map : KernelMap
+        Which input meets which output; its taps all count alike.
+    reduce : {"max", "mean", "sum"}
+        "mean" divides by the number of pairs of the output. Of equal maxima the first tap's gets
+        the gradient; a NaN is the maximum of whatever holds it.
+
+    Returns
+    -------
+    Tensor
+        [n_out, C] in the dtype of ``feats``, contiguous. Sums are taken in float64.
+
+    Raises
+    ------
+    TypeError
+        If there is no kernel for the dtype.
+    ValueError
+        If shapes, devices or the map do not match, or ``reduce`` is unknown.
+    """
+    if reduce not in ("max", "mean", "sum"):
+        raise ValueError(f"{_OP}: reduce {reduce!r}, expected 'max', 'mean' or 'sum'")
+    if feats.dim() != 2 or feats.shape[0] != kernel_map.n_in:
+        raise ValueError(
+            f"{_OP}: feats have shape {list(feats.shape)}, expected [{kernel_map.n_in}, C], a row "
+            "for each input voxel of the map"
+        )
+    pairs = (
+        kernel_map.in_index,
+        kernel_map.out_index,
+        kernel_map.tap_offsets,
+        kernel_map.in_order,
+        kernel_map.out_order,
+        kernel_map.n_out,
+    )
+    if reduce == "max":
+        best: Tensor = _max(feats, *pairs)[0]
+        return best
+    reduced: Tensor = _sum(feats, *pairs, reduce == "mean")
+    return reduced
+
+
+library.define(
+    f"pointcloud_sum_pool(Tensor feats, {_MAP}, SymInt n_out, bool mean) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.define(
+    f"pointcloud_max_pool(Tensor feats, {_MAP}, SymInt n_out) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.define(
+    f"pointcloud_max_pool_grad(Tensor dy, Tensor winner, {_MAP}, SymInt n_out) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_sum = torch.ops.gossamer.pointcloud_sum_pool.default
+_max = torch.ops.gossamer.pointcloud_max_pool.default
+_max_grad = torch.ops.gossamer.pointcloud_max_pool_grad.default
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _sum_native(feats: Tensor, *pairs_mean: Any) -> Tensor:
+    *pairs, n_out, mean = pairs_mean
+    out = feats.new_empty((n_out, feats.shape[1]))
+    operands = (_rows(feats), *pairs, mean, torch.get_num_threads())
+    _C.pointcloud_sum_pool(out, *operands)
+    return out
+
+
+def _max_native(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
+    *pairs, n_out = pairs_n
+    out = feats.new_empty((n_out, feats.shape[1]))
+    winner = torch.empty_like(out, dtype=torch.int32)
+    operands = (winner, _rows(feats), *pairs, torch.get_num_threads())
+    _C.pointcloud_max_pool(out, *operands)
+    return out, winner
+
+
+def _max_grad_native(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
+    *pairs, n_out = pairs_n
+    out = dy.new_empty((n_out, dy.shape[1]))
+    operands = (_rows(dy), winner.contiguous(), *pairs, torch.get_num_threads())
+    _C.pointcloud_max_pool_grad(out, *operands)
+    return out
+
+
+def _sum_fake(feats: Tensor, *pairs_mean: Any) -> Tensor:
+    return feats.new_empty((pairs_mean[-2], feats.shape[1]))
+
+
+def _max_fake(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
+    out = feats.new_empty((pairs_n[-1], feats.shape[1]))
+    return out, torch.empty_like(out, dtype=torch.int32)
+
+
+def _max_grad_fake(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
+    return dy.new_empty((pairs_n[-1], dy.shape[1]))
+
+
+def _reversed(pairs: tuple[Any, ...], n_in: int) -> tuple[Any, ...]:
+    """The same pairs with inputs and outputs swapped."""
+    in_index, out_index, tap_offsets, in_order, out_order, _ = pairs
+    return out_index, in_index, tap_offsets, out_order, in_order, n_in
+
+
+def _partners(feats: Tensor, pairs: tuple[Any, ...]) -> Tensor:
+    """[n_out, 1] in the dtype of feats: how many pairs an output has, 1 where none."""
+    _, out_index, _, _, out_order, n_out = pairs
+    counts = torch.bincount(out_index, minlength=n_out).clamp_(min=1)
+    if out_order is not None:
+        counts = torch.empty_like(counts).index_copy_(0, out_order.long(), counts)
+    return counts.unsqueeze(1)
+
+
+def _sum_autograd(feats: Tensor, *pairs_mean: Any) -> Tensor:
+    if gradient_wanted(feats):
+        return _apply_sum(feats, *pairs_mean)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _sum(feats, *pairs_mean)
+
+
+def _max_autograd(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
+    if gradient_wanted(feats):
+        return _apply_max(feats, *pairs_n)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _max(feats, *pairs_n)
+
+
+def _max_grad_autograd(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
+    if gradient_wanted(dy):
+        return _apply_max_grad(dy, winner, *pairs_n)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _max_grad(dy, winner, *pairs_n)
+
+
+class _Sum(torch.autograd.Function):
+    """Linear in feats: its gradient is the sum over the reversed pairs."""
+
+    @staticmethod
+    def forward(feats: Tensor, *pairs_mean: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _sum(feats, *pairs_mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        feats, *pairs, ctx.n_out, ctx.mean = inputs
+        ctx.n_in = feats.shape[0]
+        ctx.save_for_backward(*pairs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = (*ctx.saved_tensors, ctx.n_out)
+        if ctx.mean:
+            dy = dy / _partners(dy, pairs)
+        return _sum(dy, *_reversed(pairs, ctx.n_in), False), *(None,) * 7
+
+
+class _Max(torch.autograd.Function):
+    """The winner of each output gets its gradient."""
+
+    @staticmethod
+    def forward(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _max(feats, *pairs_n)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        feats, *pairs, ctx.n_out = inputs
+        ctx.n_in = feats.shape[0]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], *pairs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        winner, *pairs = ctx.saved_tensors
+        reverse = _reversed((*pairs, ctx.n_out), ctx.n_in)
+        return _max_grad(dy, winner, *reverse), *(None,) * 6
+
+
+class _MaxGrad(torch.autograd.Function):
+    """Linear in dy: each output takes back what its winner was given."""
+
+    @staticmethod
+    def forward(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _max_grad(dy, winner, *pairs_n)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        (winner,) = ctx.saved_tensors
+        return reference.take_winners(ddx, winner), *(None,) * 7
+
+
+_apply_sum = apply_function(_Sum)
+_apply_max = apply_function(_Max)
+_apply_max_grad = apply_function(_MaxGrad)
+
+for _name, _kernel, _plain, _fake, _autograd in (
+    ("sum_pool", _sum_native, reference.pointcloud_sum_pool, _sum_fake, _sum_autograd),
+    ("max_pool", _max_native, reference.pointcloud_max_pool, _max_fake, _max_autograd),
+    (
+        "max_pool_grad",
+        _max_grad_native,
+        reference.pointcloud_max_pool_grad,
+        _max_grad_fake,
+        _max_grad_autograd,
+    ),
+):
+    library.impl(f"pointcloud_{_name}", _kernel, "CPU")
+    library.impl(f"pointcloud_{_name}", _plain, "CUDA")
+    library.impl(f"pointcloud_{_name}", _autograd, "Autograd")
+    torch.library.register_fake(f"gossamer::pointcloud_{_name}", _fake, lib=library)

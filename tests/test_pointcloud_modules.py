@@ -1,0 +1,386 @@
+"""Layers over voxels as modules: dense twins, threads, compile, others' weights, U-Nets."""
+
+from __future__ import annotations
+
+import copy
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import same_state
+from gossamer import fold_batchnorm
+from gossamer import pointcloud as pc
+from torch import Tensor, nn
+
+
+def scene(
+    channels: int = 4, shape: tuple[int, ...] = (9, 8, 7), density: float = 0.25
+) -> pc.SparseTensor:
+    """Three samples, the second of them empty, in no order of rows."""
+    mask = torch.rand(3, *shape) < density
+    mask[1] = False
+    coords = mask.nonzero().int()
+    coords = coords[torch.randperm(len(coords))]
+    return pc.SparseTensor(
+        coords, torch.randn(len(coords), channels), spatial_shape=shape, batch_size=3
+    )
+
+
+def at(dense: Tensor, y: pc.SparseTensor) -> Tensor:
+    return dense.movedim(1, -1)[tuple(y.coords.long().unbind(1))]
+
+
+LAYERS = (
+    pc.SubmanifoldConv3d(4, 6, 3, 2, groups=2),
+    pc.SubmanifoldConv3d(4, 6, (2, 4, 1)),
+    pc.Conv3d(4, 6, 3, 2, 1),
+    pc.Conv3d(4, 6, (3, 2, 3), 1, 1, bias=False),
+    pc.ConvTranspose3d(4, 6, 3, 2, 1, 1, groups=2),
+    pc.GenerativeConvTranspose3d(4, 6, 2, 2),
+    pc.GenerativeConvTranspose3d(4, 6, 3, dilation=2),
+)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_dense_layer_and_back(layer: Any) -> None:
+    dense = layer.to_dense()
+    back = type(layer).from_dense(dense)
+    assert repr(back) == repr(layer)
+    assert same_state(back, layer)
+    x = scene()
+    y, again = layer(x), back(x)
+    assert torch.equal(again.feats, y.feats)
+    if not isinstance(layer, pc.GenerativeConvTranspose):
+        torch.testing.assert_close(y.feats, at(dense(x.dense()), y))
+
+
+def test_modules_behave_as_modules() -> None:
+    for layer in (*LAYERS, pc.InverseConv3d(4, 6, 2)):
+        twin = copy.deepcopy(layer)
+        assert same_state(twin, layer)
+        nn.init.zeros_(twin.weight)
+        assert layer.weight.any()
+        twin.load_state_dict(layer.state_dict())
+        assert same_state(twin, layer)
+        assert layer.weight.shape == (*layer.kernel_size, 4 // layer.groups, 6)
+    with torch.device("meta"):
+        empty = pc.models.MinkUNet14(3, 5)
+    assert all(p.is_meta for p in empty.parameters())
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(pc.models.MinkUNet14(3, 5).state_dict())
+    assert "kernel_size=(3, 3, 3), stride=(2, 2, 2), padding=(1, 1, 1)" in repr(LAYERS[2])
+    drawn = pc.Conv2d(8, 16, 3).weight
+    assert 0.9 * 72**-0.5 < drawn.abs().max() <= 72**-0.5
+
+
+def test_inverse_returns_to_the_voxels_it_came_from() -> None:
+    x = scene()
+    down, deeper = pc.Conv3d(4, 4, 3, 2, 1), pc.Conv3d(4, 4, 2, 2)
+    up, higher = pc.InverseConv3d(4, 5, 3), pc.InverseConv3d(4, 4, 2)
+    half = down(x)
+    y = up(higher(deeper(half)))
+    assert y.coordinates is not half.coordinates
+    assert y.coordinates.is_same(x.coordinates)
+    geometry = {"stride": 2, "padding": 1, "output_padding": (0, 1, 0)}
+    back = up(half)
+    dense = up.to_dense(**geometry)(half.dense())
+    torch.testing.assert_close(back.feats, at(dense, back))
+    twin = pc.ConvTranspose3d(4, 5, 3, 2, 1)  # the same, told where to go
+    twin.load_state_dict(up.state_dict())
+    assert torch.equal(twin(half, x).feats, back.feats)
+    with pytest.raises(ValueError, match=r"kernel \(3, 3, 3\).*none is known"):
+        up(scene())
+    with pytest.raises(ValueError, match=r"kernel \(2, 2, 2\).*known: .*kernel \(3, 3, 3\)"):
+        higher(half)
+    with pytest.raises(ValueError, match="its outputs are remembered"):
+        up(half, x)
+
+
+def test_given_outputs() -> None:
+    x = scene()
+    layer = pc.Conv3d(4, 6, 3, 2, 1)
+    dense = layer.to_dense()(x.dense())
+    cells = pc.SparseTensor.from_dense(torch.ones(3, 1, *dense.shape[2:]))
+    target = pc.SparseTensor(cells.coords.flip(0), cells.feats, stride=2, batch_size=3)
+    y = layer(x, target)
+    assert y.coordinates is target.coordinates
+    torch.testing.assert_close(y.feats, at(dense, y))
+
+
+def test_pointwise_layers_are_those_of_torch() -> None:
+    x = scene()
+    norm = pc.BatchNorm(4)
+    twin = nn.BatchNorm1d(4)
+    assert torch.equal(norm(x).feats, twin(x.feats))
+    assert torch.equal(norm.eval()(x).feats, twin.eval()(x.feats))
+    assert same_state(norm, twin)
+    assert torch.equal(pc.ReLU()(x).feats, x.feats.relu())
+    wide = pc.functional.wrap(nn.Linear(4, 9))
+    assert torch.equal(wide(x).feats, wide.module(x.feats))
+    assert wide(x).coordinates is x.coordinates
+    mask = x.feats[:, 0] > 0
+    for layer in (pc.Prune(mask), pc.Prune(lambda x: x.feats[:, 0] > 0)):
+        y = layer(x)
+        assert torch.equal(y.coords, x.coords[mask])
+        assert torch.equal(y.feats, x.feats[mask])
+        assert (y.batch_size, y.spatial_shape) == (x.batch_size, x.spatial_shape)
+    with pytest.raises(TypeError, match="int64"):
+        pc.Prune(mask.long())(x)
+    with pytest.raises(ValueError, match=rf"\[3\], expected \[{len(x)}\]"):
+        pc.Prune(mask[:3])(x)
+    with pytest.raises(ValueError, match="4 channels, the layer normalises 5"):
+        pc.BatchNorm(5)(x)
+    with pytest.raises(ValueError, match="SparseTensor"):
+        pc.functional.wrap(nn.Flatten(0))(x)
+
+
+def test_nothing_and_a_single_voxel() -> None:
+    model = nn.Sequential(
+        pc.SubmanifoldConv2d(3, 4, 3),
+        pc.BatchNorm(4),
+        pc.ReLU(),
+        pc.Conv2d(4, 5, 3, 2, 1),
+        pc.MaxPool2d(2),
+        pc.GlobalAvgPool(),
+    ).eval()
+    none = torch.empty(0, 3, dtype=torch.int32)
+    for train in (False, True):
+        feats = torch.empty(0, 3, requires_grad=True)
+        x = pc.SparseTensor(none, feats, spatial_shape=(9, 9), batch_size=2)
+        y = model.train(train)(x)
+        assert torch.equal(y, torch.zeros(2, 5))
+        y.sum().backward()
+        assert feats.grad is not None
+    one = pc.SparseTensor(torch.tensor([[0, 2**20, -(2**20)]]), torch.randn(1, 3))
+    y = pc.SubmanifoldConv2d(3, 4, 3)(one)
+    assert y.coords.tolist() == [[0, 2**20, -(2**20)]]
+    assert model.eval()(one).shape == (1, 5)
+
+
+def test_a_nan_reaches_the_outputs_of_its_pairs_alone() -> None:
+    x = scene()
+    x.feats[5, 1] = torch.nan
+    layer = pc.Conv3d(4, 6, 3, 2, 1)
+    y = layer(x)
+    hit = torch.zeros(len(x), 1)
+    hit[5] = 1
+    ones = pc.Conv3d(1, 1, 3, 2, 1, bias=False)
+    nn.init.ones_(ones.weight)
+    reached = ones(x.replace_feats(hit)).feats.squeeze(1) > 0
+    assert torch.equal(y.feats.isnan().all(1), reached)
+    assert torch.equal(y.feats.isnan().any(1), reached)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    x = scene()
+    model = nn.Sequential(pc.SubmanifoldConv3d(4, 8, 3), pc.BatchNorm(8), pc.ReLU())
+    x.feats.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = model(x)
+    assert y.dtype == dtype
+    y.feats.float().sum().backward()
+    assert model[0].weight.grad.dtype == torch.float32
+    torch.testing.assert_close(y.feats.float(), model(x).feats, atol=0.05, rtol=0.05)
+
+
+def test_same_bits_for_any_number_of_threads(threads: int) -> None:
+    x = scene(20, (30, 28, 26), 0.2)
+    layers = (
+        pc.SubmanifoldConv3d(20, 40, 3),
+        pc.SubmanifoldConv3d(20, 20, 3, groups=20),
+        pc.Conv3d(20, 17, 3, 2, 1),
+        pc.ConvTranspose3d(20, 9, 2, 2),
+    )
+    results = []
+    for count in (1, 2, 3, 4):
+        torch.set_num_threads(count)
+        rows = []
+        fresh = pc.SparseTensor(x.coords, x.feats, spatial_shape=x.spatial_shape, batch_size=3)
+        for layer in layers:
+            feats = fresh.feats.detach().requires_grad_()
+            y = layer(fresh.replace_feats(feats))
+            rows += [y.coords, y.feats]
+            leaves = (feats, layer.weight)
+            rows += torch.autograd.grad((y.feats * y.feats).sum(), leaves)
+        results.append(rows)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_compiles_whole_on_fixed_coordinates() -> None:
+    x = scene()
+    model = nn.Sequential(pc.SubmanifoldConv3d(4, 8, 3), pc.BatchNorm(8), pc.ReLU()).eval()
+
+    def run(feats: Tensor) -> Tensor:
+        return model(x.replace_feats(feats)).feats
+
+    want = run(x.feats)  # the map is made and kept here
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    feats = x.feats.detach().requires_grad_()
+    y = compiled(feats)
+    torch.testing.assert_close(y, want)
+    g = torch.autograd.grad(y.sum(), (feats, model[0].weight))
+    for got, expected in zip(
+        g, torch.autograd.grad(run(feats).sum(), (feats, model[0].weight)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_mistakes() -> None:
+    x = scene()
+    with pytest.raises(ValueError, match="4 channels, the weight expects 8"):
+        pc.SubmanifoldConv3d(8, 4, 3)(x)
+    with pytest.raises(ValueError, match="3 spatial axes, the kernel 2"):
+        pc.SubmanifoldConv2d(4, 4, 3)(x)
+    with pytest.raises(TypeError, match="Tensor, expected SparseTensor"):
+        pc.Conv3d(4, 4, 3)(x.dense())
+    with pytest.raises(ValueError, match="in_channels 4 and out_channels 6 in 3 groups"):
+        pc.Conv3d(4, 6, 3, groups=3)
+    with pytest.raises(ValueError, match="a number an axis, or take Conv2d"):
+        pc.Conv(4, 4, 3)
+    with pytest.raises(ValueError, match="outputs 'minkowski'"):
+        pc.Conv3d(4, 4, 3, outputs="minkowski")
+    with pytest.raises(ValueError, match=r"output_padding \(2, 2, 2\)"):
+        pc.ConvTranspose3d(4, 4, 3, 2, output_padding=2)
+    with pytest.raises(ValueError, match="its outputs are its inputs"):
+        pc.SubmanifoldConv3d(4, 4, 3)(x, x)
+    with pytest.raises(ValueError, match=r"leave the shape \(0, "):
+        pc.Conv3d(4, 4, (10, 3, 3))(x)
+    with pytest.raises(TypeError, match="no 4-D convolution"):
+        pc.Conv4d(4, 4, 3).to_dense()
+    with pytest.raises(ValueError, match="reaches"):
+        pc.SubmanifoldConv3d(4, 4, 2, 2).to_dense()
+    with pytest.raises(TypeError, match=r"Linear, expected torch.nn.Conv3d"):
+        pc.Conv3d.from_dense(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected stride 1 and padding"):
+        pc.SubmanifoldConv3d.from_dense(nn.Conv3d(2, 2, 3))
+    with pytest.raises(ValueError, match="padding_mode 'circular'"):
+        pc.Conv3d.from_dense(nn.Conv3d(2, 2, 3, padding_mode="circular"))
+    with pytest.raises(ValueError, match=r"padding \(0, 0, 0\), expected \(1, 1, 1\)"):
+        pc.GenerativeConvTranspose3d.from_dense(nn.ConvTranspose3d(2, 2, 3, 2))
+
+
+# ---- weights of other libraries ------------------------------------------------------------
+
+
+def spconv_weight(dense: Tensor) -> Tensor:
+    """[C_out, C_in, *k] as spconv 2 stores it."""
+    kernel = dense.shape[2:]
+    if kernel.numel() == 1:
+        return dense.flatten(1).t().reshape(len(dense), *kernel, -1)
+    return dense.movedim(1, -1)
+
+
+def taps_weight(dense: Tensor, first_fastest: bool) -> Tensor:
+    """[C_out, C_in, *k] as [taps, C_in, C_out] in either order of taps; one tap as a matrix."""
+    axes = list(range(2, dense.dim()))
+    stored = dense.permute(*(axes[::-1] if first_fastest else axes), 1, 0).flatten(0, len(axes) - 1)
+    return stored[0] if len(stored) == 1 else stored
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, (3, 2, 1), (1, 3, 5)])
+@pytest.mark.parametrize("library", ["spconv", "minkowski", "torchsparse"])
+def test_weights_of_other_libraries(library: str, kernel: Any) -> None:
+    layer = pc.Conv3d(4, 6, kernel)
+    model = nn.Sequential(layer, pc.BatchNorm(6), pc.functional.wrap(nn.Linear(6, 6)))
+    dense = nn.Conv3d(4, 6, kernel)
+    norm, linear = nn.BatchNorm1d(6), nn.Linear(6, 6)
+    nn.init.uniform_(norm.weight)
+    taps = dense.weight[0, 0].numel()
+    weight = dense.weight.detach()
+    bias = dense.bias.detach()
+    mine = {f"1.{name}": t for name, t in norm.state_dict().items()}
+    if library == "spconv":
+        theirs = {"0.weight": spconv_weight(weight), "0.bias": bias, **mine}
+    else:
+        odd = library == "minkowski" or taps % 2 == 1
+        theirs = {"0.kernel": taps_weight(weight, odd), "0.bias": bias, **mine}
+        if library == "minkowski":
+            theirs["0.bias"] = bias.unsqueeze(0)
+            theirs = {name.replace("1.", "1.bn."): t for name, t in theirs.items()}
+    theirs.update({f"2.module.{name}": t for name, t in linear.state_dict().items()})
+    load = getattr(pc, f"load_{library}")
+    model.load_state_dict(load(theirs, model))
+    x = scene()
+    y = model[0](x)
+    torch.testing.assert_close(y.feats, at(dense(x.dense()), y))
+    assert same_state(model[1], norm)
+    assert same_state(model[2].module, linear)
+    if isinstance(kernel, int) or library == "spconv":
+        alone = load(theirs)
+        assert torch.equal(alone["0.weight"], layer.weight)
+        assert list(alone) == list(load(theirs, model))
+
+
+def test_other_weights_that_do_not_fit() -> None:
+    model = nn.Sequential(pc.Conv3d(4, 6, 3))
+    with pytest.raises(ValueError, match=r"0.weight has shape \[6, 2, 3, 3, 4\], expected \[C_out"):
+        pc.load_spconv({"0.weight": torch.zeros(6, 2, 3, 3, 4)}, model)
+    with pytest.raises(ValueError, match=r"5 input and 6 output channels.*expects 4 and 6"):
+        pc.load_minkowski({"0.kernel": torch.zeros(27, 5, 6)}, model)
+    with pytest.raises(ValueError, match=r"\[8, 4, 6\], expected \[27, C_in, C_out\]"):
+        pc.load_torchsparse({"0.kernel": torch.zeros(8, 4, 6)}, model)
+    with pytest.raises(ValueError, match="a model says which"):
+        pc.load_minkowski({"kernel": torch.zeros(18, 4, 6)})
+    grouped = nn.Sequential(pc.Conv3d(4, 6, 3, groups=2))
+    with pytest.raises(ValueError, match="in groups"):
+        pc.load_spconv({"0.weight": torch.zeros(6, 3, 3, 3, 4)}, grouped)
+
+
+# ---- networks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_u_net_learns(dims: int, threads: int) -> None:
+    torch.set_num_threads(1)  # on a busy machine, teams wait at each of thousands of small steps
+    x = scene(3, (16, 16, 16) if dims == 3 else (40, 40), 0.05)
+    labels = (x.feats.sum(1) > 0).long()
+    model = pc.models.MinkUNet(
+        3, 2, blocks=(1,) * 8, planes=(8, 8, 8, 8, 8, 8, 8, 8), stem=8, dims=dims
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    losses = []
+    for _ in range(8):
+        y = model(x)
+        assert y.coordinates is x.coordinates or y.coordinates.is_same(x.coordinates)
+        loss = nn.functional.cross_entropy(y.feats, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is not None for p in model.parameters())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_folded_batchnorms_change_nothing(threads: int) -> None:
+    torch.set_num_threads(1)
+    model = pc.models.MinkUNet(3, 2, (1,) * 8, (6, 5, 7, 8, 8, 7, 6, 5), stem=4)
+    x = scene(3, (12, 12, 12), 0.1)
+    for _ in range(3):
+        model(x)  # statistics of its own
+    want = model.eval()(x).feats
+    report = fold_batchnorm(model)
+    assert not report.left, str(report)
+    assert len(report) == 33
+    assert not any(isinstance(m, pc.BatchNorm) for m in model.modules())
+    torch.testing.assert_close(model(x).feats, want, rtol=1e-4, atol=1e-4)
+
+
+def test_u_nets_have_the_blocks_they_are_named_for() -> None:
+    with torch.device("meta"):
+        nets = [net(3, 20) for net in (pc.models.MinkUNet14, pc.models.MinkUNet18)]
+        nets.append(pc.models.MinkUNet34(3, 20))
+    blocks = [sum(isinstance(m, pc.models.ResidualBlock) for m in net.modules()) for net in nets]
+    assert blocks == [8, 16, 23]
+    with pytest.raises(ValueError, match=r"blocks \(1, 2\)"):
+        pc.models.MinkUNet(3, 20, blocks=(1, 2))
+
+
+def test_the_example_of_wafer_maps_runs(threads: int) -> None:
+    torch.set_num_threads(1)
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "wafer_maps.py"))
+    assert 0 <= example["main"](["--size", "2000", "--steps", "2", "--batch", "4"]) <= 1
