@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from cases import SumOracle, _one_thread
+from cases import SumOracle, one_thread
 from gossamer import reference
 from gossamer.pointcloud import KernelMap
 from torch import Tensor
@@ -104,7 +104,7 @@ class ConvOracle(SumOracle):
         exact = [None if t is None else t.detach().double() for t in (feats, weight, bias)]
         # What is not finite only meets zeros where the result is finite.
         sizes = [None if t is None else t.abs().nan_to_num(nan=0.0, posinf=0.0) for t in exact]
-        with _one_thread():
+        with one_thread():
             y = reference.pointcloud_conv(*exact, *rest, activation)  # type: ignore[arg-type]
             size = reference.pointcloud_conv(*sizes, *rest)  # type: ignore[arg-type]
         super().__init__(y, size, weight.shape[0] * weight.shape[1], feats.dtype)
@@ -117,7 +117,7 @@ class WeightGradOracle(SumOracle):
         exact = (dy.detach().double(), feats.detach().double())
         rest = (*tensors_of(map), groups)
         sizes = [t.abs().nan_to_num(nan=0.0, posinf=0.0) for t in exact]
-        with _one_thread():
+        with one_thread():
             dw = reference.pointcloud_conv_weight_grad(*exact, *rest)
             size = reference.pointcloud_conv_weight_grad(*sizes, *rest)
         super().__init__(dw, size, max(1, int(map.tap_offsets.diff().max())), feats.dtype)
