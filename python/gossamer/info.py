@@ -33,6 +33,9 @@ _TYPICAL_BLOCKS = (
 _BLOCK, _DENSITY = Block(16, 16), 0.25
 # (tokens, outputs, inputs) of one expert.
 _TYPICAL_EXPERT = (8, 1024, 2048, "OLMoE-1B-7B gate_proj, an expert's 8")
+_TYPICAL_ZEROS = (1, 4096, 14336, "Llama-3-8B down_proj, one token")
+# (voxels, outputs, inputs) of a tap.
+_TYPICAL_VOXELS = (100_000, 64, 64, "submanifold layer, 100k voxels")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -40,7 +43,8 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 class Choice:
     """The kernel that an operation will use for x [m, k] and a weight [n, k], and why.
 
-    Of a convolution, m is the pixels of y and k the input channels of all taps.
+    Of a convolution, m is the pixels of y and k the input channels of all taps; of one over voxels,
+    m is those of y and k the channels of one tap.
     """
 
     operation: str
@@ -169,6 +173,8 @@ def info() -> Info:
         )
         + tuple(_blocksparse_choices(torch.device("cpu")))
         + tuple(_grouped_choice(dtype) for dtype in _DTYPES)
+        + tuple(_actsparse_choice(dtype) for dtype in _DTYPES)
+        + tuple(_pointcloud_choice(dtype) for dtype in _DTYPES)
         + _cuda_choices(devices),
         warnings=tuple(warnings),
     )
@@ -205,16 +211,32 @@ def _blocksparse_choices(device: torch.device) -> Iterator[Choice]:
         yield Choice(operation, example, m, n, k, dtype, target, kernel, why)
 
 
+def _choice(
+    operation: str, shape: tuple[int, int, int, str], dtype: str, chosen: dict[str, Any]
+) -> Choice:
+    m, n, k, example = shape
+    target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
+    return Choice(operation, example, m, n, k, dtype, target, kernel, why)
+
+
 def _grouped_choice(dtype: str) -> Choice:
-    m, n, k, example = _TYPICAL_EXPERT
-    chosen = _C.grouped_choose(dtype)
-    return Choice(
-        "grouped_linear", example, m, n, k, dtype, chosen["target"], chosen["kernel"], chosen["why"]
-    )
+    return _choice("grouped_linear", _TYPICAL_EXPERT, dtype, _C.grouped_choose(dtype))
+
+
+def _actsparse_choice(dtype: str) -> Choice:
+    target = _C.actsparse_target(dtype)
+    kernel = "serial" if target == "serial" else "active_rows"
+    why = "reads the rows of the weight whose input is not zero"
+    chosen = {"target": target, "kernel": kernel, "why": why}
+    return _choice("actsparse_linear", _TYPICAL_ZEROS, dtype, chosen)
+
+
+def _pointcloud_choice(dtype: str) -> Choice:
+    _, c_out, c_in, _ = _TYPICAL_VOXELS
+    chosen = _C.pointcloud_conv_choose(dtype, c_in, c_out)
+    return _choice("pointcloud_conv", _TYPICAL_VOXELS, dtype, chosen)
 
 
 def _sparse24_choice(shape: tuple[int, int, int, str], dtype: str, threads: int) -> Choice:
-    m, n, k, example = shape
-    chosen = _C.sparse24_choose(m, n, k, dtype, threads)
-    target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
-    return Choice("sparse24_linear", example, m, n, k, dtype, target, kernel, why)
+    m, n, k, _ = shape
+    return _choice("sparse24_linear", shape, dtype, _C.sparse24_choose(m, n, k, dtype, threads))
