@@ -231,6 +231,12 @@ def changed(name: str, at: int, value: int) -> dict[str, Any]:
         ({}, changed("tap_offsets", 0, 1), ValueError, r"tap_offsets\[0\] is 1"),
         ({}, changed("in_order", 3, 40), ValueError, r"in_order\[3\] is 40, there are 40"),
         ({}, changed("out_order", 2, -7), ValueError, r"out_order\[2\] is -7, there are 35"),
+        (
+            {},
+            changed("out_order", 1, int(MAP.out_order[0])),
+            ValueError,
+            r"\[1\] is .*as one before",
+        ),
     ],
 )
 def test_mistakes(operands: dict[str, Any], of_map: dict[str, Any], error: type, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,12 +143,20 @@ def test_mistakes() -> None:
         pointcloud_pool(x.feats[:4], kernel_map)
     with pytest.raises(TypeError, match="int64"):
         pointcloud_pool(x.feats.long(), kernel_map)
-    in_index, out_index, *rest = pairs_of(kernel_map)
-    for broken, place in ((in_index.clone(), 0), (out_index.clone(), 1)):
-        broken[2] = len(x) + 7 if place == 0 else -1
-        given = (broken, out_index) if place == 0 else (in_index, broken)
-        with pytest.raises(ValueError, match=f"{len(x) + 7}|descends to -1"):
-            torch.ops.gossamer.pointcloud_max_pool(x.feats, *given, *rest)
+    ranks, last = kernel_map.out_index, kernel_map.n_out
+    for name, at, value, text in (
+        ("in_index", 2, len(x), f"is {len(x)}, there are {len(x)}"),
+        ("out_index", 0, -1, "is -1"),
+        ("out_index", -1, last, f"is {last}, there are {last}"),
+        ("out_index", 0, ranks[1] + 1, r"\[1\] is .*, below"),
+        ("tap_offsets", 1, -1, "below the one before"),
+        ("in_order", 3, -1, "is -1"),
+    ):
+        broken = getattr(kernel_map, name).clone()
+        broken[at] = value
+        for reduce in ("max", "sum"):
+            with pytest.raises(ValueError, match=text):
+                pointcloud_pool(x.feats, replace(kernel_map, **{name: broken}), reduce)
     with pytest.raises(TypeError, match="Tensor, expected SparseTensor"):
         pc.GlobalMaxPool()(x.feats)
     with pytest.raises(ValueError, match="2 spatial axes, the kernel 3"):

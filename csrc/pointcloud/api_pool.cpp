@@ -1,11 +1,8 @@
-// The border of pooling: what Python hands over is checked here, once. The kernels check each
-// index of a map as they meet it.
+// The border of pooling: what Python hands over is checked here, once.
 #include <pybind11/stl.h>
 
-#include <limits>
-
-#include "common/border.h"
 #include "common/py_tensor.h"
+#include "pointcloud/border_kernel_map.h"
 #include "pointcloud/pool.h"
 
 namespace py = pybind11;
@@ -19,42 +16,6 @@ using Order = std::optional<TensorView>;
 void check_cpu(const char* what, const TensorView& t) {
   GOSSAMER_CHECK(t.device == Device::kCPU, kOp, ": ", what, " is on ", device_text(t),
                  ", this is the CPU's pooling");
-}
-
-const int32_t* indices_of(const char* what, const TensorView& t, int64_t length) {
-  check_cpu(what, t);
-  check_dtype(kOp, what, t, DType::kInt32);
-  check_vector(kOp, what, t, length);
-  return t.as<const int32_t>();
-}
-
-KernelMap checked_map(const TensorView& in_index, const TensorView& out_index,
-                      const TensorView& tap_offsets, const Order& in_order, const Order& out_order,
-                      int64_t n_in, int64_t n_out) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  GOSSAMER_CHECK(n_in <= kMost && n_out <= kMost, kOp, ": ", n_in, " and ", n_out,
-                 " voxels, expected at most ", kMost);
-  check_cpu("tap_offsets", tap_offsets);
-  check_dtype(kOp, "tap_offsets", tap_offsets, DType::kInt64);
-  GOSSAMER_CHECK(tap_offsets.ndim == 1 && tap_offsets.shape[0] >= 1, kOp,
-                 ": tap_offsets has shape ", shape_text(tap_offsets),
-                 ", expected one more than the taps");
-  check_contiguous(kOp, "tap_offsets", tap_offsets);
-  const auto* offsets = tap_offsets.as<const int64_t>();
-  const int64_t taps = tap_offsets.shape[0] - 1;
-  GOSSAMER_CHECK(offsets[0] == 0, kOp, ": tap_offsets begin at ", offsets[0], ", expected 0");
-  for (int64_t t = 0; t < taps; ++t) {
-    GOSSAMER_CHECK(offsets[t] <= offsets[t + 1], kOp, ": tap_offsets[", t + 1, "] is ",
-                   offsets[t + 1], ", below the one before it, ", offsets[t]);
-  }
-  return {taps,
-          n_in,
-          n_out,
-          offsets,
-          indices_of("in_index", in_index, offsets[taps]),
-          indices_of("out_index", out_index, offsets[taps]),
-          in_order ? indices_of("in_order", *in_order, n_in) : nullptr,
-          out_order ? indices_of("out_order", *out_order, n_out) : nullptr};
 }
 
 PoolArgs checked(const TensorView& out, const TensorView& feats, const TensorView& in_index,
@@ -72,8 +33,13 @@ PoolArgs checked(const TensorView& out, const TensorView& feats, const TensorVie
   // The stride of a dimension nobody walks along may be anything.
   GOSSAMER_CHECK(feats.strides[1] == 1 || channels <= 1 || rows == 0, kOp, ": feats has strides [",
                  feats.strides[0], ", ", feats.strides[1], "], its columns must be contiguous");
-  const KernelMap map =
-      checked_map(in_index, out_index, tap_offsets, in_order, out_order, rows, out.shape[0]);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // winners are int32
+  GOSSAMER_CHECK(rows <= kMost && out.shape[0] <= kMost, kOp, ": ", rows, " and ", out.shape[0],
+                 " voxels, expected at most ", kMost);
+  const int64_t taps = tap_offsets.numel() - 1;
+  GOSSAMER_CHECK(taps >= 0, kOp, ": tap_offsets is empty, expected one more than the taps");
+  const KernelMap map = checked_map(kOp, {in_index, out_index, tap_offsets, in_order, out_order},
+                                    taps, rows, out.shape[0], Ascent::kWeak, threads);
   return {feats.dtype, map, channels, feats.data, feats.strides[0], out.data, threads};
 }
 

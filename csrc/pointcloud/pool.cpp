@@ -5,7 +5,6 @@
 #include <atomic>
 
 #include "common/ceil_div.h"
-#include "common/check.h"
 #include "common/parallel.h"
 
 namespace gossamer::pointcloud {
@@ -37,8 +36,7 @@ void for_tiles(const PoolArgs& args, const Body& body) {
                });
 }
 
-// Calls body(row of the input, row within the tile) for the pairs of a tile. A map can be made by
-// hand: an index that is out of its range must not become an address.
+// Calls body(row of the input, row within the tile) for the pairs of a tile.
 template <class Body>
 void for_pairs(const KernelMap& map, const Tile& tile, const Body& body) {
   for (int64_t tap = 0; tap < map.taps; ++tap) {
@@ -46,24 +44,8 @@ void for_pairs(const KernelMap& map, const Tile& tile, const Body& body) {
     const int32_t* end = map.out + map.tap_offsets[tap + 1];
     const int32_t* j = std::lower_bound(begin, end, tile.row);
     const int32_t* i = map.in + (j - map.out);
-    for (; j != end && *j < tile.row + tile.rows; ++j, ++i) {
-      GOSSAMER_CHECK(*j >= tile.row, "pointcloud_pool: out_index descends to ", *j, " in tap ",
-                     tap);
-      GOSSAMER_CHECK(*i >= 0 && *i < map.n_in, "pointcloud_pool: in_index holds ", *i, ", feats ",
-                     map.n_in, " rows");
-      const int64_t row = map.in_row(*i);
-      GOSSAMER_CHECK(row >= 0 && row < map.n_in, "pointcloud_pool: in_order holds ", row,
-                     ", feats ", map.n_in, " rows");
-      body(row, *j - tile.row);
-    }
+    for (; j != end && *j < tile.row + tile.rows; ++j, ++i) body(map.in_row(*i), *j - tile.row);
   }
-}
-
-int64_t out_row(const KernelMap& map, int64_t rank) {
-  const int64_t row = map.out_row(rank);
-  GOSSAMER_CHECK(row >= 0 && row < map.n_out, "pointcloud_pool: out_order holds ", row,
-                 ", the result ", map.n_out, " rows");
-  return row;
 }
 
 // out = the sums of what `term(row of the input, row of the result, its feature)` makes of each.
@@ -82,7 +64,7 @@ void sum_pairs(const PoolArgs& args, bool mean, const Term& term) {
       term(x, row, at + tile.row, tile, sums[at]);
     });
     for (int64_t at = 0; at < tile.rows; ++at) {
-      T* y = out + out_row(args.map, tile.row + at) * args.channels + tile.channel;
+      T* y = out + args.map.out_row(tile.row + at) * args.channels + tile.channel;
       const double share = mean && counts[at] > 0 ? static_cast<double>(counts[at]) : 1.0;
       for (int64_t c = 0; c < tile.channels; ++c) {
         round_to(static_cast<Real>(sums[at][c] / share), y[c]);
@@ -103,7 +85,7 @@ void sum_winners(const PoolArgs& args, const int32_t* winner) {
   sum_pairs<T>(args, false,
                [&](const T* x, int64_t row, int64_t rank, const Tile& tile, double* sums) {
                  const int32_t* took = winner + row * args.channels + tile.channel;
-                 const int64_t mine = out_row(args.map, rank);
+                 const int64_t mine = args.map.out_row(rank);
                  for (int64_t c = 0; c < tile.channels; ++c) {
                    if (took[c] == mine) sums[c] += to_float(x[c]);
                  }
@@ -130,7 +112,7 @@ void max_features(const PoolArgs& args, int32_t* winner) {
       }
     });
     for (int64_t at = 0; at < tile.rows; ++at) {
-      const int64_t to = out_row(args.map, tile.row + at) * args.channels + tile.channel;
+      const int64_t to = args.map.out_row(tile.row + at) * args.channels + tile.channel;
       for (int64_t c = 0; c < tile.channels; ++c) {
         round_to(took[at][c] < 0 ? Real{0} : best[at][c], out[to + c]);
         winner[to + c] = took[at][c];

@@ -21,7 +21,7 @@ namespace gossamer::pointcloud {
 
 struct PoolArgs {
   DType dtype;    // float32, bfloat16, float16, float64
-  KernelMap map;  // its ranks unchecked
+  KernelMap map;  // within a tap out ascends, weakly
   int64_t channels;
   const void* feats;  // [n_in, channels], its rows feats_stride elements apart
   int64_t feats_stride;

@@ -305,13 +305,14 @@ class Coordinates:
         """
         kernel = sizes("kernel_size", kernel_size, self.dims, 1)
         step = None if stride is None else sizes("stride", stride, self.dims, 1)
-        for parent, key in reversed(self._set.parents):
+        parents = list(self._set.parents)  # other threads add to it
+        for parent, key in reversed(parents):
             if key[1] == kernel and step in (None, key[2]):
                 return (
                     Coordinates._member(self._family, parent),
                     self._family[parent].maps[key].transposed(),
                 )
-        made = [f"{k[0]} with kernel {k[1]}, stride {k[2]}" for _, k in self._set.parents]
+        made = [f"{k[0]} with kernel {k[1]}, stride {k[2]}" for _, k in parents]
         raise ValueError(
             f"pointcloud: no convolution with kernel {kernel}"
             + ("" if step is None else f" and stride {step}")
@@ -361,7 +362,7 @@ class Coordinates:
             coords = native.outputs(self.coords, one.order, one.box, window, made, shape)
             child = _Set(coords, None, native.bounds(coords), one.batch_size, shape, width)
             self._family.append(child)
-            member = len(self._family) - 1
+            member = _index(self._family, child)  # another thread may have added one, too
             outputs = Coordinates._member(self._family, member)
             one.maps[key] = self._match(self, outputs, window, made == "spread")
             one.children[key] = member
