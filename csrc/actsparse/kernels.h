@@ -152,6 +152,7 @@ struct Kernels : Finish<S, T> {
   }
 
   static void add_one_token(const LinearTask& task, float* y) {
+    if (task.row_count == 0) return;  // there is no last one
     const T* x = static_cast<const T*>(task.x.data);
     const T* rows[kGroup];
     const T* following[kGroup];
