@@ -171,3 +171,11 @@ def test_voxelize_refuses_with_values() -> None:
             arguments["points"] = torch.tensor([[0.0, 1.0], [2.0, float("nan")]])
         with pytest.raises(error, match=text):
             pc.voxelize(**arguments)
+
+
+def test_coordinates_are_the_tensor_s_own() -> None:
+    coords = torch.tensor([[0, 1, 2], [0, 3, 4]], dtype=torch.int32)
+    x = pc.SparseTensor(coords, torch.randn(2, 1))
+    coords[0, 1] = 3
+    coords[0, 2] = 4
+    assert x.coords.tolist() == [[0, 1, 2], [0, 3, 4]]

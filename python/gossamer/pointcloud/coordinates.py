@@ -89,7 +89,10 @@ class Coordinates:
         spatial_shape: Sequence[int] | None = None,
         stride: int | Sequence[int] = 1,
     ) -> None:
-        coords = int32_coords(coords)
+        given = coords
+        coords = int32_coords(given)
+        if coords.data_ptr() == given.data_ptr():  # maps outlive what the caller writes into theirs
+            coords = coords.clone()
         dims = coords.shape[1] - 1
         shape = None if spatial_shape is None else sizes("spatial_shape", spatial_shape, dims, 1)
         box = native.bounds(coords)
