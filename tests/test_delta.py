@@ -105,6 +105,8 @@ def test_conv_mistakes() -> None:
         DeltaConv2d(4, 4, 3, groups=2)
     with pytest.raises(ValueError, match="'same'"):
         DeltaConv2d(4, 4, 3, padding="same")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"shape \[3, 8, 8\]"):
+        DeltaConv2d(3, 4, 3)(torch.randn(3, 8, 8))
     with pytest.raises(TypeError, match="Linear"):
         DeltaConv2d.from_dense(nn.Linear(2, 2))  # type: ignore[arg-type]
 

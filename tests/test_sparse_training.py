@@ -206,6 +206,19 @@ def test_results_may_be_written_to(shape: tuple[int, ...]) -> None:
         assert torch.equal(given, wanted)
 
 
+def test_a_bad_mask_is_not_loaded() -> None:
+    layer, other = (SparseTrainingLinear(7, 4, refresh=9) for _ in range(2))
+    other(torch.ones(2, 7))
+    state = other.state_dict()
+    bad = {**state, "indices": torch.full_like(layer.indices, 0xFF)}
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"indices: .*invalid"):
+        layer.load_state_dict(bad)
+    assert torch.equal(layer.weight, before)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(torch.ones(2, 7)), other(torch.ones(2, 7)))
+
+
 def test_bad_use_of_the_layer() -> None:
     with pytest.raises(ValueError, match="projection 'nope'"):
         SparseTrainingLinear(4, 4, projection="nope")

@@ -247,6 +247,8 @@ class DeltaConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] of one step to [B, C_out, OH, OW]."""
         _check("DeltaConv2d", self, input)
+        if input.dim() != 4:
+            raise ValueError(f"DeltaConv2d: x has shape {list(input.shape)}, expected [B, C, H, W]")
         streams = self.streams
         with torch.no_grad():
             if streams.due(self.refresh_every):
