@@ -229,6 +229,7 @@ def test_mistakes(change: dict[str, Any], error: type, text: str, gradient: bool
         ({"wanted": torch.tensor([-1])}, ValueError, "outputs -1 to -1"),
         ({"wanted": torch.zeros(2, 1).long()}, ValueError, r"wanted has shape \[2, 1\]"),
         ({"wanted": GATE.byte()}, TypeError, "wanted is torch.uint8"),
+        ({"wanted": GATE.float(), "threshold": -0.5}, ValueError, "threshold is -0.5"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias has shape \[8\], expected \[4\]"),
         ({"activation": "tanh"}, ValueError, "tanh"),
     ],

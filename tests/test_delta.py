@@ -105,5 +105,27 @@ def test_conv_mistakes() -> None:
         DeltaConv2d(4, 4, 3, groups=2)
     with pytest.raises(ValueError, match="'same'"):
         DeltaConv2d(4, 4, 3, padding="same")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"shape \[3, 8, 8\]"):
+        DeltaConv2d(3, 4, 3)(torch.randn(3, 8, 8))
     with pytest.raises(TypeError, match="Linear"):
         DeltaConv2d.from_dense(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_callers_may_write_to_input_and_output(kind: str) -> None:
+    dense: nn.Module = nn.Linear(6, 5) if kind == "linear" else nn.Conv2d(6, 5, 3, padding=1)
+    layer = (DeltaLinear if kind == "linear" else DeltaConv2d).from_dense(dense)  # type: ignore[arg-type]
+    x = torch.empty(2, 6) if kind == "linear" else torch.empty(2, 6, 8, 8)
+    with torch.no_grad():
+        for step in range(5):
+            if step != 3:  # where nothing changes, too
+                x.normal_()
+            y = layer(x)
+            torch.testing.assert_close(y, dense(x), rtol=1e-4, atol=1e-4)
+            y.relu_()
+
+
+def test_autocast_gives_every_step_its_dtype() -> None:
+    layer = DeltaLinear.from_dense(nn.Linear(6, 5))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert {layer(torch.randn(2, 6)).dtype for _ in range(3)} == {torch.bfloat16}

@@ -142,3 +142,28 @@ def test_bad_use() -> None:
     unused[0].spare = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="spare: no calibration batch reaches it"):
         prune_after_training(unused, [torch.randn(2, 4)], method="wanda", progress=False)
+
+
+class ByKeyword(nn.Module):
+    """Calls its layer by a keyword, and has a part that stays in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.frozen = nn.Linear(24, 8), nn.BatchNorm1d(24).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(input=self.frozen(x))
+        return y
+
+
+def test_layers_called_by_keyword_and_modes_of_parts() -> None:
+    model = ByKeyword()
+    pruned = prune_after_training(model, [inputs(16, 24)], "2:4", "wanda", progress=False)
+    assert pruned.layers[0].sparsity == 0.5
+    assert model.training
+    assert model.layer.training
+    assert not model.frozen.training
+    score = sparsify.WandaScore()
+    score.attach(pruned.layers)
+    model(inputs(4, 24))
+    assert score.rows == {"layer": 4}

@@ -54,6 +54,14 @@ def test_matches_its_dense_twin(kind: str, bias: bool, dtype: torch.dtype) -> No
     assert torch.equal(back(x), layer(x))
 
 
+def test_results_may_be_written_to(kind: str) -> None:
+    layer, x = make(kind), x_for(kind)
+    y = layer(x)
+    (wanted,) = torch.autograd.grad(y.relu().sum(), layer.bias)
+    (given,) = torch.autograd.grad(layer(x).relu_().sum(), layer.bias)
+    assert torch.equal(given, wanted)
+
+
 def test_pruning_only_on_request_and_as_much_as_asked(kind: str) -> None:
     dense, layer = dense_twin(kind), make(kind)
     if layer.pattern == "2:4":

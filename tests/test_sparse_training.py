@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from gossamer.nn import SparseTrainingLinear
+from gossamer.nn import SparseLinear, SparseTrainingLinear
 from gossamer.projection24 import (
     hard_threshold_24,
     mvue_24,
@@ -195,6 +195,28 @@ def test_the_mask_is_searched_every_so_many_steps() -> None:
             layer.weight.copy_(torch.randn(4, 8))
     same = [torch.equal(a, b) for a, b in itertools.pairwise(masks)]
     assert same == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (3, 2, 8)], ids=str)
+def test_results_may_be_written_to(shape: tuple[int, ...]) -> None:
+    for layer in (SparseTrainingLinear(8, 4), SparseLinear(8, 4)):
+        x = torch.randn(shape)
+        (wanted,) = torch.autograd.grad(layer(x).relu().sum(), layer.bias)
+        (given,) = torch.autograd.grad(layer(x).relu_().sum(), layer.bias)
+        assert torch.equal(given, wanted)
+
+
+def test_a_bad_mask_is_not_loaded() -> None:
+    layer, other = (SparseTrainingLinear(7, 4, refresh=9) for _ in range(2))
+    other(torch.ones(2, 7))
+    state = other.state_dict()
+    bad = {**state, "indices": torch.full_like(layer.indices, 0xFF)}
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"indices: .*invalid"):
+        layer.load_state_dict(bad)
+    assert torch.equal(layer.weight, before)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(torch.ones(2, 7)), other(torch.ones(2, 7)))
 
 
 def test_bad_use_of_the_layer() -> None:

@@ -299,6 +299,8 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
         Sparsifier(other, "2:4", Magnitude(), OneShot(0.5)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"pattern of the state is 'NM\(n=2, m=4\)'"):
         Sparsifier(net(), Unstructured(), Magnitude(), OneShot(0.5)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"score of the state is \['Magnitude'\]"):
+        Sparsifier(net(), "2:4", sparsify.SNIP(), OneShot(0.5, at=1)).load_state_dict(state)
     with pytest.raises(ValueError, match="recipe"):
         made.load_state_dict({**state, "recipe": "Other"})
     saved = io.BytesIO()
@@ -340,6 +342,14 @@ def test_bad_use_is_told_early() -> None:
         Sparsifier(net(), "2:4", sparsify.Gradient(), OneShot(0.5, at=1)).step()
     with pytest.raises(ValueError, match="no kernel runs"):
         Sparsifier(net(), Filters(), Magnitude(), OneShot(0.5)).finalize()
+
+
+@pytest.mark.parametrize("recipe", [sparsify.SSTE, sparsify.MaskedDecay])
+def test_a_refused_model_is_left_as_it_was(recipe: Callable[..., Sparsifier]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 1))
+    with pytest.raises(ValueError, match="1: a plain Linear inside a model"):
+        recipe(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert type(model[0]) is nn.Linear
 
 
 @pytest.mark.parametrize("pattern", ["2:4", Block(4, 4)], ids=str)

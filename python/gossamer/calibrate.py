@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -118,7 +119,8 @@ def calibrate_thresholds(
     Raises
     ------
     ValueError
-        If the sparsity is not in [0, 1), the method unknown, or no layer was reached.
+        If the sparsity is not in [0, 1), the method unknown, no layer was reached, or so many
+        inputs of one are NaN or infinite that no threshold skips the share.
     TypeError
         If a batch is of another type.
 
@@ -206,6 +208,10 @@ class _Inputs:
 
     def judge(self, share: float) -> LayerThreshold:
         threshold = self.threshold(share)
+        if not math.isfinite(threshold):
+            raise ValueError(
+                f"calibrate_thresholds: {self.name}: the inputs of the batches are not finite"
+            )
         shape = (self.layer.out_features, self.layer.in_features)
         sparsity, error = self.sparsity(threshold), self.error(threshold)
         return LayerThreshold(self.name, shape, threshold, sparsity, error)

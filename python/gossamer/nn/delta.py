@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.actsparse import actsparse_linear
 from ..ops.conv_at import Taps, conv_at
+from ..ops.operands import autocast_dtype, autocast_to
 from .activation_sparse import ActSparseLinear
 from .gathered_conv import MOST_GATHERED, check_gathered, conv_arguments, taps_of
 
@@ -28,8 +29,17 @@ class _Streams:
         self.steps = 0  # since all of it was computed anew
 
     def start(self, x: Tensor, y: Tensor) -> Tensor:
-        self.seen, self.output, self.steps = _wide(x), _wide(y), 0
+        # Copies: x and y are the caller's, to be written to.
+        self.seen, self.output, self.steps = _wide(x).clone(), _wide(y).clone(), 0
         return y
+
+    def went_on(self, x: Tensor, output: Tensor) -> Tensor:
+        """Take over the next running sum, and give the caller a copy in the dtype of results."""
+        self.output = output
+        autocast = autocast_dtype(x)
+        return output.to(
+            x.dtype if autocast is None else autocast_to(x[:0], autocast).dtype, copy=True
+        )
 
     def due(self, refresh_every: int | None) -> bool:
         return self.seen is None or (refresh_every is not None and self.steps + 1 >= refresh_every)
@@ -161,8 +171,8 @@ class DeltaLinear(ActSparseLinear):
                 return streams.start(x, actsparse_linear(x, self.weight_kn, self.bias))
             change = streams.change("DeltaLinear", x, self.threshold, of_pixels=False)
             assert streams.output is not None
-            streams.output = streams.output + actsparse_linear(change, self.weight_kn)
-            return streams.output.to(x.dtype)
+            output = streams.output + actsparse_linear(change, self.weight_kn)
+            return streams.went_on(x, output)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, refresh_every={self.refresh_every}"
@@ -237,13 +247,14 @@ class DeltaConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] of one step to [B, C_out, OH, OW]."""
         _check("DeltaConv2d", self, input)
+        if input.dim() != 4:
+            raise ValueError(f"DeltaConv2d: x has shape {list(input.shape)}, expected [B, C, H, W]")
         streams = self.streams
         with torch.no_grad():
             if streams.due(self.refresh_every):
                 return streams.start(input, super().forward(input))
             change = streams.change("DeltaConv2d", input, self.threshold, of_pixels=True)
-            streams.output = self._added(change)
-            return streams.output.to(input.dtype)
+            return streams.went_on(input, self._added(change))
 
     def _added(self, change: Tensor) -> Tensor:
         """The outputs with what the change adds to them."""

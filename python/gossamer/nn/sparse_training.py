@@ -51,7 +51,8 @@ class SparseTrainingLinear(nn.Linear):
     Attributes
     ----------
     weight : Parameter
-        [N, K], dense.
+        [N, K], dense. Writing to it through ``.data``, which torch does not count as a change, is
+        not seen; write under ``torch.no_grad()``, as optimizers do.
     scale : Tensor
         0-d float64: the frozen factor of "soft", 1 otherwise.
     age : Tensor
@@ -216,8 +217,16 @@ class SparseTrainingLinear(nn.Linear):
         self._bring_up_to_date()
         super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(f"{prefix}indices")
+        if isinstance(given, Tensor) and given.shape == self.indices.shape and given.any():
+            values = torch.zeros(len(given), 2 * ((self.in_features + 3) // 4), device=given.device)
+            try:
+                Sparse24(values, given, (self.out_features, self.in_features)).validate()
+            except (TypeError, ValueError) as error:
+                args[-1].append(f"{prefix}indices: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._projected, self._searched = None, bool(self.indices.any())
 
     def __getstate__(self) -> dict[str, Any]:

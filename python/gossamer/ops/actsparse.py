@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, library
-from .actsparse_gradient import Linear, active, masked
+from .actsparse_gradient import Linear, active, check_threshold, masked
 from .operands import (
     activation_of,
     apply_function,
@@ -182,10 +182,7 @@ def _fake(
 ) -> Tensor:
     activation_of(_OP, activation)
     check_devices(_OP, x, weight_kn=weight_kn, bias=bias)
-    if not 0 <= threshold <= torch.finfo(x.dtype).max:
-        raise ValueError(
-            f"{_OP}: threshold is {threshold}, expected 0 or more, and finite in {x.dtype}"
-        )
+    check_threshold(_OP, threshold, x.dtype)
     return _empty_result(x, weight_kn, bias)
 
 

@@ -14,6 +14,13 @@ from torch import Tensor
 from .operands import as_rows
 
 
+def check_threshold(op: str, threshold: float, dtype: torch.dtype) -> None:
+    if not 0 <= threshold <= torch.finfo(dtype).max:
+        raise ValueError(
+            f"{op}: threshold is {threshold}, expected 0 or more, and finite in {dtype}"
+        )
+
+
 def active(x: Tensor, threshold: float) -> Tensor:
     """Where ``|x| > threshold``, rounded to the dtype of x, or x is NaN."""
     return ~(x.abs() <= threshold)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, library
-from .actsparse_gradient import Outputs, active
+from .actsparse_gradient import Outputs, active, check_threshold
 from .operands import (
     activation_of,
     apply_function,
@@ -71,7 +71,8 @@ def actsparse_outputs(
     TypeError
         If dtypes differ or have no kernel.
     ValueError
-        If shapes or devices do not match, an index is out of range, or the activation is unknown.
+        If shapes or devices do not match, an index is out of range, the activation is unknown, or
+        the threshold of a gate is negative or not finite in its dtype.
 
     Notes
     -----
@@ -92,6 +93,7 @@ def actsparse_outputs(
     check_dtypes(_OP, weight.dtype, x=x, bias=bias)
     indices = None
     if wanted.is_floating_point():
+        check_threshold(_OP, threshold, wanted.dtype)
         wanted = active(wanted.detach(), threshold)
     elif wanted.dtype != torch.bool:
         indices = _indices_of(x, weight, wanted)

@@ -138,9 +138,10 @@ def _linear_native(
     rows = as_rows(x, dims)
     if rows.stride(1) != 1:  # each task of the kernels would gather its columns anew
         rows = rows.contiguous()
-    out = x.new_empty((rows.shape[0], out_features))
+    # In its final shape: a view made here could not be written to where gradients are recorded.
+    out = x.new_empty((*x.shape[:-1], out_features))
     _C.sparse24_linear(
-        out,
+        as_rows(out, dims),
         rows,
         values.contiguous(),
         None if indices is None else indices.contiguous(),
@@ -148,7 +149,7 @@ def _linear_native(
         activation,
         torch.get_num_threads(),
     )
-    return out if dims == 2 else out.view(*x.shape[:-1], out_features)
+    return out
 
 
 def _linear_native_cuda(
@@ -170,16 +171,16 @@ def _linear_native_cuda(
             raise TypeError("sparse24_linear: float64 has a kernel on the CPU only")
         # One pass over the weight, for which a product of many rows has time.
         values = _to_panels(values.detach(), indices, in_features)
-    out = x.new_empty((rows.shape[0], out_features))
+    out = x.new_empty((*x.shape[:-1], out_features))
     _C.sparse24_linear_cuda(
-        out,
+        as_rows(out, dims),
         rows,
         values.contiguous(),
         None if bias is None else bias.contiguous(),
         activation,
         *workspace(rows, out_features, in_features, x.dtype),
     )
-    return out if dims == 2 else out.view(*x.shape[:-1], out_features)
+    return out
 
 
 def _linear_fake(

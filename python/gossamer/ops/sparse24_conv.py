@@ -235,7 +235,8 @@ def _dense(
     steps = (geometry.stride, geometry.padding, geometry.dilation)
     y = _CONVS[x.dim()](x, weight, bias, *steps, geometry.groups)
     y = y if activate is None else activate(y)
-    return y.contiguous(memory_format=memory_format)
+    # torch's conv1d returns a view, which could not be written to where gradients are recorded.
+    return y.data.contiguous(memory_format=memory_format)
 
 
 def _dense_weight(

@@ -26,6 +26,8 @@ def check_codes(op: str, values: Tensor, indices: Tensor) -> None:
             f"{op}: values have shape {list(values.shape)} and indices {list(indices.shape)}, "
             "expected both [B, k]"
         )
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices are {indices.dtype}, expected int32 or int64")
 
 
 def _rows(t: Tensor) -> Tensor:

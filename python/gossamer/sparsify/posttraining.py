@@ -120,7 +120,7 @@ def prune_after_training(
     batches = calibration if isinstance(calibration, Sequence) else list(calibration)
     if method != "magnitude" and not batches:
         raise ValueError(f"{op}: {method!r} needs calibration batches")
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     energy, changed = {}, {}
     try:
@@ -132,7 +132,8 @@ def prune_after_training(
             energy[layer.name] = kept / max(float(before.sum()), torch.finfo(torch.float64).tiny)
             layer.weight.copy_(weight)
     finally:
-        model.train(training)
+        for module, training in modes:  # each its own: some may have been left in evaluation
+            module.training = training
     change = MaskChange(
         0,
         {layer.name: layer.sparsity for layer in layers},
@@ -202,9 +203,10 @@ def each_input(
     """
     rows = 0
 
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal rows
-        x = input_rows(module, args[0].detach()).float()
+        given = args[0] if args else next(iter(kwargs.values()))
+        x = input_rows(module, given.detach()).float()
         rows += len(x)
         use(x)
 
@@ -212,7 +214,7 @@ def each_input(
         raise _Enough
 
     hooks = [
-        layer.module.register_forward_pre_hook(see),
+        layer.module.register_forward_pre_hook(see, with_kwargs=True),
         layer.module.register_forward_hook(stop),
     ]
     try:

@@ -219,11 +219,16 @@ class InputScore(Score):
         for layer in layers:
 
             def see(
-                module: nn.Module, args: tuple[Any, ...], output: Any, layer: Layer = layer
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                output: Any,
+                layer: Layer = layer,
             ) -> None:
-                self.see(layer, args[0].detach())
+                given = args[0] if args else next(iter(kwargs.values()))
+                self.see(layer, given.detach())
 
-            self._hooks.append(layer.module.register_forward_hook(see))
+            self._hooks.append(layer.module.register_forward_hook(see, with_kwargs=True))
 
     def detach(self) -> None:
         for hook in self._hooks:

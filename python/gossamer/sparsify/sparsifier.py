@@ -272,12 +272,17 @@ class Sparsifier:
         for score in self._scores():
             score.detach()
 
+    def _score_names(self) -> list[str]:
+        return [type(score).__name__ for score in self._scores()]
+
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and containers, from which training goes on to the bit."""
         return {
             "version": _VERSION,
             "recipe": type(self).__name__,
             "pattern": repr(self.pattern),
+            "score": self._score_names(),
+            "schedule of": type(self.schedule).__name__,
             "steps": self.steps,
             "masks": {layer.name: layer.kept.clone() for layer in self.layers},
             "scores": [score.state_dict() for score in self._scores()],
@@ -293,13 +298,15 @@ class Sparsifier:
         Raises
         ------
         ValueError
-            If it is of another recipe, pattern or model; nothing is changed then.
+            If it is of another recipe, pattern, score, schedule or model; nothing is changed then.
         """
         op = type(self).__name__
         for key, own in (
             ("version", _VERSION),
             ("recipe", op),
             ("pattern", repr(self.pattern)),
+            ("score", self._score_names()),
+            ("schedule of", type(self.schedule).__name__),
         ):
             if state.get(key) != own:
                 raise ValueError(f"{op}: {key} of the state is {state.get(key)!r}, not {own!r}")

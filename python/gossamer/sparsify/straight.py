@@ -98,22 +98,30 @@ class STE(Sparsifier):
 
     def _enter(self) -> None:
         """Let the forward pass see projected weights."""
+        op = type(self).__name__
         sites = {site.name: site for site in layer_sites(unwrapped(self.model))}
+        swapped = {
+            layer.name
+            for layer in self.layers
+            if self.pattern == NM(2, 4)
+            and type(layer.module) is nn.Linear
+            and sites[layer.name].holders
+        }
+        for layer in self.layers:  # before any is changed
+            if self.projection != "hard" and layer.name not in swapped:
+                raise ValueError(f"{op}: {layer.name}: a plain Linear inside a model is expected")
         for layer in self.layers:
-            holders = sites[layer.name].holders
             linear = layer.module
-            if self.pattern == NM(2, 4) and type(linear) is nn.Linear and holders:
+            if layer.name in swapped:
+                assert isinstance(linear, nn.Linear)
                 fast = SparseTrainingLinear.from_dense(
                     linear, self.projection, self.refresh, self.mvue
                 )
                 self._swapped[layer.name] = layer.module = fast
-                for holder, attribute in holders:
+                for holder, attribute in sites[layer.name].holders:
                     setattr(holder, attribute, fast)
-            elif self.projection == "hard":
-                parametrize.register_parametrization(layer.module, "weight", _Masked(layer))
             else:
-                op = type(self).__name__
-                raise ValueError(f"{op}: {layer.name}: a plain Linear inside a model is expected")
+                parametrize.register_parametrization(layer.module, "weight", _Masked(layer))
 
     def apply(self) -> None:
         """Leave the dense weights alone."""
