@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import active_report
 import bench_actsparse
 import pytest
 import relu_lm
@@ -74,7 +73,10 @@ def test_command(
 
 
 def test_picture(cases: list[ActiveCase], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    for name in ("rich", "matplotlib"):
+        pytest.importorskip(name)
+    import active_report  # needs both
+
     active_report.draw(tmp_path / "zeros.png", cases, "tiny")
     assert (tmp_path / "zeros.png").stat().st_size > 10_000
 
