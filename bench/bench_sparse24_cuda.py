@@ -39,7 +39,12 @@ from cuda_timing import (
     repeats_for,
 )
 from cusparselt import add_cusparselt
-from gossamer.formats import Sparse24, Sparse24Panels
+from gossamer.formats import (
+    Sparse24,
+    Sparse24Panels,
+    Sparse24Quantized,
+    Sparse24QuantizedPanels,
+)
 from record import OURS, Check
 from shapes import LinearShape
 from torch import Tensor
@@ -48,6 +53,7 @@ EAGER_ROWS = 16  # up to here the time to launch a layer shows beside the time t
 RIVALS_SLACK = 8.0  # a rival may err so much more than we may: it is a wrong kernel that must show
 SAMPLED_ROWS = 256
 CHUNK = 2**27  # numbers of an answer that are compared at once
+GROUP = 128  # columns of an int4 weight that share a scale
 RAW_MOST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 
 
@@ -89,7 +95,9 @@ class Ours:
 
     def contender(self, x: Tensor, copies: int) -> Contender:
         stored = [self.stored, *(cloned(self.stored) for _ in range(1, copies))]
-        if self.dtype.quantised:
+        if self.dtype.weights:
+            linear = gossamer.sparse24_linear_quantized
+        elif self.dtype.quantised:
             ones = torch.ones(x.shape[0], device=x.device)
             linear = partial(
                 gossamer.sparse24_linear_quantized, x_scale=ones, out_dtype=self.dtype.out
@@ -112,13 +120,25 @@ def cloned(weight: Any) -> Any:
 
 def pack(weight: Tensor, dtype: GpuDtype) -> Ours:
     """The weight as gossamer's kernels read it; NotImplementedError where there is none."""
+    if dtype.weights:
+        return Ours(as_read(quantised(weight, dtype.weights)), dtype)
     if not dtype.quantised:
         return Ours(Sparse24Panels.from_sparse24(Sparse24.from_dense(weight)), dtype)
-    if not hasattr(gossamer.formats, "Sparse24Quantized"):
-        raise NotImplementedError(f"this gossamer has no {dtype.name} layers")
     sparse = Sparse24.from_dense(weight.float())
     name = str(dtype.dtype).removeprefix("torch.")
-    return Ours(gossamer.formats.Sparse24Quantized.from_sparse24(sparse, name), dtype)
+    return Ours(as_read(Sparse24Quantized.from_sparse24(sparse, name)), dtype)
+
+
+def as_read(weight: Sparse24Quantized) -> Sparse24Quantized | Sparse24QuantizedPanels:
+    """As a GPU's kernels read it; a CPU, on which the tests run this, has no such panels."""
+    on_gpu = weight.values.is_cuda
+    return Sparse24QuantizedPanels.from_quantized(weight) if on_gpu else weight
+
+
+def quantised(weight: Tensor, name: str) -> Sparse24Quantized:
+    """Scales are powers of two, so that every weight is a bfloat16 as well."""
+    found = Sparse24Quantized.from_sparse24(Sparse24.from_dense(weight), name, group=GROUP)
+    return dataclasses.replace(found, scales=torch.exp2(found.scales.log2().ceil()))
 
 
 @dataclass
@@ -136,6 +156,8 @@ class Weight:
     def __post_init__(self) -> None:
         size = (self.shape.out_features, self.shape.in_features)
         self.dense = raw_numbers(size, self.dtype, self.device, seed=0, pruned=True)
+        if self.dtype.weights:  # dense layers get the numbers that are left
+            self.dense = quantised(self.dense, self.dtype.weights).to_dense(self.dtype.dtype)
         try:
             self.ours = pack(self.dense, self.dtype)
         except Exception as error:

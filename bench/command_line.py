@@ -138,7 +138,7 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="fewer rows and rounds: about four minutes")
     add("--feature", type=_comma_list, metavar="A,B", help=f"of {', '.join(FEATURES)}; default all")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    on_gpu = "on a GPU bf16, fp16, fp8, int8, fp32"
+    on_gpu = "on a GPU bf16, fp16, fp8, int8, int4, fp32"
     add("--dtype", type=_comma_list, metavar="A,B", help=f"of {', '.join(DTYPES)}; {on_gpu}")
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
     add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert; codes")

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -138,6 +139,8 @@ def measure_limits(device: torch.device, dtypes: list[str]) -> GpuLimits:
         probes = _memory_probes(device, stopwatch)
     limits = GpuLimits(l2_bytes(device), max(probes.values()), probes)
     for name in dtypes:
+        if DTYPES[name].weights:
+            continue  # multiplied in another one's arithmetic, whose peak is measured
         try:
             with torch.no_grad(), graph_stopwatch(device) as stopwatch:
                 dense, sparse = _peaks(device, DTYPES[name], stopwatch)
@@ -148,6 +151,12 @@ def measure_limits(device: torch.device, dtypes: list[str]) -> GpuLimits:
             limits.dense_flops[name] = dense
         if sparse:
             limits.sparse_flops[name] = sparse
+    for peaks in (limits.dense_flops, limits.sparse_flops):
+        peaks |= {
+            name: peaks[other]
+            for name, other in product(dtypes, tuple(peaks))
+            if DTYPES[name].weights and DTYPES[other].dtype is DTYPES[name].dtype
+        }
     return limits
 
 

@@ -47,12 +47,17 @@ QUICK_OTHER_ROWS = (16, 2048)
 
 @dataclass(frozen=True)
 class GpuDtype:
-    """A dtype of x and the weights, and of the answers."""
+    """A dtype of x and the weights, and of the answers.
+
+    ``weights`` is what gossamer keeps of the weights where that is another: int4 of those that
+    dense layers have in bfloat16.
+    """
 
     name: str
     dtype: torch.dtype
     out: torch.dtype
     tolerance: Tolerance
+    weights: str = ""
 
     @property
     def quantised(self) -> bool:
@@ -68,6 +73,7 @@ DTYPES = {
         GpuDtype("fp16", torch.float16, torch.float16, Tolerance(2**-11, 1e-3)),
         GpuDtype("fp8", torch.float8_e4m3fn, torch.bfloat16, Tolerance(2**-8, 2e-2)),
         GpuDtype("int8", torch.int8, torch.bfloat16, Tolerance(2**-8, 1e-3)),
+        GpuDtype("int4", torch.bfloat16, torch.bfloat16, Tolerance(2**-8, 1e-3), "int4"),
         GpuDtype("fp32", torch.float32, torch.float32, Tolerance(1e-5, 1e-4)),
     )
 }
@@ -81,4 +87,4 @@ QUICK_BLOCKS = ((32, 32), (16, 16))
 QUICK_BLOCK_DENSITIES = (0.25,)
 QUICK_BLOCK_SHAPES = ("llama8b.o", "llama8b.down")  # beside ResNet-50's convolutions
 
-DEFAULT_DTYPES = ("bf16", "fp16", "fp8", "int8")
+DEFAULT_DTYPES = ("bf16", "fp16", "fp8", "int8", "int4")

@@ -546,9 +546,9 @@ def test_short_names_of_machines() -> None:
 
 def test_command_line_for_a_gpu() -> None:
     options = run.parse(["--device", "cuda", "--seconds", "100"])
-    assert options.dtypes == ("bf16", "fp16", "fp8", "int8")
+    assert options.dtypes == ("bf16", "fp16", "fp8", "int8", "int4")
     assert options.shapes == SHAPES
-    assert len(run_cuda.plan_of(options)) == 4 * len(SHAPES) * len(ROWS)
+    assert len(run_cuda.plan_of(options)) == 5 * len(SHAPES) * len(ROWS)
     assert run_cuda.plan_of(options).most_seconds == 100
     quick = run_cuda.plan_of(run.parse(["--device", "cuda", "--quick"])).cases
     assert {shape.name for name, shape, _ in quick if name == "bf16"} == set(QUICK_SHAPES)

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/border.h"
@@ -31,11 +32,15 @@ const CudaKernels& cuda_kernels(const char* op, const TensorView& t);
 
 // Asynchronous copies read x by 16 bytes.
 void check_aligned_rows(const char* op, const TensorView& x);
-// Chooses the kernel for a weight of `stored` values and launches it on the stream of x, with what
-// `args` says besides. Nothing to do without rows.
+// A kernel by name with tile_n, tile_m, warps_k, split_k and blocks (CudaGemmConfig).
+using NamedConfig = std::tuple<std::string, int, int, int, int, int>;
+
+// Chooses the kernel for a weight of `stored` values, unless one is given, and launches it on the
+// stream of x, with what `args` says besides. Nothing to do without rows.
 void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorView& x,
                  const std::optional<TensorView>& workspace,
-                 const std::optional<TensorView>& counters);
+                 const std::optional<TensorView>& counters,
+                 const std::optional<NamedConfig>& config);
 
 void bind_cuda(pybind11::module_& m);
 

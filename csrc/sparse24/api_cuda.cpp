@@ -34,16 +34,31 @@ void check_product(const char* op, DType stored, const CudaDevice& device) {
                  "9.0 and 12.x have, and this GPU has those of int8, int4, bfloat16 and float16");
 }
 
+CudaGemmConfig config_of(const char* op, const NamedConfig& given, const CudaGemmArgs& args,
+                         DType stored, const CudaDevice& device) {
+  const auto& [kernel, tile_n, tile_m, warps_k, split_k, blocks] = given;
+  for (const CudaKernel each : {CudaKernel::kDecode, CudaKernel::kPrefill, CudaKernel::kWgmma}) {
+    if (name(each) != kernel) continue;
+    const CudaGemmConfig config{each, tile_n, tile_m, warps_k, split_k, blocks};
+    if (can_run(config, args.m, args.n, args.k, stored, device)) return config;
+  }
+  fail(op, ": no kernel multiplies ", args.m, " rows by [", args.n, ", ", args.k, "] of ",
+       name(stored), " as ", kernel, " ", tile_n, " x ", tile_m, ", warps_k ", warps_k,
+       ", split_k ", split_k, ", blocks ", blocks);
+}
+
 }  // namespace
 
 void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorView& x,
                  const std::optional<TensorView>& workspace,
-                 const std::optional<TensorView>& counters) {
+                 const std::optional<TensorView>& counters,
+                 const std::optional<NamedConfig>& config) {
   if (args.m == 0) return;
   const CudaModule& module = cuda_module(op, x);
   const CudaDevice device = module.device(x.device_index);
   check_product(op, stored, device);
-  args.config = choose_cuda_gemm_config(args.m, args.n, args.k, stored, device);
+  args.config = config ? config_of(op, *config, args, stored, device)
+                       : choose_cuda_gemm_config(args.m, args.n, args.k, stored, device);
   const int64_t bytes = workspace_bytes(args.config, args.m, args.n);
   if (bytes > 0) {
     GOSSAMER_CHECK(workspace && counters, op, ": ", bytes, " bytes of workspace are needed");
@@ -65,7 +80,8 @@ namespace {
 void bind_linear(const TensorView& out, const TensorView& x, const TensorView& weight,
                  const std::optional<TensorView>& bias, const std::string& activation,
                  const std::optional<TensorView>& workspace,
-                 const std::optional<TensorView>& counters) {
+                 const std::optional<TensorView>& counters,
+                 const std::optional<NamedConfig>& config) {
   constexpr const char* op = "sparse24_linear";
   cuda_kernels(op, x);  // or what panels() says would be about the CPU's
   check_matrix(op, "x", x);
@@ -87,7 +103,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   args.bias = bias_of(op, bias, n, x.dtype, x);
   args.activation = activation_of(op, activation);
   args.out = out.data;
-  launch_gemm(op, args, x.dtype, x, workspace, counters);
+  launch_gemm(op, args, x.dtype, x, workspace, counters, config);
 }
 
 py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
@@ -117,7 +133,7 @@ void bind_cuda(py::module_& m) {
   m.attr("cuda_counters") = kCudaCounters;
   m.def("sparse24_linear_cuda", &bind_linear, py::arg("out"), py::arg("x"), py::arg("panels"),
         py::arg("bias"), py::arg("activation"), py::arg("workspace"), py::arg("counters"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("config") = py::none(), py::call_guard<py::gil_scoped_release>());
   m.def("sparse24_choose_cuda", &choose, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
         py::arg("device"));
 }

@@ -130,7 +130,8 @@ void bind_linear_quantized_cuda(const TensorView& out, const TensorView& x,
                                 const std::optional<TensorView>& bias, int64_t group,
                                 const std::string& activation,
                                 const std::optional<TensorView>& workspace,
-                                const std::optional<TensorView>& counters) {
+                                const std::optional<TensorView>& counters,
+                                const std::optional<NamedConfig>& config) {
   cuda_kernels(kOp, x);  // or what panels() says would be about the CPU's
   check_matrix(kOp, "x", x);
   check_matrix(kOp, "out", out);
@@ -156,7 +157,7 @@ void bind_linear_quantized_cuda(const TensorView& out, const TensorView& x,
   args.out_dtype = out.dtype;
   args.bias = bias_of(kOp, bias, n, out.dtype, x);
   args.activation = activation_of(kOp, activation);
-  launch_gemm(kOp, args, stored, x, workspace, counters);
+  launch_gemm(kOp, args, stored, x, workspace, counters, config);
 }
 
 }  // namespace
@@ -169,7 +170,8 @@ void bind_quantized(py::module_& m) {
   m.def("sparse24_linear_quantized_cuda", &bind_linear_quantized_cuda, py::arg("out"), py::arg("x"),
         py::arg("x_scale"), py::arg("panels"), py::arg("value_dtype"), py::arg("scales"),
         py::arg("bias"), py::arg("group"), py::arg("activation"), py::arg("workspace"),
-        py::arg("counters"), py::call_guard<py::gil_scoped_release>());
+        py::arg("counters"), py::arg("config") = py::none(),
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace gossamer::sparse24

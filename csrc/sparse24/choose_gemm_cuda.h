@@ -56,6 +56,33 @@ inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, D
   return prefill_config(m, n, device);
 }
 
+// Whether a kernel computes the product as `config` says, which may be another than is chosen.
+inline bool can_run(const CudaGemmConfig& config, int64_t m, int64_t n, int64_t k, DType dtype,
+                    const CudaDevice& device) {
+  const bool is_float8 = dtype == DType::kE4M3, by_mma = !is_float8 || device.capability != 90;
+  switch (config.kernel) {
+    case CudaKernel::kDecode: {
+      const bool has_sizes = (config.tile_m == 8 || config.tile_m == 16 || config.tile_m == 32 ||
+                              config.tile_m == 64) &&
+                             (config.warps_k == 1 || config.warps_k == 2 || config.warps_k == 4 ||
+                              config.warps_k == 8) &&
+                             config.tile_n == decode_tile_n(config.tile_m, config.warps_k, dtype);
+      return dtype != DType::kFloat32 && by_mma && has_sizes && config.split_k >= 1 &&
+             config.split_k <= ceil_div(k, kFragmentColumns) &&
+             DecodeModel{m, n, k, dtype, device}.is_legal(config);
+    }
+    case CudaKernel::kPrefill:
+      return dtype != DType::kFloat32 && dtype != DType::kUInt8 && by_mma &&
+             config.tile_n == kPrefillTileN && (config.tile_m == 128 || config.tile_m == 256) &&
+             config.split_k == 1 && prefill_shared_bytes(config.tile_m) <= device.shared_bytes;
+    case CudaKernel::kWgmma:
+      return dtype != DType::kFloat32 && dtype != DType::kUInt8 && device.capability == 90 &&
+             config.split_k == 1 && config.blocks >= 0;  // the kernel knows its tiles
+    case CudaKernel::kFloat32: return false;
+  }
+  return false;
+}
+
 inline int64_t workspace_bytes(const CudaGemmConfig& config, int64_t m, int64_t n) {
   if (config.kernel == CudaKernel::kFloat32) return float32_workspace_bytes(config, m, n);
   return config.workspace_bytes(m, n);

@@ -11,6 +11,7 @@ from emulated_gpu import DECODE, FLOAT32, PREFILL, WGMMA, Gpu
 from gossamer import _C, _cuda_module, sparse24_linear
 from gossamer.formats import Sparse24, Sparse24Panels
 from gossamer.ops import cuda_workspace, sparse24
+from gossamer.ops.cuda_workspace import aligned_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -181,3 +182,35 @@ def test_kernels_are_checked_on_each_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPat
     fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
     assert fault is not None
     assert "(torch.bfloat16 of 300 rows, torch.float16 of 300 rows)" in fault
+
+
+def test_a_given_way_to_cut_up_is_taken_or_refused(gpu: Gpu) -> None:
+    gpu.describe(90)
+    m, n, k = 9, 50, 1100
+    weight = sparse_24(n, k, torch.bfloat16)
+    x = aligned_rows(torch.randn(m, k).bfloat16())
+    panels = Sparse24Panels.from_sparse24(weight).panels
+    bytes_of = torch.empty(1 << 20, dtype=torch.uint8)
+    counters = torch.zeros(_C.cuda_counters, dtype=torch.int32)
+
+    def multiply(*config: Any) -> None:
+        out = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
+        _C.sparse24_linear_cuda(out, x, panels, None, "none", bytes_of, counters, config)
+        Oracle(x, weight, None, None).check(out)
+
+    for config, kernel in (
+        (("decode", 64, 16, 2, 1, 0), DECODE),
+        (("decode", 32, 16, 4, 3, 0), DECODE),
+        (("prefill", 128, 128, 1, 1, 0), PREFILL),
+        (("wgmma", 128, 128, 1, 1, 2), WGMMA),
+    ):
+        multiply(*config)
+        assert gpu.kernel == kernel
+    for wrong in (
+        ("decode", 64, 16, 4, 1, 0),  # four warps along K leave 32 rows
+        ("decode", 32, 16, 4, 6, 0),  # of five records
+        ("wgmma", 64, 64, 1, 1, 0),
+        ("nothing", 64, 16, 2, 1, 0),
+    ):
+        with pytest.raises(ValueError, match=f"sparse24.*{wrong[1]} x {wrong[2]}"):
+            multiply(*wrong)
