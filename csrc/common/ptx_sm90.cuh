@@ -94,6 +94,10 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, int 
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// Brings `bytes`, a multiple of 16, to the L2; nobody can tell when they are there.
+__device__ __forceinline__ void bulk_prefetch(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // Stores read shared memory until tma_store_wait_read; what threads have written there needs
 // fence_proxy_async and a barrier before.
 __device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* shared, int x,

@@ -37,7 +37,8 @@ void check_product(const char* op, DType stored, const CudaDevice& device) {
 CudaGemmConfig config_of(const char* op, const NamedConfig& given, const CudaGemmArgs& args,
                          DType stored, const CudaDevice& device) {
   const auto& [kernel, tile_n, tile_m, warps_k, split_k, blocks] = given;
-  for (const CudaKernel each : {CudaKernel::kDecode, CudaKernel::kPrefill, CudaKernel::kWgmma}) {
+  for (const CudaKernel each :
+       {CudaKernel::kDecode, CudaKernel::kPrefill, CudaKernel::kWgmma, CudaKernel::kStream}) {
     if (name(each) != kernel) continue;
     const CudaGemmConfig config{each, tile_n, tile_m, warps_k, split_k, blocks};
     if (can_run(config, args.m, args.n, args.k, stored, device)) return config;
@@ -116,7 +117,8 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   check_product(op, type, traits);
   const CudaGemmConfig config = choose_cuda_gemm_config(m, n, k, type, traits);
   py::dict report;
-  report["target"] = "sm_" + std::to_string(config.kernel == CudaKernel::kWgmma ? 90 : 80);
+  const bool hopper = config.kernel == CudaKernel::kWgmma || config.kernel == CudaKernel::kStream;
+  report["target"] = hopper ? "sm_90" : "sm_80";
   report["kernel"] = name(config.kernel);
   report["tile_n"] = config.tile_n;
   report["tile_m"] = config.tile_m;

@@ -78,6 +78,9 @@ inline bool can_run(const CudaGemmConfig& config, int64_t m, int64_t n, int64_t 
     case CudaKernel::kWgmma:
       return dtype != DType::kFloat32 && dtype != DType::kUInt8 && device.capability == 90 &&
              config.split_k == 1 && config.blocks >= 0;  // the kernel knows its tiles
+    case CudaKernel::kStream:
+      return dtype != DType::kFloat32 && dtype != DType::kUInt8 && device.capability == 90 &&
+             is_legal_stream(config, m, n, k);
     case CudaKernel::kFloat32: return false;
   }
   return false;
@@ -98,6 +101,7 @@ constexpr const char* reason(CudaKernel kernel, int64_t m) {
       return m > kDecodeRows ? "many rows on Hopper: bound by arithmetic"
                              : "the only sparse product of float8 that Hopper has";
     case CudaKernel::kFloat32: return "exact float32, which tensor cores do not multiply";
+    case CudaKernel::kStream: return "few rows on Hopper: bound by reading the weights once";
   }
   return "?";
 }

@@ -11,6 +11,8 @@ void gemm_prefill_sm80(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_int4_sm80(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_sm90_8bit(const CudaGemmArgs& args, cudaStream_t stream);  // its part for E4M3 and int8
+void gemm_sm90_stream(const CudaGemmArgs& args, cudaStream_t stream);
+void gemm_sm90_stream_8bit(const CudaGemmArgs& args, cudaStream_t stream);  // as above
 void gemm_float32(const CudaGemmArgs& args, cudaStream_t stream);
 
 inline void run_gemm(const CudaGemmArgs& args, cudaStream_t stream) {
@@ -19,6 +21,7 @@ inline void run_gemm(const CudaGemmArgs& args, cudaStream_t stream) {
     case CudaKernel::kDecode: return gemm_decode_sm80(args, stream);
     case CudaKernel::kPrefill: return gemm_prefill_sm80(args, stream);
     case CudaKernel::kWgmma: return gemm_sm90(args, stream);
+    case CudaKernel::kStream: return gemm_sm90_stream(args, stream);
     case CudaKernel::kFloat32: return gemm_float32(args, stream);
   }
 }

@@ -26,8 +26,9 @@ constexpr int64_t x_size(DType dtype) { return dtype == DType::kUInt8 ? 2 : size
 //          memory into registers, and x lies in shared memory.
 // prefill: many rows of x. Bound by arithmetic, tiles of both operands go through shared memory.
 // wgmma:   prefill with Hopper's instructions.
+// stream:  decode with Hopper's instructions, and for rows of x that fill no large tiles.
 // float32: exact, without tensor cores.
-enum class CudaKernel : uint8_t { kDecode, kPrefill, kWgmma, kFloat32 };
+enum class CudaKernel : uint8_t { kDecode, kPrefill, kWgmma, kFloat32, kStream };
 
 static constexpr const char* name(CudaKernel kernel) {
   switch (kernel) {
@@ -35,6 +36,7 @@ static constexpr const char* name(CudaKernel kernel) {
     case CudaKernel::kPrefill: return "prefill";
     case CudaKernel::kWgmma: return "wgmma";
     case CudaKernel::kFloat32: return "float32";
+    case CudaKernel::kStream: return "stream";
   }
   return "?";
 }
@@ -46,13 +48,25 @@ struct CudaGemmConfig {
   int warps_k;  // decode: warps of a block that share rows, each with records of its own
   int split_k;  // blocks that share a tile; above 1 their sums meet in the workspace
   // wgmma: at most that many, each for one tile after another; 0: one for each tile.
+  // stream: so many, which share all records of all tiles evenly.
   int blocks = 0;
 
-  // [tile of n][split][m][tile_n] sums of 4 bytes; rows past n of the last tile are not touched.
-  int64_t workspace_bytes(int64_t m, int64_t n) const {
-    return split_k == 1 ? 0 : ceil_div(n, tile_n) * split_k * m * tile_n * 4;
-  }
+  int64_t workspace_bytes(int64_t m, int64_t n) const;
 };
+
+inline int64_t stream_tiles(const CudaGemmConfig& config, int64_t m, int64_t n) {
+  return ceil_div(n, config.tile_n) * ceil_div(m, config.tile_m);
+}
+
+// decode: [tile of n][split][m][tile_n] sums of 4 bytes; rows past n of the last tile are not
+// touched. stream: [block][2][tile_n][tile_m], unless every block has whole tiles.
+inline int64_t CudaGemmConfig::workspace_bytes(int64_t m, int64_t n) const {
+  if (kernel == CudaKernel::kStream) {
+    const bool whole = stream_tiles(*this, m, n) % blocks == 0;
+    return whole ? 0 : int64_t{2} * blocks * tile_n * tile_m * 4;
+  }
+  return split_k == 1 ? 0 : ceil_div(n, tile_n) * split_k * m * tile_n * 4;
+}
 
 // Tiles whose blocks along K wait for each other, at most: K is split to fill the multiprocessors,
 // at most four times, so no more tiles than twice as many as those are ever split.
@@ -210,6 +224,19 @@ inline CudaGemmConfig decode_config(int64_t m, int64_t n, int64_t k, DType dtype
     }
   }
   return best;
+}
+
+// ---- stream (Hopper) ----------------------------------------------------------------------------
+
+constexpr int kStreamTileN = 128;
+constexpr int kStreamCounters = 2;  // of a tile: its two halves are finished each by itself
+
+inline bool is_legal_stream(const CudaGemmConfig& c, int64_t m, int64_t n, int64_t k) {
+  const bool has_tile = c.tile_m == 16 || c.tile_m == 32 || c.tile_m == 64 || c.tile_m == 128;
+  if (c.tile_n != kStreamTileN || !has_tile || c.blocks < 1) return false;
+  const int64_t tiles = stream_tiles(c, m, n), bytes = c.workspace_bytes(m, n);
+  return c.blocks <= tiles * ceil_div(k, kFragmentColumns) && tiles < int64_t{1} << 30 &&
+         (bytes == 0 || (bytes <= kMaxWorkspaceBytes && kStreamCounters * tiles <= kCudaCounters));
 }
 
 // ---- prefill ------------------------------------------------------------------------------------

@@ -38,64 +38,37 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/activation.cuh"
 #include "common/check.h"
-#include "common/launch.cuh"
-#include "common/ptx_sm90.cuh"
-#include "sparse24/gemm_cuda.h"
+#include "sparse24/gemm_sm90_tile.cuh"
 
 namespace gossamer::sparse24 {
 namespace {
 
-constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;  // warpgroups: one multiplies while the other waits or stores
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 // A multiprocessor has 512 registers for every four warps, one in each warpgroup: 2 x 240 + 24.
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
-constexpr int kSliceRows = 64;   // of W: the M of wgmma
-constexpr int kStepBytes = 128;  // of a row of x: the widest swizzle
-constexpr int kEightRows = 8 * kStepBytes;
 constexpr int kRingBytes = 160 << 10;  // with 64 KiB for the result, what a block may have
-
-// The weights of a record, in uint4: for each step the fragments of two products, a uint4 a lane;
-// then the metadata.
-template <class T>
-struct Record {
-  static constexpr int kStepColumns = kStepBytes / sizeof(T);
-  static constexpr int kSteps = kFragmentColumns / kStepColumns;
-  static constexpr int kMetadata = 2 * kSteps * 32;
-  static constexpr int kSize = kMetadata + 32;
-};
 
 template <int kTokens>
 constexpr int kStages = kRingBytes / (kTokens * kStepBytes);
 
-// 16-bit results go to `out` through shared memory, in tiles of [token][row of W] with the swizzle
-// that TMA undoes.
-template <class Out>
-constexpr bool kStaged = sizeof(Out) == 2;
-
 template <class T, class Out, int kSlices, int kTokens>
 struct Shared {
   SharedTile<T, kTokens * kStepBytes / sizeof(T), 1024> x[kStages<kTokens>];
-  SharedTile<Out, kStaged<Out> ? kTokens * kSliceRows : 1, 1024> result[kConsumers][kSlices];
+  ResultTile<Out, kTokens> result[kConsumers][kSlices];
   uint64_t full[kStages<kTokens>];   // the bytes of x that arrive
   uint64_t empty[kStages<kTokens>];  // the consumers' warps that have let go
 };
 
 struct Args {
-  TensorMap x, out;
-  bool out_by_tma;
-  int64_t n;
-  int m, records, weight_tiles;  // weight_tiles: of 16 rows
-  int steps, last_steps;         // of a tile, and of its last record
+  TensorMap x;
+  Output out;
+  bool prefetch;
+  int records, weight_tiles;  // weight_tiles: of 16 rows
+  int steps, last_steps;      // of a tile, and of its last record
   int tiles_m, tiles_n;
   const uint4* weights;
-  const void* bias;
-  const float *x_scales, *row_scales;
-  void* result;
-  Activation activation;
 };
 
 // ---- the order of tiles and of stages -----------------------------------------------------------
@@ -113,18 +86,20 @@ struct Position {
   }
 };
 
-template <int kSize>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage < kSize) return;
-    stage = 0;
-    phase ^= 1;
-  }
-};
-
 // ---- the producer -------------------------------------------------------------------------------
+
+// Brings a record of the block's weights to the L2, so that consumers, who load it when the ring
+// has come there, do not wait for DRAM.
+template <class T, int kRows>
+__device__ void fetch(const Args& args, const Position& at, int record) {
+  constexpr int kTiles = kRows / kFragmentRows;
+  for (int i = 0; i < kTiles; ++i) {
+    const int tile = at.tile_n * kTiles + i;
+    if (tile >= args.weight_tiles) break;
+    ptx::bulk_prefetch(args.weights + (int64_t{tile} * args.records + record) * Record<T>::kSize,
+                       Record<T>::kSize * 16);
+  }
+}
 
 template <class T, class Out, int kSlices, int kTokens>
 __device__ void produce(Shared<T, Out, kSlices, kTokens>& shared, const Args& args) {
@@ -132,6 +107,9 @@ __device__ void produce(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
   for (int tile = blockIdx.x; tile < args.tiles_m * args.tiles_n; tile += gridDim.x) {
     const Position at(args, tile);
     for (int step = 0; step < args.steps; ++step, ring.advance()) {
+      if (args.prefetch && step % Record<T>::kSteps == 0) {
+        fetch<T, kConsumers * kSlices * kSliceRows>(args, at, step / Record<T>::kSteps);
+      }
       // The first round finds the stages empty: the phase before the first counts as ended.
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
       uint64_t* full = &shared.full[ring.stage];
@@ -167,30 +145,29 @@ struct Records {
   }
 };
 
-// The operands of kSlots steps. wgmma reads its registers some time after it was issued, so a slot
-// is refilled, for the step kSlots later, only when its products are known to be done.
+// The operands of kSlots half steps, of one product a slice each. wgmma reads its registers some
+// time after it was issued, so a slot is refilled, for kSlots half steps later, only when its
+// products are known to be done.
 template <class T, int kSlices>
 struct Weights {
-  static constexpr int kSteps = Record<T>::kSteps;
-  // A whole record where the registers suffice, so that a load has the time of three steps.
-  static constexpr int kSlots = kSlices == 1 ? kSteps : 2;
-  uint32_t values[kSlots][kSlices][2][4];
+  static constexpr int kHalves = 2 * Record<T>::kSteps;  // of a record
+  // A whole record where the registers suffice. With 128 sums and 8 slots, ptxas runs the products
+  // one by one.
+  static constexpr int kSlots = kSlices == 1 ? kHalves : 4;
+  uint32_t values[kSlots][kSlices][4];
   // Of two records in turn. (They have names of their own because ptxas runs the products one by
   // one where a register that wgmma reads is copied from another.)
   uint4 metadata[2][kSlices];
 
-  // `step` counts from the beginning of the record `from`, and may lie in the one after it.
-  __device__ void load_step(int step, const Records<T, kSlices>& from,
-                            const Records<T, kSlices>& following) {
+  // `half` counts from the beginning of the record `from`, and may lie in the one after it.
+  __device__ void load(int half, const Records<T, kSlices>& from,
+                       const Records<T, kSlices>& following) {
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-      const uint4* at = step < kSteps ? from.at[i] : following.at[i];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 v = ptx::load16(at + (2 * (step % kSteps) + half) * 32);
-        uint32_t (&to)[4] = values[step % kSlots][i][half];
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-      }
+      const uint4* at = half < kHalves ? from.at[i] : following.at[i];
+      const uint4 v = ptx::load16(at + half % kHalves * 32);
+      uint32_t (&to)[4] = values[half % kSlots][i];
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
   }
   __device__ void load_metadata(int parity, const Records<T, kSlices>& from) {
@@ -199,187 +176,43 @@ struct Weights {
       metadata[parity][i] = ptx::load16(from.at[i] + Record<T>::kMetadata);
     }
   }
-  __device__ uint32_t word(int parity, int slice, int step, int half) const {
+  __device__ uint32_t word(int parity, int slice, int half) const {
     const uint4& v = metadata[parity][slice];
     const uint32_t words[] = {v.x, v.y, v.z, v.w};
-    return words[sizeof(T) == 2 ? step : 2 * step + half];
+    return words[sizeof(T) == 2 ? half / 2 : half];
   }
 };
-
-// ---- a consumer's result ------------------------------------------------------------------------
-
-template <class T>
-constexpr bool kScaled = sizeof(T) == 1;
-
-// What a lane of a slice has of `out`. Its register 4j + i: row 16 warp + g + 8 (i / 2) of W, token
-// 8j + 2t + i mod 2.
-template <class T, class Out, int kTokens>
-struct Result {
-  using Sum = ptx::Accumulator<T>;
-  const Args& args;
-  int64_t first_n;  // of this warp's 16 rows
-  int first_m;      // of the tile
-  float row_scale[2], bias[2];
-
-  __device__ Result(const Args& args_, int64_t first_n_, int first_m_)
-      : args(args_), first_n(first_n_), first_m(first_m_) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = first_n + threadIdx.x % 32 / 4 + 8 * half;
-      const bool scaled = kScaled<T> && args.row_scales != nullptr && n < args.n;
-      row_scale[half] = scaled ? args.row_scales[n] : 1.0f;
-      const bool biased = args.bias != nullptr && n < args.n;
-      bias[half] = biased ? ptx::to_float(static_cast<const Out*>(args.bias)[n]) : 0.0f;
-    }
-  }
-  template <Activation kActivation>
-  __device__ float finish(Sum sum, int token, int half) const {
-    float y = static_cast<float>(sum);
-    if constexpr (kScaled<T>) {
-      const int m = first_m + token;
-      y *= args.x_scales != nullptr && m < args.m ? args.x_scales[m] : 1.0f;
-      y *= row_scale[half];
-    }
-    return activate(y + bias[half], kActivation);
-  }
-
-  // float32, straight to `out`: eight lanes write the 32 bytes of a sector.
-  template <Activation kActivation>
-  __device__ void store(const Sum (&sum)[kTokens / 2]) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    Out* out = static_cast<Out*>(args.result) + first_m * args.n + first_n + g;
-#pragma unroll
-    for (int first = 0; first < kTokens; first += 8) {
-      if (first_m + first >= args.m) break;  // as in stage()
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = first + 2 * t + i % 2, half = i / 2;
-        if (first_m + token < args.m && first_n + g + 8 * half < args.n) {
-          out[token * args.n + 8 * half] = finish<kActivation>(sum[first / 2 + i], token, half);
-        }
-      }
-    }
-  }
-
-  // 16-bit types, to rows of 64 in shared memory, a token each, whose eight chunks of 16 bytes are
-  // swizzled by the token: four transposed 8 x 8 matrices a store, [2 x 8 tokens][2 x 8 rows].
-  template <Activation kActivation>
-  __device__ void stage(const Sum (&sum)[kTokens / 2], Out* tile) const {
-    const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32 % 4;
-    const int chunk = 2 * warp + lane / 8 % 2, row = lane / 16 * 8 + lane % 8;
-    Out* to = tile + row * kSliceRows + (chunk ^ lane % 8) * 8;
-#pragma unroll
-    for (int token = 0; token < kTokens; token += 16) {
-      // Past the last token nothing is read. (It also keeps ptxas from computing all activations
-      // side by side, for which there are no registers.)
-      if (first_m + token >= args.m) break;
-      uint32_t matrices[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int first = token + i / 2 * 8, half = i % 2, at = first / 2 + 2 * half;
-        matrices[i] = ptx::pack<Out>(finish<kActivation>(sum[at], first + 2 * t, half),
-                                     finish<kActivation>(sum[at + 1], first + 2 * t + 1, half));
-      }
-      ptx::stmatrix_trans(to + token * kSliceRows, matrices);
-    }
-  }
-};
-
-// Rows of `out` that TMA cannot address: a warp writes the 64 elements of a token.
-template <class Out, int kTokens>
-__device__ void copy_out(const Args& args, const Out* tile, int64_t first_n, int first_m) {
-  Out* out = static_cast<Out*>(args.result) + first_m * args.n + first_n;
-  for (int token = threadIdx.x / 32 % 4; token < min(kTokens, args.m - first_m); token += 4) {
-#pragma unroll
-    for (int row = threadIdx.x % 32; row < kSliceRows; row += 32) {
-      if (first_n + row >= args.n) continue;
-      out[token * args.n + row] = tile[token * kSliceRows + (row / 8 ^ token % 8) * 8 + row % 8];
-    }
-  }
-}
-
-template <class T, class Out, int kSlices, int kTokens>
-__device__ void finish_tile(const ptx::Accumulator<T> (&sum)[kSlices][kTokens / 2],
-                            Shared<T, Out, kSlices, kTokens>& shared, const Args& args,
-                            const Position& at) {
-  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  const int first_m = at.tile_m * kTokens;
-  const int64_t first_n = (int64_t{at.tile_n} * kConsumers + warpgroup) * kSlices * kSliceRows;
-  const auto whole_warpgroup = [warpgroup] { ptx::barrier_sync(1 + warpgroup, kWarpgroup); };
-  if constexpr (kStaged<Out>) {  // until the last tile has left shared memory
-    if (thread == 0) ptx::tma_store_wait_read<0>();
-    whole_warpgroup();
-  }
-#pragma unroll
-  for (int i = 0; i < kSlices; ++i) {
-    const int64_t n = first_n + i * kSliceRows;
-    const Result<T, Out, kTokens> result(args, n + thread / 32 * 16, first_m);
-    const auto put = [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      if constexpr (kStaged<Out>) {
-        result.template stage<kActivation>(sum[i], shared.result[warpgroup][i].data());
-      } else {
-        result.template store<kActivation>(sum[i]);
-      }
-    };
-    using A = Activation;
-    switch (args.activation) {
-      case A::kNone: put(std::integral_constant<A, A::kNone>()); break;
-      case A::kReLU: put(std::integral_constant<A, A::kReLU>()); break;
-      case A::kGELU: put(std::integral_constant<A, A::kGELU>()); break;
-      case A::kSiLU: put(std::integral_constant<A, A::kSiLU>()); break;
-    }
-  }
-  if constexpr (kStaged<Out>) {
-    ptx::fence_proxy_async();
-    whole_warpgroup();
-#pragma unroll
-    for (int i = 0; i < kSlices; ++i) {
-      const int64_t n = first_n + i * kSliceRows;
-      if (n >= args.n) continue;
-      Out* tile = shared.result[warpgroup][i].data();
-      if (!args.out_by_tma) {
-        copy_out<Out, kTokens>(args, tile, n, first_m);
-      } else if (thread == 0) {
-        ptx::tma_store_2d(&args.out, tile, static_cast<int>(n), first_m);
-      }
-    }
-    if (thread == 0) ptx::tma_store_commit();
-  }
-}
 
 // ---- a consumer ---------------------------------------------------------------------------------
 
-// Issues the products of one step, from the stage of x that `filled` points at.
+// Issues the products of half a step, from the stage of x that `filled` points at.
 template <class T, class Out, int kSlices, int kTokens>
 __device__ void multiply(ptx::Accumulator<T> (&sum)[kSlices][kTokens / 2],
-                         const Weights<T, kSlices>& weights, int parity, int step, bool accumulate,
+                         const Weights<T, kSlices>& weights, int parity, int half, bool accumulate,
                          Shared<T, Out, kSlices, kTokens>& shared, Ring<kStages<kTokens>>& filled) {
-  constexpr int kSecondSelector = sizeof(T) == 2 ? 1 : 0, kSlots = Weights<T, kSlices>::kSlots;
-  ptx::mbarrier_wait(&shared.full[filled.stage], filled.phase);
-  T* x = shared.x[filled.stage].data();
-  filled.advance();
-  const auto columns = [x](int half) {
-    return ptx::matrix_descriptor(x + half * (Record<T>::kStepColumns / 2), Swizzle::k128, 16,
-                                  kEightRows);
-  };
+  constexpr int kSlots = Weights<T, kSlices>::kSlots;
+  if (half % 2 == 0) ptx::mbarrier_wait(&shared.full[filled.stage], filled.phase);
+  const T* x = shared.x[filled.stage].data() + half % 2 * (Record<T>::kStepColumns / 2);
+  if (half % 2 == 1) filled.advance();
+  const uint64_t columns = ptx::matrix_descriptor(x, Swizzle::k128, 16, kEightRows);
   ptx::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kSlices; ++i) {
-    ptx::wgmma_sp<T, kTokens, 0>(sum[i], weights.values[step % kSlots][i][0], columns(0),
-                                 weights.word(parity, i, step, 0), accumulate);
-  }
-#pragma unroll
-  for (int i = 0; i < kSlices; ++i) {
-    ptx::wgmma_sp<T, kTokens, kSecondSelector>(sum[i], weights.values[step % kSlots][i][1],
-                                               columns(1), weights.word(parity, i, step, 1), true);
+    const uint32_t metadata = weights.word(parity, i, half);
+    if (sizeof(T) == 2 && half % 2 == 1) {
+      ptx::wgmma_sp<T, kTokens, sizeof(T) == 2>(sum[i], weights.values[half % kSlots][i], columns,
+                                                metadata, accumulate);
+    } else {
+      ptx::wgmma_sp<T, kTokens, 0>(sum[i], weights.values[half % kSlots][i], columns, metadata,
+                                   accumulate);
+    }
   }
   ptx::wgmma_commit();
 }
 
 template <class T, class Out, int kSlices, int kTokens>
 __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& args) {
-  constexpr int kSteps = Record<T>::kSteps, kSlots = Weights<T, kSlices>::kSlots;
+  constexpr int kHalves = Weights<T, kSlices>::kHalves, kSlots = Weights<T, kSlices>::kSlots;
   const int tiles = args.tiles_m * args.tiles_n;
   Ring<kStages<kTokens>> filled, released;
   const auto release = [&] {
@@ -392,24 +225,24 @@ __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
   Records<T, kSlices> here(args, Position(args, blockIdx.x).tile_n);
   weights.load_metadata(0, here);
 #pragma unroll
-  for (int step = 0; step + 1 < kSlots; ++step) weights.load_step(step, here, here);
+  for (int half = 0; half + 1 < kSlots; ++half) weights.load(half, here, here);
 
-  // At the beginning of each record the first kSlots - 1 steps of it have been asked for.
+  // At the beginning of each record the first kSlots - 1 halves of it have been asked for.
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     ptx::Accumulator<T> sum[kSlices][kTokens / 2];
-    // Two records at a time: the products of a step run while those of the next are issued.
+    // Two records at a time: the products of half a step run while those of the next are issued.
     int left = args.records;
     for (; left > 2; left -= 2) {
 #pragma unroll
       for (int parity = 0; parity < 2; ++parity) {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          const bool first = left == args.records && parity == 0 && step == 0;
-          multiply(sum, weights, parity, step, !first, shared, filled);
+        for (int half = 0; half < kHalves; ++half) {
+          const bool first = left == args.records && parity == 0 && half == 0;
+          multiply(sum, weights, parity, half, !first, shared, filled);
           ptx::wgmma_wait<1>();
-          if (!first) release();
-          weights.load_step(step + kSlots - 1, here, here.next());
-          if (step == 0) weights.load_metadata(1 - parity, here.next());
+          if (half % 2 == 0 && !first) release();
+          weights.load(half + kSlots - 1, here, here.next());
+          if (half == 0) weights.load_metadata(1 - parity, here.next());
         }
         here = here.next();
       }
@@ -418,7 +251,7 @@ __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
     const bool started = left < args.records;
     if (started) release();
 
-    // The last one or two, of which the last may have fewer steps, one step after the other; what
+    // The last one or two, of which the last may have fewer steps, one half after the other; what
     // is loaded meanwhile is the first record of the next tile.
     const int next_tile = tile + static_cast<int>(gridDim.x);
     const Position next_at(args, next_tile < tiles ? next_tile : tile);
@@ -430,18 +263,22 @@ __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
       const Records<T, kSlices> following = last ? next : here.next();
       if (!last) weights.load_metadata(1, following);
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        weights.load_step(step + kSlots - 1, here, following);
-        if (last && step >= args.last_steps) continue;
-        multiply(sum, weights, parity, step, started || parity > 0 || step > 0, shared, filled);
+      for (int half = 0; half < kHalves; ++half) {
+        weights.load(half + kSlots - 1, here, following);
+        if (last && half >= 2 * args.last_steps) continue;
+        multiply(sum, weights, parity, half, started || parity > 0 || half > 0, shared, filled);
         ptx::wgmma_wait<0>();
-        release();
+        if (half % 2 == 1) release();
       }
       here = following;
     }
     weights.load_metadata(0, here);
 
-    finish_tile(sum, shared, args, Position(args, tile));
+    const Position at(args, tile);
+    const int64_t first_n =
+        (int64_t{at.tile_n} * kConsumers + threadIdx.x / kWarpgroup) * kSlices * kSliceRows;
+    finish_tile<T, Out, kSlices, kTokens>(sum, shared.result[threadIdx.x / kWarpgroup], args.out,
+                                          first_n, at.tile_m * kTokens);
   }
   if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait<0>();
 }
@@ -481,20 +318,9 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
                  "] are more than the Hopper kernel counts");
 
   Args of{};
-  const int64_t x_extents[] = {args.k, args.m};
-  const int64_t x_pitch[] = {args.x_stride * static_cast<int64_t>(sizeof(T))};
-  const int x_box[] = {Record<T>::kStepColumns, kTokens};
-  of.x = tensor_map(args.x, sizeof(T), 2, x_extents, x_pitch, x_box, Swizzle::k128);
-  const int64_t out_pitch[] = {args.n * static_cast<int64_t>(sizeof(Out))};
-  of.out_by_tma =
-      kStaged<Out> && out_pitch[0] % 16 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
-  if (of.out_by_tma) {
-    const int64_t out_extents[] = {args.n, args.m};
-    const int out_box[] = {kSliceRows, kTokens};
-    of.out = tensor_map(args.out, sizeof(Out), 2, out_extents, out_pitch, out_box, Swizzle::k128);
-  }
-  of.n = args.n;
-  of.m = static_cast<int>(args.m);
+  of.x = step_map<T>(args, kTokens);
+  of.out = output_of<Out>(args, kTokens);
+  of.prefetch = args.config.warps_k > 1;
   of.steps = static_cast<int>(ceil_div(args.k, Record<T>::kStepColumns));
   of.records = static_cast<int>(ceil_div(args.k, kFragmentColumns));
   of.last_steps = of.steps - (of.records - 1) * Record<T>::kSteps;
@@ -502,11 +328,6 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
   of.tiles_m = static_cast<int>(tiles_m);
   of.tiles_n = static_cast<int>(tiles_n);
   of.weights = reinterpret_cast<const uint4*>(args.panels);
-  of.bias = args.bias;
-  of.x_scales = args.x_scales;
-  of.row_scales = args.row_scales;
-  of.result = args.out;
-  of.activation = args.activation;
 
   const int64_t tiles = tiles_m * tiles_n;
   const int64_t blocks =

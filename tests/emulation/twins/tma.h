@@ -146,6 +146,12 @@ inline void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, i
                         Site site = Site::current()) {
   emulation::tma_load("tma_load_3d", shared, map, barrier, 3, {x, y, z}, site);
 }
+inline void bulk_prefetch(const void* global, int bytes, Site site = Site::current()) {
+  using namespace emulation;
+  if (bytes < 16 || bytes % 16 != 0) fault(site, "bulk_prefetch: ", bytes, " bytes");
+  check_aligned(global, 16, "bulk_prefetch", site);
+  check_readable(global, static_cast<size_t>(bytes), "bulk_prefetch", site);
+}
 inline void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier,
                       Site site = Site::current()) {
   using namespace emulation;
