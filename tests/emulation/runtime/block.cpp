@@ -3,19 +3,14 @@
 #include <algorithm>
 #include <bit>
 
+#include "runtime/cluster.h"
+
 namespace gossamer::emulation {
 namespace {
 
 struct Cancelled {};  // unwinds the threads that are left after a fault
 
-// Polls in a row, without anything having changed, that count as a deadlock.
-constexpr int kPatience = 200'000;
-
 constexpr int kWarpsOfGroup = 4;
-
-// In the late schedule, the threads of a warp that run before another warp's turn comes: enough for
-// all of its lanes to get to their next meeting while other warps have not begun.
-constexpr int kTurns = kWarpSize;
 
 std::string text_of(const dim3& index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
@@ -34,12 +29,15 @@ std::string where_running() {
   return text + " at ";
 }
 
-Block::Block(dim3 grid_, dim3 size_, SharedMemory& shared_, const std::function<void()>& kernel)
-    : grid(grid_),
+Block::Block(Cluster& cluster_, int rank_, dim3 grid_, dim3 size_, size_t shared_bytes,
+             const std::function<void()>& kernel)
+    : cluster(cluster_),
+      rank(rank_),
+      grid(grid_),
       size(size_),
-      shared(shared_),
+      shared(shared_bytes),
       thread_count(static_cast<int>(size_.x * size_.y * size_.z)),
-      random(schedule.seed),
+      random(cluster_.random),
       transactions(*this),
       kernel_(kernel),
       warps_((thread_count + kWarpSize - 1) / kWarpSize) {
@@ -54,7 +52,7 @@ Block::Block(dim3 grid_, dim3 size_, SharedMemory& shared_, const std::function<
   }
 }
 
-void Block::run(dim3 block_index) {
+void Block::begin(dim3 block_index) {
   index = block_index;
   shared.begin_block();
   transactions.begin_block();
@@ -62,66 +60,27 @@ void Block::run(dim3 block_index) {
   issues_.assign((warps_.size() + kWarpsOfGroup - 1) / kWarpsOfGroup, {});
   for (Warp& warp : warps_) warp = {};
   unfinished_ = thread_count;
-  polls_ = 0;
-  current_warp_ = -1;
-  turns_left_ = 0;
   cancelled_ = false;
   failure_.clear();
   for (auto& thread : threads) {
     thread->fiber.prepare([this, t = thread.get()] { run_thread(*t); });
     make_ready(*thread);
   }
-  try {
-    while (unfinished_ > 0) {
-      Thread* next = pick();
-      if (next == nullptr && transactions.land_one()) continue;
-      if (next == nullptr) deadlock("no thread can go on");
-      running = next;
-      next->fiber.resume();
-      running = nullptr;
-      if (!failure_.empty()) throw Fault(failure_);
-    }
-    transactions.end_block();
-    check_warpgroups();
-    shared.end_block();
-  } catch (...) {
-    cancel_unfinished();
-    throw;
-  }
 }
 
-// ---- the scheduler ------------------------------------------------------------------------------
+void Block::end_if_finished() {
+  if (!failure_.empty()) throw Fault(failure_);
+  if (unfinished_ > 0) return;
+  transactions.end_block();
+  check_warpgroups();
+  shared.end_block();
+}
+
+// ---- threads --------------------------------------------------------------------------------------
 
 void Block::make_ready(Thread& thread) {
   thread.state = Thread::State::kReady;
   warps_[thread.warp].ready.push_back(thread.lane);
-}
-
-Thread* Block::pick() {
-  if (polls_ > kPatience && !transactions.land_one()) {
-    deadlock("threads poll for something that does not come");
-  }
-  const int warps = static_cast<int>(warps_.size());
-  const bool stay = schedule.early || turns_left_-- > 0;
-  if (stay && current_warp_ >= 0 && !warps_[current_warp_].ready.empty())
-    return pick_from(current_warp_);
-  turns_left_ = schedule.seed == 0 ? kTurns : 1 << random.below(12);
-  const int first = schedule.seed == 0 ? current_warp_ + 1 : static_cast<int>(random.below(warps));
-  for (int i = 0; i < warps; ++i) {
-    const int warp = (first + i) % warps;
-    if (!warps_[warp].ready.empty()) return pick_from(warp);
-  }
-  return nullptr;
-}
-
-Thread* Block::pick_from(int warp) {
-  current_warp_ = warp;
-  std::vector<int>& lanes = warps_[warp].ready;
-  const auto count = static_cast<uint32_t>(lanes.size());
-  const auto chosen = lanes.begin() + (schedule.seed == 0 ? 0 : random.below(count));
-  Thread* thread = threads[warp * kWarpSize + *chosen].get();
-  lanes.erase(chosen);
-  return thread;
 }
 
 void Block::run_thread(Thread& thread) {
@@ -141,7 +100,7 @@ void Block::run_thread(Thread& thread) {
   thread.store_groups.clear();
   warps_[thread.warp].returned |= 1u << thread.lane;
   --unfinished_;
-  changed();
+  cluster.thread_ended();
 }
 
 void Block::finish(Thread& thread) {
@@ -200,6 +159,7 @@ void Block::check_warpgroups() const {
 
 void Block::cancel_unfinished() {
   cancelled_ = true;
+  block = this;
   for (auto& thread : threads) {
     if (thread->state == Thread::State::kDone || !thread->fiber.started()) continue;
     running = thread.get();
@@ -226,21 +186,23 @@ void Block::release(Thread& thread) {
   changed();
 }
 
+void Block::changed() { cluster.changed(); }
+
 void Block::poll(const char* waits_for, const Site& site) {
-  ++polls_;
-  current_warp_ = -1;  // also in the early schedule: what it waits for may be another warp's to do
+  cluster.polled();
+  cluster.leave_warp();  // what it waits for may be another warp's to do
   preempt(waits_for, site);
 }
 
 void Block::preempt(const char* waits_for, const Site& site) {
   make_ready(*running);
-  if (random.below(2) == 0) turns_left_ = 0;
+  if (random.below(2) == 0) cluster.end_turn();
   suspend(*running, waits_for, site);
 }
 
-void Block::deadlock(const char* reason) {
+std::string Block::report(bool with_index) const {
   std::ostringstream text;
-  text << where_running() << "deadlock: " << reason << '\n';
+  if (with_index) text << "  block " << text_of(index) << ":\n";
   for (size_t warp = 0; warp < warps_.size(); ++warp) {
     std::vector<std::pair<std::string, std::string>> places;  // where, which lanes
     for (int i = static_cast<int>(warp) * kWarpSize;
@@ -267,7 +229,7 @@ void Block::deadlock(const char* reason) {
          << " threads are there\n";
   }
   text << transactions.report();
-  throw Fault(text.str());
+  return text.str();
 }
 
 // ---- where threads meet -------------------------------------------------------------------------

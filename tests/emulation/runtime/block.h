@@ -1,6 +1,6 @@
 #pragma once
-// One thread block: a fiber per thread, the scheduler that runs them in turn, and the points where
-// threads meet (barriers and operations of a warp).
+// One thread block: a fiber per thread, and the points where threads meet (barriers and operations
+// of a warp). Its cluster's scheduler runs them in turn.
 #include <array>
 #include <cstdint>
 #include <deque>
@@ -68,13 +68,14 @@ struct Thread {
 
 // The block and thread whose code is running; null outside a launch.
 class Block;
+class Cluster;
 inline Block* block = nullptr;
 inline Thread* running = nullptr;
 
 class Block {
  public:
-  Block(dim3 grid, dim3 block, SharedMemory& shared, const std::function<void()>& kernel);
-  void run(dim3 index);  // all its threads, to their end; throws the first fault
+  Block(Cluster& cluster, int rank, dim3 grid, dim3 block, size_t shared_bytes,
+        const std::function<void()>& kernel);
 
   // ---- for the twins: called on the running thread --------------------------------------------
   // Waits until release() is called for this thread. The two texts tell a deadlock's reader where.
@@ -84,7 +85,7 @@ class Block {
   void poll(const char* waits_for, const Site& site);
   // Lets others run at a place where the GPU might; a random schedule wants it at atomics.
   void preempt(const char* waits_for, const Site& site);
-  void changed() { polls_ = 0; }  // something that a poll may be after
+  void changed();  // something that a poll may be after
 
   // Runs `operation` once, when every lane of `mask` is here, on what all of them brought.
   using Lanes = std::array<Meeting*, kWarpSize>;
@@ -98,12 +99,15 @@ class Block {
                const std::function<void()>& combine = {});
   bool is_first_at_barrier(int id) const { return barriers_[id].arrived == 0; }
 
+  Cluster& cluster;
+  int rank;  // in the cluster
   dim3 grid, size, index;
-  SharedMemory& shared;
+  SharedMemory shared;
   int thread_count;
   std::vector<std::unique_ptr<Thread>> threads;
-  Random random;
+  Random& random;  // the cluster's
   Transactions transactions;
+  int counting = 0, counted = 0;  // at a barrier that counts votes
 
   // The products of the running thread's warp. Those of a warpgroup must all be the same:
   // `check_issue` compares the running warp's next one, by line and descriptors, with that of the
@@ -111,6 +115,15 @@ class Block {
   Products& products() { return warps_[running->warp].products; }
   void check_warpgroup(const char* name, const Site& site) const;  // that it has four warps
   void check_issue(const Site& site, uint64_t a, uint64_t b);
+
+  // ---- for the cluster --------------------------------------------------------------------------
+  void begin(dim3 index);
+  void end_if_finished();    // throws what went wrong, or what the block left undone at its end
+  void cancel_unfinished();  // unwinds the threads that are left after a fault
+  bool ended() const { return unfinished_ == 0; }
+  int warp_count() const { return static_cast<int>(warps_.size()); }
+  std::vector<int>& ready_of(int warp) { return warps_[warp].ready; }
+  std::string report(bool with_index) const;  // where its threads are, for that of a deadlock
 
  private:
   struct Warp {
@@ -130,23 +143,17 @@ class Block {
     std::vector<Thread*> waiting;
   };
 
-  Thread* pick();
-  Thread* pick_from(int warp);
   void make_ready(Thread& thread);
   void run_thread(Thread& thread);
   void finish(Thread& thread);
   void check_warpgroups() const;
-  void cancel_unfinished();
   void suspend(Thread& thread, const char* waits_for, const Site& site);
-  [[noreturn]] void deadlock(const char* reason);
 
   const std::function<void()>& kernel_;
   std::vector<Warp> warps_;
   std::vector<std::vector<Issue>> issues_;  // by warpgroup, in order
   std::array<Barrier, 16> barriers_;
-  int current_warp_ = -1, turns_left_ = 0;
   int unfinished_ = 0;
-  int polls_ = 0;  // since anything last changed
   bool cancelled_ = false;
   std::string failure_;
 };

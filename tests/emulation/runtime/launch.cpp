@@ -6,8 +6,8 @@
 
 namespace gossamer::emulation {
 
-void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel,
-              const Site& site) {
+void run_grid(int cluster, dim3 grid, dim3 size, size_t shared_bytes,
+              const std::function<void()>& kernel, const Site& site) {
   // What Hopper offers a block, and a little for the guards between tiles, which no GPU has.
   constexpr size_t kMaxSharedBytes = (227 + 16) << 10;
   static std::mutex one_at_a_time;  // `block` and `running` are the process's
@@ -24,18 +24,19 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
     fault(site, "launch: ", shared_bytes, " bytes of shared memory");
   }
 
-  SharedMemory shared(shared_bytes);
-  Block now(grid, size, shared, kernel);
-  std::vector<size_t> order(blocks);
+  if (cluster < 1 || cluster > Cluster::kMaxBlocks || grid.x % cluster != 0) {
+    fault(site, "launch: a cluster of ", cluster, " blocks in a grid of ", grid.x, " x ", grid.y,
+          " x ", grid.z);
+  }
+
+  Cluster now(cluster, grid, size, shared_bytes, kernel);
+  std::vector<size_t> order(blocks / cluster);
   std::iota(order.begin(), order.end(), size_t{0});
-  for (size_t i = blocks - 1; schedule.seed != 0 && i > 0; --i) {
+  for (size_t i = order.size() - 1; schedule.seed != 0 && i > 0; --i) {
     std::swap(order[i], order[now.random.below(static_cast<uint32_t>(i + 1))]);
   }
-  struct Current {  // also after a fault, the process is outside a launch again
-    explicit Current(Block* now) { block = now; }
-    ~Current() { block = nullptr; }
-  } current(&now);
-  for (const size_t i : order) {
+  for (const size_t which : order) {
+    const size_t i = which * cluster;  // its first block
     now.run({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
              static_cast<unsigned>(i / (size_t{grid.x} * grid.y))});
   }

@@ -70,12 +70,13 @@ void Transactions::settle(Barrier& barrier) {
 void Transactions::arrive(uint64_t* barrier, int bytes_expected, const char* name,
                           const Site& site) {
   Barrier& here = find(barrier, name, site);
+  if (here.pending == 0) fault(site, name, ": more than the ", here.count, " arrivals of a phase");
   here.bytes += bytes_expected;
   --here.pending;
   block_.changed();
   settle(here);
   // Whoever has waited for this may run before this thread does.
-  if (schedule.seed != 0) block_.preempt(name, site);
+  if (schedule.seed != 0) block->preempt(name, site);
 }
 
 bool Transactions::ended(uint64_t* barrier, uint32_t parity, const char* name, const Site& site) {

@@ -34,7 +34,7 @@ class Transactions {
  private:
   struct Barrier {
     int count, pending;
-    int64_t bytes = 0;  // expected and not yet copied
+    int64_t bytes = 0;  // expected and not yet copied; less than 0 where they came first
     uint32_t phase = 0;
     Site site;
     std::vector<Thread*> waiting;

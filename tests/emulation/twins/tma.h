@@ -1,6 +1,7 @@
 #pragma once
 // mbarriers and the copies of the tensor memory accelerator (TMA).
 #include "common/tensor_map.cuh"
+#include "runtime/cluster.h"
 #include "twins/copies.h"
 
 namespace gossamer::emulation {
@@ -48,18 +49,25 @@ inline size_t check_tile(const void* shared, const TensorMap& map, int rank, con
   return block->shared.check(shared, tile_bytes(map), alignment, name, site);
 }
 
-inline void tma_load(const char* name, void* shared, const TensorMap* map, uint64_t* barrier,
-                     int rank, const std::array<int, 3>& at, const Site& site) {
+// The mbarrier at the same shared address in another block of the cluster.
+inline uint64_t* in_block(Block& peer, uint64_t* barrier) {
+  const auto* here = reinterpret_cast<unsigned char*>(barrier);
+  return reinterpret_cast<uint64_t*>(peer.shared.begin() + (here - block->shared.begin()));
+}
+
+// The tile goes to the same shared address in `target`, which may be another block of the cluster.
+inline void tma_load(const char* name, Block& target, void* shared, const TensorMap* map,
+                     uint64_t* barrier, int rank, const std::array<int, 3>& at, const Site& site) {
   const size_t to = check_tile(shared, *map, rank, name, site);
   const size_t bytes = tile_bytes(*map);
   const std::vector<unsigned char> unknown(bytes, kPoison);
-  block->shared.async_write(to, unknown.data(), bytes);
-  block->transactions.submit(
-      barrier, static_cast<int>(bytes),
-      [=, map = *map] {
+  target.shared.async_write(to, unknown.data(), bytes);
+  target.transactions.submit(
+      in_block(target, barrier), static_cast<int>(bytes),
+      [=, &target, map = *map] {
         constexpr unsigned char kZeros[8] = {};
         each_element(map, at, [&](size_t offset, const unsigned char* global) {
-          block->shared.async_write(swizzled(to + offset, map.swizzle),
+          target.shared.async_write(swizzled(to + offset, map.swizzle),
                                     global == nullptr ? kZeros : global,
                                     static_cast<size_t>(map.element_bytes));
         });
@@ -114,6 +122,11 @@ inline void mbarrier_arrive(uint64_t* barrier, Site site = Site::current()) {
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes, Site site = Site::current()) {
   emulation::block->transactions.arrive(barrier, bytes, "mbarrier_arrive_expect_tx", site);
 }
+inline void mbarrier_arrive_remote(uint64_t* barrier, int rank, Site site = Site::current()) {
+  const char* name = "mbarrier_arrive_remote";
+  emulation::Block& peer = emulation::block->cluster.peer(rank, name, site);
+  peer.transactions.arrive(emulation::in_block(peer, barrier), 0, name, site);
+}
 // Gives up early now and then in a random schedule, as the hardware may; otherwise waits.
 inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, Site site = Site::current()) {
   emulation::Block& block = *emulation::block;
@@ -136,15 +149,26 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site = Site::
 inline void prefetch_tensor_map(const TensorMap*) {}
 inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y,
                         Site site = Site::current()) {
-  emulation::tma_load("tma_load_2d", shared, map, barrier, 2, {x, y, 0}, site);
+  emulation::tma_load("tma_load_2d", *emulation::block, shared, map, barrier, 2, {x, y, 0}, site);
 }
 inline void tma_load_2d_hint(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y,
                              uint64_t, Site site = Site::current()) {
-  emulation::tma_load("tma_load_2d_hint", shared, map, barrier, 2, {x, y, 0}, site);
+  emulation::tma_load("tma_load_2d_hint", *emulation::block, shared, map, barrier, 2, {x, y, 0},
+                      site);
 }
 inline void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z,
                         Site site = Site::current()) {
-  emulation::tma_load("tma_load_3d", shared, map, barrier, 3, {x, y, z}, site);
+  emulation::tma_load("tma_load_3d", *emulation::block, shared, map, barrier, 3, {x, y, z}, site);
+}
+inline void tma_load_2d_multicast(void* shared, const TensorMap* map, uint64_t* barrier, int x,
+                                  int y, uint16_t blocks, Site site = Site::current()) {
+  const char* name = "tma_load_2d_multicast";
+  if (blocks == 0) emulation::fault(site, name, ": to no block");
+  for (int rank = 0; rank < 16; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    emulation::Block& target = emulation::block->cluster.peer(rank, name, site);
+    emulation::tma_load(name, target, shared, map, barrier, 2, {x, y, 0}, site);
+  }
 }
 inline void bulk_prefetch(const void* global, int bytes, Site site = Site::current()) {
   using namespace emulation;

@@ -98,11 +98,11 @@ inline uint32_t ballot(const char* name, uint32_t mask, bool vote, const Site& s
 // A block-wide barrier that sums one value of each thread; the sum is read before anybody can add
 // to the next one, because that takes all threads.
 inline int sync_and_count(const char* name, bool vote, const Site& site) {
-  static int counting = 0, counted = 0;
-  if (block->is_first_at_barrier(0)) counting = 0;
-  counting += vote ? 1 : 0;
-  block->barrier(0, block->thread_count, true, name, site, [] { counted = counting; });
-  return counted;
+  Block& here = *block;
+  if (here.is_first_at_barrier(0)) here.counting = 0;
+  here.counting += vote ? 1 : 0;
+  here.barrier(0, here.thread_count, true, name, site, [&here] { here.counted = here.counting; });
+  return here.counted;
 }
 
 }  // namespace gossamer::emulation

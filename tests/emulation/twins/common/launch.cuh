@@ -8,13 +8,21 @@
 
 namespace gossamer {
 
+// `cluster` blocks in a row along x are one.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t /*stream*/, Arguments&&... arguments) {
+void launch_cluster(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    size_t shared_bytes, cudaStream_t /*stream*/, Arguments&&... arguments) {
   const std::tuple<Parameters...> parameters(static_cast<Parameters>(arguments)...);
   emulation::run_grid(
-      grid, block, shared_bytes, [&] { std::apply(kernel, parameters); },
+      cluster, grid, block, shared_bytes, [&] { std::apply(kernel, parameters); },
       emulation::Site::current());
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments&&... arguments) {
+  launch_cluster(1, kernel, grid, block, shared_bytes, stream,
+                 std::forward<Arguments>(arguments)...);
 }
 
 template <class... Parameters>

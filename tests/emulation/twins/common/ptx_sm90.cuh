@@ -34,6 +34,9 @@ void store_matrices(const char* name, void* row, const uint32_t (&r)[Matrices], 
 
 namespace gossamer::ptx {
 
+inline int cluster_rank() { return emulation::block->rank; }
+inline void cluster_sync(Site site = Site::current()) { emulation::block->cluster.sync(site); }
+
 inline bool elect_one(Site site = Site::current()) {
   int none = 0;
   bool elected = false;
