@@ -65,6 +65,7 @@ def wrong_results(device: torch.device) -> str | None:
     """
     from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
     from .ops.blocksparse import blocksparse_conv
+    from .ops.cuda_workspace import CONFIG_KEYS, aligned_rows
     from .ops.sparse24 import sparse24_linear
     from .prune import magnitude_24, magnitude_blocks
 
@@ -77,10 +78,18 @@ def wrong_results(device: torch.device) -> str | None:
         for dtype in PANEL_DTYPES:
             dense = magnitude_24(integers(48, 300))
             weight = Sparse24.from_dense(dense.to(device, dtype))
-            for rows in (3, 300):  # few, and more than decode takes on a GPU of any size
+            panels = Sparse24Panels.from_sparse24(weight)
+            for rows in (3, 40, 300):
                 x = integers(rows, 300)
-                layouts = (weight, Sparse24Panels.from_sparse24(weight))
-                found = [sparse24_linear(x.to(device, dtype), layout) for layout in layouts]
+                given = x.to(device, dtype)
+                found = [sparse24_linear(given, layout) for layout in (weight, panels)]
+                # As it would be with a matrix larger than this GPU, too.
+                large = _C.sparse24_choose_cuda(8192, 8192, 8192, str(dtype), device.index or 0)
+                if large["kernel"] != "float32":
+                    found.append(given.new_empty(rows, 48))
+                    config = [large[key] for key in CONFIG_KEYS]
+                    operands = (found[-1], aligned_rows(given), panels.panels, None, "none")
+                    _C.sparse24_linear_cuda(*operands, None, None, config)
                 expected = (x @ dense.t()).to(dtype)
                 if not all(torch.equal(y.cpu(), expected) for y in found):
                     wrong.append(f"{dtype} of {rows} rows")

@@ -19,7 +19,7 @@ from gossamer.ops import blocksparse, cuda_workspace, sparse24, sparse24_layout,
 TABLE = HERE / "kernels" / "cuda_table.cu"
 # All kernels; cuda_kernels.cu is the table of a real GPU.
 PARTS = [f for f in sorted(CSRC.glob("*/*.cu")) if f.stem != "cuda_kernels"]
-DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
+DECODE, PREFILL, WGMMA, FLOAT32, STREAM = range(5)
 
 
 class Gpu:

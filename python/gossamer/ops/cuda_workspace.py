@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .. import _C
 
+# Of what sparse24_choose_cuda says, in the order in which sparse24_linear_cuda takes it.
+CONFIG_KEYS = ("kernel", "tile_n", "tile_m", "warps_k", "split_k", "blocks")
+
 # (device, stream, the graph capture that the stream is in or 0) -> counters
 _counters: dict[tuple[int, int, int], Tensor] = {}
 
