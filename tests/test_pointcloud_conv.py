@@ -185,7 +185,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert feats.grad.dtype == torch.float32
 
 
-def test_targets_say_what_runs(target: str) -> None:
+def test_targets_say_what_runs(cpu_target: str) -> None:
     below = _C.targets_built()[: _C.targets_built().index(_C.target()) + 1]
     for dtype, groups in product(("float32", "bfloat16", "float16", "float64"), (1, 64)):
         chosen = _C.pointcloud_conv_choose(dtype, 64, 64, groups)
