@@ -97,9 +97,10 @@ def test_any_strides(target: str) -> None:
         GroupedOracle(row, weights, offsets).check(grouped_linear(row, weights, offsets))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
-def test_loop_that_a_gpu_runs(case: GroupedCase) -> None:
-    x, weights, bias = case.operands(torch.float32)
+def test_loop_that_a_gpu_runs(case: GroupedCase, dtype: torch.dtype) -> None:
+    x, weights, bias = case.operands(dtype)
     operands = (x, weights, case.offsets, bias)
     GroupedOracle(*operands, "gelu").check(_native_cuda(*operands, "gelu"))
     with pytest.raises(ValueError, match="the last of the offsets"):

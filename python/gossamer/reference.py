@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._wide import wide, wide_matmul
 from .formats.block import Block
 
 if TYPE_CHECKING:
@@ -354,13 +355,21 @@ def pointcloud_conv(
     groups: int = 1,
     activation: str | None = None,
 ) -> Tensor:
-    """y[j] = act(b + sum of x[i] W[t] over the pairs (i, j) of each tap t), a tap at a time."""
-    y = feats.new_zeros(n_out, weight.shape[2])
+    """y[j] = act(b + sum of x[i] W[t] over the pairs (i, j) of each tap t), a tap at a time.
+
+    An output has one pair of a tap at most, so the order of the sum is that of the taps.
+    """
+    y = feats.new_zeros(n_out, weight.shape[2], dtype=wide(feats.dtype))
     taps = _tap_rows(in_index, out_index, tap_offsets, in_order, out_order)
     for (rows_in, rows_out), tap in zip(taps, weight, strict=True):
-        parts = zip(feats[rows_in].chunk(groups, 1), tap.chunk(groups, 1), strict=True)
-        y.index_add_(0, rows_out, torch.cat([x @ w for x, w in parts], 1))
-    return activate(y if bias is None else y + bias, activation)
+        product = wide_matmul(_by_group(feats[rows_in], groups), _by_group(tap, groups))
+        y.index_add_(0, rows_out, product.transpose(0, 1).flatten(1))
+    return activate(y if bias is None else y + bias, activation).to(feats.dtype)
+
+
+def _by_group(rows: Tensor, groups: int) -> Tensor:
+    """[groups, N, C / groups] of [N, C]."""
+    return rows.reshape(len(rows), groups, rows.shape[1] // groups).transpose(0, 1)
 
 
 def pointcloud_conv_weight_grad(
@@ -376,8 +385,8 @@ def pointcloud_conv_weight_grad(
     """dW[t] = sum of x[i]ᵀ dy[j] over the pairs (i, j) of tap t, each group with its own."""
     taps = []
     for rows_in, rows_out in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
-        parts = zip(feats[rows_in].chunk(groups, 1), dy[rows_out].chunk(groups, 1), strict=True)
-        taps.append(torch.cat([x.t() @ g for x, g in parts], 1))
+        x, g = _by_group(feats[rows_in], groups), _by_group(dy[rows_out], groups)
+        taps.append(wide_matmul(x.mT, g).transpose(0, 1).flatten(1).to(feats.dtype))
     return torch.stack(taps)
 
 
@@ -433,10 +442,11 @@ def pointcloud_max_pool_grad(
     out_order: Tensor | None,
     n_out: int,
 ) -> Tensor:
-    """dx[i, c] = Σ dy[j, c] over the outputs j whose winner is i, in float64."""
-    dx = dy.new_zeros((n_out + 1, dy.shape[1]), dtype=torch.float64)
-    at = torch.where(winner < 0, n_out, winner).long()
-    return dx.scatter_add_(0, at, dy.double())[:n_out].to(dy.dtype)
+    """dx[i, c] = Σ dy[j, c] over the pairs (j, i) for which the winner of j is i, in float64."""
+    dx = dy.new_zeros((n_out, dy.shape[1]), dtype=torch.float64)
+    for j, i in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
+        dx.index_add_(0, i, torch.where(winner[j] == i.unsqueeze(1), dy[j].double(), 0.0))
+    return dx.to(dy.dtype)
 
 
 def take_winners(x: Tensor, winner: Tensor) -> Tensor:

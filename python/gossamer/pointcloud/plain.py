@@ -185,5 +185,9 @@ def reduce(features: Tensor, of_point: Tensor, voxels: int, how: str) -> Tensor:
             0, of_point, rows, "amin", include_self=False
         )
         return features[first]
-    name = "amax" if how == "max" else "mean"
-    return out.scatter_reduce_(0, at, exact, name, include_self=False).to(features.dtype)
+    if how == "max":
+        return out.scatter_reduce_(0, at, exact, "amax", include_self=False).to(features.dtype)
+    # Each voxel's points in their order, unlike what scatter_reduce_ sums on a GPU.
+    points = exact[of_point.argsort(stable=True)]
+    counts = torch.bincount(of_point, minlength=voxels)
+    return torch.segment_reduce(points, "mean", lengths=counts, unsafe=True).to(features.dtype)
