@@ -114,11 +114,15 @@ def sparse24_linear(
     included, and never through a pruned one; slots past the last column have no x at all.
     """
     columns = sparse24_columns(indices, in_features)
+    kept = values.where(columns < in_features, 0)
     rows = x.reshape(-1, x.shape[-1])
+    by_column = F.pad(rows.t(), (0, 0, 0, 4 * ((in_features + 3) // 4) - in_features))
     y = rows.new_empty(rows.shape[0], values.shape[0])
-    for n, (row_values, row_columns) in enumerate(zip(values, columns, strict=True)):
-        exists = row_columns < in_features
-        y[:, n] = rows[:, row_columns[exists]] @ row_values[exists]
+    # As many outputs at once as see 32 MiB of float64.
+    together = max((1 << 22) // max(columns.shape[1] * rows.shape[0], 1), 1)
+    for first in range(0, values.shape[0], together):
+        some = slice(first, first + together)
+        y[:, some] = torch.einsum("ns,nsm->mn", kept[some], by_column[columns[some]])
     if bias is not None:
         y = y + bias
     return activate(y, activation).view(*x.shape[:-1], values.shape[0])
