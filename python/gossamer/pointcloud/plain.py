@@ -84,7 +84,7 @@ def match(
     """The pairs with target = walker * stride - padding + tap * dilation, both sides sorted.
 
     Returns the walkers and the targets of the pairs, int32 [P] tap-major, and where each tap
-    begins, int64 [T + 1]. ``box`` is that of the targets.
+    begins, int64 [T + 1] on the CPU. ``box`` is that of the targets.
     """
     low, high = (torch.tensor(side, device=walkers.device) for side in box)
     target_keys = keys(targets, box)
@@ -99,7 +99,7 @@ def match(
         walker_of.append(inside[found].int())
         target_of.append(at[found].int())
         ends.append(ends[-1] + len(walker_of[-1]))
-    return torch.cat(walker_of), torch.cat(target_of), torch.tensor(ends)
+    return torch.cat(walker_of), torch.cat(target_of), torch.tensor(ends, device="cpu")
 
 
 def _unique(coords: Tensor, shape: Size | None) -> Tensor:
