@@ -341,9 +341,12 @@ def _tap_rows(
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each tap the rows of its pairs' inputs and outputs."""
     sizes = tap_offsets.diff().tolist()
-    rows_in = in_index.long() if in_order is None else in_order[in_index.long()].long()
-    rows_out = out_index.long() if out_order is None else out_order[out_index.long()].long()
+    rows_in, rows_out = _rows(in_index, in_order), _rows(out_index, out_order)
     return list(zip(rows_in.split(sizes), rows_out.split(sizes), strict=True))
+
+
+def _rows(ranks: Tensor, order: Tensor | None) -> Tensor:
+    return ranks.long() if order is None else order[ranks.long()].long()
 
 
 def pointcloud_conv(
@@ -404,13 +407,17 @@ def pointcloud_sum_pool(
     n_out: int,
     mean: bool,
 ) -> Tensor:
-    """out[j] = Σ feats[i] over the pairs (i, j) of a kernel map, in float64; or their mean."""
-    sums = feats.new_zeros((n_out, feats.shape[1]), dtype=torch.float64)
-    counts = feats.new_zeros((n_out, 1), dtype=torch.float64)
-    for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
-        sums.index_add_(0, j, feats[i].double())
-        counts.index_add_(0, j, counts.new_ones((len(j), 1)))
-    return (sums / counts.clamp(min=1) if mean else sums).to(feats.dtype)
+    """out[j] = Σ feats[i] over the pairs (i, j) of a kernel map, in float64; or their mean.
+
+    In the order of the pairs: each output is a bag of inputs.
+    """
+    if len(in_index) == 0:
+        return feats.new_zeros((n_out, feats.shape[1]))
+    rows_out, order = _rows(out_index, out_order).sort(stable=True)
+    rows_in = _rows(in_index, in_order)[order]
+    bags = torch.searchsorted(rows_out, torch.arange(n_out, device=feats.device))
+    how = "mean" if mean else "sum"
+    return F.embedding_bag(rows_in, feats.double(), bags, mode=how).to(feats.dtype)
 
 
 def pointcloud_max_pool(
@@ -429,11 +436,29 @@ def pointcloud_max_pool(
     best = feats.new_zeros((n_out, feats.shape[1]))
     winner = torch.full_like(best, -1, dtype=torch.int32)
     for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
-        x, so_far, took = feats[i], best[j], winner[j]
+        x, row, j = _one_an_output(feats[i], i.int().unsqueeze(1).expand(-1, feats.shape[1]), j)
+        so_far, took = best[j], winner[j]
         better = (took < 0) | (x > so_far) | x.isnan()
         best[j] = torch.where(better, x, so_far)
-        winner[j] = torch.where(better, i.int().unsqueeze(1), took)
+        winner[j] = torch.where(better, row, took)
     return best, winner
+
+
+def _one_an_output(x: Tensor, row: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a tap's pairs that share an output, as those with a sample do, the maximum and its row.
+
+    They lie side by side: every second one meets the one before it, until there are none.
+    """
+    while bool((j[1:] == j[:-1]).any()):
+        number = torch.arange(len(j), device=j.device)
+        begins = F.pad(j[1:] != j[:-1], (1, 0), value=True)
+        second = (number - torch.where(begins, number, 0).cummax(0).values) % 2 == 1
+        at = second.nonzero().squeeze(1)
+        better = (x[at] > x[at - 1]) | x[at].isnan()
+        x = x.index_copy(0, at - 1, torch.where(better, x[at], x[at - 1]))[~second]
+        row = row.index_copy(0, at - 1, torch.where(better, row[at], row[at - 1]))[~second]
+        j = j[~second]
+    return x, row, j
 
 
 def pointcloud_max_pool_grad(
