@@ -24,5 +24,7 @@ def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.is_cuda and _OUT_DTYPE:
         return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
-    # TF32 holds every number of a 16-bit type, so it is as good here wherever it is allowed.
-    return a.float() @ b.float()
+    # TF32 holds every number of a 16-bit type, so it is as good here wherever it is allowed; but
+    # autocast, which stays on within an op, would make 16-bit operands of these again.
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
