@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import gossamer
@@ -11,8 +12,10 @@ from cases import ACTSPARSE_TARGETS, BLOCKSPARSE_TARGETS
 from gossamer import _C
 
 assert gossamer.__version__  # torch is imported first, through the package
-# Or torch's float32 convolutions, which some tests compare with, round their operands on a GPU.
-torch.backends.cudnn.allow_tf32 = False
+with warnings.catch_warnings():  # of versions of torch that prefer another name
+    warnings.simplefilter("ignore")
+    # Or its float32 convolutions, which some tests compare with, round their operands on a GPU.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _repeats(item: pytest.Item) -> bool:

@@ -143,6 +143,7 @@ def topk_encode(
     -----
     Gradients flow through the k kept entries only, and to x, weight and bias by sums of k rows a
     token. The selection is deterministic; the pre-activations are so as far as torch's product is.
+    On a GPU all of them exist at once, and a stable sort finds the k largest.
 
     References
     ----------

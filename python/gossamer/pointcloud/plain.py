@@ -11,6 +11,7 @@ from itertools import product
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, ...]
@@ -185,9 +186,9 @@ def reduce(features: Tensor, of_point: Tensor, voxels: int, how: str) -> Tensor:
             0, of_point, rows, "amin", include_self=False
         )
         return features[first]
-    if how == "max":
+    if how == "max" or voxels == 0:
         return out.scatter_reduce_(0, at, exact, "amax", include_self=False).to(features.dtype)
     # Each voxel's points in their order, unlike what scatter_reduce_ sums on a GPU.
-    points = exact[of_point.argsort(stable=True)]
-    counts = torch.bincount(of_point, minlength=voxels)
-    return torch.segment_reduce(points, "mean", lengths=counts, unsafe=True).to(features.dtype)
+    of_point, order = of_point.sort(stable=True)
+    bags = torch.searchsorted(of_point, torch.arange(voxels, device=order.device))
+    return F.embedding_bag(order, exact, bags, mode="mean").to(features.dtype)
