@@ -70,10 +70,11 @@ def wrong_results(device: torch.device) -> str | None:
     from .prune import magnitude_24, magnitude_blocks
 
     def integers(*shape: int) -> torch.Tensor:
-        return torch.randint(-4, 5, shape, generator=generator).float()
+        # On the CPU whatever torch.set_default_device says.
+        return torch.randint(-4, 5, shape, generator=generator, device="cpu").float()
 
     wrong = []
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for dtype in PANEL_DTYPES:
             dense = magnitude_24(integers(48, 300))

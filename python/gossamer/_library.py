@@ -53,7 +53,7 @@ def _calls_kernel(
         return False
     if has_torch_function_variadic(*tensors):  # has no key of its own
         return False
-    for tensor in tensors:  # a generator would cost half a microsecond
+    for tensor in tensors:  # noqa: SIM110 - a generator would cost half a microsecond
         if tensor is not None and _keys_of(tensor) not in plain:
             return False
     return True

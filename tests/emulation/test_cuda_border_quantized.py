@@ -52,6 +52,7 @@ def check(
         ("int8", 86, 70, PREFILL),
         ("float8_e4m3fn", 89, 5, DECODE),
         ("float8_e4m3fn", 120, 70, PREFILL),
+        ("float8_e4m3fn", 90, 1, STREAM),
         ("float8_e4m3fn", 90, 3, STREAM),
         ("float8_e4m3fn", 90, 70, STREAM),
         ("int4", 80, 3, DECODE),
