@@ -65,7 +65,7 @@ def wrong_results(device: torch.device) -> str | None:
     """
     from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
     from .ops.blocksparse import blocksparse_conv
-    from .ops.cuda_workspace import CONFIG_KEYS, aligned_rows
+    from .ops.cuda_workspace import aligned_rows, chosen_config
     from .ops.sparse24 import sparse24_linear
     from .prune import magnitude_24, magnitude_blocks
 
@@ -85,12 +85,11 @@ def wrong_results(device: torch.device) -> str | None:
                 given = x.to(device, dtype)
                 found = [sparse24_linear(given, layout) for layout in (weight, panels)]
                 # As it would be with a matrix larger than this GPU, too.
-                large = _C.sparse24_choose_cuda(8192, 8192, 8192, str(dtype), device.index or 0)
-                if large["kernel"] != "float32":
+                large = chosen_config(8192, 8192, 8192, dtype, device.index or 0)
+                if large[0] != "float32":
                     found.append(given.new_empty(rows, 48))
-                    config = [large[key] for key in CONFIG_KEYS]
                     operands = (found[-1], aligned_rows(given), panels.panels, None, "none")
-                    _C.sparse24_linear_cuda(*operands, None, None, config)
+                    _C.sparse24_linear_cuda(*operands, None, None, large)
                 expected = (x @ dense.t()).to(dtype)
                 if not all(torch.equal(y.cpu(), expected) for y in found):
                     wrong.append(f"{dtype} of {rows} rows")

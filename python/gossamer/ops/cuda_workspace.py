@@ -17,9 +17,6 @@ from torch import Tensor
 
 from .. import _C
 
-# Of what sparse24_choose_cuda says, in the order in which sparse24_linear_cuda takes it.
-CONFIG_KEYS = ("kernel", "tile_n", "tile_m", "warps_k", "split_k", "blocks")
-
 # (device, stream, the graph capture that the stream is in or 0) -> counters
 _counters: dict[tuple[int, int, int], Tensor] = {}
 
@@ -65,6 +62,15 @@ def _outside_pools(device: torch.device) -> Tensor:
 def _workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype, device: int) -> int:
     nbytes: int = _C.sparse24_choose_cuda(m, n, k, str(dtype), device)["workspace_bytes"]
     return nbytes
+
+
+def chosen_config(
+    m: int, n: int, k: int, dtype: torch.dtype, device: int
+) -> tuple[str, int, int, int, int, int]:
+    """How a product is cut up, as ``sparse24_linear_cuda`` can be told to for another one."""
+    chosen = _C.sparse24_choose_cuda(m, n, k, str(dtype), device)
+    tile = (chosen["tile_n"], chosen["tile_m"])
+    return (chosen["kernel"], *tile, chosen["warps_k"], chosen["split_k"], chosen["blocks"])
 
 
 def aligned_rows(rows: Tensor) -> Tensor:
