@@ -24,6 +24,7 @@ from cuda_shapes import DTYPES, ROWS, SHAPES
 from cuda_timing import Contender, GraphStopwatch, copies_for, first_line, graph_stopwatch
 from gossamer import _C
 from gossamer.formats import Sparse24QuantizedPanels
+from gossamer.ops.cuda_workspace import chosen_config
 from torch import Tensor
 
 Config = tuple[str, int, int, int, int, int]  # kernel, tile_n, tile_m, warps_k, split_k, blocks
@@ -61,7 +62,6 @@ def configs(m: int, n: int, k: int, dtype: str, multiprocessors: int) -> Iterato
         rounds = -(-tiles // multiprocessors)
         for blocks in {-(-tiles // rounds), min(tiles, multiprocessors)}:
             yield "wgmma", tile_n, tile_m, 1, 1, blocks
-            yield "wgmma", tile_n, tile_m, 2, 1, blocks
     if dtype != "fp8" and m >= 64:
         for tile_m in (128, 256):
             yield "prefill", 128, tile_m, 1, 1, 0
@@ -131,10 +131,8 @@ def tune_case(layer: Layer, m: int, stopwatch: GraphStopwatch) -> dict[str, Any]
 
     chosen_calls = calls(None)
     expected = chosen_calls[0]().float()
-    name = str(layer.value_dtype)
-    chosen = _C.sparse24_choose_cuda(m, layer.n, layer.k, name, layer.device.index or 0)
     case: dict[str, Any] = {
-        "chosen": [chosen[key] for key in ("kernel", "tile_n", "tile_m", "warps_k", "split_k")],
+        "chosen": chosen_config(m, layer.n, layer.k, layer.value_dtype, layer.device.index or 0),
         "chosen_us": 1e6 * seconds(chosen_calls, stopwatch),
         "bytes": stored.nbytes + x.nbytes + 2 * m * layer.n,
         "us": [],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import gossamer
@@ -11,6 +12,10 @@ from cases import ACTSPARSE_TARGETS, BLOCKSPARSE_TARGETS
 from gossamer import _C
 
 assert gossamer.__version__  # torch is imported first, through the package
+with warnings.catch_warnings():  # of versions of torch that prefer another name
+    warnings.simplefilter("ignore")
+    # Or its float32 convolutions, which some tests compare with, round their operands on a GPU.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _repeats(item: pytest.Item) -> bool:
@@ -48,9 +53,15 @@ def _forced(name: str) -> Iterator[str]:
 GPU = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
 
 
+@pytest.fixture(params=_C.machine_targets())
+def cpu_target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each target in turn, in force for one test."""
+    yield from _forced(request.param)
+
+
 @pytest.fixture(params=[*_C.machine_targets(), *GPU])
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each target in turn, in force for one test; "cuda" is where it makes its tensors."""
+    """The same and "cuda", where the test makes its tensors, for what a GPU has to do alike."""
     if request.param == "cuda":
         with torch.device("cuda"):
             yield "cuda"

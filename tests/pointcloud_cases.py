@@ -28,7 +28,7 @@ def drawn_map(
     return KernelMap(
         torch.cat(parts_in),
         torch.cat(parts_out),
-        torch.tensor(ends),
+        torch.tensor(ends, device="cpu"),
         orders[0],
         orders[1],
         n_in,

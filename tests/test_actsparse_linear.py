@@ -240,7 +240,7 @@ def test_mistakes_of_outputs(change: dict[str, Any], error: type, text: str) -> 
         actsparse_outputs(**given)
 
 
-def test_targets_say_what_runs(target: str) -> None:
+def test_targets_say_what_runs(cpu_target: str) -> None:
     before = _C.target()
     for dtype in ("float32", "bfloat16", "float16", "float64"):
         chosen = _C.actsparse_target(dtype)

@@ -20,16 +20,18 @@ def chosen_target(dtype: torch.dtype = torch.float32) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_targets_with_kernels_of_their_own(target: str, dtype: torch.dtype) -> None:
+def test_targets_with_kernels_of_their_own(cpu_target: str, dtype: torch.dtype) -> None:
     names = _C.targets_built()
-    below = [name for name in names[: names.index(target) + 1] if name in BLOCKSPARSE_TARGETS]
+    below = [name for name in names[: names.index(cpu_target) + 1] if name in BLOCKSPARSE_TARGETS]
     if dtype != torch.bfloat16 and below[-1] == "amx_bf16":
         below.pop()
     assert chosen_target(dtype) == below[-1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_other_targets_compute_what_the_best_below_does(target: str, dtype: torch.dtype) -> None:
+def test_other_targets_compute_what_the_best_below_does(
+    cpu_target: str, dtype: torch.dtype
+) -> None:
     case = typical(dtype=dtype)
     weight, x = case.weight(), case.x()
     y = blocksparse_conv(x, weight, **case.geometry)
@@ -100,7 +102,7 @@ def test_narrow_strips_do_not_read_the_weights_again(blocksparse_target: str, th
         assert chosen["strip_width"] >= 28
 
 
-def test_float64_is_serial(target: str) -> None:
+def test_float64_is_serial(cpu_target: str) -> None:
     assert chosen_target(torch.float64) == "serial"
 
 

@@ -21,10 +21,10 @@ def choose(m: int, dtype: str, intel: bool | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_few_rows_up_to_a_limit(target: str, dtype: str) -> None:
-    if (target, dtype) not in LIMITS:
+def test_few_rows_up_to_a_limit(cpu_target: str, dtype: str) -> None:
+    if (cpu_target, dtype) not in LIMITS:
         pytest.skip("no vector kernel, or the limits of another dtype")
-    for intel, limit in zip((False, True), LIMITS[target, dtype], strict=True):
+    for intel, limit in zip((False, True), LIMITS[cpu_target, dtype], strict=True):
         few, many = choose(limit, dtype, intel), choose(limit + 1, dtype, intel)
         assert (few["kernel"], many["kernel"]) == ("few_rows", "many_rows")
         assert str(limit) in few["why"]

@@ -9,7 +9,7 @@ from gossamer import _C
 
 A100 = {"capability": 80, "multiprocessors": 108, "shared_bytes": 166912, "l2_bytes": 40 << 20}
 RTX4090 = {"capability": 89, "multiprocessors": 128, "shared_bytes": 101376, "l2_bytes": 72 << 20}
-H200 = {"capability": 90, "multiprocessors": 132, "shared_bytes": 232448, "l2_bytes": 50 << 20}
+H200 = {"capability": 90, "multiprocessors": 132, "shared_bytes": 232448, "l2_bytes": 60 << 20}
 B200 = {"capability": 100, "multiprocessors": 148, "shared_bytes": 232448, "l2_bytes": 126 << 20}
 DEVICES = {"A100": A100, "RTX 4090": RTX4090, "H200": H200, "B200": B200}
 # Linear layers of Llama-3-8B and 70B.
@@ -26,24 +26,26 @@ def choose(m: int, n: int, k: int, dtype: str, device: dict[str, int]) -> dict[s
     ("m", "n", "dtype", "device", "kernel", "target"),
     [
         (1, 4096, "bfloat16", "A100", "decode", "sm_80"),
-        (64, 14336, "float16", "H200", "decode", "sm_80"),
-        (128, 4096, "bfloat16", "H200", "decode", "sm_80"),  # 32 tiles of 128 x 128
+        (1, 14336, "float16", "H200", "decode", "sm_80"),
+        (64, 14336, "float16", "H200", "stream", "sm_90"),
+        (128, 4096, "bfloat16", "H200", "stream", "sm_90"),  # 32 tiles of 128 x 128
+        (128, 4096, "bfloat16", "A100", "decode", "sm_80"),
         (256, 1024, "int8", "A100", "decode", "sm_80"),
         (257, 1024, "bfloat16", "A100", "prefill", "sm_80"),
         (65, 14336, "bfloat16", "A100", "prefill", "sm_80"),
         (65, 14336, "bfloat16", "RTX 4090", "prefill", "sm_80"),
-        (65, 14336, "bfloat16", "H200", "wgmma", "sm_90"),
+        (512, 14336, "bfloat16", "H200", "wgmma", "sm_90"),
         (4096, 4096, "float16", "H200", "wgmma", "sm_90"),
         (4096, 4096, "float16", "B200", "prefill", "sm_80"),
         (1, 4096, "float32", "H200", "float32", "sm_80"),
         (4096, 4096, "float32", "A100", "float32", "sm_80"),
         (1, 14336, "int8", "A100", "decode", "sm_80"),
         (65, 14336, "int8", "B200", "prefill", "sm_80"),
-        (65, 14336, "int8", "H200", "wgmma", "sm_90"),
+        (1024, 14336, "int8", "H200", "wgmma", "sm_90"),
         (1, 14336, "float8_e4m3fn", "RTX 4090", "decode", "sm_80"),
         (65, 14336, "float8_e4m3fn", "RTX 4090", "prefill", "sm_80"),
-        (1, 14336, "float8_e4m3fn", "H200", "wgmma", "sm_90"),
-        (65, 14336, "float8_e4m3fn", "H200", "wgmma", "sm_90"),
+        (1, 14336, "float8_e4m3fn", "H200", "stream", "sm_90"),
+        (1024, 14336, "float8_e4m3fn", "H200", "wgmma", "sm_90"),
         (1, 14336, "uint8", "H200", "decode", "sm_80"),
     ],
 )
@@ -67,26 +69,33 @@ def test_blocks_fill_the_gpu(dtype: str, device: str) -> None:
             if chosen["kernel"] in ("decode", "float32"):
                 assert blocks / (rounds * multiprocessors) > 0.5, (m, n, k, chosen)
             assert chosen["workspace_bytes"] <= 64 << 20, (m, n, k, chosen)
-            assert (chosen["workspace_bytes"] > 0) == (chosen["split_k"] > 1)
-            if chosen["split_k"] > 1:
+            if chosen["kernel"] == "stream":
+                assert 0 < chosen["blocks"] <= multiprocessors
+                assert (chosen["workspace_bytes"] > 0) == (tiles % chosen["blocks"] > 0)
+            else:
+                assert (chosen["workspace_bytes"] > 0) == (chosen["split_k"] > 1)
+            if chosen["workspace_bytes"] > 0:
                 assert tiles <= _C.cuda_counters
 
 
-def test_hopper_takes_the_tile_that_leaves_the_fewest_idle() -> None:
-    def tile(m: int, n: int) -> tuple[int, int]:
-        chosen = choose(m, n, 4096, "bfloat16", H200)
-        assert chosen["kernel"] == "wgmma"
-        return chosen["tile_n"], chosen["tile_m"]
+def test_hopper_cuts_up_what_leaves_multiprocessors_idle() -> None:
+    def chosen(m: int, n: int, k: int = 4096) -> tuple[str, int, int]:
+        found = choose(m, n, k, "bfloat16", H200)
+        return found["kernel"], found["tile_n"], found["tile_m"]
 
-    assert tile(300, 4096) == (128, 128)  # 96 tiles: every multiprocessor that can be had
-    assert tile(8192, 14336) in ((128, 256), (256, 128))  # many rounds: the large tiles' reuse
+    assert chosen(8192, 14336) == ("wgmma", 128, 256)  # many rounds: the tile that reads least
+    assert chosen(300, 4096)[0] == "stream"
+    # The fastest of all ways on an H200: a tile for every multiprocessor, and weights shared.
+    assert chosen(128, 4096) == ("stream", 128, 32)
+    assert chosen(128, 4096, 14336) == ("stream", 128, 64)
+    assert chosen(64, 28672) == ("stream", 128, 64)
 
 
 @pytest.mark.parametrize("size", [1, 1 << 40])
 def test_extreme_sizes(size: int) -> None:
     for dtype in ("float32", "bfloat16"):
         assert choose(size, 1, 1, dtype, H200)["split_k"] == 1
-        assert choose(1, 57344, 65536, dtype, H200)["kernel"] in ("decode", "float32")
+        assert choose(1, 57344, 65536, dtype, H200)["kernel"] in ("decode", "float32", "stream")
 
 
 def test_mistakes_are_named() -> None:

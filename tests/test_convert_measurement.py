@@ -148,10 +148,10 @@ def test_cost_table_of_intel_is_another() -> None:
     assert worth_swapping(1024, 1024, "float32", "amx_bf16", intel=True)[0]
 
 
-def test_without_a_sample_the_cost_table_decides(target: str) -> None:
+def test_without_a_sample_the_cost_table_decides(cpu_target: str) -> None:
     model = nn.Sequential(nn.Linear(1024, 1024))
     report = gossamer.convert(model, prune="magnitude")
-    verdict = worth_swapping(1024, 1024, "float32", target, _C.intel_cores())
+    verdict = worth_swapping(1024, 1024, "float32", cpu_target, _C.intel_cores())
     assert (report["0"].swapped, report["0"].reason) == verdict
     assert report["0"].rows is None
     assert report["0"].pruned

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES
-from gossamer import _C
+from gossamer import _C, reference
 from gossamer.ops import pointcloud_conv
 from gossamer.pointcloud import KernelMap, plain
 from pointcloud_cases import CASES, ConvOracle, PointcloudCase, WeightGradOracle, tensors_of
@@ -51,6 +51,20 @@ def test_gradients_match_plain_torch(target: str) -> None:
             ConvOracle(dy, back, None, map.transposed(), case.groups).check(dx)
             WeightGradOracle(dy, feats, map, case.groups).check(dw)
         torch.testing.assert_close(db, dy.sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_is_rounded_once(dtype: torch.dtype) -> None:
+    for case in CASES[3:15:2]:  # what a GPU runs
+        feats, weight, bias = case.operands(dtype)
+        map = case.map()
+        y = reference.pointcloud_conv(
+            feats, weight, bias, *tensors_of(map), map.n_out, case.groups, "silu"
+        )
+        with naming(case, dtype):
+            ConvOracle(feats, weight, bias, map, case.groups, "silu").check(y)
+            dw = reference.pointcloud_conv_weight_grad(y, feats, *tensors_of(map), case.groups)
+            WeightGradOracle(y, feats, map, case.groups).check(dw)
 
 
 class naming:
@@ -185,7 +199,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert feats.grad.dtype == torch.float32
 
 
-def test_targets_say_what_runs(target: str) -> None:
+def test_targets_say_what_runs(cpu_target: str) -> None:
     below = _C.targets_built()[: _C.targets_built().index(_C.target()) + 1]
     for dtype, groups in product(("float32", "bfloat16", "float16", "float64"), (1, 64)):
         chosen = _C.pointcloud_conv_choose(dtype, 64, 64, groups)

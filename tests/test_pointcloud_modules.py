@@ -43,6 +43,18 @@ LAYERS = (
 )
 
 
+def test_the_default_device_is_not_that_of_the_voxels() -> None:
+    x, points = scene(), torch.rand(50, 3)
+    wanted = [layer(x).feats for layer in LAYERS]
+    voxels, _ = pc.voxelize(points, 0.2, features=points)
+    with torch.device("meta"):
+        again = pc.SparseTensor(x.coords, x.feats, spatial_shape=(9, 8, 7), batch_size=3)
+        got = [layer(again).feats for layer in LAYERS]
+        assert torch.equal(pc.voxelize(points, 0.2, features=points)[0].feats, voxels.feats)
+    for y, feats in zip(got, wanted, strict=True):
+        assert torch.equal(y, feats)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
 def test_dense_layer_and_back(layer: Any) -> None:

@@ -39,19 +39,44 @@ def test_matches_plain_torch(dtype: torch.dtype) -> None:
         if channels == 5:
             x.feats[::7] = 1.0  # equal maxima
             x.feats[3], x.feats[5], x.feats[8, 0] = torch.nan, -torch.inf, torch.inf
-        _, kernel_map = x.coordinates.strided(kernel, stride)
-        pairs = pairs_of(kernel_map)
-        best, winner = torch.ops.gossamer.pointcloud_max_pool(x.feats, *pairs)
-        want = reference.pointcloud_max_pool(x.feats, *pairs)
-        assert torch.equal(best.nan_to_num(7.0), want[0].nan_to_num(7.0))
-        assert torch.equal(winner, want[1])
-        dy, back = torch.randn_like(best), (*pairs_of(kernel_map.transposed()),)
-        got = torch.ops.gossamer.pointcloud_max_pool_grad(dy, winner, *back)
-        torch.testing.assert_close(got, reference.pointcloud_max_pool_grad(dy, winner, *back))
-        for mean in (False, True):
-            got = torch.ops.gossamer.pointcloud_sum_pool(x.feats, *pairs, mean)
-            want = reference.pointcloud_sum_pool(x.feats, *pairs, mean)
-            torch.testing.assert_close(got, want, equal_nan=True)
+        for kernel_map in (x.coordinates.strided(kernel, stride)[1], pc.pooling._to_samples(x)):
+            check_map(x, kernel_map)
+
+
+def check_map(x: pc.SparseTensor, kernel_map: pc.KernelMap) -> None:
+    pairs = pairs_of(kernel_map)
+    best, winner = torch.ops.gossamer.pointcloud_max_pool(x.feats, *pairs)
+    want = reference.pointcloud_max_pool(x.feats, *pairs)
+    assert torch.equal(best.nan_to_num(7.0), want[0].nan_to_num(7.0))
+    assert torch.equal(winner, want[1])
+    dy, back = torch.randn_like(best), (*pairs_of(kernel_map.transposed()),)
+    got = torch.ops.gossamer.pointcloud_max_pool_grad(dy, winner, *back)
+    torch.testing.assert_close(got, reference.pointcloud_max_pool_grad(dy, winner, *back))
+    for mean in (False, True):
+        got = torch.ops.gossamer.pointcloud_sum_pool(x.feats, *pairs, mean)
+        want = reference.pointcloud_sum_pool(x.feats, *pairs, mean)
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_pools_as_the_cpu_does(dtype: torch.dtype) -> None:
+    x = scene(dtype=dtype)
+    x.feats[::7] = 1.0
+    layers = (pc.MaxPool3d(3, 2), pc.AvgPool3d(2, 2), pc.GlobalMaxPool(), pc.GlobalSumPool())
+    for layer in layers:
+        results = []
+        for device in ("cpu", "cuda"):
+            of = pc.SparseTensor(
+                x.coords.to(device), x.feats.to(device), spatial_shape=(7, 6, 8), batch_size=3
+            )
+            feats = of.feats.detach().requires_grad_()
+            y = layer(of.replace_feats(feats))
+            y = y if isinstance(y, Tensor) else y.feats
+            (dx,) = torch.autograd.grad(y.square().sum(), feats)
+            results.append((y.detach().cpu(), dx.cpu()))
+        for cpu, gpu in zip(*results, strict=True):
+            torch.testing.assert_close(gpu, cpu)
 
 
 def test_a_full_grid_is_pooled_as_by_torch() -> None:

@@ -138,6 +138,20 @@ def test_voxelize_equals_plain_torch_at_any_number_of_threads(
         assert torch.equal(*bits)
 
 
+@pytest.mark.cuda
+def test_a_gpu_voxelizes_as_the_cpu_does() -> None:
+    points, features = torch.randn(3000, 3), torch.randn(3000, 5)
+    for reduce in ("mean", "first", "max"):
+        results = []
+        for device in ("cpu", "cuda"):
+            given = features.to(device).requires_grad_()
+            x, found = pc.voxelize(points.to(device), 0.3, reduce, given)
+            (dx,) = torch.autograd.grad(x.feats.square().sum(), given)
+            results.append((x.coords.cpu(), found.cpu(), x.feats.detach().cpu(), dx.cpu()))
+        for cpu, gpu in zip(*results, strict=True):
+            torch.testing.assert_close(gpu, cpu)
+
+
 def test_gradients_of_voxelize() -> None:
     points = torch.randn(60, 2, dtype=torch.float64)
     features = torch.randn(60, 3, dtype=torch.float64, requires_grad=True)

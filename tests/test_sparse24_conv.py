@@ -182,12 +182,12 @@ def test_choice_says_which_kernel_and_why(blocksparse_target: str) -> None:
         sparse24_conv_choice((1, 65, 9, 9), weight)
 
 
-def test_bfloat16_is_dense_where_cores_multiply_it(target: str) -> None:
+def test_bfloat16_is_dense_where_cores_multiply_it(cpu_target: str) -> None:
     weight = weight_of(typical(group_in=64, group_out=64, dtype=torch.bfloat16))
     kernel = sparse24_conv_choice((8, 64, 28, 28), weight)["kernel"]
     names = _C.targets_built()
-    expected = "pairs" if names.index(target) < names.index("avx512_bf16") else "dense"
-    assert kernel == ("serial" if target == "serial" else expected)
+    expected = "pairs" if names.index(cpu_target) < names.index("avx512_bf16") else "dense"
+    assert kernel == ("serial" if cpu_target == "serial" else expected)
     x = torch.randn(8, 64, 28, 28).bfloat16()
     torch.testing.assert_close(
         sparse24_conv(x, weight), F.conv2d(x, weight.to_dense()), rtol=2e-2, atol=2e-2

@@ -9,6 +9,7 @@ import torch
 from cases import DTYPES, SumOracle
 from gossamer import pack_spikes, spike_linear
 from gossamer.ops import unpack_spikes
+from gossamer.ops.spikes import _linear_cuda
 from torch import Tensor
 
 ops = torch.ops.gossamer
@@ -45,6 +46,16 @@ def test_sums_are_the_dense_product(target: str, threads: int, dtype: torch.dtyp
         torch.set_num_threads(5)
         assert torch.equal(spike_linear(spikes.bool(), weight, bias), y)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product_that_a_gpu_runs(dtype: torch.dtype) -> None:
+    for tokens, k, n in SHAPES:
+        spikes, weight = (torch.rand(tokens, k) < 0.3).double(), torch.randn(k, n).to(dtype)
+        bias, w = torch.randn(n).to(dtype), weight.double()
+        y = _linear_cuda(pack_spikes(spikes), weight, bias)
+        size = spikes @ w.abs() + bias.double().abs()
+        SumOracle(spikes @ w + bias.double(), size, k + 1, dtype).check(y)
 
 
 def test_float64_and_leading_dimensions(serial_target: str) -> None:

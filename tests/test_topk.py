@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from cases import DTYPES, SumOracle
 from gossamer import _C, reference, topk_decode, topk_encode
 from gossamer.nn import TopKAutoencoder
+from gossamer.ops.topk import _decode_cuda
+from gossamer.ops.topk_gradient import _values_cuda, _weight_cuda
 from torch import Tensor
 
 ops = torch.ops.gossamer
@@ -46,8 +48,12 @@ CASES = (
 TILED = (Case(2300, 12, 3000, 400), Case(3000, 60, 20000, 83))
 
 
-def check_all(case: Case, dtype: torch.dtype) -> None:
+NATIVE = (topk_decode, ops.topk_values, ops.topk_weight)
+
+
+def check_all(case: Case, dtype: torch.dtype, functions: tuple[Any, ...] = NATIVE) -> None:
     """Decode and both gradients against float64."""
+    decode, values_of, weight_of = functions
     values, indices, weight, bias = case.operands(dtype)
     given = bias if case.d % 2 else None
     dy = torch.randn(case.tokens, case.d).to(dtype)
@@ -57,19 +63,19 @@ def check_all(case: Case, dtype: torch.dtype) -> None:
     b = None if given is None else given.double()
     wanted = reference.topk_decode(v, indices, w, b)
     size = reference.topk_decode(v.abs(), indices, w.abs(), None if b is None else b.abs())
-    SumOracle(wanted, size, case.k + 1, dtype).check(topk_decode(values, narrow, weight, given))
+    SumOracle(wanted, size, case.k + 1, dtype).check(decode(values, narrow, weight, given))
 
     def at_rows(dy: Tensor, w: Tensor) -> Tensor:
         return torch.einsum("td,tjd->tj", dy, w[indices])
 
-    got = ops.topk_values(dy, narrow, weight)
+    got = values_of(dy, narrow, weight)
     SumOracle(at_rows(y64, w), at_rows(y64.abs(), w.abs()), case.d, dtype).check(got)
 
     def by_row(v: Tensor, dy: Tensor) -> Tensor:
         codes = v.new_zeros(case.tokens, case.width).scatter_add_(1, indices, v)
         return codes.t() @ dy
 
-    got = ops.topk_weight(values, narrow, dy, case.width)
+    got = weight_of(values, narrow, dy, case.width)
     most = int(torch.bincount(indices.flatten(), minlength=1).max()) if indices.numel() else 0
     SumOracle(by_row(v, y64), by_row(v.abs(), y64.abs()), most + 1, dtype).check(got)
 
@@ -80,15 +86,23 @@ def test_matches_plain_torch(target: str, dtype: torch.dtype) -> None:
         check_all(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_that_a_gpu_runs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    for case in CASES:
+        check_all(case, dtype, (_decode_cuda, _values_cuda, _weight_cuda))
+    monkeypatch.setattr("gossamer.ops.topk_gradient._GATHERED_BYTES", 80000)
+    check_all(CASES[5], dtype, (_decode_cuda, _values_cuda, _weight_cuda))
+
+
 def test_float64(serial_target: str) -> None:
     check_all(CASES[4], torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_match_and_threads_change_nothing(
-    target: str, threads: int, dtype: torch.dtype
+    cpu_target: str, threads: int, dtype: torch.dtype
 ) -> None:
-    if target in ("serial", "cuda"):
+    if cpu_target == "serial":
         return
     for case in (*TILED, *CASES[4:]):
         values, indices, weight, bias = case.operands(dtype)
@@ -110,7 +124,7 @@ def test_tiles_match_and_threads_change_nothing(
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_selection_is_a_stable_sort(target: str, dtype: torch.dtype) -> None:
+def test_selection_is_a_stable_sort(cpu_target: str, dtype: torch.dtype) -> None:
     for rows, width, k in (
         (1, 1, 1),
         (5, 7, 7),
@@ -128,8 +142,6 @@ def test_selection_is_a_stable_sort(target: str, dtype: torch.dtype) -> None:
             dense[1] = torch.arange(width)  # each one above all before it
         values, indices = dense.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
         for relu in (False, True):
-            if target == "cuda":
-                continue
             _C.topk_select(values, indices, dense, relu, 2)
             wanted, order = dense.sort(dim=-1, descending=True, stable=True)
             wanted = wanted.relu() if relu else wanted

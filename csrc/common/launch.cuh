@@ -51,6 +51,23 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   GOSSAMER_CUDA_CHECK(cudaGetLastError());
 }
 
+// Blocks `cluster` at a time along x, of which the grid has a multiple, run together.
+template <class... Parameters, class... Arguments>
+void launch_cluster(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  if (shared_bytes > kDefaultSharedBytes) {
+    allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  GOSSAMER_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
 // The architecture, as 10 * major + minor, that the code of this kernel which the current device
 // runs was compiled for.
 template <class... Parameters>

@@ -1,8 +1,8 @@
 #pragma once
-// Hopper's own instructions (compile for sm_90a): mbarriers, the tensor memory accelerator (TMA)
-// and the asynchronous tensor cores of a warpgroup. Clusters have one block: addresses in
-// shared::cluster are the block's own, and there is no multicast.
-// tests/emulation/twins/common/ptx_sm90.cuh is the host twin.
+// Hopper's own instructions (compile for sm_90a): mbarriers, the tensor memory accelerator (TMA),
+// clusters of blocks and the asynchronous tensor cores of a warpgroup. An address of the block's
+// own shared memory is one in shared::cluster as well. tests/emulation/twins/common/ptx_sm90.cuh is
+// the host twin.
 #include "common/ptx.cuh"
 #include "common/tensor_map.cuh"
 
@@ -85,6 +85,17 @@ __device__ __forceinline__ void tma_load_3d(void* shared, const TensorMap* map, 
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
+// The tile goes to the same address in each block of the cluster whose bit is set, and its bytes
+// count towards the barrier at the same address there.
+__device__ __forceinline__ void tma_load_2d_multicast(void* shared, const TensorMap* map,
+                                                      uint64_t* barrier, int x, int y,
+                                                      uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
 // `bytes` contiguous bytes, a multiple of 16, between addresses that are.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes,
                                           uint64_t* barrier) {
@@ -128,6 +139,31 @@ __device__ __forceinline__ void tma_store_wait_read() {
 // What this thread has written to shared memory becomes visible to TMA and wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- a cluster: blocks that run together and reach each other's shared memory (launch_cluster)
+// ---
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// All threads of all its blocks meet. A block must not leave while another may still reach it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+// Arrives at the barrier that lies at the same address in block `rank`.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 
 // ---- a warp -------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   report["tile_m"] = config.tile_m;
   report["warps_k"] = config.warps_k;
   report["split_k"] = config.split_k;
+  report["blocks"] = config.blocks;
   report["workspace_bytes"] = workspace_bytes(config, m, n);
   report["why"] = reason(config.kernel, m);
   return report;

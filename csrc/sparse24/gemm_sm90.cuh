@@ -19,19 +19,18 @@
 //
 //   - W never goes there. Fragments holds the operand registers as they are, so a warp loads those
 //     of its 16 rows by 16 bytes a lane, ahead of their use.
-//   - Each tile of x serves all rows of the block. By arithmetic, not measured, these are the bytes
-//     a cycle at the full rate (of W for 16-bit types; 8-bit ones have 10/9 of it), and the share
-//     of it that is left if shared memory counts reads and writes alike:
+//   - Each tile of x serves all rows of the block, and in tiles of 256 rows of x those of two: a
+//     cluster of two blocks with different rows of W shares them, each brings half and multicasts
+//     it to both. By arithmetic, these are the bytes a cycle at the full rate (of W for 16-bit
+//     types; 8-bit ones have 10/9 of it), and the share of it that is left if shared memory counts
+//     reads and writes alike:
 //
 //       kRows x kTokens   x, written   W    from the L2   share
-//          128 x 256          64       18       82         2/3
+//          128 x 256          64       18       50         2/3
 //          256 x 128          32       36       68         4/5    as many accumulators
 //          128 x 128          64       36      100         2/3    for few tiles
 //
-//     That is more than the L2 has. NVIDIA states 5120 bytes a cycle for an A100's and nothing for
-//     an H100's; if that is as wide, 132 multiprocessors get 39 each, so that the tiles reach at
-//     most 48, 57 and 39 percent of the full rate: a tile is chosen by what it reads. To read less,
-//     blocks with the same rows of x would have to share them, by multicast in a cluster.
+//     An H200's L2 was seen to give each of its 132 multiprocessors 40.
 //
 // A grid is persistent: a block goes from tile to tile, and while the result of one is stored, its
 // producer fills the ring for the next and its consumers have the first weights on the way.
@@ -53,6 +52,10 @@ constexpr int kRingBytes = 160 << 10;  // with 64 KiB for the result, what a blo
 template <int kTokens>
 constexpr int kStages = kRingBytes / (kTokens * kStepBytes);
 
+// Blocks that share their rows of x.
+template <int kTokens>
+constexpr int kCluster = kTokens == 256 ? 2 : 1;
+
 template <class T, class Out, int kSlices, int kTokens>
 struct Shared {
   SharedTile<T, kTokens * kStepBytes / sizeof(T), 1024> x[kStages<kTokens>];
@@ -64,10 +67,9 @@ struct Shared {
 struct Args {
   TensorMap x;
   Output out;
-  bool prefetch;
   int records, weight_tiles;  // weight_tiles: of 16 rows
   int steps, last_steps;      // of a tile, and of its last record
-  int tiles_m, tiles_n;
+  int tiles_m, tiles_n;       // a cluster's tiles count as one
   const uint4* weights;
 };
 
@@ -75,51 +77,19 @@ struct Args {
 
 // Blocks work on consecutive tiles at the same time, so these form a patch of the output: kGroup
 // tiles of x by as many of W as it takes. Of 132 tiles, 8 x 16 share their operands best in the L2.
+template <int kCluster>
 struct Position {
   static constexpr int kGroup = 8;
   int tile_m, tile_n;
+  bool first;  // of those in its group with the same rows of W
   __device__ Position(const Args& args, int tile) {
     const int group = tile / (kGroup * args.tiles_n), inside = tile % (kGroup * args.tiles_n);
     const int width = min(kGroup, args.tiles_m - group * kGroup);
     tile_m = group * kGroup + inside % width;
-    tile_n = inside / width;
+    tile_n = inside / width * kCluster + blockIdx.x % kCluster;
+    first = inside % width == 0;
   }
 };
-
-// ---- the producer -------------------------------------------------------------------------------
-
-// Brings a record of the block's weights to the L2, so that consumers, who load it when the ring
-// has come there, do not wait for DRAM.
-template <class T, int kRows>
-__device__ void fetch(const Args& args, const Position& at, int record) {
-  constexpr int kTiles = kRows / kFragmentRows;
-  for (int i = 0; i < kTiles; ++i) {
-    const int tile = at.tile_n * kTiles + i;
-    if (tile >= args.weight_tiles) break;
-    ptx::bulk_prefetch(args.weights + (int64_t{tile} * args.records + record) * Record<T>::kSize,
-                       Record<T>::kSize * 16);
-  }
-}
-
-template <class T, class Out, int kSlices, int kTokens>
-__device__ void produce(Shared<T, Out, kSlices, kTokens>& shared, const Args& args) {
-  Ring<kStages<kTokens>> ring;
-  for (int tile = blockIdx.x; tile < args.tiles_m * args.tiles_n; tile += gridDim.x) {
-    const Position at(args, tile);
-    for (int step = 0; step < args.steps; ++step, ring.advance()) {
-      if (args.prefetch && step % Record<T>::kSteps == 0) {
-        fetch<T, kConsumers * kSlices * kSliceRows>(args, at, step / Record<T>::kSteps);
-      }
-      // The first round finds the stages empty: the phase before the first counts as ended.
-      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-      uint64_t* full = &shared.full[ring.stage];
-      // Of a tile past the edges of x, too, all bytes arrive; those outside are zeros.
-      ptx::mbarrier_arrive_expect_tx(full, kTokens * kStepBytes);
-      ptx::tma_load_2d(shared.x[ring.stage].data(), &args.x, full, step * Record<T>::kStepColumns,
-                       at.tile_m * kTokens);
-    }
-  }
-}
 
 // ---- a consumer's weights -----------------------------------------------------------------------
 
@@ -183,6 +153,52 @@ struct Weights {
   }
 };
 
+// ---- the producer -------------------------------------------------------------------------------
+
+// Brings a record of the block's weights to the L2, so that consumers, who load it when the ring
+// has come there, do not wait for DRAM.
+template <class T, int kRows>
+__device__ void fetch(const Args& args, int tile_n, int record) {
+  constexpr int kTiles = kRows / kFragmentRows;
+  for (int i = 0; i < kTiles; ++i) {
+    const int tile = tile_n * kTiles + i;
+    if (tile >= args.weight_tiles) break;
+    ptx::bulk_prefetch(args.weights + (int64_t{tile} * args.records + record) * Record<T>::kSize,
+                       Record<T>::kSize * 16);
+  }
+}
+
+template <class T, class Out, int kSlices, int kTokens>
+__device__ void produce(Shared<T, Out, kSlices, kTokens>& shared, const Args& args) {
+  constexpr int kBlocks = kCluster<kTokens>;
+  constexpr int kShare = kTokens / kBlocks;  // of the rows of x
+  // Weights that are loaded three steps ahead can wait for DRAM.
+  constexpr bool kFetches = Weights<T, kSlices>::kSlots < Weights<T, kSlices>::kHalves;
+  const int rank = blockIdx.x % kBlocks;
+  Ring<kStages<kTokens>> ring;
+  for (int tile = blockIdx.x / kBlocks; tile < args.tiles_m * args.tiles_n;
+       tile += gridDim.x / kBlocks) {
+    const Position<kBlocks> at(args, tile);
+    for (int step = 0; step < args.steps; ++step, ring.advance()) {
+      if (kFetches && at.first && step % Record<T>::kSteps == 0) {
+        fetch<T, kConsumers * kSlices * kSliceRows>(args, at.tile_n, step / Record<T>::kSteps);
+      }
+      // The first round finds the stages empty: the phase before the first counts as ended.
+      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+      uint64_t* full = &shared.full[ring.stage];
+      // Of a tile past the edges of x, too, all bytes arrive; those outside are zeros.
+      ptx::mbarrier_arrive_expect_tx(full, kTokens * kStepBytes);
+      T* to = shared.x[ring.stage].data() + rank * kShare * Record<T>::kStepColumns;
+      const int column = step * Record<T>::kStepColumns, row = at.tile_m * kTokens + rank * kShare;
+      if constexpr (kBlocks == 1) {
+        ptx::tma_load_2d(to, &args.x, full, column, row);
+      } else {
+        ptx::tma_load_2d_multicast(to, &args.x, full, column, row, (1 << kBlocks) - 1);
+      }
+    }
+  }
+}
+
 // ---- a consumer ---------------------------------------------------------------------------------
 
 // Issues the products of half a step, from the stage of x that `filled` points at.
@@ -213,22 +229,30 @@ __device__ void multiply(ptx::Accumulator<T> (&sum)[kSlices][kTokens / 2],
 template <class T, class Out, int kSlices, int kTokens>
 __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& args) {
   constexpr int kHalves = Weights<T, kSlices>::kHalves, kSlots = Weights<T, kSlices>::kSlots;
-  const int tiles = args.tiles_m * args.tiles_n;
+  constexpr int kBlocks = kCluster<kTokens>;
+  const int tiles = args.tiles_m * args.tiles_n, clusters = gridDim.x / kBlocks;
+  const int first_tile = blockIdx.x / kBlocks;
   Ring<kStages<kTokens>> filled, released;
   const auto release = [&] {
-    // A warp lets go when its own quarter of the products is done.
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty[released.stage]);
+    // A warp lets go when its own quarter of the products is done: of what each block has brought.
+    uint64_t* empty = &shared.empty[released.stage];
+    if constexpr (kBlocks == 1) {
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+    } else {
+      const int lane = threadIdx.x % 32;
+      if (lane < kBlocks) ptx::mbarrier_arrive_remote(empty, lane);
+    }
     released.advance();
   };
 
   Weights<T, kSlices> weights;
-  Records<T, kSlices> here(args, Position(args, blockIdx.x).tile_n);
+  Records<T, kSlices> here(args, Position<kBlocks>(args, first_tile).tile_n);
   weights.load_metadata(0, here);
 #pragma unroll
   for (int half = 0; half + 1 < kSlots; ++half) weights.load(half, here, here);
 
   // At the beginning of each record the first kSlots - 1 halves of it have been asked for.
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int tile = first_tile; tile < tiles; tile += clusters) {
     ptx::Accumulator<T> sum[kSlices][kTokens / 2];
     // Two records at a time: the products of half a step run while those of the next are issued.
     int left = args.records;
@@ -253,8 +277,8 @@ __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
 
     // The last one or two, of which the last may have fewer steps, one half after the other; what
     // is loaded meanwhile is the first record of the next tile.
-    const int next_tile = tile + static_cast<int>(gridDim.x);
-    const Position next_at(args, next_tile < tiles ? next_tile : tile);
+    const int next_tile = tile + clusters;
+    const Position<kBlocks> next_at(args, next_tile < tiles ? next_tile : tile);
     const Records<T, kSlices> next(args, next_at.tile_n);
 #pragma unroll
     for (int parity = 0; parity < 2; ++parity) {
@@ -274,7 +298,7 @@ __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
     }
     weights.load_metadata(0, here);
 
-    const Position at(args, tile);
+    const Position<kBlocks> at(args, tile);
     const int64_t first_n =
         (int64_t{at.tile_n} * kConsumers + threadIdx.x / kWarpgroup) * kSlices * kSliceRows;
     finish_tile<T, Out, kSlices, kTokens>(sum, shared.result[threadIdx.x / kWarpgroup], args.out,
@@ -291,11 +315,18 @@ __global__ void __launch_bounds__(kThreads, 1) sparse24_gemm(const __grid_consta
     ptx::prefetch_tensor_map(&args.x);
     for (int stage = 0; stage < kStages<kTokens>; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], 1);
-      ptx::mbarrier_init(&shared.empty[stage], kConsumers * 4);
+      ptx::mbarrier_init(&shared.empty[stage], kConsumers * 4 * kCluster<kTokens>);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  const auto sync = [] {
+    if constexpr (kCluster<kTokens> == 1) {
+      __syncthreads();
+    } else {
+      ptx::cluster_sync();
+    }
+  };
+  sync();
   if (threadIdx.x < kConsumers * kWarpgroup) {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
     consume(shared, args);
@@ -303,6 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse24_gemm(const __grid_consta
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce(shared, args);
   }
+  if (kCluster<kTokens> > 1) sync();  // until then the other block writes and arrives here
 }
 
 // ---- the launch ---------------------------------------------------------------------------------
@@ -318,22 +350,22 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
                  "] are more than the Hopper kernel counts");
 
   Args of{};
-  of.x = step_map<T>(args, kTokens);
+  of.x = step_map<T>(args, kTokens / kCluster<kTokens>);
   of.out = output_of<Out>(args, kTokens);
-  of.prefetch = args.config.warps_k > 1;
   of.steps = static_cast<int>(ceil_div(args.k, Record<T>::kStepColumns));
   of.records = static_cast<int>(ceil_div(args.k, kFragmentColumns));
   of.last_steps = of.steps - (of.records - 1) * Record<T>::kSteps;
   of.weight_tiles = static_cast<int>(ceil_div(args.n, kFragmentRows));
   of.tiles_m = static_cast<int>(tiles_m);
-  of.tiles_n = static_cast<int>(tiles_n);
+  of.tiles_n = static_cast<int>(ceil_div(tiles_n, kCluster<kTokens>));
   of.weights = reinterpret_cast<const uint4*>(args.panels);
 
-  const int64_t tiles = tiles_m * tiles_n;
-  const int64_t blocks =
-      args.config.blocks == 0 ? tiles : std::min<int64_t>(tiles, args.config.blocks);
-  launch(sparse24_gemm<T, Out, kSlices, kTokens>, dim3(static_cast<unsigned>(blocks)), kThreads,
-         sizeof(Shared<T, Out, kSlices, kTokens>), stream, of);
+  const int64_t tiles = int64_t{of.tiles_m} * of.tiles_n;
+  const int64_t wanted = std::max(args.config.blocks / kCluster<kTokens>, 1);
+  const int64_t clusters = args.config.blocks == 0 ? tiles : std::min(tiles, wanted);
+  launch_cluster(kCluster<kTokens>, sparse24_gemm<T, Out, kSlices, kTokens>,
+                 dim3(static_cast<unsigned>(clusters * kCluster<kTokens>)), kThreads,
+                 sizeof(Shared<T, Out, kSlices, kTokens>), stream, of);
 }
 
 template <class T, class Out>

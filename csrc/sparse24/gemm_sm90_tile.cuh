@@ -246,7 +246,11 @@ void with_8bit_types(const CudaGemmArgs& args, const Run& run) {
 template <class T>
 TensorMap step_map(const CudaGemmArgs& args, int tokens) {
   const int64_t extents[] = {args.k, args.m};
-  const int64_t pitch[] = {args.x_stride * static_cast<int64_t>(sizeof(T))};
+  // The distance from a single row to the next is any, but a tensor map wants one it could take.
+  constexpr int64_t kAligned = 16 / sizeof(T);
+  const int64_t stride =
+      args.m == 1 ? (args.k + kAligned - 1) / kAligned * kAligned : args.x_stride;
+  const int64_t pitch[] = {stride * static_cast<int64_t>(sizeof(T))};
   const int box[] = {Record<T>::kStepColumns, tokens};
   return tensor_map(args.x, sizeof(T), 2, extents, pitch, box, Swizzle::k128);
 }

@@ -65,22 +65,31 @@ def wrong_results(device: torch.device) -> str | None:
     """
     from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
     from .ops.blocksparse import blocksparse_conv
+    from .ops.cuda_workspace import aligned_rows, chosen_config
     from .ops.sparse24 import sparse24_linear
     from .prune import magnitude_24, magnitude_blocks
 
     def integers(*shape: int) -> torch.Tensor:
-        return torch.randint(-4, 5, shape, generator=generator).float()
+        # On the CPU whatever torch.set_default_device says.
+        return torch.randint(-4, 5, shape, generator=generator, device="cpu").float()
 
     wrong = []
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for dtype in PANEL_DTYPES:
             dense = magnitude_24(integers(48, 300))
             weight = Sparse24.from_dense(dense.to(device, dtype))
-            for rows in (3, 300):  # few, and more than decode takes on a GPU of any size
+            panels = Sparse24Panels.from_sparse24(weight)
+            for rows in (3, 40, 300):
                 x = integers(rows, 300)
-                layouts = (weight, Sparse24Panels.from_sparse24(weight))
-                found = [sparse24_linear(x.to(device, dtype), layout) for layout in layouts]
+                given = x.to(device, dtype)
+                found = [sparse24_linear(given, layout) for layout in (weight, panels)]
+                # As it would be with a matrix larger than this GPU, too.
+                large = chosen_config(8192, 8192, 8192, dtype, device.index or 0)
+                if large[0] != "float32":
+                    found.append(given.new_empty(rows, 48))
+                    operands = (found[-1], aligned_rows(given), panels.panels, None, "none")
+                    _C.sparse24_linear_cuda(*operands, None, None, large)
                 expected = (x @ dense.t()).to(dtype)
                 if not all(torch.equal(y.cpu(), expected) for y in found):
                     wrong.append(f"{dtype} of {rows} rows")

@@ -22,10 +22,13 @@ def _keys(*names: str) -> torch._C.DispatchKeySet:
 
 # As torch keeps them with nothing special going on: outside of inference_mode and in it.
 _PLAIN_THREAD = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
-_PLAIN_TENSOR = (
-    _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"),
-    _keys("CPU", "AutocastCPU"),
-)
+_PLAIN_TENSOR = {
+    device: (
+        _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"),
+        _keys(device, f"Autocast{device}"),
+    )
+    for device in ("CPU", "CUDA")
+}
 
 
 def calls_cpu_kernel(*tensors: Tensor | None) -> bool:
@@ -35,11 +38,22 @@ def calls_cpu_kernel(*tensors: Tensor | None) -> bool:
     Python. False for whatever torch or a user has put in between: modes and subclasses, functorch,
     tracing, fake, conjugate or negated tensors, other devices, a running profiler.
     """
+    return _calls_kernel(tensors, _PLAIN_TENSOR["CPU"])
+
+
+def calls_cuda_kernel(*tensors: Tensor | None) -> bool:
+    """The same of its CUDA kernel."""
+    return _calls_kernel(tensors, _PLAIN_TENSOR["CUDA"])
+
+
+def _calls_kernel(
+    tensors: tuple[Tensor | None, ...], plain: tuple[torch._C.DispatchKeySet, ...]
+) -> bool:
     if _keys_of_thread() not in _PLAIN_THREAD or _profiler_enabled():
         return False
     if has_torch_function_variadic(*tensors):  # has no key of its own
         return False
-    for tensor in tensors:  # a generator would cost half a microsecond
-        if tensor is not None and _keys_of(tensor) not in _PLAIN_TENSOR:
+    for tensor in tensors:  # noqa: SIM110 - a generator would cost half a microsecond
+        if tensor is not None and _keys_of(tensor) not in plain:
             return False
     return True

@@ -157,9 +157,9 @@ class _Inputs:
     def __init__(self, name: str, layer: nn.Linear | ActSparseLinear) -> None:
         self.name, self.layer = name, layer
         self._rows: list[Tensor] = []
-        self._magnitudes = torch.empty(0)
+        self._magnitudes = torch.empty(0, device="cpu")
         self._share = 1.0  # of the magnitudes seen that are kept: the same of every batch
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
 
     @property
     def weights(self) -> int:
@@ -181,7 +181,7 @@ class _Inputs:
         if share == 1:
             return values
         count = max(1, round(share * len(values)))
-        return values[torch.randint(len(values), (count,), generator=self._generator)]
+        return values[torch.randint(len(values), (count,), generator=self._generator, device="cpu")]
 
     @property
     def reached(self) -> bool:

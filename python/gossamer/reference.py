@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._wide import wide, wide_matmul
 from .formats.block import Block
 
 if TYPE_CHECKING:
@@ -113,11 +114,15 @@ def sparse24_linear(
     included, and never through a pruned one; slots past the last column have no x at all.
     """
     columns = sparse24_columns(indices, in_features)
+    kept = values.where(columns < in_features, 0)
     rows = x.reshape(-1, x.shape[-1])
+    by_column = F.pad(rows.t(), (0, 0, 0, 4 * ((in_features + 3) // 4) - in_features))
     y = rows.new_empty(rows.shape[0], values.shape[0])
-    for n, (row_values, row_columns) in enumerate(zip(values, columns, strict=True)):
-        exists = row_columns < in_features
-        y[:, n] = rows[:, row_columns[exists]] @ row_values[exists]
+    # As many outputs at once as see 32 MiB of float64.
+    together = max((1 << 22) // max(columns.shape[1] * rows.shape[0], 1), 1)
+    for first in range(0, values.shape[0], together):
+        some = slice(first, first + together)
+        y[:, some] = torch.einsum("ns,nsm->mn", kept[some], by_column[columns[some]])
     if bias is not None:
         y = y + bias
     return activate(y, activation).view(*x.shape[:-1], values.shape[0])
@@ -336,9 +341,12 @@ def _tap_rows(
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each tap the rows of its pairs' inputs and outputs."""
     sizes = tap_offsets.diff().tolist()
-    rows_in = in_index.long() if in_order is None else in_order[in_index.long()].long()
-    rows_out = out_index.long() if out_order is None else out_order[out_index.long()].long()
+    rows_in, rows_out = _rows(in_index, in_order), _rows(out_index, out_order)
     return list(zip(rows_in.split(sizes), rows_out.split(sizes), strict=True))
+
+
+def _rows(ranks: Tensor, order: Tensor | None) -> Tensor:
+    return ranks.long() if order is None else order[ranks.long()].long()
 
 
 def pointcloud_conv(
@@ -354,13 +362,21 @@ def pointcloud_conv(
     groups: int = 1,
     activation: str | None = None,
 ) -> Tensor:
-    """y[j] = act(b + sum of x[i] W[t] over the pairs (i, j) of each tap t), a tap at a time."""
-    y = feats.new_zeros(n_out, weight.shape[2])
+    """y[j] = act(b + sum of x[i] W[t] over the pairs (i, j) of each tap t), a tap at a time.
+
+    An output has one pair of a tap at most, so the order of the sum is that of the taps.
+    """
+    y = feats.new_zeros(n_out, weight.shape[2], dtype=wide(feats.dtype))
     taps = _tap_rows(in_index, out_index, tap_offsets, in_order, out_order)
     for (rows_in, rows_out), tap in zip(taps, weight, strict=True):
-        parts = zip(feats[rows_in].chunk(groups, 1), tap.chunk(groups, 1), strict=True)
-        y.index_add_(0, rows_out, torch.cat([x @ w for x, w in parts], 1))
-    return activate(y if bias is None else y + bias, activation)
+        product = wide_matmul(_by_group(feats[rows_in], groups), _by_group(tap, groups))
+        y.index_add_(0, rows_out, product.transpose(0, 1).flatten(1))
+    return activate(y if bias is None else y + bias, activation).to(feats.dtype)
+
+
+def _by_group(rows: Tensor, groups: int) -> Tensor:
+    """[groups, N, C / groups] of [N, C]."""
+    return rows.reshape(len(rows), groups, rows.shape[1] // groups).transpose(0, 1)
 
 
 def pointcloud_conv_weight_grad(
@@ -376,8 +392,8 @@ def pointcloud_conv_weight_grad(
     """dW[t] = sum of x[i]ᵀ dy[j] over the pairs (i, j) of tap t, each group with its own."""
     taps = []
     for rows_in, rows_out in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
-        parts = zip(feats[rows_in].chunk(groups, 1), dy[rows_out].chunk(groups, 1), strict=True)
-        taps.append(torch.cat([x.t() @ g for x, g in parts], 1))
+        x, g = _by_group(feats[rows_in], groups), _by_group(dy[rows_out], groups)
+        taps.append(wide_matmul(x.mT, g).transpose(0, 1).flatten(1).to(feats.dtype))
     return torch.stack(taps)
 
 
@@ -391,13 +407,17 @@ def pointcloud_sum_pool(
     n_out: int,
     mean: bool,
 ) -> Tensor:
-    """out[j] = Σ feats[i] over the pairs (i, j) of a kernel map, in float64; or their mean."""
-    sums = feats.new_zeros((n_out, feats.shape[1]), dtype=torch.float64)
-    counts = feats.new_zeros((n_out, 1), dtype=torch.float64)
-    for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
-        sums.index_add_(0, j, feats[i].double())
-        counts.index_add_(0, j, counts.new_ones((len(j), 1)))
-    return (sums / counts.clamp(min=1) if mean else sums).to(feats.dtype)
+    """out[j] = Σ feats[i] over the pairs (i, j) of a kernel map, in float64; or their mean.
+
+    In the order of the pairs: each output is a bag of inputs.
+    """
+    if len(in_index) == 0:
+        return feats.new_zeros((n_out, feats.shape[1]))
+    rows_out, order = _rows(out_index, out_order).sort(stable=True)
+    rows_in = _rows(in_index, in_order)[order]
+    bags = torch.searchsorted(rows_out, torch.arange(n_out, device=feats.device))
+    how = "mean" if mean else "sum"
+    return F.embedding_bag(rows_in, feats.double(), bags, mode=how).to(feats.dtype)
 
 
 def pointcloud_max_pool(
@@ -416,11 +436,29 @@ def pointcloud_max_pool(
     best = feats.new_zeros((n_out, feats.shape[1]))
     winner = torch.full_like(best, -1, dtype=torch.int32)
     for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
-        x, so_far, took = feats[i], best[j], winner[j]
+        x, row, j = _one_an_output(feats[i], i.int().unsqueeze(1).expand(-1, feats.shape[1]), j)
+        so_far, took = best[j], winner[j]
         better = (took < 0) | (x > so_far) | x.isnan()
         best[j] = torch.where(better, x, so_far)
-        winner[j] = torch.where(better, i.int().unsqueeze(1), took)
+        winner[j] = torch.where(better, row, took)
     return best, winner
+
+
+def _one_an_output(x: Tensor, row: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a tap's pairs that share an output, as those with a sample do, the maximum and its row.
+
+    They lie side by side: every second one meets the one before it, until there are none.
+    """
+    while bool((j[1:] == j[:-1]).any()):
+        number = torch.arange(len(j), device=j.device)
+        begins = F.pad(j[1:] != j[:-1], (1, 0), value=True)
+        second = (number - torch.where(begins, number, 0).cummax(0).values) % 2 == 1
+        at = second.nonzero().squeeze(1)
+        better = (x[at] > x[at - 1]) | x[at].isnan()
+        x = x.index_copy(0, at - 1, torch.where(better, x[at], x[at - 1]))[~second]
+        row = row.index_copy(0, at - 1, torch.where(better, row[at], row[at - 1]))[~second]
+        j = j[~second]
+    return x, row, j
 
 
 def pointcloud_max_pool_grad(
@@ -433,10 +471,11 @@ def pointcloud_max_pool_grad(
     out_order: Tensor | None,
     n_out: int,
 ) -> Tensor:
-    """dx[i, c] = Σ dy[j, c] over the outputs j whose winner is i, in float64."""
-    dx = dy.new_zeros((n_out + 1, dy.shape[1]), dtype=torch.float64)
-    at = torch.where(winner < 0, n_out, winner).long()
-    return dx.scatter_add_(0, at, dy.double())[:n_out].to(dy.dtype)
+    """dx[i, c] = Σ dy[j, c] over the pairs (j, i) for which the winner of j is i, in float64."""
+    dx = dy.new_zeros((n_out, dy.shape[1]), dtype=torch.float64)
+    for j, i in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
+        dx.index_add_(0, i, torch.where(winner[j] == i.unsqueeze(1), dy[j].double(), 0.0))
+    return dx.to(dy.dtype)
 
 
 def take_winners(x: Tensor, winner: Tensor) -> Tensor:

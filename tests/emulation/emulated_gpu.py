@@ -19,7 +19,7 @@ from gossamer.ops import blocksparse, cuda_workspace, sparse24, sparse24_layout,
 TABLE = HERE / "kernels" / "cuda_table.cu"
 # All kernels; cuda_kernels.cu is the table of a real GPU.
 PARTS = [f for f in sorted(CSRC.glob("*/*.cu")) if f.stem != "cuda_kernels"]
-DECODE, PREFILL, WGMMA, FLOAT32 = range(4)
+DECODE, PREFILL, WGMMA, FLOAT32, STREAM = range(5)
 
 
 class Gpu:
@@ -52,7 +52,7 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
             "sparse24_panels_shape",
             lambda n, k, dtype, device: shape_on(n, k, dtype, torch.device("cuda")),
         )
-    monkeypatch.setattr(sparse24_layout, "_status", lambda t: torch.empty(2, dtype=torch.int64))
+    monkeypatch.setattr(sparse24_layout, "_status", lambda t: t.new_empty(2, dtype=torch.int64))
     # Tensors of a GPU do not go straight to the CPU's kernel, nor may those that stand for them.
     monkeypatch.setattr(sparse24, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)

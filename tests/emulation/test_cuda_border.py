@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Oracle, sparse_24
-from emulated_gpu import DECODE, FLOAT32, PREFILL, WGMMA, Gpu
+from emulated_gpu import DECODE, FLOAT32, PREFILL, STREAM, WGMMA, Gpu
 from gossamer import _C, _cuda_module, sparse24_linear
 from gossamer.formats import Sparse24, Sparse24Panels
 from gossamer.ops import cuda_workspace, sparse24
@@ -27,9 +27,9 @@ def check(m: int, n: int, k: int, dtype: torch.dtype, activation: str | None = "
     ("capability", "m", "dtype", "kernel"),
     [
         (80, 1, torch.bfloat16, DECODE),
-        (90, 20, torch.float16, DECODE),
+        (90, 20, torch.float16, STREAM),
         (80, 70, torch.bfloat16, PREFILL),
-        (90, 130, torch.bfloat16, WGMMA),
+        (90, 130, torch.bfloat16, STREAM),
         (100, 70, torch.float16, PREFILL),
         (80, 5, torch.float32, FLOAT32),
         (90, 70, torch.float32, FLOAT32),
@@ -45,9 +45,10 @@ def test_matches_dense(gpu: Gpu, capability: int, m: int, dtype: torch.dtype, ke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_rows_of_few_tiles(gpu: Gpu, dtype: torch.dtype) -> None:
     for multiprocessors in (4, 40):
-        gpu.describe(90, multiprocessors)
-        check(130, 50, 1030, dtype)
-        assert gpu.kernel == DECODE
+        for capability, kernel in ((80, DECODE), (90, STREAM)):
+            gpu.describe(capability, multiprocessors)
+            check(130, 50, 1030, dtype)
+            assert gpu.kernel == kernel
 
 
 def test_blocks_that_share_a_tile_leave_their_counters_as_zeros(gpu: Gpu) -> None:
@@ -159,27 +160,27 @@ def test_cuda_tensors_without_the_module_are_named() -> None:
 
 
 def test_kernels_are_checked_on_each_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sparse24._linear_native_cuda
+    native, right = _C.sparse24_linear_cuda, sparse24._linear_native_cuda
     ran = set()
 
-    def noting_the_kernel(*args: object) -> torch.Tensor:
-        y: torch.Tensor = right(*args)  # type: ignore[arg-type]
+    def noting_the_kernel(*args: Any) -> None:
+        native(*args)
         ran.add(gpu.kernel)
-        return y
 
-    monkeypatch.setattr(sparse24, "_linear", noting_the_kernel)
-    for capability, many_rows in ((80, PREFILL), (90, WGMMA)):
+    monkeypatch.setattr(_C, "sparse24_linear_cuda", noting_the_kernel)
+    for capability, kernels in ((80, {DECODE, PREFILL}), (90, {STREAM, WGMMA})):
         gpu.describe(capability, multiprocessors=132)  # many, of which the small product fills few
         ran.clear()
         assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
-        assert ran == {DECODE, many_rows, FLOAT32}
+        assert ran == {*kernels, FLOAT32}
 
     def wrong_for_many_rows(x: torch.Tensor, *args: object) -> torch.Tensor:
         y: torch.Tensor = right(x, *args)  # type: ignore[arg-type]
         return y if x.dtype == torch.float32 or x.shape[0] < 64 else -y
 
     monkeypatch.setattr(sparse24, "_linear", wrong_for_many_rows)
-    fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
+    with torch.device("meta"):  # whatever the default device is
+        fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
     assert fault is not None
     assert "(torch.bfloat16 of 300 rows, torch.float16 of 300 rows)" in fault
 

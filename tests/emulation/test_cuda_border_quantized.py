@@ -11,7 +11,7 @@ import gossamer
 import pytest
 import torch
 from cases import DTYPES, VALUE_TYPES, QuantizedOracle, bits, quantized_24, same_state
-from emulated_gpu import DECODE, PREFILL, WGMMA, Gpu
+from emulated_gpu import DECODE, PREFILL, STREAM, Gpu
 from gossamer import _C, sparse24_linear_quantized
 from gossamer.formats import Sparse24Quantized, Sparse24QuantizedPanels
 from gossamer.nn import SparseLinear, SparseLinearQuantized
@@ -48,12 +48,13 @@ def check(
     ("value_type", "capability", "m", "kernel"),
     [
         ("int8", 80, 1, DECODE),
-        ("int8", 90, 20, DECODE),
+        ("int8", 90, 20, STREAM),
         ("int8", 86, 70, PREFILL),
         ("float8_e4m3fn", 89, 5, DECODE),
         ("float8_e4m3fn", 120, 70, PREFILL),
-        ("float8_e4m3fn", 90, 3, WGMMA),
-        ("float8_e4m3fn", 90, 70, WGMMA),
+        ("float8_e4m3fn", 90, 1, STREAM),
+        ("float8_e4m3fn", 90, 3, STREAM),
+        ("float8_e4m3fn", 90, 70, STREAM),
         ("int4", 80, 3, DECODE),
         ("int4", 90, 70, DECODE),
     ],

@@ -188,7 +188,8 @@ def noise_shape(dense: Any) -> tuple[int, ...]:
 
 
 def _noise(dense: nn.Module, weight: Tensor) -> Tensor:
-    return torch.randn(noise_shape(dense), generator=torch.Generator().manual_seed(0)).to(weight)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(noise_shape(dense), generator=generator, device="cpu").to(weight)
 
 
 def _seconds(function: Callable[[], Tensor]) -> float:

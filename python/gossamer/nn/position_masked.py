@@ -167,7 +167,7 @@ class PositionMaskScheduler:
                 raise ValueError(f"PositionMaskScheduler: the model must run once first: {layer}")
         self.steps, self.sparsity, self.frequency = steps, sparsity, frequency
         self.begin, self.end = begin, end
-        self.score = torch.rand((1, 1, *image_size), generator=generator)
+        self.score = torch.rand((1, 1, *image_size), generator=generator, device="cpu")
         self.steps_done = 0
 
     def sparsity_at(self, step: int) -> float:
@@ -190,6 +190,6 @@ class PositionMaskScheduler:
                 layer.set_mask(None)
                 continue
             score = F.adaptive_avg_pool2d(self.score, layer.out_size).flatten()
-            kept = torch.ones(count, dtype=torch.bool)
+            kept = torch.ones(count, dtype=torch.bool, device="cpu")
             kept[score.argsort(stable=True)[:masked]] = False
             layer.set_mask(kept.view(layer.out_size))

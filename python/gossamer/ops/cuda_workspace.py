@@ -64,6 +64,15 @@ def _workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype, device: int) ->
     return nbytes
 
 
+def chosen_config(
+    m: int, n: int, k: int, dtype: torch.dtype, device: int
+) -> tuple[str, int, int, int, int, int]:
+    """How a product is cut up, as ``sparse24_linear_cuda`` can be told to for another one."""
+    chosen = _C.sparse24_choose_cuda(m, n, k, str(dtype), device)
+    tile = (chosen["tile_n"], chosen["tile_m"])
+    return (chosen["kernel"], *tile, chosen["warps_k"], chosen["split_k"], chosen["blocks"])
+
+
 def aligned_rows(rows: Tensor) -> Tensor:
     """The same matrix with each row at a multiple of 16 bytes, which asynchronous copies need, and
     past the end of the one before, which Hopper's tensor maps need (an expanded x is not)."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, library
+from .._wide import wide_matmul
 from .grouped_gradient import Input, Weight, groups_of
 from .operands import (
     activation_of,
@@ -83,7 +83,8 @@ def grouped_linear(
     -----
     The gradients are products of torch, one an expert: dx and dW as dense layers have them, zero
     for the weights of an expert without a token. On a GPU the forward pass is such a loop too,
-    and waits for the offsets.
+    summed in float32 and rounded once, and waits for the offsets; there the order of a sum, and
+    with it the last bits, may differ with the number of tokens that the expert has.
 
     References
     ----------
@@ -142,9 +143,12 @@ def _native_cuda(
     activate = activation_of(_OP, activation)
     check_devices(_OP, x, weights=weights, offsets=offsets, bias=bias)
     y = _empty_result(x, weights, offsets, bias)
+    x, weights = x.contiguous(), weights.contiguous()  # cuBLAS sums in an order for each layout
     for expert, tokens in groups_of(offsets, len(weights), len(x)):
-        y[tokens] = F.linear(x[tokens], weights[expert], None if bias is None else bias[expert])
-    return y if activate is None else activate(y)
+        sums = wide_matmul(x[tokens], weights[expert].t())
+        sums = sums if bias is None else sums + bias[expert]
+        y[tokens] = sums if activate is None else activate(sums)  # rounded here
+    return y
 
 
 def _fake(

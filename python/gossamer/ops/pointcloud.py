@@ -84,7 +84,8 @@ def pointcloud_conv(
     -----
     16-bit types are summed in float32. The gradient of ``feats`` is the convolution by the
     transposed map, and that of ``weight`` a sum over fixed segments of pairs: both are the same for
-    any number of threads, too. On a GPU a tap at a time is gathered, multiplied and added by torch.
+    any number of threads, too. On a GPU a tap at a time is gathered, multiplied and added by torch,
+    in the order of the taps.
 
     References
     ----------
@@ -149,7 +150,8 @@ def _native_cuda(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any)
     _empty_result(feats, weight, bias, n_out, groups)
     name = None if activation == "none" else activation
     operands: tuple[Any, ...] = (*pairs, n_out, groups, name)
-    return reference.pointcloud_conv(feats, weight, bias, *operands)
+    # cuBLAS sums in an order for each layout.
+    return reference.pointcloud_conv(feats.contiguous(), weight.contiguous(), bias, *operands)
 
 
 def _fake(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -273,7 +275,7 @@ def _weight_native(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
 
 
 def _weight_native_cuda(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
-    return reference.pointcloud_conv_weight_grad(dy, feats, *rest)
+    return reference.pointcloud_conv_weight_grad(dy.contiguous(), feats.contiguous(), *rest)
 
 
 def _weight_fake(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:

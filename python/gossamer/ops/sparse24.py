@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from .._cuda_module import on_cuda
-from .._library import calls_cpu_kernel, library
+from .._library import calls_cpu_kernel, calls_cuda_kernel, library
 from ..formats import Sparse24, Sparse24Panels
 from .cuda_workspace import aligned_rows, workspace
 from .operands import (
@@ -214,12 +214,15 @@ def _linear_autograd(
         return y if activate is None else activate(y)
     if calls_cpu_kernel(x, values, indices, bias):
         return _linear_native(x, values, indices, bias, in_features, out_features, activation)
+    if calls_cuda_kernel(x, values, indices, bias):
+        return _linear_on_cuda(x, values, indices, bias, in_features, out_features, activation)
     with torch._C._AutoDispatchBelowAutograd():
         return _linear(x, values, indices, bias, in_features, out_features, activation)
 
 
+_linear_on_cuda = on_cuda("sparse24_linear", _linear_native_cuda)
 library.impl("sparse24_linear", _linear_native, "CPU")
-library.impl("sparse24_linear", on_cuda("sparse24_linear", _linear_native_cuda), "CUDA")
+library.impl("sparse24_linear", _linear_on_cuda, "CUDA")
 library.impl("sparse24_linear", _linear_autograd, "Autograd")
 torch.library.register_fake("gossamer::sparse24_linear", _linear_fake, lib=library)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, library
+from .._wide import wide_matmul
 from .operands import (
     apply_function,
     as_rows,
@@ -187,8 +188,8 @@ def _unpacked_native(x: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tenso
 
 def _linear_cuda(bits: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:
     _linear_fake(bits, weight_kn, bias)
-    y = unpack_spikes(bits, weight_kn.shape[0], weight_kn.dtype) @ weight_kn
-    return y if bias is None else y + bias
+    y = wide_matmul(unpack_spikes(bits, weight_kn.shape[0], weight_kn.dtype), weight_kn)
+    return (y if bias is None else y + bias).to(weight_kn.dtype)
 
 
 def _linear_fake(bits: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, library
+from .._wide import wide_matmul
 from .operands import (
     apply_function,
     as_rows,
@@ -26,7 +27,7 @@ from .operands import (
     check_features,
     gradient_wanted,
 )
-from .topk_gradient import Values, Weight, check_codes
+from .topk_gradient import Values, Weight, check_codes, named_rows
 
 _DECODE, _ENCODE = "topk_decode", "topk_encode"
 _DENSE_BYTES = 32 << 20  # of the pre-activations that exist at once
@@ -142,6 +143,7 @@ def topk_encode(
     -----
     Gradients flow through the k kept entries only, and to x, weight and bias by sums of k rows a
     token. The selection is deterministic; the pre-activations are so as far as torch's product is.
+    On a GPU all of them exist at once, and a stable sort finds the k largest.
 
     References
     ----------
@@ -195,12 +197,16 @@ def _decode_native(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor
 
 
 def _decode_cuda(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _decode_fake(values, indices, weight, bias)
-    if indices.shape[1] == 0:
-        y = weight.new_zeros((indices.shape[0], weight.shape[1]))
-    else:
-        y = F.embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
-    return y if bias is None else y + bias
+    y = _decode_fake(values, indices, weight, bias)
+    if weight.itemsize > 2 or bias is None:
+        if indices.numel() == 0:
+            y.zero_()
+        else:  # summed in float32 and rounded
+            y = F.embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
+        return y if bias is None else y + bias
+    for some, rows in named_rows(weight, indices):
+        y[some] = wide_matmul(values[some].unsqueeze(1), rows).squeeze(1) + bias
+    return y
 
 
 def _decode_fake(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

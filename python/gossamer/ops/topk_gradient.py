@@ -11,13 +11,18 @@ of derivative exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
 from .._library import library
+from .._wide import wide_matmul
+
+_GATHERED_BYTES = 64 << 20  # of the rows that are copied together
 
 
 def check_codes(op: str, values: Tensor, indices: Tensor) -> None:
@@ -28,6 +33,16 @@ def check_codes(op: str, values: Tensor, indices: Tensor) -> None:
         )
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: indices are {indices.dtype}, expected int32 or int64")
+
+
+def named_rows(weight: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some tokens at a time, with the rows of W that their codes name: [tokens, k, d]."""
+    tokens, k = indices.shape
+    token_bytes = max(k * weight.shape[1] * weight.itemsize, 1)
+    together = max(_GATHERED_BYTES // token_bytes, 1)
+    for first in range(0, tokens, together):
+        some = slice(first, first + together)
+        yield some, weight[indices[some].long()]
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -42,8 +57,8 @@ def _values_native(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 def _values_cuda(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     values = _values_fake(dy, indices, weight)
-    for token, code in enumerate(indices):  # [k, d] at a time
-        torch.mv(weight[code], dy[token], out=values[token])
+    for some, rows in named_rows(weight, indices):
+        values[some] = wide_matmul(rows, dy[some].unsqueeze(2)).squeeze(2)
     return values
 
 
@@ -60,8 +75,14 @@ def _weight_native(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> T
 
 
 def _weight_cuda(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor:
-    codes = values.new_zeros((len(values), width)).scatter_add_(1, indices.long(), values)
-    return codes.t() @ dy
+    if indices.numel() == 0:
+        return _weight_fake(values, indices, dy, width).zero_()
+    # A row of G is a bag of those of dy, in the order of the tokens: summed in float32, by one
+    # thread, and rounded once.
+    rows, order = indices.flatten().sort(stable=True)
+    bags = torch.searchsorted(rows, torch.arange(width, dtype=rows.dtype, device=rows.device))
+    tokens, share = order // indices.shape[1], values.flatten()[order]
+    return F.embedding_bag(tokens, dy, bags, mode="sum", per_sample_weights=share)
 
 
 def _weight_fake(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor:

@@ -28,7 +28,7 @@ def bounds(coords: Tensor) -> Box:
 def sort(coords: Tensor, box: Box) -> tuple[Tensor | None, int, int]:
     if coords.device.type != "cpu":
         return plain.sort(coords, box)
-    order = torch.empty(len(coords), dtype=torch.int32)
+    order = torch.empty(len(coords), dtype=torch.int32, device="cpu")
     ascending, repeated, row = _C.pointcloud_sort(coords, box, order, torch.get_num_threads())
     return (None if ascending else order), repeated, row
 
@@ -47,8 +47,10 @@ def match(
         return plain.match(*sides, box, *window)
     threads = torch.get_num_threads()
     pairs = _C.PointcloudPairs(walkers, walker_order, targets, target_order, box, window, threads)
-    walker_of, target_of = (torch.empty(len(pairs), dtype=torch.int32) for _ in range(2))
-    tap_offsets = torch.empty(prod(window[0]) + 1, dtype=torch.int64)
+    walker_of, target_of = (
+        torch.empty(len(pairs), dtype=torch.int32, device="cpu") for _ in range(2)
+    )
+    tap_offsets = torch.empty(prod(window[0]) + 1, dtype=torch.int64, device="cpu")
     pairs.write(walker_of, target_of, tap_offsets, threads)
     return walker_of, target_of, tap_offsets
 
@@ -60,7 +62,7 @@ def outputs(
     if coords.device.type != "cpu":
         return plain.outputs(coords, *window, rule, shape)
     made = _C.PointcloudOutputs(coords, order, box, window, rule, shape, torch.get_num_threads())
-    out = torch.empty((len(made), coords.shape[1]), dtype=torch.int32)
+    out = torch.empty((len(made), coords.shape[1]), dtype=torch.int32, device="cpu")
     made.write(out)
     return out
 
@@ -84,13 +86,13 @@ def voxels(points: Tensor, batch: Tensor | None, sizes: tuple[float, ...]) -> Vo
     if points.device.type != "cpu":
         return Voxels(*plain.voxels(points, batch, sizes))
     threads = torch.get_num_threads()
-    cells = torch.empty((len(points), points.shape[1] + 1), dtype=torch.int32)
+    cells = torch.empty((len(points), points.shape[1] + 1), dtype=torch.int32, device="cpu")
     _C.pointcloud_quantize(points, batch, sizes, cells, threads)
     order, _, _ = sort(cells, bounds(cells))
     found = _C.PointcloudVoxels(cells, order, threads)
-    coords = torch.empty((len(found), cells.shape[1]), dtype=torch.int32)
-    of_point = torch.empty(len(points), dtype=torch.int64)
-    begins = torch.empty(len(found) + 1, dtype=torch.int64)
+    coords = torch.empty((len(found), cells.shape[1]), dtype=torch.int32, device="cpu")
+    of_point = torch.empty(len(points), dtype=torch.int64, device="cpu")
+    begins = torch.empty(len(found) + 1, dtype=torch.int64, device="cpu")
     found.write(coords, of_point, begins)
     return Voxels(coords, of_point, order, begins)
 

@@ -11,6 +11,7 @@ from itertools import product
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, ...]
@@ -84,7 +85,7 @@ def match(
     """The pairs with target = walker * stride - padding + tap * dilation, both sides sorted.
 
     Returns the walkers and the targets of the pairs, int32 [P] tap-major, and where each tap
-    begins, int64 [T + 1]. ``box`` is that of the targets.
+    begins, int64 [T + 1] on the CPU. ``box`` is that of the targets.
     """
     low, high = (torch.tensor(side, device=walkers.device) for side in box)
     target_keys = keys(targets, box)
@@ -99,7 +100,7 @@ def match(
         walker_of.append(inside[found].int())
         target_of.append(at[found].int())
         ends.append(ends[-1] + len(walker_of[-1]))
-    return torch.cat(walker_of), torch.cat(target_of), torch.tensor(ends)
+    return torch.cat(walker_of), torch.cat(target_of), torch.tensor(ends, device="cpu")
 
 
 def _unique(coords: Tensor, shape: Size | None) -> Tensor:
@@ -185,5 +186,9 @@ def reduce(features: Tensor, of_point: Tensor, voxels: int, how: str) -> Tensor:
             0, of_point, rows, "amin", include_self=False
         )
         return features[first]
-    name = "amax" if how == "max" else "mean"
-    return out.scatter_reduce_(0, at, exact, name, include_self=False).to(features.dtype)
+    if how == "max" or voxels == 0:
+        return out.scatter_reduce_(0, at, exact, "amax", include_self=False).to(features.dtype)
+    # Each voxel's points in their order, unlike what scatter_reduce_ sums on a GPU.
+    of_point, order = of_point.sort(stable=True)
+    bags = torch.searchsorted(of_point, torch.arange(voxels, device=order.device))
+    return F.embedding_bag(order, exact, bags, mode="mean").to(features.dtype)

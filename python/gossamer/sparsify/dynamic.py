@@ -95,5 +95,5 @@ class DropGrow(Sparsifier):
         if self.deviation > 0:
             grown = layer.mask & ~self.pattern.cover(survivors, layer.shape, layer.groups)
             # As many numbers whatever the device, from the generator that is saved.
-            numbers = torch.randn(int(grown.sum()), generator=self.generator)
+            numbers = torch.randn(int(grown.sum()), generator=self.generator, device="cpu")
             layer.weight[grown] = (self.deviation * numbers).to(layer.weight)

@@ -105,7 +105,7 @@ class Sparsifier:
         self.history: list[MaskChange] = []
         self._synchronised = isinstance(model, DistributedDataParallel)
         self._initial: dict[str, Tensor] = {}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         for layer in self.layers:
             try:
                 layer.keep(schedule.sparsity)
@@ -220,8 +220,10 @@ class Sparsifier:
 
     def random(self, layer: Layer) -> Tensor:
         """A random number in [0, 1) for each of a layer's units, the same on any device."""
-        numbers = torch.rand(layer.kept.shape, generator=self.generator, dtype=torch.float64)
-        filled = layer.units(torch.ones(layer.shape), "l2") > -torch.inf
+        numbers = torch.rand(
+            layer.kept.shape, generator=self.generator, dtype=torch.float64, device="cpu"
+        )
+        filled = layer.units(torch.ones(layer.shape, device="cpu"), "l2") > -torch.inf
         return numbers.masked_fill(~filled, -torch.inf).to(layer.weight.device)
 
     def _take(self, kept: list[Tensor]) -> None:
