@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import DEVICES, GEMM_SM90, PRIMITIVES, PRIMITIVES_SM90, Device, Sanitizers
+from devices import (
+    CLUSTER_SUMS,
+    DEVICES,
+    GEMM_SM90,
+    PRIMITIVES,
+    PRIMITIVES_SM90,
+    Device,
+    Sanitizers,
+)
 from emulated_gpu import PARTS, TABLE, Gpu, as_on_a_gpu
 from emulator import Emulator, KernelLibrary, build_for_gpu, nvcc
 from fragment_gemm import GEMM_SM80
@@ -73,6 +81,11 @@ def samples_sm90(emulator: Emulator) -> KernelLibrary:
 
 
 @pytest.fixture(scope="session")
+def clusters(emulator: Emulator) -> KernelLibrary:
+    return emulator.build(CLUSTER_SUMS)
+
+
+@pytest.fixture(scope="session")
 def gemm_sm90(emulator: Emulator) -> KernelLibrary:
     return emulator.build(GEMM_SM90)
 
@@ -99,6 +112,11 @@ def device(request: pytest.FixtureRequest) -> Device:
 @pytest.fixture(params=DEVICES)
 def device_sm90(request: pytest.FixtureRequest) -> Device:
     return _device(request, "primitives_sm90")
+
+
+@pytest.fixture(params=DEVICES)
+def device_clusters(request: pytest.FixtureRequest) -> Device:
+    return _device(request, "clusters")
 
 
 @pytest.fixture
@@ -156,6 +174,11 @@ def gpu_samples(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
 @pytest.fixture(scope="session")
 def gpu_samples_sm90(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     return _build_for_gpu(SAMPLE_GEMM_SM90, tmp_path_factory, (9, 0), "a")
+
+
+@pytest.fixture(scope="session")
+def gpu_clusters(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return _build_for_gpu(CLUSTER_SUMS, tmp_path_factory, (9, 0), "a")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 PRIMITIVES = HERE / "kernels" / "primitives.cu"
 PRIMITIVES_SM90 = HERE / "kernels" / "primitives_sm90.cu"
+CLUSTER_SUMS = HERE / "kernels" / "cluster_sums.cu"
 GEMM_SM90 = HERE / "kernels" / "gemm_sm90.cu"
 SCHEDULES = [(name, seed) for name in ("late", "early") for seed in (0, 1, 2)]
 DEVICES = ("late", "early", "shuffled", "cuda")

@@ -61,7 +61,7 @@ REPORTS = {
         "no_fence": "wgmma_sp: no wgmma_fence since the kernel began or last waited",
         "no_commit": "a wgmma that no wait covered before its thread ended",
         "read_before_wait": "lane 0 wrote to the registers of this wgmma before the wait for it",
-        "no_wait_for_full": "deadlock|nobody waited for",
+        "no_wait_for_full": "deadlock|nobody waited for|more than the 1 arrivals of a phase",
         "no_wait_for_empty": "deadlock",
         "too_many_bytes": r"deadlock: (.*\n)*.*phase 0 wants 0 of 1 arrivals and 16 bytes",
         "no_proxy_fence": r"tma_store_2d: reads shared memory at offset \d+, where a thread has "

@@ -22,6 +22,7 @@ TESTS = (
     "test_blocksparse_conv_cuda.py::test_conversions_are_those_of_the_cpu",
     "test_faults.py",
     "test_sample_gemm.py",
+    "test_clusters.py",
     "test_pack_cuda.py",
     "test_gemm_float32.py",
     "test_gemm_sm80.py",
