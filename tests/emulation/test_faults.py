@@ -62,7 +62,7 @@ REPORTS = {
         "no_commit": "a wgmma that no wait covered before its thread ended",
         "read_before_wait": "lane 0 wrote to the registers of this wgmma before the wait for it",
         "no_wait_for_full": "deadlock|nobody waited for|more than the 1 arrivals of a phase",
-        "no_wait_for_empty": "deadlock",
+        "no_wait_for_empty": "deadlock|more than the 1 arrivals of a phase",
         "too_many_bytes": r"deadlock: (.*\n)*.*phase 0 wants 0 of 1 arrivals and 16 bytes",
         "no_proxy_fence": r"tma_store_2d: reads shared memory at offset \d+, where a thread has "
         "stored something with no fence_proxy_async after it",

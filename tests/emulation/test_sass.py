@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from devices import PRIMITIVES, PRIMITIVES_SM90
+from devices import CLUSTER_SUMS, PRIMITIVES, PRIMITIVES_SM90
 from emulator import CSRC, HERE, nvcc, run_nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
@@ -52,7 +52,7 @@ COMPILED += [
     )
     for architecture in architectures
 ]
-COMPILED += [(SAMPLE_GEMM_SM90, "90a"), (SPARSE24 / "gemm_sm90.cu", "90a")]
+COMPILED += [(SAMPLE_GEMM_SM90, "90a"), (CLUSTER_SUMS, "90a"), (SPARSE24 / "gemm_sm90.cu", "90a")]
 COMPILED += [(HERE / "kernels" / "gemm_sm90_8bit.cu", "90a"), (PRIMITIVES_SM90, "90a")]
 COMPILED += [
     (SPARSE24 / f"{name}.cu", architecture)
@@ -202,6 +202,7 @@ HOPPER_GEMM_OPCODES = (
     "FENCE.VIEW.ASYNC",
     "ELECT",
 )
+CLUSTER_OPCODES = ("UTMALDG.2D.MULTICAST", "SYNCS.ARRIVE.TRANS64.RED", "UCGABAR_ARV")
 GEMM_SM90_OPCODES = (
     "LDG.E.NA.LTC128B.128",
     "UTMALDG.2D",
@@ -230,6 +231,10 @@ HOPPER_PRIMITIVE_OPCODES = (
 
 def test_sample_gemm_sm90() -> None:
     assert missing(HOPPER_GEMM_OPCODES, opcodes(SAMPLE_GEMM_SM90, "90a")) == []
+
+
+def test_sample_of_clusters() -> None:
+    assert missing(CLUSTER_OPCODES, opcodes(CLUSTER_SUMS, "90a")) == []
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-// A sample of a kernel whose blocks run in clusters, for the emulation's own tests, with faults that
-// can be planted:
+// A sample of a kernel with clusters of blocks, for the emulation's own tests, with faults that can
+// be planted:
 //
 //   y[b, r, c] = sum over s of w[b, s] x[r, 32 s + c]      32 x 32 int32 for each block b
 //
-// The blocks of a cluster share the tiles of x: each brings an equal part of the rows and multicasts
-// it to all. `full` counts the bytes of all parts, `empty` the warps of all blocks that have let go.
+// The blocks of a cluster share the tiles of x: each brings an equal part of the rows and
+// multicasts it to all. `full` counts the bytes of all parts, `empty` the warps of all blocks that
+// let go.
 #include "common/launch.cuh"
 #include "common/ptx_sm90.cuh"
 #include "kernels/exports.h"
@@ -76,8 +77,7 @@ __device__ void consume(const Faults<kPlanted> faults, Shared& shared, const Arg
     const bool own_only = faults.has(kNoReleaseOfPeers);
     const int past = faults.has(kReleasePastCluster) ? 1 : 0;
     if (lane >= (own_only ? 1 : kBlocks)) return;
-    ptx::mbarrier_arrive_remote(&shared.empty[stage],
-                                own_only ? ptx::cluster_rank() : lane + past);
+    ptx::mbarrier_arrive_remote(&shared.empty[stage], own_only ? ptx::cluster_rank() : lane + past);
   };
   int32_t sum[kRows] = {};
   for (int step = 0; step < args.steps; ++step) {

@@ -76,7 +76,8 @@ void Block::end_if_finished() {
   shared.end_block();
 }
 
-// ---- threads --------------------------------------------------------------------------------------
+// ---- threads
+// --------------------------------------------------------------------------------------
 
 void Block::make_ready(Thread& thread) {
   thread.state = Thread::State::kReady;

@@ -147,7 +147,7 @@ inline void store16_stream(void* global, uint4 value, Site site = Site::current(
 
 // ---- flags and counters between blocks ----------------------------------------------------------
 
-// Blocks run one after another: what an earlier block will have released is there, and to wait for
+// Clusters run one after another: what an earlier one will have released is there, and to wait for
 // a later one is a deadlock here, as it can be on a GPU whose blocks do not all fit.
 inline int32_t load_acquire(const int32_t* global, Site site = Site::current()) {
   emulation::block->poll("load_acquire", site);
