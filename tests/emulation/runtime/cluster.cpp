@@ -19,8 +19,11 @@ Cluster::Cluster(int blocks, dim3 grid, dim3 size, size_t shared_bytes,
     : random(schedule.seed) {
   for (int rank = 0; rank < blocks; ++rank) {
     blocks_.push_back(std::make_unique<Block>(*this, rank, grid, size, shared_bytes, kernel));
+    Block& latest = *blocks_.back();
+    for (int warp = 0; warp < latest.warp_count(); ++warp) {
+      warps_.push_back({&latest, warp * kWarpSize, &latest.ready_of(warp)});
+    }
   }
-  warps_of_block_ = blocks_[0]->warp_count();
 }
 
 void Cluster::run(dim3 first) {
@@ -53,34 +56,31 @@ void Cluster::run(dim3 first) {
 
 // ---- the scheduler ------------------------------------------------------------------------------
 
-std::vector<int>& Cluster::ready_of(int warp) {
-  return blocks_[warp / warps_of_block_]->ready_of(warp % warps_of_block_);
-}
-
 Thread* Cluster::pick() {
   if (polls_ > kPatience && !land_one()) {
     deadlock("threads poll for something that does not come");
   }
-  const int warps = size() * warps_of_block_;
+  const int warps = static_cast<int>(warps_.size());
   const bool stay = schedule.early || turns_left_-- > 0;
-  if (stay && current_warp_ >= 0 && !ready_of(current_warp_).empty())
+  if (stay && current_warp_ >= 0 && !warps_[current_warp_].ready->empty())
     return pick_from(current_warp_);
   turns_left_ = schedule.seed == 0 ? kTurns : 1 << random.below(12);
   const int first = schedule.seed == 0 ? current_warp_ + 1 : static_cast<int>(random.below(warps));
   for (int i = 0; i < warps; ++i) {
     const int warp = (first + i) % warps;
-    if (!ready_of(warp).empty()) return pick_from(warp);
+    if (!warps_[warp].ready->empty()) return pick_from(warp);
   }
   return nullptr;
 }
 
 Thread* Cluster::pick_from(int warp) {
   current_warp_ = warp;
-  block = blocks_[warp / warps_of_block_].get();
-  std::vector<int>& lanes = ready_of(warp);
+  const Warp& from = warps_[warp];
+  block = from.block;
+  std::vector<int>& lanes = *from.ready;
   const auto count = static_cast<uint32_t>(lanes.size());
   const auto chosen = lanes.begin() + (schedule.seed == 0 ? 0 : random.below(count));
-  Thread* thread = block->threads[warp % warps_of_block_ * kWarpSize + *chosen].get();
+  Thread* thread = block->threads[from.first_thread + *chosen].get();
   lanes.erase(chosen);
   return thread;
 }

@@ -35,6 +35,11 @@ class Cluster {
   Random random;
 
  private:
+  struct Warp {
+    Block* block;
+    int first_thread;         // in the block
+    std::vector<int>* ready;  // lanes, in the order in which they became ready
+  };
   struct Waiting {
     Block* block;
     Thread* thread;
@@ -42,15 +47,14 @@ class Cluster {
 
   Thread* pick();
   Thread* pick_from(int warp);
-  std::vector<int>& ready_of(int warp);
   bool land_one();
   void settle();
   [[noreturn]] void deadlock(const char* reason);
 
   std::vector<std::unique_ptr<Block>> blocks_;
-  int warps_of_block_;
-  int current_warp_ = -1, turns_left_ = 0;  // a warp of any block: those of rank 0 come first
-  int polls_ = 0;                           // since anything last changed
+  std::vector<Warp> warps_;  // of all blocks, those of rank 0 first
+  int current_warp_ = -1, turns_left_ = 0;
+  int polls_ = 0;  // since anything last changed
   int unfinished_ = 0;
   std::vector<Waiting> waiting_;  // at sync()
 };
