@@ -156,12 +156,13 @@ __device__ __forceinline__ void cluster_sync() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
-// Arrives at the barrier that lies at the same address in block `rank`.
+// Arrives at the barrier that lies at the same address in block `rank`. It orders what this thread
+// has read before what others write after; with .release.cluster, which would also make its writes
+// visible there, ptxas waits at each arrival for all that the thread has under way.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
-          shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }

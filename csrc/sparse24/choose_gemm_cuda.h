@@ -80,6 +80,7 @@ inline CudaGemmConfig hopper_config(int64_t m, int64_t n, int64_t k, DType dtype
     int n, m;
   } kTiles[] = {{128, 256}, {256, 128}, {128, 128}};
   for (const auto& tile : kTiles) {
+    if (dtype == DType::kUInt8) break;  // which it does not multiply
     CudaGemmConfig config{CudaKernel::kWgmma, tile.n, tile.m, 1, 1, device.multiprocessors};
     const int64_t tiles = ceil_div(n, tile.n) * ceil_div(m, tile.m);
     config.blocks = static_cast<int>(ceil_div(tiles, ceil_div(tiles, device.multiprocessors)));
@@ -122,10 +123,10 @@ inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, D
                                               const CudaDevice& device) {
   if (dtype == DType::kFloat32) return choose_float32_config(m, n, k, device);
   const bool is_int4 = dtype == DType::kUInt8;
-  if (device.capability == 90 && !is_int4) {
+  if (device.capability == 90) {
     const CudaGemmConfig hopper = hopper_config(m, n, k, dtype, device);
     // Up to 16 rows mma.sp may be the faster. Of int8 it always was, more than its model says.
-    if (m > kFewRows || dtype == DType::kE4M3) return hopper;
+    if (m > kFewRows || dtype == DType::kE4M3 || is_int4) return hopper;
     const CudaGemmConfig decode = decode_config(m, n, k, dtype, device);
     const bool is_faster =
         dtype == DType::kInt8 || DecodeModel{m, n, k, dtype, device}.cost(decode) <=
@@ -161,7 +162,7 @@ inline bool can_run(const CudaGemmConfig& config, int64_t m, int64_t n, int64_t 
       return dtype != DType::kFloat32 && dtype != DType::kUInt8 && device.capability == 90 &&
              config.split_k == 1 && config.blocks >= 0;  // the kernel knows its tiles
     case CudaKernel::kStream:
-      return dtype != DType::kFloat32 && dtype != DType::kUInt8 && device.capability == 90 &&
+      return dtype != DType::kFloat32 && device.capability == 90 &&
              is_legal_stream(config, m, n, k);
     case CudaKernel::kFloat32: return false;
   }

@@ -13,10 +13,14 @@ void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_sm90_8bit(const CudaGemmArgs& args, cudaStream_t stream);  // its part for E4M3 and int8
 void gemm_sm90_stream(const CudaGemmArgs& args, cudaStream_t stream);
 void gemm_sm90_stream_8bit(const CudaGemmArgs& args, cudaStream_t stream);  // as above
+void gemm_sm90_stream_int4(const CudaGemmArgs& args, cudaStream_t stream);  // of group > 0
 void gemm_float32(const CudaGemmArgs& args, cudaStream_t stream);
 
 inline void run_gemm(const CudaGemmArgs& args, cudaStream_t stream) {
-  if (args.group > 0) return gemm_int4_sm80(args, stream);
+  const bool is_stream = args.config.kernel == CudaKernel::kStream;
+  if (args.group > 0) {
+    return is_stream ? gemm_sm90_stream_int4(args, stream) : gemm_int4_sm80(args, stream);
+  }
   switch (args.config.kernel) {
     case CudaKernel::kDecode: return gemm_decode_sm80(args, stream);
     case CudaKernel::kPrefill: return gemm_prefill_sm80(args, stream);

@@ -39,19 +39,13 @@
 //   row 1  |                           |                           | ...
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/gemm_sm80.cuh"
+#include "sparse24/group_scales.h"
 
 namespace gossamer::sparse24 {
 
 constexpr int kDecodeThreadsShift = 8;
 constexpr int kDecodeThreads = 1 << kDecodeThreadsShift;
 static_assert(kDecodeThreads == kDecodeWarps * kWarp);
-
-// [n, columns], each for `units` units of columns of a row; the kernel for int4 weights, which has
-// them, says what a unit is. inverse: 2^31 / units, rounded down, plus 1.
-struct GroupScales {
-  const float* scales;
-  unsigned columns, units, inverse;
-};
 
 struct DecodeArgs {
   Epilogue epilogue;

@@ -27,35 +27,10 @@
 // by two row tiles 2 of the 9. So up to 16 rows the DRAM sets the pace, at 32 (three tiles: 5 of 9)
 // it should, and at 64 (16 of 9) it is x.
 #include "sparse24/gemm_decode_sm80.cuh"
+#include "sparse24/int4.cuh"
 
 namespace gossamer::sparse24 {
 namespace {
-
-// u in 0 .. 15 in the lowest bits of the mantissa of 2^7 (bfloat16) or 2^10 (float16) makes that
-// plus u, because the mantissa's last bit is worth 1 there.
-template <class T>
-struct Widened;
-template <>
-struct Widened<BFloat16> {
-  static constexpr uint32_t kPower = 0x43004300, kOne = 0x3f803f80, kBias = 0xc308c308;  // -136
-};
-template <>
-struct Widened<Float16> {
-  static constexpr uint32_t kPower = 0x64006400, kOne = 0x3c003c00, kBias = 0xe408e408;  // -1032
-};
-
-constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;  // lop3's table of (a and b) or c
-
-// The A registers of a step: nibbles i and 4 + i of the word, less 8, exactly.
-template <class T>
-__device__ __forceinline__ void widen(uint32_t (&a)[4], uint32_t word) {
-  using W = Widened<T>;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    a[i] =
-        ptx::fma2<T>(ptx::lop3<kAndOr>(word >> (4 * i), 0x000f000fu, W::kPower), W::kOne, W::kBias);
-  }
-}
 
 template <class T, int kUnitSteps, int kTokenTiles>
 struct Int4Weights {
@@ -196,37 +171,20 @@ struct Int4 {
   using Weights = Int4Weights<T, kUnitSteps, kTokenTiles>;
 };
 
-constexpr int kStepColumns = 32, kChunkColumns = 4 * kStepColumns;
-
 template <class T, int kUnitSteps>
 void launch_int4(const CudaGemmArgs& args, cudaStream_t stream) {
-  const int64_t units = ceil_div(args.group, kUnitSteps * kStepColumns);
-  const GroupScales groups{args.row_scales, static_cast<unsigned>(ceil_div(args.k, args.group)),
-                           static_cast<unsigned>(units),
-                           static_cast<unsigned>((int64_t{1} << 31) / units + 1)};
+  const GroupScales groups = group_scales(args, kUnitSteps);
   CudaGemmArgs without_scales = args;  // for the epilogue
   without_scales.row_scales = nullptr;
   launch_decode_of<Int4<T, kUnitSteps>::template Weights>(without_scales, groups, stream);
 }
 
-template <class T>
-void launch_of_type(CudaGemmArgs args, cudaStream_t stream) {
-  // One scale a row: a group of any length that does not end.
-  if (args.group >= args.k) args.group = ceil_div(args.k, kChunkColumns) * kChunkColumns;
-  GOSSAMER_CHECK(args.group % kStepColumns == 0, "sparse24: a group of ", args.group,
-                 " columns is neither a multiple of ", kStepColumns, " nor all ", args.k);
-  args.group % kChunkColumns == 0 ? launch_int4<T, 4>(args, stream)
-                                  : launch_int4<T, 1>(args, stream);
-}
-
 }  // namespace
 
 void gemm_int4_sm80(const CudaGemmArgs& args, cudaStream_t stream) {
-  switch (args.dtype) {
-    case DType::kBFloat16: return launch_of_type<BFloat16>(args, stream);
-    case DType::kFloat16: return launch_of_type<Float16>(args, stream);
-    default: fail("sparse24: int4 weights multiply bfloat16 or float16, x is ", name(args.dtype));
-  }
+  with_int4_units(args, [&](auto zero, auto steps, const CudaGemmArgs& with_units) {
+    launch_int4<decltype(zero), decltype(steps)::value>(with_units, stream);
+  });
 }
 
 }  // namespace gossamer::sparse24

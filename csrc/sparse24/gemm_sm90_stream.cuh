@@ -31,6 +31,7 @@
 
 #include "common/check.h"
 #include "sparse24/gemm_sm90_tile.cuh"
+#include "sparse24/int4.cuh"
 
 namespace gossamer::sparse24 {
 namespace {
@@ -40,30 +41,46 @@ constexpr int kRowTiles = kConsumers * kSliceRows / kFragmentRows;
 static_assert(kStreamTileN == kConsumers * kSliceRows);
 constexpr int kBlockBytes = 226 << 10;  // of shared memory, but for barriers and alignment
 
-template <class T, int kTokens>
+// What a kernel does with its weights, W below, is said by StoredWeights or Int4Weights:
+//
+//   X            the type of x
+//   kPieces      uint4 of a lane for a record of 16 rows, beside one of metadata
+//   kScaled      whether columns have scales, in groups
+template <class W, int kTokens>
 struct Stage {
+  using X = typename W::X;
   // Of more than 64 rows of x, whole records would leave room for two stages only.
   static constexpr int kParts = kTokens <= 64 ? 1 : 2;  // of a record
-  static constexpr int kSteps = Record<T>::kSteps / kParts;
-  static constexpr int kMetadata = 2 * kSteps * 32;  // where it begins, in uint4 of a row tile
+  static constexpr int kSteps = Record<X>::kSteps / kParts;
+  static constexpr int kHalves = 2 * kSteps;
+  static constexpr int kPieces = W::kPieces / kParts;
+  static constexpr int kMetadata = kPieces * 32;  // where it begins, in uint4 of a row tile
   static constexpr int kSize = kMetadata + 32;
   static constexpr int kWeightBytes = kRowTiles * kSize * 16;
   static constexpr int kXBytes = kSteps * kTokens * kStepBytes;
 
-  SharedTile<T, kXBytes / sizeof(T), 1024> x;  // [step][row of x][128 bytes]
+  SharedTile<X, kXBytes / sizeof(X), 1024> x;  // [step][row of x][128 bytes]
   SharedTile<uint4, kWeightBytes / 16, 128> weights;
+
+  __device__ const uint4* of_lane() {
+    return weights.data() + threadIdx.x / 32 * kSize + threadIdx.x % 32;
+  }
+  __device__ uint64_t columns(int half) {
+    const X* at = x.data() + (half / 2 * kTokens * 2 + half % 2) * (Record<X>::kStepColumns / 2);
+    return ptx::matrix_descriptor(at, Swizzle::k128, 16, kEightRows);
+  }
 };
 
-template <class T, class Out, int kTokens>
+template <class W, class Out, int kTokens>
 struct StreamShared {
+  using S = Stage<W, kTokens>;
   static constexpr int kResultBytes =
       kStaged<Out> ? kConsumers * kTokens * kSliceRows * static_cast<int>(sizeof(Out)) : 4096;
   static constexpr int kStages =
-      std::min(8, (kBlockBytes - kResultBytes) /
-                      (Stage<T, kTokens>::kWeightBytes + Stage<T, kTokens>::kXBytes));
+      std::min(12, (kBlockBytes - kResultBytes) / (S::kWeightBytes + S::kXBytes));
   static_assert(kStages >= 3);
 
-  Stage<T, kTokens> stages[kStages];
+  S stages[kStages];
   ResultTile<Out, kTokens> result[kConsumers][1];
   uint64_t full[kStages];   // the bytes that arrive
   uint64_t empty[kStages];  // the consumers' warps that have let go
@@ -74,6 +91,7 @@ struct StreamArgs {
   TensorMap x;
   Output out;
   const uint4* weights;
+  GroupScales groups;         // of int4 weights
   int records, weight_tiles;  // weight_tiles: of 16 rows
   int tiles_m;
   int64_t work;  // records of all tiles
@@ -102,10 +120,12 @@ struct Segment {
 
 // ---- the producer -------------------------------------------------------------------------------
 
-template <class T, class Out, int kTokens>
-__device__ void produce(StreamShared<T, Out, kTokens>& shared, const StreamArgs& args) {
-  using S = Stage<T, kTokens>;
-  Ring<StreamShared<T, Out, kTokens>::kStages> ring;
+template <class W, class Out, int kTokens>
+__device__ void produce(StreamShared<W, Out, kTokens>& shared, const StreamArgs& args) {
+  using S = Stage<W, kTokens>;
+  using X = typename W::X;
+  constexpr int kRecord = (W::kPieces + 1) * 32;
+  Ring<StreamShared<W, Out, kTokens>::kStages> ring;
   const int64_t end = first_of_block(args, blockIdx.x + 1);
   for (int64_t at = first_of_block(args, blockIdx.x); at < end; ++at) {
     const int tile = static_cast<int>(at / args.records);
@@ -121,21 +141,20 @@ __device__ void produce(StreamShared<T, Out, kTokens>& shared, const StreamArgs&
         // Rows past N take the last tile of 16: what they multiply is not stored, but their
         // metadata have to be legal.
         const int row_tile = min(tile_n * kRowTiles + i, args.weight_tiles - 1);
-        const uint4* from =
-            args.weights + (int64_t{row_tile} * args.records + record) * Record<T>::kSize;
+        const uint4* from = args.weights + (int64_t{row_tile} * args.records + record) * kRecord;
         uint4* to = stage.weights.data() + i * S::kSize;
         if constexpr (S::kParts == 1) {
           ptx::bulk_load(to, from, S::kSize * 16, full);
         } else {
           ptx::bulk_load(to, from + part * S::kMetadata, S::kMetadata * 16, full);
-          ptx::bulk_load(to + S::kMetadata, from + Record<T>::kMetadata, 32 * 16, full);
+          ptx::bulk_load(to + S::kMetadata, from + W::kPieces * 32, 32 * 16, full);
         }
       }
       for (int step = 0; step < S::kSteps; ++step) {
         const int column =
-            record * kFragmentColumns + (part * S::kSteps + step) * Record<T>::kStepColumns;
+            record * kFragmentColumns + (part * S::kSteps + step) * Record<X>::kStepColumns;
         // Of a tile past the edges of x, too, all bytes arrive; those outside are zeros.
-        ptx::tma_load_2d(stage.x.data() + step * kTokens * Record<T>::kStepColumns, &args.x, full,
+        ptx::tma_load_2d(stage.x.data() + step * kTokens * Record<X>::kStepColumns, &args.x, full,
                          column, tile_m * kTokens);
       }
     }
@@ -144,39 +163,148 @@ __device__ void produce(StreamShared<T, Out, kTokens>& shared, const StreamArgs&
 
 // ---- a consumer ---------------------------------------------------------------------------------
 
-// Waits for a stage and multiplies what it holds: `part` of a record.
-template <class T, int kTokens>
-__device__ __forceinline__ void multiply(ptx::Accumulator<T> (&sum)[kTokens / 2],
-                                         Stage<T, kTokens>& stage, int part, bool accumulate) {
-  using S = Stage<T, kTokens>;
-  const uint4* from = stage.weights.data() + threadIdx.x / 32 * S::kSize + threadIdx.x % 32;
-  uint32_t values[2 * S::kSteps][4];
-#pragma unroll
-  for (int half = 0; half < 2 * S::kSteps; ++half) {
-    const uint4 v = from[half * 32];
-    values[half][0] = v.x, values[half][1] = v.y, values[half][2] = v.z, values[half][3] = v.w;
+// The metadata of a part of a record: a word for each step (16-bit types) or half step.
+template <class S>
+__device__ __forceinline__ void load_words(uint32_t (&words)[4], const uint4* of_lane, int part) {
+  const uint4 v = of_lane[S::kMetadata];
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  if (S::kParts == 2 && part == 1) words[0] = words[2], words[1] = words[3];
+}
+
+template <class X, int kTokens>
+__device__ __forceinline__ void multiply_half(ptx::Accumulator<X> (&sum)[kTokens / 2],
+                                              const uint32_t (&values)[4], uint64_t columns,
+                                              const uint32_t (&words)[4], int half,
+                                              bool accumulate) {
+  const uint32_t word = words[sizeof(X) == 2 ? half / 2 : half];
+  if (sizeof(X) == 2 && half % 2 == 1) {
+    ptx::wgmma_sp<X, kTokens, sizeof(X) == 2>(sum, values, columns, word, accumulate);
+  } else {
+    ptx::wgmma_sp<X, kTokens, 0>(sum, values, columns, word, accumulate);
   }
-  const uint4 metadata = from[S::kMetadata];
-  uint32_t words[] = {metadata.x, metadata.y, metadata.z, metadata.w};
-  if (S::kParts == 2 && part == 1) {  // the words of the record's second half
-    words[0] = words[2], words[1] = words[3];
-  }
-  ptx::wgmma_fence();
+}
+
+// Values of the type of x: 16 bytes a lane are the left operand of half a step.
+template <class T>
+struct StoredWeights {
+  using X = T;
+  static constexpr int kPieces = 2 * Record<T>::kSteps;
+
+  __device__ StoredWeights(const StreamArgs&, int /*row_tile*/) {}
+  template <int kParts>
+  __device__ void prepare(const StreamArgs&, int /*record*/, int /*part*/) {}
+
+  // Multiplies what a stage holds, `part` of a record.
+  template <int kTokens>
+  __device__ __forceinline__ void multiply(ptx::Accumulator<T> (&sum)[kTokens / 2],
+                                           Stage<StoredWeights, kTokens>& stage, int part,
+                                           bool accumulate) const {
+    using S = Stage<StoredWeights, kTokens>;
+    const uint4* from = stage.of_lane();
+    uint32_t values[S::kHalves][4], words[4];
 #pragma unroll
-  for (int half = 0; half < 2 * S::kSteps; ++half) {
-    const T* x =
-        stage.x.data() + (half / 2 * kTokens * 2 + half % 2) * (Record<T>::kStepColumns / 2);
-    const uint64_t columns = ptx::matrix_descriptor(x, Swizzle::k128, 16, kEightRows);
-    const uint32_t word = words[sizeof(T) == 2 ? half / 2 : half];
-    if (sizeof(T) == 2 && half % 2 == 1) {
-      ptx::wgmma_sp<T, kTokens, sizeof(T) == 2>(sum, values[half], columns, word, true);
-    } else {
-      ptx::wgmma_sp<T, kTokens, 0>(sum, values[half], columns, word, accumulate || half > 0);
+    for (int half = 0; half < S::kHalves; ++half) {
+      const uint4 v = from[half * 32];
+      values[half][0] = v.x, values[half][1] = v.y, values[half][2] = v.z, values[half][3] = v.w;
+    }
+    load_words<S>(words, from, part);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int half = 0; half < S::kHalves; ++half) {
+      multiply_half<T, kTokens>(sum, values[half], stage.columns(half), words, half,
+                                accumulate || half > 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+  }
+};
+
+// int4 values, a word for half a step, which are widened. The products of a unit of kUnitHalves are
+// summed from 0, in a fragment of their own, and a fused multiply-add with the scales of the lane's
+// rows g and g + 8 adds that to the sums, units in increasing order.
+template <class T, int kUnitHalves>
+struct Int4Weights {
+  using X = T;
+  static constexpr int kPieces = Record<T>::kSteps / 2;
+  static constexpr int kUnits = 2 * Record<T>::kSteps / kUnitHalves;  // of a record
+
+  int64_t row;  // g of this warp
+  float scales[kUnits][2];
+
+  __device__ Int4Weights(const StreamArgs&, int row_tile)
+      : row(int64_t{row_tile} * kFragmentRows + threadIdx.x % 32 / 4) {}
+
+  // Asks for the scales of a part of a record, which come while its stage is waited for. Past the
+  // last row or column there are none, and the sums are 0 or go nowhere.
+  template <int kParts>
+  __device__ __forceinline__ void prepare(const StreamArgs& args, int record, int part) {
+    constexpr int kUnitsHere = kUnits / kParts;
+#pragma unroll
+    for (int unit = 0; unit < kUnitsHere; ++unit) {
+      const unsigned column = (record * kUnits + part * kUnitsHere + unit) / args.groups.units;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool inside = column < args.groups.columns && row + 8 * half < args.out.n;
+        scales[unit][half] =
+            inside ? __ldg(args.groups.scales + (row + 8 * half) * args.groups.columns + column)
+                   : 0.0f;
+      }
     }
   }
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-}
+
+  template <int kTokens>
+  __device__ __forceinline__ void multiply(float (&sum)[kTokens / 2],
+                                           Stage<Int4Weights, kTokens>& stage, int part,
+                                           bool accumulate) const {
+    using S = Stage<Int4Weights, kTokens>;
+    constexpr int kUnitsHere = S::kHalves / kUnitHalves;
+    // Units that are multiplied side by side; with more rows of x there are no registers for two.
+    constexpr int kTogether = kUnitsHere < 2 || kTokens > 32 ? 1 : 2;
+    const uint4* from = stage.of_lane();
+    uint32_t packed[S::kPieces][4], words[4];
+#pragma unroll
+    for (int piece = 0; piece < S::kPieces; ++piece) {
+      const uint4 v = from[piece * 32];
+      packed[piece][0] = v.x, packed[piece][1] = v.y, packed[piece][2] = v.z,
+      packed[piece][3] = v.w;
+    }
+    load_words<S>(words, from, part);
+    if (!accumulate) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
+    }
+#pragma unroll
+    for (int first = 0; first < kUnitsHere; first += kTogether) {
+      uint32_t values[kTogether * kUnitHalves][4];
+      float fresh[kTogether][kTokens / 2];
+#pragma unroll
+      for (int i = 0; i < kTogether * kUnitHalves; ++i) {
+        const int half = first * kUnitHalves + i;
+        widen<T>(values[i], packed[half / 4][half % 4]);
+      }
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+        for (int i = 0; i < kUnitHalves; ++i) {
+          const int half = (first + u) * kUnitHalves + i;
+          multiply_half<T, kTokens>(fresh[u], values[u * kUnitHalves + i], stage.columns(half),
+                                    words, half, i > 0);
+        }
+        ptx::wgmma_commit();
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        u + 1 < kTogether ? ptx::wgmma_wait<1>() : ptx::wgmma_wait<0>();
+        const float (&scale)[2] = scales[first + u];
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) {
+          sum[i] = __fmaf_rn(fresh[u][i], scale[i / 2 % 2], sum[i]);
+        }
+      }
+    }
+  }
+};
 
 // Leaves the sums of a part of a tile in the workspace; the last of its blocks to do so gets the
 // total of all, and true.
@@ -223,21 +351,25 @@ __device__ bool meet(ptx::Accumulator<T> (&sum)[kTokens / 2], const StreamArgs& 
   return true;
 }
 
-template <class T, class Out, int kTokens>
-__device__ void consume(StreamShared<T, Out, kTokens>& shared, const StreamArgs& args) {
-  using S = Stage<T, kTokens>;
-  Ring<StreamShared<T, Out, kTokens>::kStages> ring;
+template <class W, class Out, int kTokens>
+__device__ void consume(StreamShared<W, Out, kTokens>& shared, const StreamArgs& args) {
+  using S = Stage<W, kTokens>;
+  using T = typename W::X;
+  Ring<StreamShared<W, Out, kTokens>::kStages> ring;
   const int warpgroup = threadIdx.x / kWarpgroup;
   const int64_t end = first_of_block(args, blockIdx.x + 1);
   for (int64_t at = first_of_block(args, blockIdx.x); at < end;) {
     const Segment segment(args, at, end);
     at += segment.count;
+    W weights(args, segment.tile / args.tiles_m * kRowTiles + static_cast<int>(threadIdx.x) / 32);
     ptx::Accumulator<T> sum[kTokens / 2];
     for (int record = 0; record < segment.count; ++record) {
 #pragma unroll
       for (int part = 0; part < S::kParts; ++part, ring.advance()) {
+        weights.template prepare<S::kParts>(args, segment.first + record, part);
         ptx::mbarrier_wait(&shared.full[ring.stage], ring.phase);
-        multiply<T, kTokens>(sum, shared.stages[ring.stage], part, record > 0 || part > 0);
+        weights.template multiply<kTokens>(sum, shared.stages[ring.stage], part,
+                                           record > 0 || part > 0);
         // A warp lets go when its own quarter of the products is done.
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty[ring.stage]);
       }
@@ -256,10 +388,10 @@ __device__ void consume(StreamShared<T, Out, kTokens>& shared, const StreamArgs&
   if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait<0>();
 }
 
-template <class T, class Out, int kTokens>
+template <class W, class Out, int kTokens>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     sparse24_stream(const __grid_constant__ StreamArgs args) {
-  using Memory = StreamShared<T, Out, kTokens>;
+  using Memory = StreamShared<W, Out, kTokens>;
   Memory& shared = *shared_memory<Memory>();
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&args.x);
@@ -279,34 +411,35 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 
 // ---- the launch ---------------------------------------------------------------------------------
 
-template <class T, class Out, int kTokens>
-void run_stream(const CudaGemmArgs& args, cudaStream_t stream) {
+template <class W, class Out, int kTokens>
+void run_stream(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_t stream) {
   const CudaGemmConfig& config = args.config;
   constexpr int64_t kMax = int64_t{1} << 30;
   GOSSAMER_CHECK(args.m <= kMax && args.n <= kMax && args.k <= kMax, "sparse24_gemm: ", args.m,
                  " rows of x by a weight [", args.n, ", ", args.k,
                  "] are more than the Hopper kernel counts");
   StreamArgs of{};
-  of.x = step_map<T>(args, kTokens);
+  of.x = step_map<typename W::X>(args, kTokens);
   of.out = output_of<Out>(args, kTokens);
   of.weights = reinterpret_cast<const uint4*>(args.panels);
+  of.groups = groups;
   of.records = static_cast<int>(ceil_div(args.k, kFragmentColumns));
   of.weight_tiles = static_cast<int>(ceil_div(args.n, kFragmentRows));
   of.tiles_m = static_cast<int>(ceil_div(args.m, kTokens));
   of.work = stream_tiles(config, args.m, args.n) * of.records;
   of.sums = args.workspace;
   of.counters = args.counters;
-  launch(sparse24_stream<T, Out, kTokens>, dim3(static_cast<unsigned>(config.blocks)),
-         kStreamThreads, sizeof(StreamShared<T, Out, kTokens>), stream, of);
+  launch(sparse24_stream<W, Out, kTokens>, dim3(static_cast<unsigned>(config.blocks)),
+         kStreamThreads, sizeof(StreamShared<W, Out, kTokens>), stream, of);
 }
 
-template <class T, class Out>
-void stream_by_tile(const CudaGemmArgs& args, cudaStream_t stream) {
+template <class W, class Out>
+void stream_by_tile(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_t stream) {
   switch (args.config.tile_m) {
-    case 16: return run_stream<T, Out, 16>(args, stream);
-    case 32: return run_stream<T, Out, 32>(args, stream);
-    case 64: return run_stream<T, Out, 64>(args, stream);
-    case 128: return run_stream<T, Out, 128>(args, stream);
+    case 16: return run_stream<W, Out, 16>(args, groups, stream);
+    case 32: return run_stream<W, Out, 32>(args, groups, stream);
+    case 64: return run_stream<W, Out, 64>(args, groups, stream);
+    case 128: return run_stream<W, Out, 128>(args, groups, stream);
     default: fail("sparse24_gemm: no tiles of ", args.config.tile_m, " rows of x");
   }
 }

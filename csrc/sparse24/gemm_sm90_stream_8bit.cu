@@ -4,8 +4,9 @@
 namespace gossamer::sparse24 {
 
 void gemm_sm90_stream_8bit(const CudaGemmArgs& args, cudaStream_t stream) {
-  with_8bit_types(
-      args, [&](auto x, auto out) { stream_by_tile<decltype(x), decltype(out)>(args, stream); });
+  with_8bit_types(args, [&](auto x, auto out) {
+    stream_by_tile<StoredWeights<decltype(x)>, decltype(out)>(args, {}, stream);
+  });
 }
 
 }  // namespace gossamer::sparse24
