@@ -142,9 +142,7 @@ struct Int4Weights {
     const GroupScales& groups = args.groups;
     const unsigned first =
         (next_record * kChunks + chunk) * kChunkUnits + threadIdx.x % 2 * (kChunkUnits / 2);
-    // The quotient of first / units, or one more.
-    unsigned column = __umulhi(2 * first, groups.inverse);
-    column -= column * groups.units > first ? 1 : 0;
+    unsigned column = column_of_unit(groups, first);
     unsigned unit_of_group = first - column * groups.units;
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {

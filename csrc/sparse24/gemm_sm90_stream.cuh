@@ -77,7 +77,7 @@ struct StreamShared {
   static constexpr int kResultBytes =
       kStaged<Out> ? kConsumers * kTokens * kSliceRows * static_cast<int>(sizeof(Out)) : 4096;
   static constexpr int kStages =
-      std::min(12, (kBlockBytes - kResultBytes) / (S::kWeightBytes + S::kXBytes));
+      std::min(9, (kBlockBytes - kResultBytes) / (S::kWeightBytes + S::kXBytes));
   static_assert(kStages >= 3);
 
   S stages[kStages];
@@ -241,7 +241,8 @@ struct Int4Weights {
     constexpr int kUnitsHere = kUnits / kParts;
 #pragma unroll
     for (int unit = 0; unit < kUnitsHere; ++unit) {
-      const unsigned column = (record * kUnits + part * kUnitsHere + unit) / args.groups.units;
+      const unsigned column =
+          column_of_unit(args.groups, record * kUnits + part * kUnitsHere + unit);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const bool inside = column < args.groups.columns && row + 8 * half < args.out.n;

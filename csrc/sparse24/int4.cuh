@@ -45,6 +45,12 @@ inline GroupScales group_scales(const CudaGemmArgs& args, int unit_steps) {
           static_cast<unsigned>(units), static_cast<unsigned>((int64_t{1} << 31) / units + 1)};
 }
 
+// unit / groups.units.
+__device__ __forceinline__ unsigned column_of_unit(const GroupScales& groups, unsigned unit) {
+  const unsigned column = __umulhi(2 * unit, groups.inverse);  // the quotient, or one more
+  return column - (column * groups.units > unit ? 1 : 0);
+}
+
 // Calls run(T{}, steps of a unit, args), where the group of `args` is a multiple of the unit.
 template <class Run>
 void with_int4_units(CudaGemmArgs args, const Run& run) {
