@@ -46,16 +46,14 @@ def configs(m: int, n: int, k: int, dtype: str, multiprocessors: int) -> Iterato
             for split in SPLITS:
                 if split == 1 or (split * tiles <= 6 * multiprocessors and split * RECORD <= k):
                     yield "decode", tile_n, tile_m, warps_k, split, 0
-    if dtype == "int4":
-        return
-    if m <= 512:
+    if m <= 512 or dtype == "int4":
         for tile_m in (t for t in (16, 32, 64, 128) if t < 2 * m or t == 16):
             tiles = -(-n // 128) * -(-m // tile_m)
             most = min(multiprocessors, tiles * -(-k // RECORD))
             whole = max(1, most // tiles) * tiles if tiles <= most else most
             for blocks in {most, whole, min(tiles, most)}:
                 yield "stream", 128, tile_m, 1, 1, blocks
-    if m < 64:
+    if m < 64 or dtype == "int4":
         return
     for tile_n, tile_m in WGMMA_TILES:
         tiles = -(-n // tile_n) * -(-m // tile_m)
