@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -47,6 +48,9 @@ def choose(m: int, n: int, k: int, dtype: str, device: dict[str, int]) -> dict[s
         (1, 14336, "float8_e4m3fn", "H200", "stream", "sm_90"),
         (1024, 14336, "float8_e4m3fn", "H200", "wgmma", "sm_90"),
         (1, 14336, "uint8", "H200", "decode", "sm_80"),
+        (64, 14336, "uint8", "H200", "stream", "sm_90"),
+        (2048, 14336, "uint8", "H200", "stream", "sm_90"),
+        (64, 14336, "uint8", "A100", "decode", "sm_80"),
     ],
 )
 def test_kernel(m: int, n: int, dtype: str, device: str, kernel: str, target: str) -> None:
@@ -96,6 +100,18 @@ def test_extreme_sizes(size: int) -> None:
     for dtype in ("float32", "bfloat16"):
         assert choose(size, 1, 1, dtype, H200)["split_k"] == 1
         assert choose(1, 57344, 65536, dtype, H200)["kernel"] in ("decode", "float32", "stream")
+
+
+def test_every_product_has_a_way(seed: int = 0) -> None:
+    generator = random.Random(seed)
+    for dtype in ("bfloat16", "float8_e4m3fn", "int8", "uint8"):
+        for _ in range(500):
+            m, n, k = (int(2 ** generator.uniform(0, most)) for most in (18, 18, 17))
+            chosen = choose(m, n, k, dtype, H200)
+            tiles = -(-n // chosen["tile_n"]) * -(-m // chosen["tile_m"])
+            assert chosen["workspace_bytes"] <= 64 << 20, (m, n, k, chosen)
+            if chosen["workspace_bytes"] > 0:
+                assert tiles <= _C.cuda_counters, (m, n, k, chosen)
 
 
 def test_mistakes_are_named() -> None:

@@ -27,7 +27,9 @@ struct HopperModel {
     const double record_bytes = 4.0 * static_cast<double>(fragment_words(dtype));
     const int64_t tiles = stream_tiles(config, m, n);
     const double work = static_cast<double>(tiles) * records();
-    const double share = std::ceil(work / config.blocks);
+    // Of more blocks than multiprocessors, some wait for others.
+    const auto rounds = static_cast<double>(ceil_div(config.blocks, device.multiprocessors));
+    const double share = rounds * std::ceil(work / config.blocks);
     const int64_t busy = std::min(config.blocks, device.multiprocessors);
     const double rate =
         std::min(kAlone, kTogether * device.multiprocessors / static_cast<double>(busy));
@@ -50,7 +52,7 @@ struct HopperModel {
   // What a record of a tile was measured to take.
   double wgmma(const CudaGemmConfig& config) const {
     const bool wide = size_of(dtype) == 2;
-    const double record = config.tile_m == 256   ? (wide ? 60e3 : 40e3)
+    const double record = config.tile_m == 256   ? (wide ? 60e3 : 39e3)
                           : config.tile_n == 256 ? (wide ? 86e3 : 44e3)
                                                  : (wide ? 48e3 : 34e3);
     const int64_t tiles = ceil_div(n, config.tile_n) * ceil_div(m, config.tile_m);
@@ -62,7 +64,9 @@ struct HopperModel {
   }
 };
 
-// The cheaper of the two kernels by the model.
+constexpr int64_t kMaxGridBlocks = (int64_t{1} << 31) - 1;
+
+// The cheapest way by the model; of tile_n 0 where there is none.
 inline CudaGemmConfig hopper_config(int64_t m, int64_t n, int64_t k, DType dtype,
                                     const CudaDevice& device) {
   const HopperModel model{m, n, k, dtype, device};
@@ -92,10 +96,12 @@ inline CudaGemmConfig hopper_config(int64_t m, int64_t n, int64_t k, DType dtype
     const int64_t tiles = stream_tiles(config, m, n);
     const int64_t most =
         std::min<int64_t>(device.multiprocessors, tiles * ceil_div(k, kFragmentColumns));
-    // Every block with whole tiles, with equal parts of tiles, and all multiprocessors.
+    // Every multiprocessor with whole tiles, with equal parts of tiles, and with as much as any
+    // other; or a block for each tile, where there are too many to be shared.
     for (const int64_t blocks :
-         {std::min(tiles, most), std::max<int64_t>(most / tiles, 1) * tiles, most}) {
-      config.blocks = static_cast<int>(std::min(blocks, most));
+         {std::min(tiles, most), std::max<int64_t>(most / tiles, 1) * tiles, most, tiles}) {
+      if (blocks > kMaxGridBlocks) continue;
+      config.blocks = static_cast<int>(blocks);
       if (is_legal_stream(config, m, n, k)) consider(config);
     }
   }
@@ -125,8 +131,10 @@ inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, D
   const bool is_int4 = dtype == DType::kUInt8;
   if (device.capability == 90) {
     const CudaGemmConfig hopper = hopper_config(m, n, k, dtype, device);
-    // Up to 16 rows mma.sp may be the faster. Of int8 it always was, more than its model says.
-    if (m > kFewRows || dtype == DType::kE4M3 || is_int4) return hopper;
+    // Up to 16 rows mma.sp may be the faster. Of int8 and int4 it always was, more than its model
+    // says.
+    const bool exists = hopper.tile_n != 0;  // of int4 not for 2^40 rows
+    if (exists && (m > kFewRows || dtype == DType::kE4M3)) return hopper;
     const CudaGemmConfig decode = decode_config(m, n, k, dtype, device);
     const bool is_faster =
         dtype == DType::kInt8 || DecodeModel{m, n, k, dtype, device}.cost(decode) <=
