@@ -1,6 +1,6 @@
 """How fast is gossamer on this machine, and is it right?
 
-    python bench/run.py --quick          about four minutes: layers and a whole model
+    python bench/run.py --quick          about two minutes: layers and a whole model
     python bench/run.py --json --plot    everything, kept under bench/results
     python bench/run.py --device cuda    on a GPU, against cuBLAS and cuSPARSELt
 
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FULL_EFFORT = Effort(budget=2.0, slice=0.005, least_rounds=9, most_rounds=31)
-QUICK_EFFORT = Effort(budget=0.3, slice=0.002, least_rounds=5, most_rounds=15)
+QUICK_EFFORT = Effort(budget=0.15, slice=0.002, least_rounds=5, most_rounds=11)
 FULL_MODEL_EFFORT = Effort(budget=20.0, least_rounds=9, most_rounds=31)
-QUICK_MODEL_EFFORT = Effort(budget=4.0, least_rounds=5, most_rounds=15)
+QUICK_MODEL_EFFORT = Effort(budget=2.0, least_rounds=5, most_rounds=11)
 QUICK_CSR_ROWS = 64  # with more, torch's CSR product takes longer than all the others together
 QUICK_GFLOP = 40.0  # of the dense product: leaves out the two widest layers at 1024 rows
 QUICK_BLOCK_LAYERS = ("bert.up", "llama.attention")  # beside ResNet-50's convolutions

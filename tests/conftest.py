@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+# Before torch: teams of several processes share the cores, and must not spin while they wait.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import gossamer
 import pytest
@@ -16,6 +22,18 @@ with warnings.catch_warnings():  # of versions of torch that prefer another name
     warnings.simplefilter("ignore")
     # Or its float32 convolutions, which some tests compare with, round their operands on a GPU.
     torch.backends.cudnn.allow_tf32 = False
+
+
+SLOWEST = ("test_sanitized.py", "test_sass.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``: file by file, in the order of collection, since a file shares what it builds."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def _repeats(item: pytest.Item) -> bool:
@@ -31,6 +49,8 @@ def _repeats(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.hook.pytest_deselected(items=[item for item in items if _repeats(item)])
     items[:] = [item for item in items if not _repeats(item)]
+    if hasattr(config, "workerinput"):  # else one worker would be left with these in the end
+        items.sort(key=lambda item: item.path.name not in SLOWEST)
     if torch.cuda.is_available():
         return
     for item in items:

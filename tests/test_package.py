@@ -263,7 +263,7 @@ def test_readme_has_the_commands_that_ci_runs() -> None:
     commands = re.findall(r'^pip install "\.\[.*$', (ROOT / "README.md").read_text(), re.MULTILINE)
     assert commands == [
         'pip install ".[bench]" && python bench/run.py --quick',
-        'pip install ".[test]" && pytest',
+        'pip install ".[test]" && pytest -n 2',
     ]
 
 

@@ -57,7 +57,10 @@ def emulator(_sanitizers: Sanitizers, tmp_path_factory: pytest.TempPathFactory) 
         if "CI" in os.environ:
             pytest.fail("no g++: the CUDA kernels would go untested")
         pytest.skip("no g++ to compile the CUDA kernels for the host with")
-    return Emulator(tmp_path_factory.mktemp("emulation"), _sanitizers.on)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ and not _sanitizers.on:
+        folder = folder.parent  # which all workers of this run have
+    return Emulator(folder / "emulation", _sanitizers.on)
 
 
 @pytest.fixture(scope="session")

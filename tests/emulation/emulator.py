@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock  # torch depends on it
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -102,41 +103,55 @@ class KernelLibrary:
 
 
 class Emulator:
-    """A compiler for kernel files; the runtime that they are linked with is compiled once."""
+    """A compiler for kernel files, into a folder that processes may share: each is built once."""
 
     def __init__(self, folder: Path, sanitize: bool = False) -> None:
         self.folder = folder
         self.sanitize = sanitize
         self._libraries: dict[Path, KernelLibrary] = {}
-        self._runtime: Path | None = None
+        folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
     def compiler() -> str | None:
         # Elsewhere the name may stand for another compiler.
         return shutil.which("g++") if sys.platform == "linux" else None
 
-    def _run(self, *arguments: str) -> None:
-        compile_with(str(self.compiler()), *arguments)
+    def _run(self, out: Path, *arguments: str) -> Path:
+        """``out``, which appears only when it is whole."""
+        unfinished = out.with_suffix(".unfinished")
+        compile_with(str(self.compiler()), *arguments, "-o", str(unfinished))
+        return unfinished.rename(out)
 
     def _object(self, source: Path, *flags: str) -> Path:
+        """Of files that several libraries have in common, built for the first of them."""
         out = self.folder / f"{source.parent.name}_{source.stem}.o"
-        self._run(*FLAGS, *INCLUDES, *flags, "-x", "c++", "-c", str(source), "-o", str(out))
-        return out
+        with FileLock(out.with_suffix(".lock")):
+            if out.exists():
+                return out
+            return self._run(out, *FLAGS, *INCLUDES, *flags, "-x", "c++", "-c", str(source))
+
+    def _runtime(self) -> Path:
+        # As one unit: most of the time goes into the standard headers.
+        unit = self.folder / "runtime.cpp"
+        with FileLock(self.folder / "runtime.source.lock"):
+            if not unit.exists():
+                parts = sorted((HERE / "runtime").glob("*.cpp"))
+                unit.write_text("".join(f'#include "runtime/{part.name}"\n' for part in parts))
+        address = ("-O1", "-g1", "-fsanitize=address") if self.sanitize else ("-O2",)
+        return self._object(unit, *address)
 
     def build(self, source: Path, *more: Path) -> KernelLibrary:
         """The library of this kernel file and others it calls, built at most once."""
-        if source in self._libraries:
-            return self._libraries[source]
-        if self._runtime is None:  # as one unit: most of the time goes into the standard headers
-            unit = self.folder / "runtime.cpp"
-            parts = sorted((HERE / "runtime").glob("*.cpp"))
-            unit.write_text("".join(f'#include "runtime/{part.name}"\n' for part in parts))
-            address = ("-O1", "-g1", "-fsanitize=address") if self.sanitize else ("-O2",)
-            self._runtime = self._object(unit, *address)
-        flags = SANITIZED if self.sanitize else PLAIN
-        kernels = [str(self._object(file, *flags)) for file in (source, *more)]
-        path = self.folder / f"lib{source.stem}.so"
-        sanitizers = SANITIZED if self.sanitize else []
-        self._run("-shared", *sanitizers, str(self._runtime), *kernels, "-o", str(path))
-        self._libraries[source] = KernelLibrary(path, source)
+        if source not in self._libraries:
+            flags = SANITIZED if self.sanitize else PLAIN
+            path = self.folder / f"lib{source.stem}.so"
+            with FileLock(path.with_suffix(".lock")):
+                if not path.exists():
+                    parts = [
+                        self._runtime(),
+                        *(self._object(file, *flags) for file in (source, *more)),
+                    ]
+                    sanitizers = SANITIZED if self.sanitize else []
+                    self._run(path, "-shared", *sanitizers, *map(str, parts))
+            self._libraries[source] = KernelLibrary(path, source)
         return self._libraries[source]
