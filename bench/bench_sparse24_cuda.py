@@ -323,15 +323,17 @@ def run(
 ) -> Iterator[CudaCase]:
     """All cases of the plan in its order, a weight made once for consecutive cases.
 
-    Cases after ``most_seconds`` come out as left out, not at all measured.
+    Cases after ``most_seconds`` come out as left out, not at all measured; so do those after a
+    kernel, anybody's, that took CUDA's context with it: nothing runs in this process any more.
     """
     begin = clock()
+    lost = ""
     weight: Weight | None = None
     known: dict[GpuDtype, str] = {}
     with torch.no_grad():
         for name, shape, rows in plan.cases:
-            if clock() - begin > plan.most_seconds:
-                yield CudaCase(shape, name, rows, 0, unavailable="left out: no time")
+            if lost or clock() - begin > plan.most_seconds:
+                yield CudaCase(shape, name, rows, 0, unavailable=lost or "left out: no time")
                 continue
             dtype = DTYPES[name]
             try:
@@ -341,4 +343,8 @@ def run(
                 case = run_case(weight, rows, plan, bench, known)
             except Exception as error:  # so that the record of the others is written
                 case = CudaCase(shape, name, rows, 0, unavailable=first_line(error), failed=True)
+                try:
+                    bench.synchronise()
+                except Exception:
+                    lost = f"left out: CUDA's context was lost in {case.name}"
             yield case

@@ -174,12 +174,18 @@ def add_cusparselt(
     right: Callable[[Tensor], bool],
     stopwatch: Stopwatch,
     repeats: int,
+    every: bool = True,
     **sweep_options: Any,
 ) -> list[Trial]:
-    """cuSPARSELt as torch's class calls it, as its search says, and the best of all algorithms."""
+    """cuSPARSELt as torch's class calls it, as its search says, and the best of all algorithms.
+
+    Not ``every``: the best of the first two.
+    """
     try:
         library = CusparseLt.make(o, copies)
         candidates, default, chosen = candidates_of(library)
+        if not every:
+            candidates = [c for c in candidates if c in (default, chosen)]
     except Exception as error:
         rivals.missing["cuSPARSELt"] = first_line(error)
         return []

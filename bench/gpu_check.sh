@@ -5,11 +5,12 @@
 #
 # parts, in this order: build info emulation golden tests memcheck racecheck bench blocks
 #
-# OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, bench.json,
-# bench.png, blocks.log, blocks.json and golden.npz. A part that fails or runs out of time does not
-# stop the others.
+# OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, a record
+# bench-DTYPE.json for each dtype, bench.png, blocks.log, blocks.json and golden.npz. A part that
+# fails or runs out of time does not stop the others.
 # Exit status: 0 if every part passed, 1 if one failed, 3 if none failed but some could not run
-# (no GPU, no compute-sanitizer). It needs no network: python3 has torch and the build tools.
+# (no GPU, no compute-sanitizer). It needs no network: python3 has torch, the build tools and what
+# the extra "test" installs; with pytest-xdist the tests run side by side.
 set -u -o pipefail
 
 readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks)
@@ -87,7 +88,9 @@ part_tests() {
     files+=("$file")
   done < <(grep -rlE --include='test_*.py' 'mark\.cuda|\btarget: str' tests)
   [ "${#files[@]}" -gt 0 ] || { echo "no test is marked cuda"; return "$NOT_RUN"; }
-  pytest_here -q -m cuda "${files[@]}"
+  local spread=()
+  if python3 -c 'import xdist' 2>/dev/null; then spread=(-n 6 --dist loadfile); fi
+  pytest_here -q -m cuda "${spread[@]}" "${files[@]}"
 }
 
 sanitize() {
@@ -106,8 +109,15 @@ part_racecheck() { sanitize racecheck; }
 
 part_bench() {
   [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
-  python3 bench/run.py --device cuda --feature sparse24 --quick --seconds $(($1 - 25)) \
-    --commit "$commit" --json "$out/bench.json" --plot "$out/bench.png"
+  # Each dtype by itself: some of cuSPARSELt's algorithms take CUDA's context with them.
+  local dtype status=0 seconds=$(($1 - 35))
+  for dtype in bf16 fp8 int4 int8 fp16; do
+    local share=$((seconds / 10)) plot=()
+    [ $dtype != bf16 ] || { share=$((seconds * 6 / 10)) && plot=(--plot "$out/bench.png"); }
+    python3 bench/run.py --device cuda --feature sparse24 --quick --dtype $dtype \
+      --seconds "$share" --commit "$commit" --json "$out/bench-$dtype.json" "${plot[@]}" || status=1
+  done
+  return $status
 }
 
 part_blocks() {

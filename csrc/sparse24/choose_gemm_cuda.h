@@ -136,9 +136,9 @@ inline CudaGemmConfig choose_cuda_gemm_config(int64_t m, int64_t n, int64_t k, D
     const bool exists = hopper.tile_n != 0;  // of int4 not for 2^40 rows
     if (exists && (m > kFewRows || dtype == DType::kE4M3)) return hopper;
     const CudaGemmConfig decode = decode_config(m, n, k, dtype, device);
-    const bool is_faster =
-        dtype == DType::kInt8 || DecodeModel{m, n, k, dtype, device}.cost(decode) <=
-                                     HopperModel{m, n, k, dtype, device}.cost(hopper);
+    const bool is_faster = !exists || is_int4 || dtype == DType::kInt8 ||
+                           DecodeModel{m, n, k, dtype, device}.cost(decode) <=
+                               HopperModel{m, n, k, dtype, device}.cost(hopper);
     return is_faster ? decode : hopper;
   }
   if (m <= kDecodeRows || is_int4 || fills_few(m, n, device)) {

@@ -30,14 +30,14 @@ class Gpu:
         self.describe()
 
     def describe(self, capability: int = 80, multiprocessors: int = 1, capture: int = 0) -> None:
-        table = torch.zeros(1, dtype=torch.int64)
+        table = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.library.call("describe_device", capability, multiprocessors, capture, table)
         _C.attach_cuda(int(table))
 
     @property
     def kernel(self) -> int:
         """Which one ran last."""
-        kernel = torch.zeros(1, dtype=torch.int64)
+        kernel = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.library.call("kernel_that_ran", kernel)
         return int(kernel)
 

@@ -29,7 +29,7 @@ def check(m: int, n: int, k: int, dtype: torch.dtype, activation: str | None = "
         (80, 1, torch.bfloat16, DECODE),
         (90, 20, torch.float16, STREAM),
         (80, 70, torch.bfloat16, PREFILL),
-        (90, 130, torch.bfloat16, STREAM),
+        (90, 130, torch.bfloat16, WGMMA),
         (100, 70, torch.float16, PREFILL),
         (80, 5, torch.float32, FLOAT32),
         (90, 70, torch.float32, FLOAT32),
