@@ -69,9 +69,10 @@ def test_blocks_fill_the_gpu(dtype: str, device: str) -> None:
             tiles = -(-n // chosen["tile_n"]) * -(-m // chosen["tile_m"])
             blocks = tiles * chosen["split_k"]
             rounds = -(-blocks // multiprocessors)
-            # Of many rounds the last may be anything; one of few should not be nearly empty.
+            # Of many rounds the last may be anything; one of few should not be nearly empty. Half of
+            # a small weight's may idle: to share a tile costs as much as to read four megabytes.
             if chosen["kernel"] in ("decode", "float32"):
-                assert blocks / (rounds * multiprocessors) > 0.5, (m, n, k, chosen)
+                assert blocks / (rounds * multiprocessors) > 0.4, (m, n, k, chosen)
             assert chosen["workspace_bytes"] <= 64 << 20, (m, n, k, chosen)
             if chosen["kernel"] == "stream":
                 assert 0 < chosen["blocks"] <= multiprocessors
