@@ -138,9 +138,12 @@ def measure_limits(device: torch.device, dtypes: list[str]) -> GpuLimits:
     with torch.no_grad(), graph_stopwatch(device) as stopwatch:
         probes = _memory_probes(device, stopwatch)
     limits = GpuLimits(l2_bytes(device), max(probes.values()), probes)
-    for name in dtypes:
-        if DTYPES[name].weights:
-            continue  # multiplied in another one's arithmetic, whose peak is measured
+    # int4 weights are multiplied in another dtype's arithmetic.
+    plain = dict.fromkeys(
+        next(n for n, d in DTYPES.items() if d.dtype is DTYPES[name].dtype and not d.weights)
+        for name in dtypes
+    )
+    for name in plain:
         try:
             with torch.no_grad(), graph_stopwatch(device) as stopwatch:
                 dense, sparse = _peaks(device, DTYPES[name], stopwatch)

@@ -179,7 +179,7 @@ summarise() {
 run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
-  case $part in build | bench | blocks) rm -f "$out/$part".* ;; golden) rm -f "$out/golden.npz" ;; esac
+  case $part in build | bench | blocks) rm -f "$out/$part".* "$out/$part"-*.json ;; golden) rm -f "$out/golden.npz" ;; esac
   limit=$(limit_of "$part")
   left=$((TOTAL - SECONDS - $(reserve_after "$part")))
   # The reserves are there for parts that are asked for.

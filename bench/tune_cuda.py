@@ -3,7 +3,8 @@
     python bench/tune_cuda.py OUT.json [--dtype bf16,int4] [--rows 1,16] [--shape llama8b]
 
 A line a case: the chosen way, the fastest, and cuBLAS where it has the dtype. From OUT.json, which
-has them all, the constants of csrc/sparse24/gemm_cuda_config.h are set.
+has them all, the constants of the models in csrc/sparse24/gemm_cuda_config.h and
+choose_gemm_cuda.h are set.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def tune_case(layer: Layer, m: int, stopwatch: GraphStopwatch) -> dict[str, Any]
     }
     for config in configs(m, layer.n, layer.k, layer.dtype.name, device.multi_processor_count):
         try:
+            layer.counters.zero_()  # whatever the way before has left there
             ways = calls(config)
             found = ways[0]().float()
             error = ((found - expected).norm() / expected.norm()).item()

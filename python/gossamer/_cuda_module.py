@@ -85,7 +85,8 @@ def wrong_results(device: torch.device) -> str | None:
                 given = x.to(device, dtype)
                 found = [sparse24_linear(given, layout) for layout in (weight, panels)]
                 # As it would be with a matrix larger than this GPU, too.
-                large = chosen_config(8192, 8192, 8192, dtype, device.index or 0)
+                index = max(given.get_device(), 0)
+                large = chosen_config(8192, 8192, 8192, dtype, index)
                 if large[0] != "float32":
                     found.append(given.new_empty(rows, 48))
                     operands = (found[-1], aligned_rows(given), panels.panels, None, "none")

@@ -20,11 +20,12 @@ def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
     rounds the parts of a long sum before they meet. This one is rounded by whoever has made the
     result of it, once.
     """
-    if a.dtype.itemsize > 2:
-        return a @ b
-    if a.is_cuda and _OUT_DTYPE:
+    narrow = a.dtype.itemsize <= 2
+    if narrow and a.is_cuda and _OUT_DTYPE:
         return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    if not narrow and not torch.is_autocast_enabled(a.device.type):
+        return a @ b
     # TF32 holds every number of a 16-bit type, so it is as good here wherever it is allowed; but
     # autocast, which stays on within an op, would make 16-bit operands of these again.
     with torch.autocast(a.device.type, enabled=False):
-        return a.float() @ b.float()
+        return a.to(wide(a.dtype)) @ b.to(wide(b.dtype))

@@ -87,6 +87,14 @@ def test_groups_of_int4(gpu: Gpu, group: int) -> None:
             check(torch.randn(m, 300).bfloat16(), quantized_24(20, 300, "int4", group))
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_any_result_of_int4(gpu: Gpu, out_dtype: torch.dtype) -> None:
+    gpu.describe(90, multiprocessors=8)
+    for m in (5, 20, 130):
+        weight, bias = quantized_24(50, 1300, "int4", 128), torch.randn(50).to(out_dtype)
+        check(torch.randn(m, 1300).bfloat16(), weight, bias, "relu", out_dtype=out_dtype)
+
+
 @pytest.mark.parametrize("group", [32, 256])
 def test_blocks_that_share_tiles_of_int4(gpu: Gpu, group: int) -> None:
     for multiprocessors in (3, 7, 132):

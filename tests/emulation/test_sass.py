@@ -54,6 +54,7 @@ COMPILED += [
 ]
 COMPILED += [(SAMPLE_GEMM_SM90, "90a"), (CLUSTER_SUMS, "90a"), (SPARSE24 / "gemm_sm90.cu", "90a")]
 COMPILED += [(HERE / "kernels" / "gemm_sm90_8bit.cu", "90a"), (PRIMITIVES_SM90, "90a")]
+COMPILED += [(SPARSE24 / "gemm_sm90_stream.cu", "90a")]
 COMPILED += [
     (SPARSE24 / f"{name}.cu", architecture)
     for name in ("pack", "pack_panels", "gemm_float32")
@@ -267,6 +268,15 @@ def test_gemm_sm90(source: Path, products: tuple[str, ...]) -> None:
     assert any(op == "WARPGROUP.DEPBAR.LE" and ", 0x1" in rest for op, rest in code)
 
     check_operands_in_registers(code)
+
+
+def test_gemm_sm90_stream() -> None:
+    text, said = machine_code(SPARSE24 / "gemm_sm90_stream.cu", "90a")
+    assert "Potential Performance Loss" not in said, said
+    found = {opcode for opcode, _ in INSTRUCTION.findall(text)}
+    products = {f"HGMMA.SP.64x{tokens}x32.F32.BF16" for tokens in (16, 32, 64, 128)}
+    # Weights come in whole pieces, x in tiles; fragments leave by 16 bytes a lane.
+    assert products | {"UBLKCP.S.G", "UTMALDG.2D", "LDS.128", "UTMASTG.2D"} <= found
 
 
 def check_operands_in_registers(code: list[tuple[str, str]]) -> None:

@@ -29,7 +29,7 @@ GOSSAMER_EXPORT int choose_int4(int64_t m, int64_t n, int64_t k, int64_t multipr
   using namespace gossamer;
   using namespace gossamer::sparse24;
   return report(text, text_bytes, [&] {
-    const CudaDevice device{90, static_cast<int>(multiprocessors), shared_bytes, int64_t{50} << 20};
+    const CudaDevice device{80, static_cast<int>(multiprocessors), shared_bytes, int64_t{50} << 20};
     const CudaGemmConfig config = choose_cuda_gemm_config(m, n, k, DType::kUInt8, device);
     const int64_t block_m = std::min<int64_t>(m, config.tile_m);
     const int64_t values[] = {
