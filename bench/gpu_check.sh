@@ -109,7 +109,7 @@ part_racecheck() { sanitize racecheck; }
 
 part_bench() {
   [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
-  # Each dtype by itself: some of cuSPARSELt's algorithms take CUDA's context with them.
+  # Each dtype by itself: a rival's kernel that fails may take CUDA's context with it.
   local dtype status=0 seconds=$(($1 - 35))
   for dtype in bf16 fp8 int4 int8 fp16; do
     local share=$((seconds / 10)) plot=()
@@ -179,7 +179,10 @@ summarise() {
 run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
-  case $part in build | bench | blocks) rm -f "$out/$part".* "$out/$part"-*.json ;; golden) rm -f "$out/golden.npz" ;; esac
+  case $part in
+    build | bench | blocks) rm -f "$out/$part".* "$out/$part"-*.json ;;
+    golden) rm -f "$out/golden.npz" ;;
+  esac
   limit=$(limit_of "$part")
   left=$((TOTAL - SECONDS - $(reserve_after "$part")))
   # The reserves are there for parts that are asked for.

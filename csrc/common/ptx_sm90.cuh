@@ -141,8 +141,7 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- a cluster: blocks that run together and reach each other's shared memory (launch_cluster)
-// ---
+// ---- a cluster (launch_cluster): blocks that reach each other's shared memory -------------------
 
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;

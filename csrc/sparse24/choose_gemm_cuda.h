@@ -8,8 +8,9 @@
 
 namespace gossamer::sparse24 {
 
-// A model of Hopper's kernels, in the units of DecodeModel and fitted in the same way: over 56
-// products of 16 rows and more it chose within 1 % of the fastest in the mean, and within 7 %.
+// A model of Hopper's kernels, in the units of DecodeModel and fitted in the same way: over 50
+// products it chose within 1 % of the fastest in the mean, and within 7 %. That was before tiles of
+// 256 rows of x shared them in clusters, whose cost is from six products measured later.
 struct HopperModel {
   static constexpr double kAlone = 2.5;     // shares that a multiprocessor gets from an idle L2,
   static constexpr double kTogether = 2.3;  // and each when all read from it

@@ -43,9 +43,12 @@ constexpr int kBlockBytes = 226 << 10;  // of shared memory, but for barriers an
 
 // What a kernel does with its weights, W below, is said by StoredWeights or Int4Weights:
 //
-//   X            the type of x
-//   kPieces      uint4 of a lane for a record of 16 rows, beside one of metadata
-//   kScaled      whether columns have scales, in groups
+//   X                                  the type of x
+//   kPieces                            uint4 of a lane for a record of 16 rows, beside one of
+//                                      metadata
+//   W(args, row_tile)                  for this warp's 16 rows
+//   prepare<kParts>(args, record, part)      asks for what does not come with the stage
+//   multiply(sum, stage, part, accumulate)   adds the products of a part to the sums
 template <class W, int kTokens>
 struct Stage {
   using X = typename W::X;
