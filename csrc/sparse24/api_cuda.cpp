@@ -48,13 +48,6 @@ CudaGemmConfig config_of(const char* op, const NamedConfig& given, const CudaGem
        ", split_k ", split_k, ", blocks ", blocks);
 }
 
-// Hopper's kernel for int4 weights writes the type of x; of others, mma.sp's takes any number of
-// rows without a workspace.
-CudaGemmConfig any_result_of_int4(int64_t m) {
-  const int tile_m = decode_tile_m(m);
-  return {CudaKernel::kDecode, decode_tile_n(tile_m, 1, DType::kUInt8), tile_m, 1, 1};
-}
-
 }  // namespace
 
 void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorView& x,
@@ -67,12 +60,6 @@ void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorVi
   check_product(op, stored, device);
   args.config = config ? config_of(op, *config, args, stored, device)
                        : choose_cuda_gemm_config(args.m, args.n, args.k, stored, device);
-  if (args.config.kernel == CudaKernel::kStream && stored == DType::kUInt8 &&
-      args.out_dtype != args.dtype) {
-    GOSSAMER_CHECK(!config, op, ": the Hopper kernel of int4 weights has no ", name(args.dtype),
-                   " to ", name(args.out_dtype));
-    args.config = any_result_of_int4(args.m);
-  }
   const int64_t bytes = workspace_bytes(args.config, args.m, args.n);
   if (bytes > 0) {
     GOSSAMER_CHECK(workspace && counters, op, ": ", bytes, " bytes of workspace are needed");

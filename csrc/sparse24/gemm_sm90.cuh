@@ -56,10 +56,10 @@ constexpr int kStages = kRingBytes / (kTokens * kStepBytes);
 template <int kTokens>
 constexpr int kCluster = kTokens == 256 ? 2 : 1;
 
-template <class T, class Out, int kSlices, int kTokens>
+template <class T, int kSlices, int kTokens>
 struct Shared {
   SharedTile<T, kTokens * kStepBytes / sizeof(T), 1024> x[kStages<kTokens>];
-  ResultTile<Out, kTokens> result[kConsumers][kSlices];
+  ResultTile<kTokens> result[kConsumers][kSlices];
   uint64_t full[kStages<kTokens>];   // the bytes of x that arrive
   uint64_t empty[kStages<kTokens>];  // the consumers' warps that have let go
 };
@@ -168,8 +168,8 @@ __device__ void fetch(const Args& args, int tile_n, int record) {
   }
 }
 
-template <class T, class Out, int kSlices, int kTokens>
-__device__ void produce(Shared<T, Out, kSlices, kTokens>& shared, const Args& args) {
+template <class T, int kSlices, int kTokens>
+__device__ void produce(Shared<T, kSlices, kTokens>& shared, const Args& args) {
   constexpr int kBlocks = kCluster<kTokens>;
   constexpr int kShare = kTokens / kBlocks;  // of the rows of x
   // Weights that are loaded three steps ahead can wait for DRAM.
@@ -202,10 +202,10 @@ __device__ void produce(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
 // ---- a consumer ---------------------------------------------------------------------------------
 
 // Issues the products of half a step, from the stage of x that `filled` points at.
-template <class T, class Out, int kSlices, int kTokens>
+template <class T, int kSlices, int kTokens>
 __device__ void multiply(ptx::Accumulator<T> (&sum)[kSlices][kTokens / 2],
                          const Weights<T, kSlices>& weights, int parity, int half, bool accumulate,
-                         Shared<T, Out, kSlices, kTokens>& shared, Ring<kStages<kTokens>>& filled) {
+                         Shared<T, kSlices, kTokens>& shared, Ring<kStages<kTokens>>& filled) {
   constexpr int kSlots = Weights<T, kSlices>::kSlots;
   if (half % 2 == 0) ptx::mbarrier_wait(&shared.full[filled.stage], filled.phase);
   const T* x = shared.x[filled.stage].data() + half % 2 * (Record<T>::kStepColumns / 2);
@@ -226,8 +226,8 @@ __device__ void multiply(ptx::Accumulator<T> (&sum)[kSlices][kTokens / 2],
   ptx::wgmma_commit();
 }
 
-template <class T, class Out, int kSlices, int kTokens>
-__device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& args) {
+template <class T, int kSlices, int kTokens>
+__device__ void consume(Shared<T, kSlices, kTokens>& shared, const Args& args) {
   constexpr int kHalves = Weights<T, kSlices>::kHalves, kSlots = Weights<T, kSlices>::kSlots;
   constexpr int kBlocks = kCluster<kTokens>;
   const int tiles = args.tiles_m * args.tiles_n, clusters = gridDim.x / kBlocks;
@@ -301,15 +301,15 @@ __device__ void consume(Shared<T, Out, kSlices, kTokens>& shared, const Args& ar
     const Position<kBlocks> at(args, tile);
     const int64_t first_n =
         (int64_t{at.tile_n} * kConsumers + threadIdx.x / kWarpgroup) * kSlices * kSliceRows;
-    finish_tile<T, Out, kSlices, kTokens>(sum, shared.result[threadIdx.x / kWarpgroup], args.out,
-                                          first_n, at.tile_m * kTokens);
+    finish_tile<T, kSlices, kTokens>(sum, shared.result[threadIdx.x / kWarpgroup], args.out,
+                                     first_n, at.tile_m * kTokens);
   }
   if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait<0>();
 }
 
-template <class T, class Out, int kSlices, int kTokens>
+template <class T, int kSlices, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1) sparse24_gemm(const __grid_constant__ Args args) {
-  using Memory = Shared<T, Out, kSlices, kTokens>;
+  using Memory = Shared<T, kSlices, kTokens>;
   Memory& shared = *shared_memory<Memory>();
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&args.x);
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse24_gemm(const __grid_consta
 
 // ---- the launch ---------------------------------------------------------------------------------
 
-template <class T, class Out, int kSlices, int kTokens>
+template <class T, int kSlices, int kTokens>
 void run(const CudaGemmArgs& args, cudaStream_t stream) {
   constexpr int kRows = kConsumers * kSlices * kSliceRows;
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -351,7 +351,7 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
 
   Args of{};
   of.x = step_map<T>(args, kTokens / kCluster<kTokens>);
-  of.out = output_of<Out>(args, kTokens);
+  of.out = output_of(args, kTokens);
   of.steps = static_cast<int>(ceil_div(args.k, Record<T>::kStepColumns));
   of.records = static_cast<int>(ceil_div(args.k, kFragmentColumns));
   of.last_steps = of.steps - (of.records - 1) * Record<T>::kSteps;
@@ -363,17 +363,17 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
   const int64_t tiles = int64_t{of.tiles_m} * of.tiles_n;
   const int64_t wanted = std::max(args.config.blocks / kCluster<kTokens>, 1);
   const int64_t clusters = args.config.blocks == 0 ? tiles : std::min(tiles, wanted);
-  launch_cluster(kCluster<kTokens>, sparse24_gemm<T, Out, kSlices, kTokens>,
+  launch_cluster(kCluster<kTokens>, sparse24_gemm<T, kSlices, kTokens>,
                  dim3(static_cast<unsigned>(clusters * kCluster<kTokens>)), kThreads,
-                 sizeof(Shared<T, Out, kSlices, kTokens>), stream, of);
+                 sizeof(Shared<T, kSlices, kTokens>), stream, of);
 }
 
-template <class T, class Out>
+template <class T>
 void by_tile(const CudaGemmArgs& args, cudaStream_t stream) {
   const int tile_n = args.config.tile_n, tile_m = args.config.tile_m;
-  if (tile_n == 256 && tile_m == 128) return run<T, Out, 2, 128>(args, stream);
-  if (tile_n == 128 && tile_m == 256) return run<T, Out, 1, 256>(args, stream);
-  if (tile_n == 128 && tile_m == 128) return run<T, Out, 1, 128>(args, stream);
+  if (tile_n == 256 && tile_m == 128) return run<T, 2, 128>(args, stream);
+  if (tile_n == 128 && tile_m == 256) return run<T, 1, 256>(args, stream);
+  if (tile_n == 128 && tile_m == 128) return run<T, 1, 128>(args, stream);
   fail("sparse24_gemm: the Hopper kernel has no tiles of ", tile_n, " x ", tile_m);
 }
 

@@ -74,17 +74,16 @@ struct Stage {
   }
 };
 
-template <class W, class Out, int kTokens>
+template <class W, int kTokens>
 struct StreamShared {
   using S = Stage<W, kTokens>;
-  static constexpr int kResultBytes =
-      kStaged<Out> ? kConsumers * kTokens * kSliceRows * static_cast<int>(sizeof(Out)) : 4096;
+  static constexpr int kResultBytes = kConsumers * static_cast<int>(sizeof(ResultTile<kTokens>));
   static constexpr int kStages =
       std::min(9, (kBlockBytes - kResultBytes) / (S::kWeightBytes + S::kXBytes));
   static_assert(kStages >= 3);
 
   S stages[kStages];
-  ResultTile<Out, kTokens> result[kConsumers][1];
+  ResultTile<kTokens> result[kConsumers][1];
   uint64_t full[kStages];   // the bytes that arrive
   uint64_t empty[kStages];  // the consumers' warps that have let go
   int arrived[kConsumers];  // the blocks that have left their sums before this one
@@ -123,12 +122,12 @@ struct Segment {
 
 // ---- the producer -------------------------------------------------------------------------------
 
-template <class W, class Out, int kTokens>
-__device__ void produce(StreamShared<W, Out, kTokens>& shared, const StreamArgs& args) {
+template <class W, int kTokens>
+__device__ void produce(StreamShared<W, kTokens>& shared, const StreamArgs& args) {
   using S = Stage<W, kTokens>;
   using X = typename W::X;
   constexpr int kRecord = (W::kPieces + 1) * 32;
-  Ring<StreamShared<W, Out, kTokens>::kStages> ring;
+  Ring<StreamShared<W, kTokens>::kStages> ring;
   const int64_t end = first_of_block(args, blockIdx.x + 1);
   for (int64_t at = first_of_block(args, blockIdx.x); at < end; ++at) {
     const int tile = static_cast<int>(at / args.records);
@@ -355,18 +354,19 @@ __device__ bool meet(ptx::Accumulator<T> (&sum)[kTokens / 2], const StreamArgs& 
   return true;
 }
 
-template <class W, class Out, int kTokens>
-__device__ void consume(StreamShared<W, Out, kTokens>& shared, const StreamArgs& args) {
+template <class W, int kTokens>
+__device__ void consume(StreamShared<W, kTokens>& shared, const StreamArgs& args) {
   using S = Stage<W, kTokens>;
   using T = typename W::X;
-  Ring<StreamShared<W, Out, kTokens>::kStages> ring;
+  Ring<StreamShared<W, kTokens>::kStages> ring;
   const int warpgroup = threadIdx.x / kWarpgroup;
   const int64_t end = first_of_block(args, blockIdx.x + 1);
   for (int64_t at = first_of_block(args, blockIdx.x); at < end;) {
     const Segment segment(args, at, end);
     at += segment.count;
     W weights(args, segment.tile / args.tiles_m * kRowTiles + static_cast<int>(threadIdx.x) / 32);
-    ptx::Accumulator<T> sum[kTokens / 2];
+    ptx::Accumulator<T> sums[1][kTokens / 2];
+    auto& sum = sums[0];
     for (int record = 0; record < segment.count; ++record) {
 #pragma unroll
       for (int part = 0; part < S::kParts; ++part, ring.advance()) {
@@ -383,19 +383,17 @@ __device__ void consume(StreamShared<W, Out, kTokens>& shared, const StreamArgs&
         !meet<T, kTokens>(sum, args, segment, args.out.m - first_m, shared.arrived[warpgroup])) {
       continue;
     }
-    const ptx::Accumulator<T>(&sums)[1][kTokens / 2] =
-        reinterpret_cast<const ptx::Accumulator<T>(&)[1][kTokens / 2]>(sum);
     const int64_t first_n =
         int64_t{segment.tile / args.tiles_m} * kStreamTileN + warpgroup * kSliceRows;
-    finish_tile<T, Out, 1, kTokens>(sums, shared.result[warpgroup], args.out, first_n, first_m);
+    finish_tile<T, 1, kTokens>(sums, shared.result[warpgroup], args.out, first_n, first_m);
   }
   if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait<0>();
 }
 
-template <class W, class Out, int kTokens>
+template <class W, int kTokens>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     sparse24_stream(const __grid_constant__ StreamArgs args) {
-  using Memory = StreamShared<W, Out, kTokens>;
+  using Memory = StreamShared<W, kTokens>;
   Memory& shared = *shared_memory<Memory>();
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&args.x);
@@ -415,7 +413,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 
 // ---- the launch ---------------------------------------------------------------------------------
 
-template <class W, class Out, int kTokens>
+template <class W, int kTokens>
 void run_stream(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_t stream) {
   const CudaGemmConfig& config = args.config;
   constexpr int64_t kMax = int64_t{1} << 30;
@@ -424,7 +422,7 @@ void run_stream(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_
                  "] are more than the Hopper kernel counts");
   StreamArgs of{};
   of.x = step_map<typename W::X>(args, kTokens);
-  of.out = output_of<Out>(args, kTokens);
+  of.out = output_of(args, kTokens);
   of.weights = reinterpret_cast<const uint4*>(args.panels);
   of.groups = groups;
   of.records = static_cast<int>(ceil_div(args.k, kFragmentColumns));
@@ -433,17 +431,17 @@ void run_stream(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_
   of.work = stream_tiles(config, args.m, args.n) * of.records;
   of.sums = args.workspace;
   of.counters = args.counters;
-  launch(sparse24_stream<W, Out, kTokens>, dim3(static_cast<unsigned>(config.blocks)),
-         kStreamThreads, sizeof(StreamShared<W, Out, kTokens>), stream, of);
+  launch(sparse24_stream<W, kTokens>, dim3(static_cast<unsigned>(config.blocks)), kStreamThreads,
+         sizeof(StreamShared<W, kTokens>), stream, of);
 }
 
-template <class W, class Out>
+template <class W>
 void stream_by_tile(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_t stream) {
   switch (args.config.tile_m) {
-    case 16: return run_stream<W, Out, 16>(args, groups, stream);
-    case 32: return run_stream<W, Out, 32>(args, groups, stream);
-    case 64: return run_stream<W, Out, 64>(args, groups, stream);
-    case 128: return run_stream<W, Out, 128>(args, groups, stream);
+    case 16: return run_stream<W, 16>(args, groups, stream);
+    case 32: return run_stream<W, 32>(args, groups, stream);
+    case 64: return run_stream<W, 64>(args, groups, stream);
+    case 128: return run_stream<W, 128>(args, groups, stream);
     default: fail("sparse24_gemm: no tiles of ", args.config.tile_m, " rows of x");
   }
 }

@@ -50,24 +50,37 @@ __device__ __forceinline__ void sync_warpgroup() {
   ptx::barrier_sync(1 + threadIdx.x / kWarpgroup, kWarpgroup);
 }
 
+// float32, bfloat16 or float16 is asked for at run time: kernels of each would take minutes to
+// compile, and it is a few instructions at the end of a tile.
 struct Output {
   TensorMap map;
   bool by_tma;
+  DType dtype;  // of the values and of the bias
   int64_t n;
   int m;
   void* values;
   const void* bias;
   const float *x_scales, *row_scales;
   Activation activation;
+
+  __device__ bool staged() const { return dtype != DType::kFloat32; }
+  __device__ float bias_of(int64_t row) const {
+    switch (dtype) {
+      case DType::kBFloat16: return ptx::to_float(static_cast<const BFloat16*>(bias)[row]);
+      case DType::kFloat16: return ptx::to_float(static_cast<const Float16*>(bias)[row]);
+      default: return static_cast<const float*>(bias)[row];
+    }
+  }
+  __device__ uint32_t pack(float low, float high) const {
+    return dtype == DType::kFloat16 ? ptx::pack<Float16>(low, high)
+                                    : ptx::pack<BFloat16>(low, high);
+  }
 };
 
 // 16-bit results go to `out` through shared memory, in tiles of [token][row of W] with the swizzle
 // that TMA undoes.
-template <class Out>
-constexpr bool kStaged = sizeof(Out) == 2;
-
-template <class Out, int kTokens>
-using ResultTile = SharedTile<Out, kStaged<Out> ? kTokens * kSliceRows : 1, 1024>;
+template <int kTokens>
+using ResultTile = SharedTile<uint16_t, kTokens * kSliceRows, 1024>;
 
 // ---- a tile of the result -----------------------------------------------------------------------
 
@@ -76,7 +89,7 @@ constexpr bool kScaled = sizeof(T) == 1;
 
 // What a lane of a slice has of `out`. Its register 4j + i: row 16 warp + g + 8 (i / 2) of W, token
 // 8j + 2t + i mod 2.
-template <class T, class Out, int kTokens>
+template <class T, int kTokens>
 struct Result {
   using Sum = ptx::Accumulator<T>;
   const Output& out;
@@ -92,7 +105,7 @@ struct Result {
       const bool scaled = kScaled<T> && out.row_scales != nullptr && n < out.n;
       row_scale[half] = scaled ? out.row_scales[n] : 1.0f;
       const bool biased = out.bias != nullptr && n < out.n;
-      bias[half] = biased ? ptx::to_float(static_cast<const Out*>(out.bias)[n]) : 0.0f;
+      bias[half] = biased ? out.bias_of(n) : 0.0f;
     }
   }
   template <Activation kActivation>
@@ -106,31 +119,41 @@ struct Result {
     return activate(y + bias[half], kActivation);
   }
 
-  // float32, straight to `out`: eight lanes write the 32 bytes of a sector.
-  template <Activation kActivation>
+  // float32, straight to `out`: eight lanes write the 32 bytes of a sector. Activated where they
+  // lie, one after the other, so that the code is there once and not for each sum.
   __device__ void store(const Sum (&sum)[kTokens / 2]) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    Out* to = static_cast<Out*>(out.values) + first_m * out.n + first_n + g;
+    float* to = static_cast<float*>(out.values) + first_m * out.n + first_n + g;
+    const auto there = [&](int token, int half) {
+      return first_m + token < out.m && first_n + g + 8 * half < out.n;
+    };
 #pragma unroll
     for (int first = 0; first < kTokens; first += 8) {
       if (first_m + first >= out.m) break;  // as in stage()
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = first + 2 * t + i % 2, half = i / 2;
-        if (first_m + token < out.m && first_n + g + 8 * half < out.n) {
-          to[token * out.n + 8 * half] = finish<kActivation>(sum[first / 2 + i], token, half);
-        }
+        if (!there(token, half)) continue;
+        to[token * out.n + 8 * half] = finish<Activation::kNone>(sum[first / 2 + i], token, half);
       }
+    }
+    if (out.activation == Activation::kNone) return;
+#pragma unroll 1
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + 2 * t + i % 2, half = i / 2 % 2;
+      if (!there(token, half)) continue;
+      float& y = to[token * out.n + 8 * half];
+      y = activate(y, out.activation);
     }
   }
 
   // 16-bit types, to rows of 64 in shared memory, a token each, whose eight chunks of 16 bytes are
   // swizzled by the token: four transposed 8 x 8 matrices a store, [2 x 8 tokens][2 x 8 rows].
   template <Activation kActivation>
-  __device__ void stage(const Sum (&sum)[kTokens / 2], Out* tile) const {
+  __device__ void stage(const Sum (&sum)[kTokens / 2], uint16_t* tile) const {
     const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32 % 4;
     const int chunk = 2 * warp + lane / 8 % 2, row = lane / 16 * 8 + lane % 8;
-    Out* to = tile + row * kSliceRows + (chunk ^ lane % 8) * 8;
+    uint16_t* to = tile + row * kSliceRows + (chunk ^ lane % 8) * 8;
 #pragma unroll
     for (int token = 0; token < kTokens; token += 16) {
       // Past the last token nothing is read. (It also keeps ptxas from computing all activations
@@ -140,8 +163,8 @@ struct Result {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int first = token + i / 2 * 8, half = i % 2, at = first / 2 + 2 * half;
-        matrices[i] = ptx::pack<Out>(finish<kActivation>(sum[at], first + 2 * t, half),
-                                     finish<kActivation>(sum[at + 1], first + 2 * t + 1, half));
+        matrices[i] = out.pack(finish<kActivation>(sum[at], first + 2 * t, half),
+                               finish<kActivation>(sum[at + 1], first + 2 * t + 1, half));
       }
       ptx::stmatrix_trans(to + token * kSliceRows, matrices);
     }
@@ -149,9 +172,9 @@ struct Result {
 };
 
 // Rows of `out` that TMA cannot address: a warp writes the 64 elements of a token.
-template <class Out, int kTokens>
-__device__ void copy_out(const Output& out, const Out* tile, int64_t first_n, int first_m) {
-  Out* to = static_cast<Out*>(out.values) + first_m * out.n + first_n;
+template <int kTokens>
+__device__ void copy_out(const Output& out, const uint16_t* tile, int64_t first_n, int first_m) {
+  uint16_t* to = static_cast<uint16_t*>(out.values) + first_m * out.n + first_n;
   for (int token = threadIdx.x / 32 % 4; token < min(kTokens, out.m - first_m); token += 4) {
 #pragma unroll
     for (int row = threadIdx.x % 32; row < kSliceRows; row += 32) {
@@ -162,83 +185,68 @@ __device__ void copy_out(const Output& out, const Out* tile, int64_t first_n, in
 }
 
 // Writes what a warpgroup has of a tile: its rows of W from first_n on, tokens from first_m on.
-template <class T, class Out, int kSlices, int kTokens>
+template <class T, int kSlices, int kTokens>
 __device__ void finish_tile(const ptx::Accumulator<T> (&sum)[kSlices][kTokens / 2],
-                            ResultTile<Out, kTokens> (&tiles)[kSlices], const Output& out,
+                            ResultTile<kTokens> (&tiles)[kSlices], const Output& out,
                             int64_t first_n, int first_m) {
   const int thread = threadIdx.x % kWarpgroup;
-  if constexpr (kStaged<Out>) {  // until the last tile has left shared memory
-    if (thread == 0) ptx::tma_store_wait_read<0>();
-    sync_warpgroup();
+  const auto result_of = [&](int slice) {
+    return Result<T, kTokens>(out, first_n + slice * kSliceRows + thread / 32 * 16, first_m);
+  };
+  if (!out.staged()) {
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i) result_of(i).store(sum[i]);
+    return;
   }
+  if (thread == 0) ptx::tma_store_wait_read<0>();  // until the last tile has left shared memory
+  sync_warpgroup();
+#pragma unroll
+  for (int i = 0; i < kSlices; ++i) {
+    const auto result = result_of(i);
+    uint16_t* tile = tiles[i].data();
+    using A = Activation;
+    switch (out.activation) {
+      case A::kNone: result.template stage<A::kNone>(sum[i], tile); break;
+      case A::kReLU: result.template stage<A::kReLU>(sum[i], tile); break;
+      case A::kGELU: result.template stage<A::kGELU>(sum[i], tile); break;
+      case A::kSiLU: result.template stage<A::kSiLU>(sum[i], tile); break;
+    }
+  }
+  ptx::fence_proxy_async();
+  sync_warpgroup();
 #pragma unroll
   for (int i = 0; i < kSlices; ++i) {
     const int64_t n = first_n + i * kSliceRows;
-    const Result<T, Out, kTokens> result(out, n + thread / 32 * 16, first_m);
-    const auto put = [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      if constexpr (kStaged<Out>) {
-        result.template stage<kActivation>(sum[i], tiles[i].data());
-      } else {
-        result.template store<kActivation>(sum[i]);
-      }
-    };
-    using A = Activation;
-    switch (out.activation) {
-      case A::kNone: put(std::integral_constant<A, A::kNone>()); break;
-      case A::kReLU: put(std::integral_constant<A, A::kReLU>()); break;
-      case A::kGELU: put(std::integral_constant<A, A::kGELU>()); break;
-      case A::kSiLU: put(std::integral_constant<A, A::kSiLU>()); break;
+    if (n >= out.n) continue;
+    uint16_t* tile = tiles[i].data();
+    if (!out.by_tma) {
+      copy_out<kTokens>(out, tile, n, first_m);
+    } else if (thread == 0) {
+      ptx::tma_store_2d(&out.map, tile, static_cast<int>(n), first_m);
     }
   }
-  if constexpr (kStaged<Out>) {
-    ptx::fence_proxy_async();
-    sync_warpgroup();
-#pragma unroll
-    for (int i = 0; i < kSlices; ++i) {
-      const int64_t n = first_n + i * kSliceRows;
-      if (n >= out.n) continue;
-      Out* tile = tiles[i].data();
-      if (!out.by_tma) {
-        copy_out<Out, kTokens>(out, tile, n, first_m);
-      } else if (thread == 0) {
-        ptx::tma_store_2d(&out.map, tile, static_cast<int>(n), first_m);
-      }
-    }
-    if (thread == 0) ptx::tma_store_commit();
-  }
+  if (thread == 0) ptx::tma_store_commit();
 }
 
 // ---- for the launch -----------------------------------------------------------------------------
 
-// Calls run(T{}, Out{}) for the types of x and of the result. Those of 8 bits have units of their
-// own, as each kernel takes seconds to compile.
+// Calls run(T{}) for the type of x. Those of 8 bits have units of their own, as each kernel takes
+// seconds to compile.
 //
 // Hopper sums products of E4M3 with fewer bits than float32 has (about 14 of mantissa), so the
 // rounding of a long sum grows with K; products of int8 are summed exactly.
 template <class Run>
 void with_16bit_types(const CudaGemmArgs& args, const Run& run) {
-  const DType from = args.dtype, to = args.out_dtype;
   GOSSAMER_CHECK(args.x_scales == nullptr && args.row_scales == nullptr,
-                 "sparse24_gemm: scales with ", name(from), ", which has none");
-  if (from == DType::kBFloat16 && to == from) return run(BFloat16{}, BFloat16{});
-  if (from == DType::kFloat16 && to == from) return run(Float16{}, Float16{});
-  fail("sparse24_gemm: the Hopper kernel has no ", name(from), " to ", name(to));
+                 "sparse24_gemm: scales with ", name(args.dtype), ", which has none");
+  if (args.dtype == DType::kBFloat16) return run(BFloat16{});
+  if (args.dtype == DType::kFloat16) return run(Float16{});
+  fail("sparse24_gemm: the Hopper kernel has no ", name(args.dtype));
 }
 template <class Run>
 void with_8bit_types(const CudaGemmArgs& args, const Run& run) {
-  const auto by_result = [&](auto zero) {
-    switch (args.out_dtype) {
-      case DType::kBFloat16: return run(zero, BFloat16{});
-      case DType::kFloat16: return run(zero, Float16{});
-      case DType::kFloat32: return run(zero, 0.0f);
-      default: break;
-    }
-    fail("sparse24_gemm: the Hopper kernel has no ", name(args.dtype), " to ",
-         name(args.out_dtype));
-  };
-  if (args.dtype == DType::kE4M3) return by_result(E4M3{});
-  if (args.dtype == DType::kInt8) return by_result(int8_t{});
+  if (args.dtype == DType::kE4M3) return run(E4M3{});
+  if (args.dtype == DType::kInt8) return run(int8_t{});
   fail("sparse24_gemm: the Hopper kernel has no ", name(args.dtype));
 }
 
@@ -255,16 +263,19 @@ TensorMap step_map(const CudaGemmArgs& args, int tokens) {
   return tensor_map(args.x, sizeof(T), 2, extents, pitch, box, Swizzle::k128);
 }
 
-template <class Out>
-Output output_of(const CudaGemmArgs& args, int tokens) {
+inline Output output_of(const CudaGemmArgs& args, int tokens) {
   Output out{};
-  const int64_t pitch[] = {args.n * static_cast<int64_t>(sizeof(Out))};
-  out.by_tma =
-      kStaged<Out> && pitch[0] % 16 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+  out.dtype = args.out_dtype;
+  const bool is_float32 = out.dtype == DType::kFloat32;
+  GOSSAMER_CHECK(is_float32 || out.dtype == DType::kBFloat16 || out.dtype == DType::kFloat16,
+                 "sparse24_gemm: the Hopper kernel has no ", name(args.dtype), " to ",
+                 name(out.dtype));
+  const int64_t pitch[] = {args.n * size_of(out.dtype)};
+  out.by_tma = !is_float32 && pitch[0] % 16 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   if (out.by_tma) {
     const int64_t extents[] = {args.n, args.m};
     const int box[] = {kSliceRows, tokens};
-    out.map = tensor_map(args.out, sizeof(Out), 2, extents, pitch, box, Swizzle::k128);
+    out.map = tensor_map(args.out, 2, 2, extents, pitch, box, Swizzle::k128);
   }
   out.n = args.n;
   out.m = static_cast<int>(args.m);

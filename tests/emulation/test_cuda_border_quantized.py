@@ -92,7 +92,9 @@ def test_any_result_of_int4(gpu: Gpu, out_dtype: torch.dtype) -> None:
     gpu.describe(90, multiprocessors=8)
     for m in (5, 20, 130):
         weight, bias = quantized_24(50, 1300, "int4", 128), torch.randn(50).to(out_dtype)
-        check(torch.randn(m, 1300).bfloat16(), weight, bias, "relu", out_dtype=out_dtype)
+        for activation in ("relu", "gelu"):
+            check(torch.randn(m, 1300).bfloat16(), weight, bias, activation, out_dtype=out_dtype)
+        assert gpu.kernel == (DECODE if m == 5 else STREAM)
 
 
 @pytest.mark.parametrize("group", [32, 256])

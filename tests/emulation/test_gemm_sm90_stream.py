@@ -86,7 +86,7 @@ def test_8_bit_types(gemm_sm90: KernelLibrary, tile_m: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_8_bit_types_with_scales(
     gemm_sm90: KernelLibrary, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
@@ -94,7 +94,7 @@ def test_8_bit_types_with_scales(
     scaled = call(32, 4, bias=torch.randn(n).to(out_dtype), activation="silu", out_dtype=out_dtype)
     scaled.x_scales, scaled.row_scales = torch.rand(m) / 100, torch.rand(n) / 10
     quantized = Quantized.of(m, n, k, dtype, scaled)
-    half_ulp = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+    half_ulp = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
     torch.testing.assert_close(
         quantized.run(gemm_sm90).double(), quantized.y, rtol=half_ulp[out_dtype] * 1.01, atol=1e-5
     )

@@ -5,8 +5,8 @@
 namespace gossamer::sparse24 {
 namespace {
 
-template __global__ void sparse24_gemm<E4M3, BFloat16, 2, 128>(const __grid_constant__ Args args);
-template __global__ void sparse24_gemm<int8_t, float, 1, 256>(const __grid_constant__ Args args);
+template __global__ void sparse24_gemm<E4M3, 2, 128>(const __grid_constant__ Args args);
+template __global__ void sparse24_gemm<int8_t, 1, 256>(const __grid_constant__ Args args);
 
 }  // namespace
 }  // namespace gossamer::sparse24
