@@ -41,16 +41,6 @@ inline void allow_shared_memory(const void* kernel) {
   allowed.insert({kernel, device});
 }
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t stream, Arguments&&... arguments) {
-  if (shared_bytes > kDefaultSharedBytes) {
-    allow_shared_memory(reinterpret_cast<const void*>(kernel));
-  }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
-  GOSSAMER_CUDA_CHECK(cudaGetLastError());
-}
-
 // Blocks `cluster` at a time along x, of which the grid has a multiple, run together.
 template <class... Parameters, class... Arguments>
 void launch_cluster(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
@@ -64,8 +54,15 @@ void launch_cluster(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
+  config.attrs = &attribute, config.numAttrs = cluster > 1;
   GOSSAMER_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments&&... arguments) {
+  launch_cluster(1, kernel, grid, block, shared_bytes, stream,
+                 std::forward<Arguments>(arguments)...);
 }
 
 // The architecture, as 10 * major + minor, that the code of this kernel which the current device

@@ -17,8 +17,7 @@ from gossamer.formats import sparse24 as sparse24_format
 from gossamer.ops import blocksparse, cuda_workspace, sparse24, sparse24_layout, sparse24_quantized
 
 TABLE = HERE / "kernels" / "cuda_table.cu"
-# All kernels; cuda_kernels.cu is the table of a real GPU.
-PARTS = [f for f in sorted(CSRC.glob("*/*.cu")) if f.stem != "cuda_kernels"]
+PARTS = sorted(CSRC.glob("*/*.cu"))
 DECODE, PREFILL, WGMMA, FLOAT32, STREAM = range(5)
 
 
