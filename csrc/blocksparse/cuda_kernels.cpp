@@ -1,6 +1,7 @@
 // The table of this feature's kernels, each on the device of its tensors.
-#include "blocksparse/conv_cuda.h"
 #include "blocksparse/cuda_kernels.h"
+
+#include "blocksparse/conv_cuda.h"
 #include "blocksparse/pack_cuda.h"
 #include "common/device.cuh"
 

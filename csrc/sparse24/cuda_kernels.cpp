@@ -1,6 +1,7 @@
 // The table of this feature's kernels, each on the device of its tensors.
-#include "common/device.cuh"
 #include "sparse24/cuda_kernels.h"
+
+#include "common/device.cuh"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
