@@ -135,7 +135,8 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
                const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
                int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
                const Axes& dilation, bool channels_last, int64_t packed_cols,
-               const std::string& activation, int threads) {
+               const std::string& activation, int threads,
+               const std::optional<NamedConfig>& config) {
   constexpr const char* op = "blocksparse_conv";
   check_dims(op, "x", x, 5);
   check_dims(op, "out", out, 5);
@@ -154,7 +155,9 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
                       activation_of(op, activation),
                       out.data,
                       threads};
-  on_gpu(x) ? conv_cuda(op, args, x) : conv(args);
+  if (on_gpu(x)) return conv_cuda(op, args, x, config);
+  GOSSAMER_CHECK(!config, op, ": a way of a GPU's, and x is on the CPU");
+  conv(args);
 }
 
 void bind_dvalues(const TensorView& dvalues_out, const TensorView& dy, const TensorView& x,
@@ -184,12 +187,12 @@ void report_strips(py::dict& report, const Config& config) {
   report["parts"] = config.parts;
 }
 
-py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
-                const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
-                const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,
-                bool channels_last, int threads,
-                const std::optional<std::variant<int, py::dict>>& device) {
-  constexpr const char* op = "blocksparse_choose";
+// What a product is asked about without its tensors.
+std::pair<ConvShape, Weight> described(const char* op, const std::array<int64_t, 5>& x,
+                                       const std::array<int64_t, 5>& out, const std::string& dtype,
+                                       int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
+                                       const Axes& kernel, const Axes& stride, const Axes& padding,
+                                       const Axes& dilation, bool channels_last) {
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error(op + (": no kernels for " + dtype));
   check_size(op, "the batch", x[0], 0);
@@ -199,6 +202,29 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   GOSSAMER_CHECK(nnz >= 0 && nnz <= w.block_rows() * w.block_columns(), op, ": ", nnz,
                  " live blocks of ", w.block_rows() * w.block_columns());
   w.nnz = nnz;
+  return {s, w};
+}
+
+std::vector<NamedConfig> ways(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
+                              const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz,
+                              int64_t groups, const Axes& kernel, const Axes& stride,
+                              const Axes& padding, const Axes& dilation, bool channels_last,
+                              const std::variant<int, py::dict>& device) {
+  constexpr const char* op = "blocksparse_ways";
+  const auto [s, w] = described(op, x, out, dtype, rows, cols, nnz, groups, kernel, stride, padding,
+                                dilation, channels_last);
+  return ways_cuda(op, s, w, device);
+}
+
+py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
+                const std::string& dtype, int64_t rows, int64_t cols, int64_t nnz, int64_t groups,
+                const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,
+                bool channels_last, int threads,
+                const std::optional<std::variant<int, py::dict>>& device) {
+  constexpr const char* op = "blocksparse_choose";
+  const auto [s, w] = described(op, x, out, dtype, rows, cols, nnz, groups, kernel, stride, padding,
+                                dilation, channels_last);
+  const DType type = w.dtype;
   if (device) return choose_cuda(op, s, w, *device);
   const auto [chosen, unit] = unit_in_force(type);
   py::dict report;
@@ -254,7 +280,7 @@ void bind(py::module_& m) {
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("groups"),
         py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
         py::arg("channels_last"), py::arg("packed_cols"), py::arg("activation"), py::arg("threads"),
-        release());
+        py::arg("config") = py::none(), release());
 
   m.def("blocksparse_dvalues", &bind_dvalues, py::arg("dvalues"), py::arg("dy"), py::arg("x"),
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("groups"), py::arg("kernel"),
@@ -264,6 +290,9 @@ void bind(py::module_& m) {
         py::arg("rows"), py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),
         py::arg("threads"), py::arg("device") = py::none());
+  m.def("blocksparse_ways", &ways, py::arg("x"), py::arg("out"), py::arg("dtype"), py::arg("rows"),
+        py::arg("cols"), py::arg("nnz"), py::arg("groups"), py::arg("kernel"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("channels_last"), py::arg("device"));
   m.attr("blocksparse_max_block") = kMaxBlock;
 }
 

@@ -1,4 +1,5 @@
 // The border of the product on a GPU.
+#include <optional>
 #include <vector>
 
 #include "blocksparse/api.h"
@@ -11,6 +12,10 @@ namespace {
 
 // Kernels keep positions, pixels of an image and places of blocks in 32 bits.
 constexpr double kMost = 0x7fffffff;
+
+NamedConfig name_of(const CudaConvConfig& config) {
+  return {name(config.kernel), config.tile_pixels(), config.tile_outputs(), config.cluster()};
+}
 
 void check_reach(const char* op, const ConvShape& s, const Weight& w) {
   for (int axis = 0; axis < 3; ++axis) {
@@ -25,10 +30,24 @@ void check_reach(const char* op, const ConvShape& s, const Weight& w) {
                  s.out[2], " outputs and ", w.nnz, " blocks, a GPU's kernels count to 2**31 - 1");
 }
 
+CudaConvConfig named(const char* op, const ConvShape& s, const Weight& w, const CudaDevice& device,
+                     const NamedConfig& given) {
+  std::optional<CudaConvConfig> found;
+  for_each_way(s, w, device, [&](const CudaConvConfig& config) {
+    if (name_of(config) == given) found = config;
+  });
+  const auto& [kernel, pixels, outputs, cluster] = given;
+  GOSSAMER_CHECK(found, op, ": no kernel computes this product as ", kernel, " ", pixels, " x ",
+                 outputs, " in clusters of ", cluster);
+  return *found;
+}
+
 CudaConvConfig config_of(const char* op, const ConvShape& s, const Weight& w,
-                         const CudaDevice& device) {
+                         const CudaDevice& device, bool aligned = true,
+                         const std::optional<NamedConfig>& given = {}) {
   check_reach(op, s, w);
-  const CudaConvConfig config = choose_cuda_conv_config(s, w, device);
+  const CudaConvConfig config =
+      given ? named(op, s, w, device, *given) : choose_cuda_conv_config(s, w, device, aligned);
   const int64_t blocks = config.blocks(s.batch * s.out_pixels(), w);
   GOSSAMER_CHECK(blocks <= kMost, op, ": ", blocks, " thread blocks, CUDA has up to 2**31 - 1");
   return config;
@@ -48,13 +67,18 @@ const CudaKernels& cuda_kernels(const char* op, const TensorView& t) {
   return *cuda_module(op, t).blocksparse;
 }
 
-void conv_cuda(const char* op, const ConvArgs& args, const TensorView& x) {
+void conv_cuda(const char* op, const ConvArgs& args, const TensorView& x,
+               const std::optional<NamedConfig>& config) {
   const CudaModule& module = cuda_module(op, x);
   GOSSAMER_CHECK(!args.weight.packed, op,
                  ": panels are what a CPU's kernels read, a GPU's read the blocks of BlockSparse");
   if (args.shape.batch * args.shape.out_pixels() == 0) return;
   const CudaDevice device = module.device(x.device_index);
-  module.blocksparse->conv({args, config_of(op, args.shape, args.weight, device)}, stream_of(x));
+  const bool aligned = begins_at_16_bytes(args.x) && begins_at_16_bytes(args.weight.values);
+  const CudaConvConfig chosen = config_of(op, args.shape, args.weight, device, aligned, config);
+  GOSSAMER_CHECK(chosen.kernel != CudaConvKernel::kWgmma || aligned, op,
+                 ": the Hopper kernel takes x and values that begin at multiples of 16 bytes");
+  module.blocksparse->conv({args, chosen}, stream_of(x));
 }
 
 void validate_cuda(const char* op, const Weight& weight, const TensorView& values) {
@@ -76,15 +100,24 @@ py::dict choose_cuda(const char* op, const ConvShape& s, const Weight& w,
                      const std::variant<int, py::dict>& device) {
   const CudaConvConfig config = config_of(op, s, w, device_of(op, device));
   py::dict report;
-  report["target"] = "sm_80";
+  report["target"] = config.kernel == CudaConvKernel::kWgmma ? "sm_90" : "sm_80";
   report["kernel"] = name(config.kernel);
-  report["why"] = config.kernel == CudaConvKernel::kMma
-                      ? "tensor cores; x is read once for all outputs of a tile"
-                      : "exact, which tensor cores are not";
+  report["why"] = config.kernel == CudaConvKernel::kFma
+                      ? "exact, which tensor cores are not"
+                      : "tensor cores; x is read once for all outputs of a tile";
   report["tile_pixels"] = config.tile_pixels();
   report["tile_outputs"] = config.tile_outputs();
+  report["cluster"] = config.cluster();
   report["blocks"] = config.blocks(s.batch * s.out_pixels(), w);
   return report;
+}
+
+std::vector<NamedConfig> ways_cuda(const char* op, const ConvShape& s, const Weight& w,
+                                   const std::variant<int, py::dict>& device) {
+  std::vector<NamedConfig> ways;
+  for_each_way(s, w, device_of(op, device),
+               [&](const CudaConvConfig& config) { ways.push_back(name_of(config)); });
+  return ways;
 }
 
 }  // namespace gossamer::blocksparse

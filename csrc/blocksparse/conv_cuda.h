@@ -7,9 +7,14 @@ namespace gossamer::blocksparse {
 
 void conv_sm80(const CudaConvArgs& args, cudaStream_t stream);
 void conv_fma(const CudaConvArgs& args, cudaStream_t stream);
+void conv_sm90(const CudaConvArgs& args, cudaStream_t stream);
 
 inline void run_conv(const CudaConvArgs& args, cudaStream_t stream) {
-  args.config.kernel == CudaConvKernel::kMma ? conv_sm80(args, stream) : conv_fma(args, stream);
+  switch (args.config.kernel) {
+    case CudaConvKernel::kMma: return conv_sm80(args, stream);
+    case CudaConvKernel::kFma: return conv_fma(args, stream);
+    case CudaConvKernel::kWgmma: return conv_sm90(args, stream);
+  }
 }
 
 }  // namespace gossamer::blocksparse

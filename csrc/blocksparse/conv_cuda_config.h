@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "blocksparse/blocksparse.h"
 #include "common/ceil_div.h"
@@ -10,12 +11,18 @@
 
 namespace gossamer::blocksparse {
 
-// mma: bfloat16 and float16 by tensor cores.
-// fma: exact float32, and float64, without them.
-enum class CudaConvKernel : uint8_t { kMma, kFma };
+// mma:   bfloat16 and float16 by tensor cores.
+// fma:   exact float32, and float64, without them.
+// wgmma: mma with Hopper's instructions, for large blocks and channels that lie side by side.
+enum class CudaConvKernel : uint8_t { kMma, kFma, kWgmma };
 
 static constexpr const char* name(CudaConvKernel kernel) {
-  return kernel == CudaConvKernel::kMma ? "mma" : "fma";
+  switch (kernel) {
+    case CudaConvKernel::kMma: return "mma";
+    case CudaConvKernel::kFma: return "fma";
+    case CudaConvKernel::kWgmma: return "wgmma";
+  }
+  return "?";
 }
 
 // What a thread block of the mma kernel computes, and how its warps share it.
@@ -53,6 +60,22 @@ constexpr int fma_padded_rows(int64_t rows) {
   return static_cast<int>(ceil_div(rows, kFmaGranule)) * kFmaGranule;
 }
 
+// A tile of the wgmma kernel: so many outputs by kWgmmaPixels. Fewer outputs are for products that
+// would leave multiprocessors idle; a cluster is blocks that share their x.
+struct WgmmaTile {
+  int outputs, cluster;
+};
+constexpr WgmmaTile kWgmmaTiles[] = {{256, 2}, {256, 1}, {128, 1}, {64, 1}};
+constexpr int kWgmmaTileCount = sizeof(kWgmmaTiles) / sizeof(WgmmaTile);
+constexpr int kWgmmaPixels = 128, kWgmmaOutputs = 256;
+constexpr int kWgmmaColumns = 2048;  // block columns that its shared memory has room for
+
+inline int64_t wgmma_steps_of_tap(const Weight& w) { return ceil_div(w.group_in, kStageChannels); }
+// With those that fill the last step of each tap up.
+inline int64_t wgmma_columns(const Weight& w) {
+  return w.taps * wgmma_steps_of_tap(w) * (kStageChannels / w.cols);
+}
+
 constexpr int64_t conv_shared_bytes(const ConvTile& tile) {
   const int64_t stages = int64_t{tile.stages} * (tile.pixels + tile.outputs) * kStageChannels * 2;
   return stages + tile.pixels * 24 + tile.stages * 16;  // where pixels lie; what is live
@@ -60,20 +83,34 @@ constexpr int64_t conv_shared_bytes(const ConvTile& tile) {
 
 struct CudaConvConfig {
   CudaConvKernel kernel;
-  int tile;  // mma: which of kConvTiles
+  int tile;                // mma: which of kConvTiles, wgmma: of kWgmmaTiles
+  int blocks_at_once = 0;  // wgmma: at most that many, each for one tile after another
 
   int tile_pixels() const {
-    return kernel == CudaConvKernel::kMma ? kConvTiles[tile].pixels : kFmaPixels;
+    switch (kernel) {
+      case CudaConvKernel::kMma: return kConvTiles[tile].pixels;
+      case CudaConvKernel::kFma: return kFmaPixels;
+      case CudaConvKernel::kWgmma: return kWgmmaPixels;
+    }
+    return 0;
   }
   int tile_outputs() const {
-    return kernel == CudaConvKernel::kMma ? kConvTiles[tile].outputs : kFmaOutputs;
+    switch (kernel) {
+      case CudaConvKernel::kMma: return kConvTiles[tile].outputs;
+      case CudaConvKernel::kFma: return kFmaOutputs;
+      case CudaConvKernel::kWgmma: return kWgmmaTiles[tile].outputs;
+    }
+    return 0;
   }
+  int cluster() const { return kernel == CudaConvKernel::kWgmma ? kWgmmaTiles[tile].cluster : 1; }
   // Rows that a block takes in a tile.
   int padded_rows(const Weight& w) const {
-    return kernel == CudaConvKernel::kMma ? padded_size(w.rows) : fma_padded_rows(w.rows);
+    return kernel == CudaConvKernel::kFma ? fma_padded_rows(w.rows) : padded_size(w.rows);
   }
+  // Whole clusters of them.
   int64_t tiles_of_group(const Weight& w) const {
-    return ceil_div(w.row_blocks(), tile_outputs() / padded_rows(w));
+    const int rows = tile_outputs() / padded_rows(w) * cluster();
+    return ceil_div(w.row_blocks(), rows) * cluster();
   }
   int64_t blocks(int64_t pixels, const Weight& w) const {
     return ceil_div(pixels, tile_pixels()) * w.groups * tiles_of_group(w);
@@ -131,18 +168,103 @@ struct ConvModel {
   }
 };
 
+// ---- wgmma (Hopper) -----------------------------------------------------------------------------
+
+// Whether pixel i of y takes pixel i of x and no other, so that x can come in tiles.
+inline bool sees_itself(const ConvShape& s, const Weight& w) {
+  bool itself = s.taps() == 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    itself = itself && s.stride[axis] == 1 && s.padding[axis] == 0 && s.in[axis] == s.out[axis];
+  }
+  // A block may not reach into the channels of the next group: what is 0 there can be NaN in x.
+  return itself && (w.groups == 1 || w.group_in % w.cols == 0);
+}
+
+inline bool can_run_wgmma(int tile, const ConvShape& s, const Weight& w, const CudaDevice& device) {
+  const auto is_size = [](int64_t size) { return size == 16 || size == 32 || size == 64; };
+  // x in pieces of 16 bytes, and coordinates of pixels in 32 bits.
+  const bool x_fits = s.channels_last && s.in_channels % 8 == 0 && w.group_in % 8 == 0 &&
+                      s.batch * s.out_pixels() <= int64_t{1} << 30 && s.batch * s.in_pixels() > 0;
+  return device.capability == 90 && size_of(w.dtype) == 2 && is_size(w.rows) && is_size(w.cols) &&
+         w.nnz > 0 && x_fits && wgmma_columns(w) <= kWgmmaColumns && tile >= 0 &&
+         tile < kWgmmaTileCount && (kWgmmaTiles[tile].cluster == 1 || sees_itself(s, w));
+}
+
+// As above, for one step of 64 channels after the other. An estimate by arithmetic: no GPU has run
+// the kernel yet.
+struct WgmmaModel {
+  static constexpr double kL2Bytes = 40;       // seen on an H200, by another kernel
+  static constexpr double kProducts = 2048;    // at the full rate; of 16 outputs taken as half
+  static constexpr double kBranch = 6;         // cycles of a granule, live or not, in a quarter
+  static constexpr double kStepCycles = 150;   // a barrier, x from shared memory
+  static constexpr double kTileCycles = 4000;  // its plan, the end of its sums
+  // An H200 took about so many times what the model says of the mma kernel.
+  static constexpr double kMmaMeasured = 8;
+
+  const ConvModel& shared;
+
+  double cost(int index) const {
+    const Weight& w = shared.w;
+    const CudaConvConfig config{CudaConvKernel::kWgmma, index};
+    const WgmmaTile& tile = kWgmmaTiles[index];
+    const auto rows = static_cast<double>(tile.outputs / w.rows);
+    const auto parts = static_cast<double>(kStageChannels / w.cols);
+    const auto steps = static_cast<double>(w.taps * wgmma_steps_of_tap(w));
+    const double visits = steps * shared.visited(rows * parts * tile.cluster);
+    const double live = static_cast<double>(w.block_columns()) * shared.density() * rows;
+    const auto block = static_cast<double>(w.rows * w.cols);
+    const double bytes = 2 * (visits * kStageChannels * kWgmmaPixels / tile.cluster + live * block);
+    const double products = live * block * kWgmmaPixels * (w.rows == 16 ? 2 : 1);
+    const double granules = static_cast<double>(tile.outputs) / (w.rows == 16 ? 16 : 32);
+    const double issue = visits * (kStepCycles + 4 * granules * kBranch);
+    const int64_t tiles = config.blocks(shared.pixels, w) / tile.cluster;
+    const int64_t rounds = ceil_div(tiles, shared.device.multiprocessors / tile.cluster);
+    return static_cast<double>(rounds) *
+           (std::max({bytes / kL2Bytes, products / kProducts, issue}) + kTileCycles);
+  }
+};
+
+inline bool can_run(const CudaConvConfig& config, const ConvShape& s, const Weight& w,
+                    const CudaDevice& device) {
+  switch (config.kernel) {
+    case CudaConvKernel::kMma:
+      return size_of(w.dtype) == 2 &&
+             conv_shared_bytes(kConvTiles[config.tile]) <= device.shared_bytes;
+    case CudaConvKernel::kFma: return size_of(w.dtype) != 2;
+    case CudaConvKernel::kWgmma: return can_run_wgmma(config.tile, s, w, device);
+  }
+  return false;
+}
+
+// Calls body(config) for every way to compute the product.
+template <class Body>
+void for_each_way(const ConvShape& s, const Weight& w, const CudaDevice& device, const Body& body) {
+  const auto attempt = [&](const CudaConvConfig& config) {
+    if (can_run(config, s, w, device)) body(config);
+  };
+  for (int i = 0; i < kConvTileCount; ++i) attempt({CudaConvKernel::kMma, i});
+  attempt({CudaConvKernel::kFma, 0});
+  for (int i = 0; i < kWgmmaTileCount; ++i) {
+    attempt({CudaConvKernel::kWgmma, i, device.multiprocessors});
+  }
+}
+
+// `aligned`: x and the values begin at multiples of 16 bytes, which the wgmma kernel needs.
 inline CudaConvConfig choose_cuda_conv_config(const ConvShape& s, const Weight& w,
-                                              const CudaDevice& device) {
+                                              const CudaDevice& device, bool aligned = true) {
   if (size_of(w.dtype) != 2) return {CudaConvKernel::kFma, 0};
   const ConvModel model{s.batch * s.out_pixels(), w, device};
-  int best = -1;
-  double least = 0;
-  for (int i = 0; i < kConvTileCount; ++i) {
-    if (conv_shared_bytes(kConvTiles[i]) > device.shared_bytes) continue;
-    const double cost = model.cost(i);
-    if (best < 0 || cost < least) best = i, least = cost;
-  }
-  return {CudaConvKernel::kMma, best};
+  CudaConvConfig best{CudaConvKernel::kFma, 0};
+  double least = std::numeric_limits<double>::infinity();
+  for_each_way(s, w, device, [&](const CudaConvConfig& config) {
+    if (config.kernel == CudaConvKernel::kFma) return;
+    const bool hopper = config.kernel == CudaConvKernel::kWgmma;
+    if (hopper && !aligned) return;
+    const double cost = hopper ? WgmmaModel{model}.cost(config.tile)
+                               : WgmmaModel::kMmaMeasured * model.cost(config.tile);
+    if (cost < least) best = config, least = cost;
+  });
+  return best;
 }
 
 }  // namespace gossamer::blocksparse

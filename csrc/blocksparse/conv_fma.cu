@@ -159,7 +159,7 @@ __device__ __forceinline__ void multiply(T (&sum)[2 * kQuad][kQuad], const T* x,
 template <class T>
 __global__ void __launch_bounds__(kThreads) conv_fma_kernel(const Args<T> args) {
   Shared<T>& shared = *shared_memory<Shared<T>>();
-  const OutputTile tile(args.layout, args.groups, kFmaPixels, kFmaOutputs);
+  const OutputTile tile(args.layout, args.groups, kFmaPixels, kFmaOutputs, blockIdx.x);
   for (int i = threadIdx.x; i < kFmaPixels; i += kThreads) {
     shared.positions[i] = position_of(args.layout, tile.first_pixel + i, shared.offsets.data() + i);
   }

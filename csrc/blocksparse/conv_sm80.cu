@@ -24,8 +24,8 @@
 // side by side in x, or not at multiples of 16 bytes, the same places are filled element by element
 // instead.
 #include "blocksparse/conv_cuda.h"
+#include "blocksparse/conv_store.cuh"
 #include "blocksparse/conv_tile.cuh"
-#include "common/activation.cuh"
 #include "common/check.h"
 #include "common/ptx.cuh"
 
@@ -34,7 +34,6 @@ namespace {
 
 constexpr int kPieces = kStageChannels / 8;
 constexpr int kQuarters = kStageChannels / kGranule;  // of a stage, the depth of an mma each
-constexpr int kRun = 8;                               // outputs that a lane stores together
 constexpr int kSumPadding = 4;                        // so that lanes write to different banks
 
 template <int kTile>
@@ -228,34 +227,13 @@ __device__ __forceinline__ void store_pixels(const Args& args, const OutputTile&
   using Sizes = Tile<kTile>;
   constexpr int kRuns = Sizes::kWarpOutputs / kRun;
   const int column = lane % kRuns * kRun;
-  const auto run = tile.run(args.layout, first_output + column, kRun, Sizes::kOutputs);
+  const StoredRun<T> run(tile.run(args.layout, first_output + column, kRun, Sizes::kOutputs),
+                         args.bias, args.activation);
   if (run.count == 0) return;
-  float bias[kRun];
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    const bool there = args.bias != nullptr && i < run.count;
-    bias[i] = there ? ptx::to_float(static_cast<const T*>(args.bias)[run.first + i]) : 0.0f;
-  }
 #pragma unroll 1
   for (int row = lane / kRuns; row < Sizes::kWarpPixels; row += kWarp / kRuns) {
     if (first_pixel + row >= args.layout.pixels) return;
-    float y[kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) y[i] = sums[row * Sizes::kSumStride + column + i] + bias[i];
-    if (args.activation != Activation::kNone) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) y[i] = activate(y[i], args.activation);
-    }
-    T* out = static_cast<T*>(args.out) + args.layout.out_offset(first_pixel + row) + run.first;
-    if (run.count == kRun && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-      ptx::store16(out, {ptx::pack<T>(y[0], y[1]), ptx::pack<T>(y[2], y[3]),
-                         ptx::pack<T>(y[4], y[5]), ptx::pack<T>(y[6], y[7])});
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (i < run.count) out[i] = ptx::from_float<T>(y[i]);
-      }
-    }
+    run.store(args.layout, args.out, first_pixel + row, sums + row * Sizes::kSumStride + column);
   }
 }
 
@@ -318,7 +296,7 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads, Tile<kTile>::kSizes.res
   Shared<kTile>& shared = *shared_memory<Shared<kTile>>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_x = warp % Sizes::kSizes.warps_x, warp_w = warp / Sizes::kSizes.warps_x;
-  const OutputTile tile(args.layout, args.groups, Sizes::kPixels, Sizes::kOutputs);
+  const OutputTile tile(args.layout, args.groups, Sizes::kPixels, Sizes::kOutputs, blockIdx.x);
 
   for (int i = threadIdx.x; i < Sizes::kPixels; i += Sizes::kThreads) {
     shared.positions[i] = position_of(args.layout, tile.first_pixel + i, shared.offsets.data() + i);
@@ -378,8 +356,6 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads, Tile<kTile>::kSizes.res
 }
 
 // ---- launching ----------------------------------------------------------------------------------
-
-bool begins_at_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 template <class T, int kTile>
 void launch_tile(const CudaConvArgs& given, cudaStream_t stream) {

@@ -78,10 +78,10 @@ struct OutputTile {
   int first_row;  // block row within the group
 
   __device__ OutputTile(const ConvLayout& layout, unsigned groups, int tile_pixels,
-                        int tile_outputs) {
+                        int tile_outputs, unsigned tile) {
     const unsigned of_pixels = groups * static_cast<unsigned>(layout.tiles_of_group);
-    const unsigned within = blockIdx.x % of_pixels;
-    first_pixel = int64_t{blockIdx.x / of_pixels} * tile_pixels;
+    const unsigned within = tile % of_pixels;
+    first_pixel = int64_t{tile / of_pixels} * tile_pixels;
     group = static_cast<int>(within) / layout.tiles_of_group;
     first_row =
         static_cast<int>(within) % layout.tiles_of_group * (tile_outputs / layout.padded_rows);

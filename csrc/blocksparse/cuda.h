@@ -15,6 +15,10 @@ struct CudaConvArgs {
   CudaConvConfig config;
 };
 
+inline bool begins_at_16_bytes(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
 // All asynchronous on the stream.
 struct CudaKernels {
   void (*conv)(const CudaConvArgs& args, CudaStream stream);

@@ -34,6 +34,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, int
       "r"(bytes)
       : "memory");
 }
+// Arrives, as one of the `count`, when all that this thread has asked of cp.async is there.
+__device__ __forceinline__ void mbarrier_arrive_cp_async(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
 // May give up early: call it in a loop, as mbarrier_wait does.
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t ended;
@@ -245,10 +250,10 @@ __device__ __forceinline__ void wgmma_wait() {
 // distance to the next 16 bytes of K, and `stride` to the next 8 rows.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared, Swizzle swizzle,
                                                       int leading, int stride) {
-  constexpr uint64_t kModes[] = {0, 3, 2, 1};  // by Swizzle: none, 32, 64 and 128 bytes
+  const uint64_t mode = (4 - static_cast<unsigned>(swizzle)) % 4;  // none, 32, 64, 128: 0, 3, 2, 1
   const auto field = [](uint32_t bytes) { return uint64_t{(bytes & 0x3ffffu) >> 4}; };
   return field(shared_address(shared)) | field(leading) << 16 | field(stride) << 32 |
-         kModes[static_cast<int>(swizzle)] << 62;
+         mode << 62;
 }
 
 }  // namespace gossamer::ptx

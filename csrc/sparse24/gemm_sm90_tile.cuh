@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "common/launch.cuh"
 #include "common/ptx_sm90.cuh"
+#include "common/ring.cuh"
 #include "sparse24/gemm_cuda.h"
 
 namespace gossamer::sparse24 {
@@ -32,17 +33,6 @@ struct Record {
   static constexpr int kSteps = kFragmentColumns / kStepColumns;
   static constexpr int kMetadata = 2 * kSteps * 32;
   static constexpr int kSize = kMetadata + 32;
-};
-
-template <int kSize>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage < kSize) return;
-    stage = 0;
-    phase ^= 1;
-  }
 };
 
 // Only the consumers' warpgroups, each for itself.

@@ -19,11 +19,15 @@ BLOCKSPARSE = HERE / "kernels" / "blocksparse.cu"
 CODES = {**DTYPE_CODES, torch.float64: 0}
 # Pixels and outputs of kConvTiles, in its order.
 TILES = ((128, 256), (256, 128), (128, 64), (64, 64), (16, 64))
+# Outputs and blocks of a cluster of kWgmmaTiles.
+WGMMA_TILES = ((256, 2), (256, 1), (128, 1), (64, 1))
+MMA, FMA, WGMMA = range(3)
 MARGIN = 8  # elements before x, y and the values: 16 bytes of the smallest
 
 
 def build(emulator: Emulator) -> KernelLibrary:
-    return emulator.build(BLOCKSPARSE, *(CSRC / "blocksparse" / f"{f}.cu" for f in ("conv_sm80",)))
+    parts = (CSRC / "blocksparse" / f"conv_{name}.cu" for name in ("sm80", "sm90"))
+    return emulator.build(BLOCKSPARSE, *parts)
 
 
 @dataclass
@@ -66,20 +70,30 @@ class BlockConv:
             *(*extents, x5.shape[0], int(last)),
         ]
 
-    def run(self, library: KernelLibrary, tile: int = -1, margin: int = MARGIN) -> Tensor:
+    def run(
+        self,
+        library: KernelLibrary,
+        tile: int = -1,
+        margin: int = MARGIN,
+        kernel: int = MMA,
+        capability: int = 80,
+    ) -> Tensor:
         """The kernel's result, in the shape and memory format of the operation's.
+
+        Without a tile, of the kernel that is chosen for a GPU of that compute capability.
 
         Before x and the values lie NaNs, after them nothing; around y something that must stay.
         """
         case, weight = self.case, self.weight
         y, x5, y5, *_ = self._prepared()
+        kernel = kernel if case.dtype.itemsize == 2 else FMA
         out = torch.full((y5.numel() + 2 * margin,), 77.0, dtype=case.dtype)
         library.call(
             "conv",
             *(CODES[case.dtype], self.sizes(), weight.crow_indices, weight.col_indices),
             *(_after(margin, weight.values), _after(margin, x5)),
             *(0 if self.bias is None else self.bias, ACTIVATION_CODES[self.activation]),
-            *(out[margin:], tile),
+            *(out[margin:], capability, kernel, tile),
         )
         assert bool((out[:margin] == 77).all())
         assert bool((out[margin + y5.numel() :] == 77).all())

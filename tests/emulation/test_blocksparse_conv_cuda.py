@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocksparse_conv import CODES, TILES, BlockConv, build
+from blocksparse_conv import CODES, TILES, WGMMA, WGMMA_TILES, BlockConv, build
 from cases import bits
 from conv_cases import CASES, typical
 from devices import SCHEDULES, Sanitizers
 from emulator import Emulator, KernelLibrary
 from gossamer import _C, Block
+from gossamer.formats import BlockSparse
 from gossamer.formats.geometry import channels_last
+from gossamer.ops.blocksparse_choice import blocksparse_ways
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -63,6 +65,36 @@ MMA_CASES = {
     "nothing live": typical(block=Block(16, 16), density=0.0),
     "all live": typical(block=Block(16, 16), group_in=64, group_out=64, density=1.0),
 }
+# The Hopper kernel takes blocks of 16, 32 or 64 and channels that lie side by side. x comes in
+# tiles where a pixel of y sees one of x, otherwise pixel by pixel.
+LINEAR = {"kernel": (), "extents": (), "channels_last": True}
+POINTWISE = {"kernel": (1, 1), "padding": (0, 0)}
+WGMMA_CASES = {
+    **{
+        name: MMA_CASES[name]
+        for name in (
+            "blocks of 16", "blocks of 32", "blocks of 64", "wide and flat", "high and narrow",
+            "channels that end in a block", "groups", "stride and dilation", "three axes",
+            "a linear layer", "all live",
+        )
+    },
+    "rows of 16": typical(block=Block(16, 16), batch=300, group_in=136, group_out=600, **LINEAR),
+    "rows of 32": typical(
+        block=Block(32, 32), batch=500, group_in=200, group_out=330, density=0.1, **LINEAR
+    ),
+    "rows of 64": typical(block=Block(64, 64), batch=129, group_in=328, group_out=321, **LINEAR),
+    "few channels": typical(block=Block(32, 16), group_in=8, group_out=3, **POINTWISE),
+    "pointwise groups": typical(
+        block=Block(16, 32), groups=2, group_in=96, group_out=80, **POINTWISE
+    ),
+    "groups that end in a block": typical(
+        block=Block(16, 32), groups=3, group_in=40, group_out=24, **POINTWISE
+    ),
+    "one live block": typical(
+        block=Block(16, 16), batch=3, group_in=512, group_out=900, density=0.002, **LINEAR
+    ),
+}  # fmt: skip
+SEES_ITSELF = ("a linear layer", "rows of", "few channels", "pointwise groups", "one live block")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +118,40 @@ def test_tiles_match_dense(kernels: KernelLibrary, sanitizers: Sanitizers, name:
                 check_exact(conv.run(kernels, tile), expected)
 
 
+@pytest.mark.parametrize("name", WGMMA_CASES)
+def test_hopper_tiles_match_dense(
+    kernels: KernelLibrary, sanitizers: Sanitizers, name: str
+) -> None:
+    for tile, (_, cluster) in enumerate(WGMMA_TILES):
+        if cluster > 1 and not name.startswith(SEES_ITSELF):
+            continue
+        if sanitizers.on and tile > 1:
+            continue
+        conv = BlockConv.of(replace(WGMMA_CASES[name], dtype=HALVES[tile % 2]))
+        expected = conv.expected()
+        for schedule, seed in SCHEDULES[:: len(SCHEDULES) - 1]:
+            with kernels.schedule(schedule, seed):
+                check_exact(conv.run(kernels, tile, kernel=WGMMA), expected)
+
+
+@pytest.mark.parametrize("number", [n for n in range(0, 300, 5) if len(CASES[n].kernel) > 1])
+def test_any_hopper_convolution_matches_dense(kernels: KernelLibrary, number: int) -> None:
+    case, sizes = CASES[number], (16, 32, 64)
+    conv = BlockConv.of(
+        replace(
+            case,
+            batch=max(case.batch, 1),
+            group_in=(8, 16, 40, 64, 72)[number // 5 % 5],
+            block=Block(sizes[number // 5 % 3], sizes[number // 15 % 3]),
+            density=max(case.density, 0.2),
+            channels_last=True,
+            dtype=HALVES[number // 5 % 2],
+        )
+    )
+    if len(conv.weight.col_indices) > 0:
+        check_exact(conv.run(kernels, 1, kernel=WGMMA), conv.expected())
+
+
 @pytest.mark.parametrize("number", range(0, 300, 5))
 def test_any_convolution_matches_dense(kernels: KernelLibrary, number: int) -> None:
     conv = BlockConv.of(replace(CASES[number], dtype=DTYPES[number // 5 % 4]))
@@ -107,6 +173,30 @@ def test_passes_in_any_order(
             check_exact(conv.run(kernels, 3), expected)
 
 
+@pytest.mark.parametrize("name", ["rows of 16", "blocks of 32"])
+def test_hopper_passes_in_any_order(
+    kernels: KernelLibrary, sanitizers: Sanitizers, name: str
+) -> None:
+    conv = BlockConv.of(replace(WGMMA_CASES[name], dtype=torch.bfloat16))
+    expected, tile = conv.expected(), 0 if name.startswith(SEES_ITSELF) else 1
+    for schedule, seed in SCHEDULES[::3] if sanitizers.on else SCHEDULES:
+        with kernels.schedule(schedule, seed):
+            check_exact(conv.run(kernels, tile, kernel=WGMMA), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_hopper_bias_and_activation(
+    kernels: KernelLibrary, activation: str, dtype: torch.dtype
+) -> None:
+    case = typical(block=Block(16, 16), group_in=24, group_out=37, dtype=dtype)
+    conv = BlockConv(case, case.weight(), case.x(), torch.randn(37).to(dtype), activation)
+    oracle = case.oracle(conv.x, conv.weight, conv.bias)
+    oracle.y = getattr(torch.nn.functional, activation)(oracle.y)
+    oracle.limit += 2.0**-22  # __fdividef and expf
+    oracle.check(conv.run(kernels, 1, kernel=WGMMA))
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
@@ -125,8 +215,14 @@ def test_bias_and_activation(
 def test_not_finite_goes_through_live_blocks_only(
     kernels: KernelLibrary, dtype: torch.dtype
 ) -> None:
-    for block in (Block(16, 16), Block(5, 4), Block(8, 24)):
-        case = typical(block=block, density=0.3, dtype=dtype, group_in=40, bias=False)
+    cases = [
+        (typical(block=block, density=0.3, dtype=dtype, group_in=40, bias=False), {})
+        for block in (Block(16, 16), Block(5, 4), Block(8, 24))
+    ]
+    if dtype in HALVES:
+        cases += [(cases[0][0], {"tile": 1, "kernel": WGMMA})]
+        cases += [(replace(cases[0][0], **POINTWISE), {"tile": 0, "kernel": WGMMA})]
+    for case, way in cases:
         conv = BlockConv.of(case)
         conv.x[0, 3, 4, 5], conv.x[1, 17, 0, 0], conv.x[1, 39, 8, 6] = (
             torch.inf,
@@ -136,12 +232,12 @@ def test_not_finite_goes_through_live_blocks_only(
         bad = (~conv.x.isfinite()).double()
         live = replace(conv.weight, values=torch.ones_like(conv.weight.values)).to_dense().double()
         reached = case.dense(bad, live, None) > 0
-        y = conv.run(kernels)
+        y = conv.run(kernels, **way)
         assert reached.any()
         assert not reached.all()
         assert bool(y[~reached].isfinite().all())
         conv.x = conv.x.nan_to_num(0, 0, 0)
-        assert torch.equal(y[~reached], conv.run(kernels)[~reached])
+        assert torch.equal(y[~reached], conv.run(kernels, **way)[~reached])
         assert not y[reached].isfinite().all()
 
 
@@ -164,6 +260,8 @@ def test_indices_that_nobody_checked_stay_in_memory(
             at = torch.randint(len(t), (3,))
             t[at] = wild[torch.randint(len(wild), (3,))]
         conv.run(kernels)
+        if dtype in HALVES:
+            conv.run(kernels, 1, kernel=WGMMA)
         sizes, indices = conv.sizes(), (conv.weight.crow_indices, conv.weight.col_indices)
         dense = torch.empty(40, 9, 32, dtype=dtype)
         kernels.call("to_dense", CODES[dtype], sizes, *indices, conv.weight.values, dense)
@@ -197,11 +295,12 @@ def test_conversions_are_those_of_the_cpu(kernels: KernelLibrary, dtype: torch.d
 # ---- the choice ---------------------------------------------------------------------------------
 
 H200 = {"capability": 90, "multiprocessors": 132, "shared_bytes": 227 << 10, "l2_bytes": 50 << 20}
+A100 = {"capability": 80, "multiprocessors": 108, "shared_bytes": 163 << 10, "l2_bytes": 40 << 20}
 L4 = {"capability": 89, "multiprocessors": 58, "shared_bytes": 99 << 10, "l2_bytes": 48 << 20}
 
 
 def choose(
-    pixels: int, c_out: int, c_in: int, block: int, density: float, device: dict[str, int] = H200
+    pixels: int, c_out: int, c_in: int, block: int, density: float, device: dict[str, int] = A100
 ) -> tuple[int, int]:
     """The tile of a 3 x 3 over one row of pixels."""
     grid = -(-c_out // block) * 9 * -(-c_in // block)
@@ -210,7 +309,7 @@ def choose(
         *((1, 1, 1, pixels, c_in), (1, 1, 1, pixels, c_out), "bfloat16", block, block),
         *(int(grid * density), 1, (1, 3, 3), ones, (0, 1, 1), ones, True, 1, device),
     )
-    assert chosen["kernel"] == "mma"
+    assert chosen["kernel"] == ("wgmma" if device is H200 else "mma")
     tile = chosen["tile_pixels"], chosen["tile_outputs"]
     assert chosen["blocks"] >= -(-pixels // tile[0]) * -(-c_out // tile[1])
     return tile
@@ -231,3 +330,32 @@ def test_choice_fits_the_device() -> None:
         for c_out in (16, 64, 2048):
             for block in (1, 16, 64):
                 assert choose(pixels, c_out, 256, block, 0.5, L4) in TILES[2:]
+
+
+def test_choice_on_hopper() -> None:
+    many = 64 * 28 * 28
+    # Taps lie apart, so no x is shared in a cluster; fewer outputs where there are few pixels.
+    assert choose(many, 512, 512, 32, 0.25, H200) == (128, 256)
+    assert choose(many, 64, 64, 32, 0.25, H200) == (128, 64)
+    assert choose(49, 512, 512, 32, 0.25, H200) == (128, 64)
+
+
+def test_ways_are_those_that_the_kernels_take() -> None:
+    weight = BlockSparse.from_dense(torch.ones(64, 64).bfloat16(), Block(16, 16))
+    ways = blocksparse_ways((300, 64), weight, device=H200)
+    assert [way[1:3] for way in ways if way[0] == "mma"] == list(TILES)
+    assert [way[2:] for way in ways if way[0] == "wgmma"] == list(WGMMA_TILES)
+    assert {way[0] for way in blocksparse_ways((300, 64), weight, device=A100)} == {"mma"}
+    for other in (
+        BlockSparse.from_dense(torch.ones(64, 64).bfloat16(), Block(16, 8)),
+        BlockSparse.from_dense(torch.ones(64, 68).bfloat16(), Block(16, 16)),
+        BlockSparse.from_dense(torch.zeros(64, 64).bfloat16(), Block(16, 16)),
+        BlockSparse.from_dense(torch.ones(16, 1 << 16).bfloat16(), Block(16, 16)),
+    ):
+        ways = blocksparse_ways((300, other.shape[1]), other, device=H200)
+        assert {way[0] for way in ways} == {"mma"}
+    kernel = BlockSparse.from_dense(torch.ones(64, 64, 3, 3).bfloat16(), Block(16, 16))
+    ways = blocksparse_ways((1, 64, 9, 9), kernel, channels_last=True, device=H200)
+    assert [way[2:] for way in ways if way[0] == "wgmma"] == list(WGMMA_TILES[1:])
+    ways = blocksparse_ways((1, 64, 9, 9), kernel, device=H200)
+    assert {way[0] for way in ways} == {"mma"}

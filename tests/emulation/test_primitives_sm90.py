@@ -161,6 +161,13 @@ def test_bulk_copies_phase_by_phase(device_sm90: Device) -> None:
     assert torch.equal(out.cpu(), source)
 
 
+def test_counted_copies_phase_by_phase(device_sm90: Device) -> None:
+    source = torch.randint(0, 256, (5, 32, 16)).to(torch.uint8)
+    out = device_sm90.empty(5, 32, 16, dtype=torch.uint8)
+    device_sm90.call("counted_copies", out, source, 5)
+    assert torch.equal(out.cpu(), source.flip(1))
+
+
 # ---- a warp --------------------------------------------------------------------------------------
 
 

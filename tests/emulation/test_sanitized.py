@@ -17,6 +17,7 @@ from emulator import HERE, Emulator
 TESTS = (
     "test_blocksparse_conv_cuda.py::test_tiles_match_dense",
     "test_blocksparse_conv_cuda.py::test_any_convolution_matches_dense",
+    "test_blocksparse_conv_cuda.py::test_hopper_tiles_match_dense",
     "test_blocksparse_conv_cuda.py::test_memory_of_any_alignment",
     "test_blocksparse_conv_cuda.py::test_indices_that_nobody_checked_stay_in_memory",
     "test_blocksparse_conv_cuda.py::test_conversions_are_those_of_the_cpu",

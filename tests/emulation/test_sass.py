@@ -66,6 +66,7 @@ COMPILED += [
     for name in ("conv_sm80", "conv_fma", "pack")
     for architecture in ("80", "90")
 ]
+COMPILED += [(BLOCKSPARSE / "conv_sm90.cu", "90a")]
 _compiling: dict[tuple[Path, str], Future[tuple[Path, str]]] = {}
 
 
@@ -190,6 +191,23 @@ def test_blocksparse_conv(architecture: str) -> None:
     }
     copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", "STG.E.128")
     assert missing((*copies, "REDUX"), found) == []
+
+
+# Products of both widths and types; operands by TMA, x also by cp.async that arrives at a barrier.
+# Where a granule is dead its product is branched around, and those of a step still run at once:
+# they wait for no more than the step before, and for all only at the end of a tile.
+def test_blocksparse_conv_sm90() -> None:
+    text, said = machine_code(BLOCKSPARSE / "conv_sm90.cu", "90a")
+    assert "Potential Performance Loss" not in said, said
+    code = INSTRUCTION.findall(text)
+    found = {opcode for opcode, _ in code}
+    products = {f"HGMMA.64x{n}x16.F32{t}" for n in (16, 32) for t in ("", ".BF16")}
+    assert products <= found
+    copies = ("UTMALDG.3D", "UTMALDG.2D.MULTICAST", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL")
+    assert missing((*copies, "ARRIVES.LDGSTSBAR", "LDSM.16.M88.4", "STG.E.128"), found) == []
+    waits = [operands for opcode, operands in code if opcode == "WARPGROUP.DEPBAR.LE"]
+    assert waits == ["gsb0, 0x0 "] * 4
+    assert missing(("LDL", "STL"), found) == ["LDL", "STL"]
 
 
 HOPPER_GEMM_OPCODES = (

@@ -245,8 +245,32 @@ def _op_of(geometry: Geometry) -> str:
     return _CONV if len(geometry.shape) > 2 else _LINEAR
 
 
+def blocksparse_by_way(
+    way: tuple[str, int, int, int],
+    x: Tensor,
+    weight: BlockSparse,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+) -> Tensor:
+    """The product as one of ``blocksparse_ways`` computes it on a GPU; for tuning and checks."""
+    steps: tuple[Any, ...] = ((), (), ())
+    if len(weight.shape) > 2:
+        conv = prepare(_CONV, x, weight.shape, weight.groups, stride, padding, dilation, "zeros")
+        x, steps = conv.x, (conv.stride, conv.padding, conv.dilation)
+    blocks = (weight.values, weight.crow_indices, weight.col_indices)
+    rest = (tuple(weight.shape), weight.groups, *steps, 0, "none")
+    return _native(x, *blocks, None, *rest, way=way)
+
+
 def _native(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+    way: tuple[str, int, int, int] | None = None,
 ) -> Tensor:
     *numbers, activation = rest
     geometry = Geometry(*numbers)
@@ -271,6 +295,7 @@ def _native(
         geometry.packed_cols,
         activation,
         torch.get_num_threads(),
+        way,
     )
     if turned:
         result.copy_(room.movedim(-1, 1))

@@ -53,20 +53,62 @@ def blocksparse_choice(
     TypeError, ValueError
         As the product itself.
     """
-    if device is None:
-        device = weight.device
-    gpu: int | dict[str, int] | None = None if isinstance(device, torch.device) else device
+    gpu = _gpu(weight.device if device is None else device)
     choose = _C.blocksparse_choose
-    if isinstance(device, torch.device) and device.type == "cuda":
-        gpu = torch.cuda.current_device() if device.index is None else device.index
+    if isinstance(gpu, int):
         choose = on_cuda(_OP, choose)
+    rest = (stride, padding, dilation, padding_mode, channels_last)
+    chosen: dict[str, Any] = choose(*_product(x_shape, weight, *rest), torch.get_num_threads(), gpu)
+    return chosen
+
+
+Way = tuple[str, int, int, int]  # kernel, pixels and outputs of a tile, blocks of a cluster
+
+
+def blocksparse_ways(
+    x_shape: Sequence[int],
+    weight: BlockSparse | BlockSparsePanels,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    channels_last: bool = False,
+    device: torch.device | dict[str, int] | None = None,
+) -> list[Way]:
+    """Every way in which a GPU's kernels compute a product; as ``blocksparse_choice`` otherwise."""
+    gpu = _gpu(weight.device if device is None else device)
+    ways = on_cuda(_OP, _C.blocksparse_ways) if isinstance(gpu, int) else _C.blocksparse_ways
+    rest = (stride, padding, dilation, padding_mode, channels_last)
+    found: list[Way] = ways(*_product(x_shape, weight, *rest), 0 if gpu is None else gpu)
+    return found
+
+
+def _gpu(device: torch.device | dict[str, int]) -> int | dict[str, int] | None:
+    """As ``_C`` takes it; None for the CPU."""
+    if isinstance(device, dict):
+        return device
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _product(
+    x_shape: Sequence[int],
+    weight: BlockSparse | BlockSparsePanels,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
+    padding_mode: str,
+    channels_last: bool,
+) -> tuple[Any, ...]:
+    """What ``_C`` is told of it."""
     x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
     if channels_last and x.dim() in LAST:
         x = x.to(memory_format=LAST[x.dim()])
     conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
     geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
     last = is_channels_last(conv.x)
-    chosen: dict[str, Any] = choose(
+    return (
         tuple(as_5d(conv.x, last).shape),
         tuple(as_5d(empty_result(_OP, conv.x, None, geometry), last).shape),
         str(weight.dtype).removeprefix("torch."),
@@ -76,7 +118,4 @@ def blocksparse_choice(
         weight.groups,
         *geometry.in_3d(),
         last,
-        torch.get_num_threads(),
-        gpu,
     )
-    return chosen

@@ -35,20 +35,23 @@ blocksparse::ConvArgs conv_args(int64_t dtype, const int64_t* sizes) {
 
 }  // namespace
 
-// tile: of kConvTiles, or -1 for what the choice says.
+// tile: of the kernel's table, or -1 for what the choice says on a GPU of that capability, with
+// four multiprocessors.
 GOSSAMER_EXPORT int conv(int64_t dtype, const int64_t* sizes, const int32_t* crow,
                          const int32_t* col, const void* values, const void* x, const void* bias,
-                         int64_t activation, void* out, int64_t tile, char* text,
-                         int64_t text_bytes) {
+                         int64_t activation, void* out, int64_t capability, int64_t kernel,
+                         int64_t tile, char* text, int64_t text_bytes) {
   return report(text, text_bytes, [&] {
     blocksparse::CudaConvArgs args{conv_args(dtype, sizes), {}};
     args.conv.weight.crow_indices = crow, args.conv.weight.col_indices = col;
     args.conv.weight.values = values;
     args.conv.x = x, args.conv.bias = bias, args.conv.out = out;
     args.conv.activation = static_cast<Activation>(activation);
-    const CudaDevice device{80, 4, 227 << 10, 50 << 20};
+    const CudaDevice device{static_cast<int>(capability), 4, 227 << 10, 50 << 20};
     args.config = blocksparse::choose_cuda_conv_config(args.conv.shape, args.conv.weight, device);
-    if (tile >= 0) args.config.tile = static_cast<int>(tile);
+    if (tile >= 0) {
+      args.config = {static_cast<blocksparse::CudaConvKernel>(kernel), static_cast<int>(tile), 4};
+    }
     blocksparse::run_conv(args, nullptr);
   });
 }

@@ -155,6 +155,25 @@ __global__ void bulk_copies(uint8_t* out, const uint8_t* in, int pieces) {
   if (threadIdx.x == 0) ptx::mbarrier_inval(&shared.barrier);
 }
 
+// Pieces of 512 bytes, 16 a lane by cp.async; a lane reads what another one has copied.
+__global__ void counted_copies(uint4* out, const uint4* in, int64_t pieces) {
+  struct Shared {
+    SharedTile<uint4, 64> pieces;
+    uint64_t barrier;
+  };
+  Shared& shared = *shared_memory<Shared>();
+  const int lane = threadIdx.x;
+  if (lane == 0) ptx::mbarrier_init(&shared.barrier, 32);
+  __syncwarp();
+  for (int i = 0; i < pieces; ++i) {
+    uint4* piece = shared.pieces.data() + i % 2 * 32;
+    ptx::cp_async16(piece + lane, in + 32 * i + lane);
+    ptx::mbarrier_arrive_cp_async(&shared.barrier);
+    ptx::mbarrier_wait(&shared.barrier, i % 2);
+    out[32 * i + lane] = piece[31 - lane];
+  }
+}
+
 // Lane l's row is at `offsets[l]` bytes.
 template <int Matrices, bool Transposed>
 __global__ void store_matrices(uint8_t* bytes, const uint32_t* registers, const int* offsets,
@@ -245,6 +264,11 @@ GOSSAMER_EXPORT int bulk_copies(uint8_t* out, const uint8_t* in, int64_t pieces,
                                 int64_t text_bytes) {
   return report(text, text_bytes,
                 [&] { launch(bulk_copies, 1, 32, 1024, nullptr, out, in, pieces); });
+}
+GOSSAMER_EXPORT int counted_copies(uint4* out, const uint4* in, int64_t pieces, char* text,
+                                   int64_t text_bytes) {
+  return report(text, text_bytes,
+                [&] { launch(counted_copies, 1, 32, 2048, nullptr, out, in, pieces); });
 }
 GOSSAMER_EXPORT int store_matrices(uint8_t* bytes, const uint32_t* registers, const int* offsets,
                                    int64_t count, int64_t matrices, int64_t transposed, char* text,

@@ -92,7 +92,14 @@ void Transactions::wait(uint64_t* barrier, const char* name, const Site& site) {
 void Transactions::submit(uint64_t* barrier, int bytes, std::function<void()> land,
                           const char* name, const Site& site) {
   find(barrier, name, site);
-  loads_.push_back({barrier, bytes, std::move(land), site});
+  loads_.push_back({barrier, bytes, 0, std::move(land), site});
+  if (schedule.early) land_one();
+}
+
+void Transactions::submit_arrival(uint64_t* barrier, std::function<void()> land, const char* name,
+                                  const Site& site) {
+  find(barrier, name, site);
+  loads_.push_back({barrier, 0, 1, std::move(land), site});
   if (schedule.early) land_one();
 }
 
@@ -105,6 +112,10 @@ bool Transactions::land_one() {
   load.land();
   Barrier& barrier = find(load.barrier, "a copy that arrives", load.site);
   barrier.bytes -= load.bytes;
+  if (barrier.pending < load.arrivals) {
+    fault(load.site, "more than the ", barrier.count, " arrivals of a phase");
+  }
+  barrier.pending -= load.arrivals;
   block_.changed();
   settle(barrier);
   return true;

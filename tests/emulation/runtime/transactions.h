@@ -29,6 +29,9 @@ class Transactions {
   // A copy whose `bytes` count towards `barrier`: it lands at once, or when nobody else can go on.
   void submit(uint64_t* barrier, int bytes, std::function<void()> land, const char* name,
               const Site& site);
+  // Copies that count as an arrival at `barrier` when they land.
+  void submit_arrival(uint64_t* barrier, std::function<void()> land, const char* name,
+                      const Site& site);
   bool land_one();  // false if none is under way
 
  private:
@@ -41,7 +44,7 @@ class Transactions {
   };
   struct Load {
     uint64_t* barrier;
-    int bytes;
+    int bytes, arrivals;
     std::function<void()> land;
     Site site;
   };

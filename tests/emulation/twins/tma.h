@@ -127,6 +127,22 @@ inline void mbarrier_arrive_remote(uint64_t* barrier, int rank, Site site = Site
   emulation::Block& peer = emulation::block->cluster.peer(rank, name, site);
   peer.transactions.arrive(emulation::in_block(peer, barrier), 0, name, site);
 }
+// All copies of this thread that no wait has covered land together, and with them the arrival.
+inline void mbarrier_arrive_cp_async(uint64_t* barrier, Site site = Site::current()) {
+  emulation::Thread& thread = *emulation::running;
+  std::vector<emulation::Copy> copies;
+  for (auto& group : thread.copy_groups) copies.insert(copies.end(), group.begin(), group.end());
+  thread.copy_groups.clear();
+  copies.insert(copies.end(), thread.open_copies.begin(), thread.open_copies.end());
+  thread.open_copies.clear();
+  emulation::block->transactions.submit_arrival(
+      barrier,
+      [copies = std::move(copies)] {
+        if (emulation::schedule.early) return;  // they have landed already
+        for (const emulation::Copy& copy : copies) emulation::land(copy);
+      },
+      "mbarrier_arrive_cp_async", site);
+}
 // Gives up early now and then in a random schedule, as the hardware may; otherwise waits.
 inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, Site site = Site::current()) {
   emulation::Block& block = *emulation::block;

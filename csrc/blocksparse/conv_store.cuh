@@ -1,0 +1,49 @@
+#pragma once
+// The end of a sum where the channels of a pixel lie side by side: a lane stores eight of them.
+#include "blocksparse/conv_tile.cuh"
+#include "common/activation.cuh"
+#include "common/ptx.cuh"
+
+namespace gossamer::blocksparse {
+
+constexpr int kRun = 8;  // outputs that a lane stores together
+
+template <class T>
+struct StoredRun {
+  int64_t first;  // output channel
+  int count;      // that there are, of kRun
+  float bias[kRun];
+  Activation activation;
+
+  __device__ StoredRun(OutputTile::Run run, const void* biases, Activation activation_)
+      : first(run.first), count(run.count), activation(activation_) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const bool there = biases != nullptr && i < count;
+      bias[i] = there ? ptx::to_float(static_cast<const T*>(biases)[first + i]) : 0.0f;
+    }
+  }
+
+  __device__ void store(const ConvLayout& layout, void* to, int64_t pixel,
+                        const float* sums) const {
+    float y[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) y[i] = sums[i] + bias[i];
+    if (activation != Activation::kNone) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) y[i] = activate(y[i], activation);
+    }
+    T* out = static_cast<T*>(to) + layout.out_offset(pixel) + first;
+    if (count == kRun && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+      ptx::store16(out, {ptx::pack<T>(y[0], y[1]), ptx::pack<T>(y[2], y[3]),
+                         ptx::pack<T>(y[4], y[5]), ptx::pack<T>(y[6], y[7])});
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < count) out[i] = ptx::from_float<T>(y[i]);
+      }
+    }
+  }
+};
+
+}  // namespace gossamer::blocksparse
