@@ -80,7 +80,9 @@ struct Granules {
 
   // The first of this warpgroup's, and how many outputs it has.
   __device__ static int first(int outputs) {
-    return kSplitOutputs ? static_cast<int>(threadIdx.x) / kWarpgroup * (outputs / kSize / 2) : 0;
+    // By a shuffle, so that the compiler knows it to be the same for a whole warp.
+    const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+    return kSplitOutputs ? warpgroup * (outputs / kSize / 2) : 0;
   }
   // Of the tile, the first of this warp's pixels in a half.
   __device__ static int pixel(int half) {
