@@ -1,6 +1,7 @@
 """Times every way to cut up a 2:4 product on this GPU, beside the one that is chosen.
 
     python bench/tune_cuda.py OUT.json [--dtype bf16,int4] [--rows 1,16] [--shape llama8b]
+    python bench/tune_cuda.py OUT.json --feature blocksparse [--shape resnet50.3x3]
 
 A line a case: the chosen way, the fastest, and cuBLAS where it has the dtype. From OUT.json, which
 has them all, the constants of the models in csrc/sparse24/gemm_cuda_config.h and
@@ -27,6 +28,7 @@ from gossamer import _C
 from gossamer.formats import Sparse24QuantizedPanels
 from gossamer.ops.cuda_workspace import chosen_config
 from torch import Tensor
+from tune_blocks_cuda import block_cases, block_line, name_of, tune_block_case
 
 Config = tuple[str, int, int, int, int, int]  # kernel, tile_n, tile_m, warps_k, split_k, blocks
 CALLS = 24  # in a graph, at least one for each copy of the operands
@@ -169,9 +171,25 @@ def line(name: str, case: dict[str, Any]) -> str:
     )
 
 
+def tune_blocks(options: argparse.Namespace, device: torch.device, begin: float) -> None:
+    found: dict[str, Any] = {"gpu": describe_gpu(device), "cases": {}}
+    dtype = options.dtype.split(",")[0]
+    for case in block_cases(options.shape.split(",")):
+        if perf_counter() - begin > options.seconds:
+            break
+        with graph_stopwatch(device) as stopwatch:
+            timed = partial(seconds, stopwatch=stopwatch)
+            ways = tune_block_case(case, dtype, device, l2_bytes(device), timed)
+        name = name_of(case, dtype)
+        found["cases"][name] = ways
+        print(block_line(name, ways), flush=True)
+        options.out.write_text(json.dumps(found))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--feature", default="sparse24", choices=("sparse24", "blocksparse"))
     parser.add_argument("--dtype", default="bf16,int4,int8,fp8")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--shape", default="", help="those whose name begins so, with commas")
@@ -181,6 +199,11 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     found: dict[str, Any] = {"gpu": describe_gpu(device), "cases": {}}
     wanted = tuple(options.shape.split(","))
+    if options.feature == "blocksparse":
+        torch.backends.cudnn.benchmark = True  # dense gets the best algorithm that cuDNN has
+        with torch.no_grad():
+            tune_blocks(options, device, begin)
+        return 0
     with torch.no_grad():
         for dtype in options.dtype.split(","):
             for shape in SHAPES:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bench_blocksparse_cuda
@@ -11,9 +13,13 @@ import pytest
 import run
 import run_cuda
 import torch
+import tune_blocks_cuda
 from bench_blocksparse_cuda import CUDNN_LAST, CudaBlockPlan
 from cuda_block_case import CudaBlockCase, block_summary
 from cuda_rivals import DENSE, WRONG
+from gossamer import Block, blocksparse_conv
+from gossamer.formats import BlockSparse
+from gossamer.ops.blocksparse_choice import Way, blocksparse_choice, blocksparse_ways
 from record import OURS, Check
 from shapes import ConvShape, LinearShape
 from test_bench_cuda import HASTE, LIMITS, bench
@@ -114,3 +120,38 @@ def test_command_line() -> None:
     plan = run_cuda.block_plan_of(run.parse(few))
     assert [(str(shape), count) for _, shape, count in plan.problems[:1]] == [("64x128", 5)]
     assert plan.blocks == ((8, 8),)
+
+
+def test_tuner_times_every_way_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = {"capability": 90, "multiprocessors": 132, "shared_bytes": 227 << 10, "l2_bytes": 0}
+
+    def by_way(way: Way, x: torch.Tensor, weight: BlockSparse, **more: int) -> torch.Tensor:
+        if way[0] == "mma" and way[1] == 16:
+            raise ValueError("refused")
+        y = blocksparse_conv(x, weight, **more)
+        return y + 1 if way == ("wgmma", 128, 64, 1) else y
+
+    def seconds(calls: list[Callable[[], torch.Tensor]]) -> float:
+        calls[0]()
+        return 1e-5
+
+    monkeypatch.setattr(tune_blocks_cuda, "blocksparse_by_way", by_way)
+    for name, of in (("choice", blocksparse_choice), ("ways", blocksparse_ways)):
+        monkeypatch.setattr(tune_blocks_cuda, f"blocksparse_{name}", partial(of, device=h200))
+    case = (CONV, 3, (16, 16), 0.5)
+    found = tune_blocks_cuda.tune_block_case(case, "bf16", torch.device("cpu"), 20_000, seconds)
+    kernels = [way[0] for *way, us in found["us"] if us == pytest.approx(10)]
+    assert (kernels.count("mma"), kernels.count("wgmma")) == (4, 2)
+    assert found["failed"]["('mma', 16, 64, 1)"] == "ValueError: refused"
+    assert "differs by" in found["failed"]["('wgmma', 128, 64, 1)"]
+    assert tuple(found["chosen"]) in blocksparse_ways(
+        (3, 16, 5, 5), of_size((32, 16, 3, 3)), stride=2, padding=1, channels_last=True, device=h200
+    )
+    line = tune_blocks_cuda.block_line(tune_blocks_cuda.name_of(case, "bf16"), found)
+    assert "best mma 128 256 1 10.0 us, wgmma 128 256 1 10.0 us" in line
+    assert line.endswith("2 failed")
+    assert len(list(tune_blocks_cuda.block_cases([""]))) > len(tune_blocks_cuda.BLOCKS)
+
+
+def of_size(size: tuple[int, ...]) -> BlockSparse:
+    return BlockSparse.from_dense(torch.ones(size).bfloat16(), Block(16, 16))

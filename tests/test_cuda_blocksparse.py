@@ -13,7 +13,8 @@ from conv_cases import CASES, block_sparse, typical
 from gossamer import Block, blocksparse_conv, blocksparse_linear
 from gossamer.formats import BlockSparse
 from gossamer.nn import SparseConv2d
-from gossamer.ops.blocksparse_choice import blocksparse_choice
+from gossamer.ops.blocksparse import blocksparse_by_way
+from gossamer.ops.blocksparse_choice import blocksparse_choice, blocksparse_ways
 from torch import Tensor, nn
 
 pytestmark = [
@@ -71,6 +72,25 @@ def test_layers_match_dense(layer: tuple[int, ...], block: Block) -> None:
         assert y.is_contiguous(memory_format=memory_format)
         replace(case, dtype=dtype).oracle(x, weight, None).check(y)
         assert torch.equal(blocksparse_conv(x, weight, **case.geometry), y)
+
+
+@pytest.mark.parametrize(
+    "block", [Block(16, 16), Block(32, 32), Block(64, 64), Block(16, 64), Block(64, 32)], ids=str
+)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_every_way_matches_dense(block: Block, kernel: int) -> None:
+    case = typical(
+        batch=9, group_in=200, group_out=600, kernel=(kernel, kernel), extents=(33, 31),
+        padding=(kernel // 2, kernel // 2), block=block, density=0.2,
+    )  # fmt: skip
+    for dtype in HALVES:
+        weight = on_gpu(replace(case, dtype=dtype).weight())
+        x = torch.randn(9, 200, 33, 31, device="cuda").to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        oracle = replace(case, dtype=dtype).oracle(x, weight, None)
+        for way in blocksparse_ways(x.shape, weight, **case.geometry, channels_last=True):
+            for _ in range(3):
+                oracle.check(blocksparse_by_way(way, x, weight, **case.geometry))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,14 +235,14 @@ def test_convert_measures_on_the_gpu() -> None:
     report = gossamer.convert(
         model, Block(32, 32), prune="magnitude", density=0.25, sample_input=x, force=True
     )
-    assert all(layer.kernel == "sm_80/mma" for layer in report.layers)
+    assert {layer.kernel for layer in report.layers} <= {"sm_80/mma", "sm_90/wgmma"}
     assert all(layer.speedup is not None and layer.speedup > 0 for layer in report.layers)
     assert model(x).isfinite().all()
 
 
 def test_choice_and_info_name_the_kernels() -> None:
     weight = on_gpu(block_sparse((64, 64), Block(16, 16), dtype=torch.bfloat16))
-    assert blocksparse_choice((300, 64), weight)["kernel"] == "mma"
+    assert blocksparse_choice((300, 64), weight)["kernel"] in ("mma", "wgmma")
     page = str(gossamer.info())
     assert "blocksparse_conv on cuda:" in page
     assert "blocksparse_linear on cuda:" in page

@@ -181,13 +181,16 @@ inline bool sees_itself(const ConvShape& s, const Weight& w) {
 }
 
 inline bool can_run_wgmma(int tile, const ConvShape& s, const Weight& w, const CudaDevice& device) {
+  if (device.capability != 90 || tile < 0 || tile >= kWgmmaTileCount) return false;
   const auto is_size = [](int64_t size) { return size == 16 || size == 32 || size == 64; };
+  const bool w_fits = size_of(w.dtype) == 2 && is_size(w.rows) && is_size(w.cols) && w.nnz > 0 &&
+                      wgmma_columns(w) <= kWgmmaColumns;
   // x in pieces of 16 bytes, and coordinates of pixels in 32 bits.
   const bool x_fits = s.channels_last && s.in_channels % 8 == 0 && w.group_in % 8 == 0 &&
                       s.batch * s.out_pixels() <= int64_t{1} << 30 && s.batch * s.in_pixels() > 0;
-  return device.capability == 90 && size_of(w.dtype) == 2 && is_size(w.rows) && is_size(w.cols) &&
-         w.nnz > 0 && x_fits && wgmma_columns(w) <= kWgmmaColumns && tile >= 0 &&
-         tile < kWgmmaTileCount && (kWgmmaTiles[tile].cluster == 1 || sees_itself(s, w));
+  const int cluster = kWgmmaTiles[tile].cluster;
+  return w_fits && x_fits && device.multiprocessors >= cluster &&
+         (cluster == 1 || sees_itself(s, w));
 }
 
 // As above, for one step of 64 channels after the other. An estimate by arithmetic: no GPU has run
@@ -195,8 +198,9 @@ inline bool can_run_wgmma(int tile, const ConvShape& s, const Weight& w, const C
 struct WgmmaModel {
   static constexpr double kL2Bytes = 40;       // seen on an H200, by another kernel
   static constexpr double kProducts = 2048;    // at the full rate; of 16 outputs taken as half
-  static constexpr double kBranch = 6;         // cycles of a granule, live or not, in a quarter
-  static constexpr double kStepCycles = 150;   // a barrier, x from shared memory
+  static constexpr double kBranch = 5;         // counted: cycles of a granule that is dead,
+  static constexpr double kIssue = 25;         // and of one that is live
+  static constexpr double kStepCycles = 140;   // a barrier, x from shared memory, draining
   static constexpr double kTileCycles = 4000;  // its plan, the end of its sums
   // An H200 took about so many times what the model says of the mma kernel.
   static constexpr double kMmaMeasured = 8;
@@ -214,9 +218,13 @@ struct WgmmaModel {
     const double live = static_cast<double>(w.block_columns()) * shared.density() * rows;
     const auto block = static_cast<double>(w.rows * w.cols);
     const double bytes = 2 * (visits * kStageChannels * kWgmmaPixels / tile.cluster + live * block);
-    const double products = live * block * kWgmmaPixels * (w.rows == 16 ? 2 : 1);
-    const double granules = static_cast<double>(tile.outputs) / (w.rows == 16 ? 16 : 32);
-    const double issue = visits * (kStepCycles + 4 * granules * kBranch);
+    const bool narrow = w.rows == 16 || w.cols == 16;
+    const double products = live * block * kWgmmaPixels * (narrow ? 2 : 1);
+    // A warpgroup branches around half of the granules of 16 x 16, or all of 32 x 32.
+    const double granules = kStageChannels / (narrow ? 16 : 32) * tile.outputs / 32.0;
+    const double live_granules = live * block / (narrow ? 2 * 16 * 16 : 32 * 32);
+    const double issue =
+        visits * (kStepCycles + granules * kBranch) + live_granules * (kIssue - kBranch);
     const int64_t tiles = config.blocks(shared.pixels, w) / tile.cluster;
     const int64_t rounds = ceil_div(tiles, shared.device.multiprocessors / tile.cluster);
     return static_cast<double>(rounds) *

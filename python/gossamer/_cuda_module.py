@@ -64,7 +64,8 @@ def wrong_results(device: torch.device) -> str | None:
     asked once, in whole numbers whose sums are exact.
     """
     from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
-    from .ops.blocksparse import blocksparse_conv
+    from .ops.blocksparse import blocksparse_by_way, blocksparse_conv
+    from .ops.blocksparse_choice import blocksparse_ways
     from .ops.cuda_workspace import aligned_rows, chosen_config
     from .ops.sparse24 import sparse24_linear
     from .prune import magnitude_24, magnitude_blocks
@@ -101,8 +102,24 @@ def wrong_results(device: torch.device) -> str | None:
             expected = F.conv2d(x, kernel, padding=1).to(dtype)
             for memory_format in (torch.contiguous_format, torch.channels_last):
                 given = x.to(device, dtype).contiguous(memory_format=memory_format)
-                if not torch.equal(blocksparse_conv(given, blocks, padding=1).cpu(), expected):
+                found = [blocksparse_conv(given, blocks, padding=1)]
+                last = memory_format == torch.channels_last
+                for way in blocksparse_ways(x.shape, blocks, padding=1, channels_last=last):
+                    found.append(blocksparse_by_way(way, given, blocks, padding=1))
+                if not all(torch.equal(y.cpu(), expected) for y in found):
                     wrong.append(f"{dtype} of blocks, {memory_format}")
+            # Where a pixel sees itself, x comes another way.
+            matrix = magnitude_blocks(integers(80, 72), Block(32, 32), 0.5)
+            assert isinstance(matrix, torch.Tensor)
+            blocks = BlockSparse.from_dense(matrix.to(device, dtype), Block(32, 32))
+            x = integers(300, 72)
+            found = [
+                blocksparse_by_way(way, x.to(device, dtype), blocks)
+                for way in blocksparse_ways(x.shape, blocks)
+            ]
+            expected = (x @ matrix.t()).to(dtype)
+            if not all(torch.equal(y.cpu(), expected) for y in found):
+                wrong.append(f"{dtype} of blocks, linear")
     return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None
 
 

@@ -16,11 +16,12 @@ from gossamer import _C, Block, _cuda_module, blocksparse_conv, blocksparse_line
 from gossamer.formats import BlockSparse, BlockSparsePanels
 from gossamer.nn import SparseConv
 from gossamer.ops import blocksparse
-from gossamer.ops.blocksparse_choice import blocksparse_choice
+from gossamer.ops.blocksparse import blocksparse_by_way
+from gossamer.ops.blocksparse_choice import blocksparse_choice, blocksparse_ways
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
-MMA, FMA = 0, 1
+MMA, FMA, WGMMA = range(3)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LARGE = {"block": Block(32, 32), "group_in": 72, "group_out": 40}
 
@@ -42,6 +43,52 @@ def test_conv_matches_dense(gpu: Gpu, dtype: torch.dtype, channels_last: bool) -
     assert gpu.kernel == (MMA if dtype.itemsize == 2 else FMA)
     assert torch.equal(y, conv.expected().relu().to(dtype))
     assert y.stride() == case.dense(conv.x, conv.weight.to_dense(), None).stride()
+
+
+def test_hopper_has_a_kernel_of_its_own(gpu: Gpu) -> None:
+    gpu.describe(capability=90)
+    linear = typical(
+        batch=300, block=Block(32, 32), group_in=64, group_out=96, kernel=(), extents=(),
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    conv = BlockConv.of(linear)
+    y = blocksparse_linear(conv.x, conv.weight, conv.bias, activation="relu")
+    assert gpu.kernel == WGMMA
+    assert torch.equal(y, conv.expected().relu().bfloat16())
+    # Memory that TMA cannot address has the other kernel, and so has what it is too small for.
+    moved = torch.empty(conv.x.numel() + 1).bfloat16()[1:].view_as(conv.x).copy_(conv.x)
+    assert torch.equal(blocksparse_linear(moved, conv.weight, conv.bias, activation="relu"), y)
+    assert gpu.kernel == MMA
+    for case in (
+        typical(dtype=torch.float16, group_in=64, group_out=40, block=Block(16, 16)),
+        typical(dtype=torch.float16, group_in=64, group_out=40, block=Block(16, 8)),
+    ):
+        conv = BlockConv.of(case)
+        y = blocksparse_conv(conv.x, conv.weight, conv.bias, **case.geometry)
+        assert gpu.kernel == (WGMMA if case.block.cols == 16 else MMA)
+        assert torch.equal(y, conv.expected().half())
+    assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
+
+
+def test_ways_by_name(gpu: Gpu) -> None:
+    gpu.describe(capability=90)
+    case = typical(dtype=torch.bfloat16, **LARGE)
+    conv = BlockConv.of(case)
+    x, weight = conv.x, replace(conv.weight)
+    expected = case.dense(x.double(), weight.to_dense().double(), None).bfloat16()
+    ways = blocksparse_ways(x.shape, weight, **case.geometry, channels_last=True)
+    assert {way[0] for way in ways} == {"mma", "wgmma"}
+    for way in ways:
+        assert torch.equal(blocksparse_by_way(way, x, weight, **case.geometry), expected)
+        assert gpu.kernel == (WGMMA if way[0] == "wgmma" else MMA)
+    with pytest.raises(ValueError, match="as wgmma 128 x 256 in clusters of 2"):
+        blocksparse_by_way(("wgmma", 128, 256, 2), x, weight, **case.geometry)
+    moved = torch.empty(weight.values.numel() + 1).bfloat16()[1:].view_as(weight.values)
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        blocksparse_by_way(ways[-1], x, replace(weight, values=moved), **case.geometry)
+    _C.attach_cuda(0)
+    with pytest.raises(ValueError, match="x is on the CPU"):
+        blocksparse_by_way(ways[0], x, weight, **case.geometry)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def blocksparse_choice(
         As the product itself.
     """
     gpu = _gpu(weight.device if device is None else device)
-    choose = _C.blocksparse_choose
+    choose: Callable[..., Any] = _C.blocksparse_choose
     if isinstance(gpu, int):
         choose = on_cuda(_OP, choose)
     rest = (stride, padding, dilation, padding_mode, channels_last)
@@ -77,7 +77,9 @@ def blocksparse_ways(
 ) -> list[Way]:
     """Every way in which a GPU's kernels compute a product; as ``blocksparse_choice`` otherwise."""
     gpu = _gpu(weight.device if device is None else device)
-    ways = on_cuda(_OP, _C.blocksparse_ways) if isinstance(gpu, int) else _C.blocksparse_ways
+    ways: Callable[..., Any] = _C.blocksparse_ways
+    if isinstance(gpu, int):
+        ways = on_cuda(_OP, ways)
     rest = (stride, padding, dilation, padding_mode, channels_last)
     found: list[Way] = ways(*_product(x_shape, weight, *rest), 0 if gpu is None else gpu)
     return found
