@@ -252,8 +252,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared, Swizzl
                                                       int leading, int stride) {
   const uint64_t mode = (4 - static_cast<unsigned>(swizzle)) % 4;  // none, 32, 64, 128: 0, 3, 2, 1
   const auto field = [](uint32_t bytes) { return uint64_t{(bytes & 0x3ffffu) >> 4}; };
-  return field(shared_address(shared)) | field(leading) << 16 | field(stride) << 32 |
-         mode << 62;
+  return field(shared_address(shared)) | field(leading) << 16 | field(stride) << 32 | mode << 62;
 }
 
 }  // namespace gossamer::ptx

@@ -194,8 +194,8 @@ def test_blocksparse_conv(architecture: str) -> None:
 
 
 # Products of both widths and types; operands by TMA, x also by cp.async that arrives at a barrier.
-# Where a granule is dead its product is branched around, and those of a step still run at once:
-# they wait for no more than the step before, and for all only at the end of a tile.
+# Where a granule is dead its products are branched around, and still they run at once: one wait a
+# step. A dead granule takes little more than its branch.
 def test_blocksparse_conv_sm90() -> None:
     text, said = machine_code(BLOCKSPARSE / "conv_sm90.cu", "90a")
     assert "Potential Performance Loss" not in said, said
