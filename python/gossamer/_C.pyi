@@ -2,7 +2,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['PointcloudOutputs', 'PointcloudPairs', 'PointcloudVoxels', 'actsparse_linear', 'actsparse_outputs', 'actsparse_target', 'attach_cuda', 'blocksparse_choose', 'blocksparse_conv', 'blocksparse_dvalues', 'blocksparse_find_live', 'blocksparse_gather', 'blocksparse_max_block', 'blocksparse_to_dense', 'blocksparse_validate', 'cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'grouped_choose', 'grouped_ends', 'grouped_linear', 'intel_cores', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'pack_spikes', 'parallel_team', 'pointcloud_bounds', 'pointcloud_conv', 'pointcloud_conv_choose', 'pointcloud_conv_weight_grad', 'pointcloud_max_pool', 'pointcloud_max_pool_grad', 'pointcloud_quantize', 'pointcloud_reduce', 'pointcloud_sort', 'pointcloud_sum_pool', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_conv', 'sparse24_conv_choose', 'sparse24_conv_from_pairs', 'sparse24_conv_most_pair_words', 'sparse24_conv_to_pairs', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'spike_linear', 'target', 'targets_built', 'topk_decode', 'topk_select', 'topk_values', 'topk_weight']
+__all__: list[str] = ['PointcloudOutputs', 'PointcloudPairs', 'PointcloudVoxels', 'actsparse_linear', 'actsparse_outputs', 'actsparse_target', 'attach_cuda', 'blocksparse_choose', 'blocksparse_conv', 'blocksparse_dvalues', 'blocksparse_find_live', 'blocksparse_gather', 'blocksparse_max_block', 'blocksparse_to_dense', 'blocksparse_validate', 'cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'grouped_choose', 'grouped_ends', 'grouped_linear', 'intel_cores', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'pack_spikes', 'parallel_team', 'pointcloud_bounds', 'pointcloud_conv', 'pointcloud_conv_choose', 'pointcloud_conv_choose_cuda', 'pointcloud_conv_cuda', 'pointcloud_conv_weight_grad', 'pointcloud_conv_weight_grad_cuda', 'pointcloud_group_rows', 'pointcloud_max_pool', 'pointcloud_max_pool_grad', 'pointcloud_quantize', 'pointcloud_quarter_rows', 'pointcloud_reduce', 'pointcloud_sort', 'pointcloud_sum_pool', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_conv', 'sparse24_conv_choose', 'sparse24_conv_from_pairs', 'sparse24_conv_most_pair_words', 'sparse24_conv_to_pairs', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'spike_linear', 'target', 'targets_built', 'topk_decode', 'topk_select', 'topk_values', 'topk_weight']
 class PointcloudPairs:
     def __init__(self, walkers: torch.Tensor, walker_order: torch.Tensor | None, targets: torch.Tensor, target_order: torch.Tensor | None, target_box: tuple[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], window: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -76,7 +76,13 @@ def pointcloud_conv(out: torch.Tensor, feats: torch.Tensor, weight: torch.Tensor
     ...
 def pointcloud_conv_choose(dtype: str, c_in: typing.SupportsInt | typing.SupportsIndex, c_out: typing.SupportsInt | typing.SupportsIndex, groups: typing.SupportsInt | typing.SupportsIndex = 1) -> dict:
     ...
+def pointcloud_conv_choose_cuda(dtype: str, outputs: typing.SupportsInt | typing.SupportsIndex, c_out: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex | dict) -> dict:
+    ...
+def pointcloud_conv_cuda(out: torch.Tensor, feats: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, neighbours: torch.Tensor, rows: torch.Tensor, begins: torch.Tensor, visited: torch.Tensor, activation: str) -> None:
+    ...
 def pointcloud_conv_weight_grad(out: torch.Tensor, dy: torch.Tensor, feats: torch.Tensor, in_index: torch.Tensor, out_index: torch.Tensor, tap_offsets: torch.Tensor, in_order: torch.Tensor | None, out_order: torch.Tensor | None, groups: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def pointcloud_conv_weight_grad_cuda(out: torch.Tensor, dy: torch.Tensor, feats: torch.Tensor, in_rows: torch.Tensor, out_rows: torch.Tensor, begins: torch.Tensor, of_tap: torch.Tensor, partial: torch.Tensor) -> None:
     ...
 def pointcloud_max_pool(out: torch.Tensor, winner: torch.Tensor, feats: torch.Tensor, in_index: torch.Tensor, out_index: torch.Tensor, tap_offsets: torch.Tensor, in_order: torch.Tensor | None, out_order: torch.Tensor | None, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
@@ -143,3 +149,5 @@ def topk_weight(out: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, 
 blocksparse_max_block: int = 64
 cuda_counters: int = 1024
 cuda_lowest_capability: int = 80
+pointcloud_group_rows: int = 128
+pointcloud_quarter_rows: int = 32
