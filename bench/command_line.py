@@ -65,10 +65,10 @@ def choices_of(device: str) -> Choices:
         return Choices(FEATURES, QUICK_FEATURES, *layers, *rows, *names, code_shapes=CODE_SHAPES)
     import cuda_shapes as gpu
 
-    features, default = ("sparse24", "blocksparse"), gpu.DEFAULT_DTYPES
+    quick, default = ("sparse24", "blocksparse"), gpu.DEFAULT_DTYPES
     layers, rows = (gpu.SHAPES, CONV_SHAPES, ()), (gpu.ROWS, gpu.QUICK_ROWS)
     names, blocks = (tuple(gpu.DTYPES), default, default), (gpu.BLOCKS, gpu.QUICK_BLOCKS)
-    return Choices(features, features, *layers, *rows, *names, *blocks)
+    return Choices((*quick, "pointcloud"), quick, *layers, *rows, *names, *blocks)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,17 @@
 #
 #   bench/gpu_check.sh OUTDIR [--only PART[,PART...]] [--commit ID]
 #
-# parts, in this order: build info emulation golden tests memcheck racecheck bench blocks
+# parts, in this order: build info emulation golden tests memcheck racecheck bench blocks voxels
 #
 # OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, a record
-# bench-DTYPE.json for each dtype, bench.png, blocks.log, blocks.json and golden.npz. A part that
-# fails or runs out of time does not stop the others.
+# bench-DTYPE.json for each dtype, bench.png, blocks.log, blocks.json, voxels.log, voxels.json and
+# golden.npz. A part that fails or runs out of time does not stop the others.
 # Exit status: 0 if every part passed, 1 if one failed, 3 if none failed but some could not run
 # (no GPU, no compute-sanitizer). It needs no network: python3 has torch, the build tools and what
 # the extra "test" installs; with pytest-xdist the tests run side by side.
 set -u -o pipefail
 
-readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks)
+readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks voxels)
 readonly TOTAL=525   # seconds, of which the summary takes none
 readonly NOT_RUN=3   # the exit status of a part that found nothing to run on
 
@@ -126,23 +126,30 @@ part_blocks() {
     --seconds $(($1 - 15)) --commit "$commit" --json "$out/blocks.json"
 }
 
+part_voxels() {
+  [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
+  python3 bench/run.py --device cuda --feature pointcloud --dtype bf16 --quick \
+    --seconds $(($1 - 15)) --commit "$commit" --json "$out/voxels.json"
+}
+
 # ---- running them --------------------------------------------------------------------------------
 
 # Seconds a part may take, and what has to be left for those after it.
 limit_of() {
   case $1 in
     build) echo 240 ;; info) echo 40 ;; emulation) echo 100 ;; golden) echo 80 ;;
-    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks) echo 75 ;;
+    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks | voxels) echo 75 ;;
   esac
 }
 reserve_after() {
   case $1 in
-    build) echo 290 ;; info) echo 280 ;; emulation) echo 250 ;; golden) echo 235 ;;
-    tests) echo 205 ;; memcheck) echo 185 ;; racecheck) echo 165 ;; bench) echo 60 ;; blocks) echo 0 ;;
+    build) echo 310 ;; info) echo 300 ;; emulation) echo 270 ;; golden) echo 255 ;;
+    tests) echo 225 ;; memcheck) echo 205 ;; racecheck) echo 185 ;; bench) echo 100 ;;
+    blocks) echo 45 ;; voxels) echo 0 ;;
   esac
 }
 log_of() {
-  case $1 in build | bench | blocks) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
+  case $1 in build | bench | blocks | voxels) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
 }
 
 declare -A verdict took detail
@@ -173,6 +180,11 @@ summarise() {
       echo
       sed -n '/^Blocks, times faster/,$p' "$out/blocks.log"
     fi
+    if [ -f "$out/voxels.log" ]; then
+      printf '\n```\n'
+      sed -n '/^pointcloud /,$p' "$out/voxels.log"
+      echo '```'
+    fi
   } >"$out/summary.md"
 }
 
@@ -180,7 +192,7 @@ run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
   case $part in
-    build | bench | blocks) rm -f "$out/$part".* "$out/$part"-*.json ;;
+    build | bench | blocks | voxels) rm -f "$out/$part".* "$out/$part"-*.json ;;
     golden) rm -f "$out/golden.npz" ;;
   esac
   limit=$(limit_of "$part")

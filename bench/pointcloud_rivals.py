@@ -1,4 +1,4 @@
-"""Other ways to convolve the voxels of a point cloud on a CPU: torch's own products, and spconv.
+"""Other ways to convolve the voxels of a point cloud: torch's own products, spconv, TorchSparse.
 
 spconv's CPU build runs on one thread: with more, rows of its results are wrong, others on each run.
 """
@@ -6,7 +6,7 @@ spconv's CPU build runs on one thread: with more, rows of its results are wrong,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -104,3 +104,45 @@ def spconv_features(coords: Tensor, feats: Tensor, weight: Tensor, kernel: int) 
     with _one_thread():
         first.indice_dict = layer(first).indice_dict
     return [Contender(SPCONV, run, _one_thread)]
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+def gpu_rivals(
+    coords: Tensor, copies: Sequence[Tensor], weight: Tensor, kernel: int
+) -> dict[str, Callable[[], list[Callable[[], Tensor]]]]:
+    """Calls of a submanifold layer with its pairs kept, by library; an error where there is none.
+
+    ``copies`` of the features, a call each.
+    """
+
+    def spconv() -> list[Callable[[], Tensor]]:
+        import spconv.pytorch as library
+
+        layer = library.SubMConv3d(*weight.shape[1:], kernel, bias=False, indice_key="pairs")
+        layer = layer.to(weight.device, weight.dtype)
+        layer.weight.copy_(weight.unflatten(0, (kernel,) * 3).permute(4, 0, 1, 2, 3))
+        pairs = layer(library.SparseConvTensor(copies[0], coords, _extents(coords), 1)).indice_dict
+
+        def of(feats: Tensor) -> Callable[[], Tensor]:
+            x = library.SparseConvTensor(feats, coords, _extents(coords), 1)
+            x.indice_dict = pairs
+            return lambda: layer(x).features
+
+        return [of(feats) for feats in copies]
+
+    def torchsparse() -> list[Callable[[], Tensor]]:
+        import torchsparse as library
+
+        layer = library.nn.Conv3d(*weight.shape[1:], kernel).to(weight.device, weight.dtype)
+        # Its taps count with the first axis fastest.
+        taps = weight.unflatten(0, (kernel,) * 3).permute(2, 1, 0, 3, 4)
+        layer.kernel.copy_(taps.flatten(0, 2))
+        tensors = [library.SparseTensor(feats, coords) for feats in copies]
+        layer(tensors[0])
+        for x in tensors[1:]:
+            x._caches = tensors[0]._caches
+        return [lambda x=x: layer(x).feats for x in tensors]
+
+    return {"spconv": spconv, "TorchSparse": torchsparse}

@@ -12,8 +12,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import bench_blocksparse_cuda
+import bench_pointcloud_cuda
 import torch
 from bench_blocksparse_cuda import CudaBlockPlan
+from bench_pointcloud_cuda import CudaVoxelCase, CudaVoxelPlan, voxel_table
 from bench_sparse24_cuda import Bench, CudaPlan, run
 from cuda_block_case import CudaBlockCase, block_summary, block_table
 from cuda_machine import GpuLimits, Sensors, describe_gpu, gpu_name, measure_limits
@@ -96,6 +98,29 @@ def block_plan_of(options: Options) -> CudaBlockPlan:
     return CudaBlockPlan(problems, options.blocks, BLOCK_DENSITIES, FULL_ROUNDS, seconds)
 
 
+def voxel_plan_of(options: Options) -> CudaVoxelPlan:
+    """The cases of point clouds: a network, then its layers."""
+    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
+    seconds = options.seconds or math.inf
+    if not options.quick:
+        return CudaVoxelPlan(options.scan, dtypes, rounds=FULL_ROUNDS, most_seconds=seconds)
+    rest: dict[str, Any] = {
+        "rounds": QUICK_ROUNDS,
+        "most_seconds": options.seconds or QUICK_SECONDS,
+    }
+    return CudaVoxelPlan(options.scan, dtypes[:1], channels=(32, 64, 128), **rest)
+
+
+def print_voxel_cases(cases: Iterable[CudaVoxelCase], out: Any = None) -> list[CudaVoxelCase]:
+    """Each shape's table as soon as its last case is there; all the cases."""
+    every = []
+    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
+        mine = list(group)
+        print(voxel_table(mine), file=out or sys.stdout, flush=True)
+        every += mine
+    return every
+
+
 def print_block_cases(cases: Iterable[CudaBlockCase], out: Any = None) -> list[CudaBlockCase]:
     """Each layer's table as soon as its last case is there; all the cases."""
     every = []
@@ -144,13 +169,20 @@ def main(options: Options, arguments: Sequence[str]) -> int:
         left = block_plan.most_seconds - (perf_counter() - begin)
         found = bench_blocksparse_cuda.run(replace(block_plan, most_seconds=left), bench)
         blocks = print_block_cases(found)
+    voxels: list[CudaVoxelCase] = []
+    if "pointcloud" in options.features:
+        voxel_plan = voxel_plan_of(options)
+        left = voxel_plan.most_seconds - (perf_counter() - begin)
+        voxels = print_voxel_cases(
+            bench_pointcloud_cuda.run(replace(voxel_plan, most_seconds=left), bench)
+        )
     if cases:
         print(summary_text(cases))
     if blocks:
         print(block_summary(blocks))
-    keep(options, arguments, gpu, limits, cases, blocks)
+    keep(options, arguments, gpu, limits, cases, (*blocks, *voxels))
     print(f"took {perf_counter() - begin:.0f} s")
-    return 0 if all(case.passed for case in (*cases, *blocks)) else 1
+    return 0 if all(case.passed for case in (*cases, *blocks, *voxels)) else 1
 
 
 def keep(
@@ -159,9 +191,9 @@ def keep(
     gpu: dict[str, Any],
     limits: GpuLimits,
     cases: Sequence[CudaCase],
-    blocks: Sequence[CudaBlockCase] = (),
+    others: Sequence[CudaCase] = (),
 ) -> None:
-    """Write the record and the picture that were asked for; the picture has no blocks."""
+    """Write the record and the picture that were asked for; the picture has no other cases."""
     commit = describe_commit()
     if options.commit:
         commit["id"] = options.commit
@@ -176,11 +208,11 @@ def keep(
             "goals": goals(cases),
             "not_available": [
                 {"case": case.name} | case.finding(limits)
-                for case in (*cases, *blocks)
+                for case in (*cases, *others)
                 if not case.timings
             ],
         }
-        entries = [entry for case in (*cases, *blocks) for entry in case.entries(limits)]
+        entries = [entry for case in (*cases, *others) for entry in case.entries(limits)]
         write_entries(path, {"gpu": gpu}, commit, gossamer, entries)
         print(f"record: {path}")
     if options.plot and any(case.timings for case in cases):

@@ -2,6 +2,7 @@
 // What tells modules apart that were not built together.
 #include "blocksparse/cuda.h"
 #include "common/cuda.h"
+#include "pointcloud/cuda.h"
 #include "sparse24/cuda.h"
 
 namespace gossamer {
@@ -9,10 +10,11 @@ namespace gossamer {
 // Differs where one of the structs does that cross from one module to the other.
 constexpr size_t build_of_cuda() {
   size_t build = 0;
-  for (size_t size :
-       {sizeof(CudaModule), sizeof(blocksparse::CudaKernels), sizeof(blocksparse::CudaConvArgs),
-        sizeof(sparse24::CudaKernels), sizeof(sparse24::CudaGemmArgs)}) {
-    build = build << 10 | size;
+  for (size_t size : {sizeof(CudaModule), sizeof(blocksparse::CudaKernels),
+                      sizeof(blocksparse::CudaConvArgs), sizeof(pointcloud::CudaKernels),
+                      sizeof(pointcloud::CudaConvArgs), sizeof(pointcloud::CudaWeightGradArgs),
+                      sizeof(sparse24::CudaKernels), sizeof(sparse24::CudaGemmArgs)}) {
+    build = build * 1000003 + size;
   }
   return build;
 }

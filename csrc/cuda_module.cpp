@@ -12,6 +12,7 @@
 #include "blocksparse/cuda_kernels.h"
 #include "common/device.cuh"
 #include "cuda_build.h"
+#include "pointcloud/cuda_kernels.h"
 #include "sparse24/cuda_kernels.h"
 
 namespace py = pybind11;
@@ -73,6 +74,7 @@ const CudaModule kModule = {
     relax_capture,
     read,
     blocksparse::cuda_kernel_table(),
+    pointcloud::cuda_kernel_table(),
     sparse24::cuda_kernel_table(),
 };
 

@@ -50,6 +50,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::blocksparse::bind(m);
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_conv(m);
+  gossamer::pointcloud::bind_conv_cuda(m);
   gossamer::pointcloud::bind_maps(m);
   gossamer::pointcloud::bind_pool(m);
   gossamer::pointcloud::bind_voxelize(m);

@@ -12,8 +12,10 @@ import sys
 import gossamer
 import torch
 import torch.nn.functional as F
-from gossamer import Block
+from gossamer import Block, reference
 from gossamer.formats import BlockSparse, Sparse24, Sparse24Panels
+from gossamer.ops import pointcloud_conv
+from gossamer.pointcloud import Coordinates
 from torch import Tensor
 
 # (M, N, K): one of everything, tails of every tile, several blocks, more K steps than stages.
@@ -66,6 +68,27 @@ def largest_error_of_blocks(dtype: torch.dtype) -> float:
     return worst
 
 
+def largest_error_of_voxels(dtype: torch.dtype) -> float:
+    """Copied channels and others, of the result and of the weights' gradient."""
+    worst = 0.0
+    coords = (torch.rand(1, 9, 8, 7) < 0.5).nonzero().int().cuda()
+    map = Coordinates(coords).submanifold(3)
+    pairs = (map.in_index, map.out_index, map.tap_offsets, map.in_order, map.out_order)
+    for c_in, c_out in ((40, 136), (3, 17)):
+        feats, weight = torch.randn(len(coords), c_in), torch.randn(27, c_in, c_out)
+        x, w = (t.to("cuda", dtype).requires_grad_() for t in (feats, weight))
+        y = pointcloud_conv(x, w, None, map)
+        (dw,) = torch.autograd.grad(y, w, torch.ones_like(y))
+        exact = (x.detach().double(), w.detach().double())
+        want = reference.pointcloud_conv(*exact, None, *pairs, map.n_out)
+        ones = torch.ones_like(want)
+        want_dw = reference.pointcloud_conv_weight_grad(ones, exact[0], *pairs)
+        for got, right in ((y, want), (dw, want_dw)):
+            error = (got.detach().double() - right).abs().max() / right.abs().max()
+            worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
+
+
 def largest_error(dtype: torch.dtype) -> float:
     """Over the shapes, of the largest entry."""
     worst = 0.0
@@ -99,6 +122,9 @@ def main() -> int:
     for dtype, allowed in DTYPES.items():
         error = largest_error_of_blocks(dtype)
         print(f"{dtype} blocks: largest error {error:.1e}, allowed {allowed:.0e}")
+        wrong += not error <= allowed
+        error = largest_error_of_voxels(dtype)
+        print(f"{dtype} voxels: largest error {error:.1e}, allowed {allowed:.0e}")
         wrong += not error <= allowed
     return 1 if wrong or not ran else 0
 

@@ -45,10 +45,12 @@ def test_matches_plain_torch(dtype: torch.dtype) -> None:
 
 def check_map(x: pc.SparseTensor, kernel_map: pc.KernelMap) -> None:
     pairs = pairs_of(kernel_map)
-    best, winner = torch.ops.gossamer.pointcloud_max_pool(x.feats, *pairs)
-    want = reference.pointcloud_max_pool(x.feats, *pairs)
-    assert torch.equal(best.nan_to_num(7.0), want[0].nan_to_num(7.0))
-    assert torch.equal(winner, want[1])
+    repeats = kernel_map.repeats
+    best, winner = torch.ops.gossamer.pointcloud_max_pool(x.feats, *pairs, repeats)
+    for may_repeat in {repeats, True}:
+        want = reference.pointcloud_max_pool(x.feats, *pairs, may_repeat)
+        assert torch.equal(best.nan_to_num(7.0), want[0].nan_to_num(7.0))
+        assert torch.equal(winner, want[1])
     dy, back = torch.randn_like(best), (*pairs_of(kernel_map.transposed()),)
     got = torch.ops.gossamer.pointcloud_max_pool_grad(dy, winner, *back)
     torch.testing.assert_close(got, reference.pointcloud_max_pool_grad(dy, winner, *back))
@@ -153,9 +155,9 @@ def test_registered_ops() -> None:
     pairs, back = pairs_of(kernel_map), pairs_of(kernel_map.transposed())
     feats = x.feats.detach().requires_grad_()
     of = torch.ops.gossamer
-    y, winner = of.pointcloud_max_pool(feats.detach(), *pairs)
+    y, winner = of.pointcloud_max_pool(feats.detach(), *pairs, False)
     torch.library.opcheck(of.pointcloud_sum_pool, (feats, *pairs, True))
-    torch.library.opcheck(of.pointcloud_max_pool, (feats, *pairs))
+    torch.library.opcheck(of.pointcloud_max_pool, (feats, *pairs, False))
     torch.library.opcheck(of.pointcloud_max_pool_grad, (y.requires_grad_(), winner, *back))
 
 

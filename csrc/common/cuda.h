@@ -9,6 +9,9 @@ namespace gossamer {
 namespace blocksparse {
 struct CudaKernels;
 }
+namespace pointcloud {
+struct CudaKernels;
+}
 namespace sparse24 {
 struct CudaKernels;
 }
@@ -39,6 +42,7 @@ struct CudaModule {
   // Waits for what the stream has been given so far.
   void (*read)(void* host, const void* device, size_t bytes, CudaStream stream);
   const blocksparse::CudaKernels* blocksparse;
+  const pointcloud::CudaKernels* pointcloud;
   const sparse24::CudaKernels* sparse24;
 };
 

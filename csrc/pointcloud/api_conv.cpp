@@ -3,36 +3,17 @@
 
 #include "common/py_tensor.h"
 #include "pointcloud/border_kernel_map.h"
+#include "pointcloud/border_rows.h"
 
 namespace py = pybind11;
 
 namespace gossamer::pointcloud {
 namespace {
 
-// A matrix with a row a voxel, of any distance between rows.
-void check_rows(const char* op, const char* what, const TensorView& t, DType dtype) {
-  check_matrix(op, what, t);
-  check_dtype(op, what, t, dtype);
+void check_cpu_rows(const char* op, const char* what, const TensorView& t, DType dtype) {
+  check_rows(op, what, t, dtype);
   GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
                  ", this is the CPU's product");
-  GOSSAMER_CHECK(t.strides[1] == 1 || t.shape[1] == 1 || t.shape[0] == 0, op, ": ", what,
-                 " has strides [", t.strides[0], ", ", t.strides[1],
-                 "], its columns must be contiguous");
-}
-
-Channels checked_channels(const char* op, const TensorView& weights, int64_t c_in, int64_t groups,
-                          DType dtype) {
-  GOSSAMER_CHECK(weights.ndim == 3, op, ": weight has ", weights.ndim,
-                 " dimensions, expected 3: [taps, C_in / groups, C_out]");
-  check_dtype(op, "weight", weights, dtype);
-  check_contiguous(op, "weight", weights);
-  const int64_t c_out = weights.shape[2];
-  GOSSAMER_CHECK(weights.shape[0] >= 1 && weights.shape[1] >= 1 && c_out >= 1, op,
-                 ": weight has shape ", shape_text(weights), ", expected at least [1, 1, 1]");
-  GOSSAMER_CHECK(groups >= 1 && c_in == groups * weights.shape[1] && c_out % groups == 0, op,
-                 ": weight of shape ", shape_text(weights), " and ", groups,
-                 " groups do not fit features of ", c_in, " channels");
-  return {groups, c_in, c_out};
 }
 
 void bind_forward(const TensorView& y, const TensorView& x, const TensorView& weights,
@@ -43,8 +24,8 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
                   const std::string& activation, int threads) {
   constexpr const char* op = "pointcloud_conv";
   check_weight_dtype(op, "feats", x);
-  check_rows(op, "feats", x, x.dtype);
-  check_rows(op, "out", y, x.dtype);
+  check_cpu_rows(op, "feats", x, x.dtype);
+  check_cpu_rows(op, "out", y, x.dtype);
   const Channels channels = checked_channels(op, weights, x.shape[1], groups, x.dtype);
   check_shape(op, "out", y, y.shape[0], channels.out);
   check_contiguous(op, "out", y);
@@ -62,8 +43,8 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
                       const std::optional<TensorView>& out_order, int64_t groups, int threads) {
   constexpr const char* op = "pointcloud_conv_weight_grad";
   check_weight_dtype(op, "feats", x);
-  check_rows(op, "feats", x, x.dtype);
-  check_rows(op, "dy", dy, x.dtype);
+  check_cpu_rows(op, "feats", x, x.dtype);
+  check_cpu_rows(op, "dy", dy, x.dtype);
   const Channels channels = checked_channels(op, dw, x.shape[1], groups, x.dtype);
   check_shape(op, "dy", dy, dy.shape[0], channels.out);
   const KernelMap map = checked_map(op, {in, out, tap_offsets, in_order, out_order}, dw.shape[0],

@@ -57,6 +57,13 @@ def obstacle(device: torch.device) -> str | None:
 
 
 @cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the CUDA module runs on this GPU, for what torch can compute, too."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return _attached() is None and 10 * major + minor >= _C.cuda_lowest_capability
+
+
+@cache
 def wrong_results(device: torch.device) -> str | None:
     """Which kernels answer a small product wrongly on this device, if any.
 
@@ -67,7 +74,9 @@ def wrong_results(device: torch.device) -> str | None:
     from .ops.blocksparse import blocksparse_by_way, blocksparse_conv
     from .ops.blocksparse_choice import blocksparse_ways
     from .ops.cuda_workspace import aligned_rows, chosen_config
+    from .ops.pointcloud import pointcloud_conv
     from .ops.sparse24 import sparse24_linear
+    from .pointcloud import Coordinates
     from .prune import magnitude_24, magnitude_blocks
 
     def integers(*shape: int) -> torch.Tensor:
@@ -120,6 +129,15 @@ def wrong_results(device: torch.device) -> str | None:
             expected = (x @ matrix.t()).to(dtype)
             if not all(torch.equal(y.cpu(), expected) for y in found):
                 wrong.append(f"{dtype} of blocks, linear")
+            x, kernel = integers(1, 24, 7, 6, 5), integers(40, 24, 3, 3, 3)
+            expected = F.conv3d(x, kernel, padding=1).to(dtype)
+            voxels = torch.ones_like(x[:, 0]).nonzero().int()  # all of them, so as dense as can be
+            map = Coordinates(voxels.to(device)).submanifold(3)
+            feats = x[0].flatten(1).t().to(device, dtype)
+            taps = kernel.flatten(2).permute(2, 1, 0).to(device, dtype)
+            y = pointcloud_conv(feats, taps, None, map)
+            if not torch.equal(y.cpu(), expected[0].flatten(1).t()):
+                wrong.append(f"{dtype} of voxels")
     return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None
 
 

@@ -194,6 +194,10 @@ def _cuda_choices(devices: tuple[dict[str, Any], ...]) -> tuple[Choice, ...]:
             target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
             where = f"sparse24_linear on {device}"
             choices.append(Choice(where, example, m, n, k, dtype, target, kernel, why))
+    voxels, c_out, *_ = _TYPICAL_VOXELS
+    for dtype in _DTYPES[:3]:
+        chosen = _C.pointcloud_conv_choose_cuda(dtype, voxels, c_out, device.index)
+        choices.append(_choice(f"pointcloud_conv on {device}", _TYPICAL_VOXELS, dtype, chosen))
     return (*choices, *_blocksparse_choices(device))
 
 

@@ -428,37 +428,46 @@ def pointcloud_max_pool(
     in_order: Tensor | None,
     out_order: Tensor | None,
     n_out: int,
+    repeats: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """out[j] = max feats[i] over the pairs (i, j), 0 of none, and the i it was taken from, or -1.
 
     Of equal ones that of the first pair; NaN counts as the greatest, and of several the last.
+    ``repeats``: whether pairs of a tap may share an output, as those with a sample do.
     """
     best = feats.new_zeros((n_out, feats.shape[1]))
     winner = torch.full_like(best, -1, dtype=torch.int32)
     for i, j in _tap_rows(in_index, out_index, tap_offsets, in_order, out_order):
-        x, row, j = _one_an_output(feats[i], i.int().unsqueeze(1).expand(-1, feats.shape[1]), j)
+        if repeats:
+            x, row = _best_of_each(feats, i, j, n_out)
+            j = torch.arange(n_out, device=j.device)
+        else:
+            x, row = feats[i], i.int().unsqueeze(1).expand(-1, feats.shape[1])
         so_far, took = best[j], winner[j]
-        better = (took < 0) | (x > so_far) | x.isnan()
+        better = (row >= 0) & ((took < 0) | (x > so_far) | x.isnan())
         best[j] = torch.where(better, x, so_far)
         winner[j] = torch.where(better, row, took)
     return best, winner
 
 
-def _one_an_output(x: Tensor, row: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a tap's pairs that share an output, as those with a sample do, the maximum and its row.
+def _best_of_each(feats: Tensor, i: Tensor, j: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
+    """Of a tap's pairs that share an output the maximum and its row; where there are none, -1.
 
-    They lie side by side: every second one meets the one before it, until there are none.
+    Nothing here depends on values that a GPU would have to be waited for.
     """
-    while bool((j[1:] == j[:-1]).any()):
-        number = torch.arange(len(j), device=j.device)
-        begins = F.pad(j[1:] != j[:-1], (1, 0), value=True)
-        second = (number - torch.where(begins, number, 0).cummax(0).values) % 2 == 1
-        at = second.nonzero().squeeze(1)
-        better = (x[at] > x[at - 1]) | x[at].isnan()
-        x = x.index_copy(0, at - 1, torch.where(better, x[at], x[at - 1]))[~second]
-        row = row.index_copy(0, at - 1, torch.where(better, row[at], row[at - 1]))[~second]
-        j = j[~second]
-    return x, row, j
+    x = feats[i]
+    at = j.unsqueeze(1).expand_as(x)
+    number = torch.arange(len(j), device=j.device).unsqueeze(1).expand_as(x)
+    none = number.new_full((n_out, x.shape[1]), len(j))
+    top = x.new_full(none.shape, -torch.inf).scatter_reduce_(0, at, x, "amax")
+    equal = torch.where(x == top.gather(0, at), number, len(j))
+    first = none.scatter_reduce(0, at, equal, "amin")
+    nan = torch.full_like(none, -1).scatter_reduce_(
+        0, at, torch.where(x.isnan(), number, -1), "amax"
+    )
+    taken = torch.where(nan < 0, first, nan)
+    x, i = F.pad(x, (0, 0, 0, 1)), F.pad(i.int(), (0, 1), value=-1)
+    return x.gather(0, taken), i[taken]
 
 
 def pointcloud_max_pool_grad(

@@ -14,7 +14,14 @@ import torch
 from emulator import CSRC, HERE, KernelLibrary
 from gossamer import _C
 from gossamer.formats import sparse24 as sparse24_format
-from gossamer.ops import blocksparse, cuda_workspace, sparse24, sparse24_layout, sparse24_quantized
+from gossamer.ops import (
+    blocksparse,
+    cuda_workspace,
+    pointcloud,
+    sparse24,
+    sparse24_layout,
+    sparse24_quantized,
+)
 
 TABLE = HERE / "kernels" / "cuda_table.cu"
 PARTS = sorted(CSRC.glob("*/*.cu"))
@@ -57,6 +64,10 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
     monkeypatch.setattr(sparse24_quantized, "_linear", sparse24_quantized._native_cuda)
     monkeypatch.setattr(blocksparse, "_is_cuda", lambda t: True)
+    monkeypatch.setattr(pointcloud, "calls_cpu_kernel", lambda *tensors: False)
+    monkeypatch.setattr(pointcloud, "has_kernels", lambda device: True)
+    monkeypatch.setattr(pointcloud, "_op", pointcloud._native_cuda)
+    monkeypatch.setattr(pointcloud, "_weight_op", pointcloud._weight_native_cuda)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
     cuda_workspace._workspace_bytes.cache_clear()
     yield Gpu(library)

@@ -67,6 +67,12 @@ COMPILED += [
     for architecture in ("80", "90")
 ]
 COMPILED += [(BLOCKSPARSE / "conv_sm90.cu", "90a")]
+POINTCLOUD = CSRC / "pointcloud"
+COMPILED += [
+    (POINTCLOUD / f"{name}.cu", architecture)
+    for name in ("conv_sm80", "conv_fma", "weight_grad")
+    for architecture in ("80", "90")
+]
 _compiling: dict[tuple[Path, str], Future[tuple[Path, str]]] = {}
 
 
@@ -183,14 +189,23 @@ def test_gemm_int4(architecture: str) -> None:
 
 # Products of both types, of operands that come by 16 bytes past the registers.
 @pytest.mark.parametrize("architecture", ["80", "90"])
-def test_blocksparse_conv(architecture: str) -> None:
-    found = opcodes(BLOCKSPARSE / "conv_sm80.cu", architecture)
+@pytest.mark.parametrize(
+    ("source", "others"),
+    [
+        (BLOCKSPARSE / "conv_sm80.cu", ("LDSM.16.M88.4", "STG.E.128", "REDUX")),
+        (POINTCLOUD / "conv_sm80.cu", ("LDSM.16.M88.4", "LDSM.16.MT88.4", "STG.E.128")),
+        (POINTCLOUD / "weight_grad.cu", ("LDSM.16.MT88.4", "STG.E.64")),
+    ],
+)
+def test_products_of_gathered_rows(
+    source: Path, others: tuple[str, ...], architecture: str
+) -> None:
+    found = opcodes(source, architecture)
     assert {opcode for opcode in found if "MMA." in opcode} == {
         "HMMA.16816.F32.BF16",
         "HMMA.16816.F32",
     }
-    copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", "STG.E.128")
-    assert missing((*copies, "REDUX"), found) == []
+    assert missing(("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", *others), found) == []
 
 
 # Products of both widths and types; operands by TMA, x also by cp.async that arrives at a barrier.
@@ -343,6 +358,7 @@ def test_primitives_sm90() -> None:
             ("FFMA", "LDG.E.128.CONSTANT", "STS.128", "LDS.128", "LDS.64"),
         ),
         ("blocksparse/conv_fma.cu", ("FFMA", "DFMA", "LDGSTS.E", "LDGSTS.E.64", "LDS.128")),
+        ("pointcloud/conv_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
         ("blocksparse/pack.cu", ("LDG.E.CONSTANT", "LDG.E.64.CONSTANT", "STG.E.64")),
     ],
 )

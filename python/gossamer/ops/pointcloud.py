@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
-from .._library import calls_cpu_kernel, library
+from .._cuda_module import has_kernels
+from .._library import calls_cpu_kernel, calls_cuda_kernel, library
 from .operands import (
     activation_of,
     apply_function,
@@ -24,6 +25,7 @@ from .operands import (
     check_dtypes,
     gradient_wanted,
 )
+from .pointcloud_layout import output_table, pair_segments
 
 if TYPE_CHECKING:
     from ..pointcloud import KernelMap
@@ -84,8 +86,12 @@ def pointcloud_conv(
     -----
     16-bit types are summed in float32. The gradient of ``feats`` is the convolution by the
     transposed map, and that of ``weight`` a sum over fixed segments of pairs: both are the same for
-    any number of threads, too. On a GPU a tap at a time is gathered, multiplied and added by torch,
-    in the order of the taps.
+    any number of threads, too.
+
+    On a GPU the first call with a map makes a table of it for the kernels, which waits for the GPU;
+    it is kept as long as the map, and later calls can be captured in a CUDA graph. Weights that are
+    not finite may reach outputs that lack their tap there. In groups and in float64 a tap at a
+    time is gathered, multiplied and added by torch, in the order of the taps.
 
     References
     ----------
@@ -147,11 +153,21 @@ def _native(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> T
 
 def _native_cuda(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     *pairs, n_out, groups, activation = rest
-    _empty_result(feats, weight, bias, n_out, groups)
-    name = None if activation == "none" else activation
-    operands: tuple[Any, ...] = (*pairs, n_out, groups, name)
-    # cuBLAS sums in an order for each layout.
-    return reference.pointcloud_conv(feats.contiguous(), weight.contiguous(), bias, *operands)
+    y = _empty_result(feats, weight, bias, n_out, groups)
+    if not _has_cuda_kernel(feats, groups):
+        name = None if activation == "none" else activation
+        operands: tuple[Any, ...] = (*pairs, n_out, groups, name)
+        # cuBLAS sums in an order for each layout.
+        return reference.pointcloud_conv(feats.contiguous(), weight.contiguous(), bias, *operands)
+    table = output_table(tuple(pairs), feats.shape[0], n_out)
+    dense = (weight.contiguous(), None if bias is None else bias.contiguous())
+    _C.pointcloud_conv_cuda(y, _rows(feats), *dense, *table, activation)
+    return y
+
+
+def _has_cuda_kernel(feats: Tensor, groups: int) -> bool:
+    """Or torch computes tap by tap, on a GPU: in float64, in groups."""
+    return groups == 1 and feats.dtype != torch.float64 and has_kernels(feats.device)
 
 
 def _fake(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -192,6 +208,8 @@ def _autograd(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) ->
         return y if activate is None else activate(y)
     if calls_cpu_kernel(feats, weight, bias, *pairs):
         return _native(feats, weight, bias, *rest)
+    if calls_cuda_kernel(feats, weight, bias):
+        return _native_cuda(feats, weight, bias, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(feats, weight, bias, *rest)
 
@@ -275,7 +293,15 @@ def _weight_native(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
 
 
 def _weight_native_cuda(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
-    return reference.pointcloud_conv_weight_grad(dy.contiguous(), feats.contiguous(), *rest)
+    *pairs, groups = rest
+    if not _has_cuda_kernel(feats, groups):
+        return reference.pointcloud_conv_weight_grad(dy.contiguous(), feats.contiguous(), *rest)
+    dw = _weight_fake(dy, feats, *rest)
+    segments = pair_segments(tuple(pairs), feats.shape[0], dy.shape[0])
+    sums = (len(segments.begins) - 1) * dw[0].numel()
+    partial = dw.new_empty(sums, dtype=torch.float32)
+    _C.pointcloud_conv_weight_grad_cuda(dw, _rows(dy), _rows(feats), *segments, partial)
+    return dw
 
 
 def _weight_fake(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:

@@ -69,7 +69,7 @@ def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -
         kernel_map.n_out,
     )
     if reduce == "max":
-        best: Tensor = _max(feats, *pairs)[0]
+        best: Tensor = _max(feats, *pairs, kernel_map.repeats)[0]
         return best
     reduced: Tensor = _sum(feats, *pairs, reduce == "mean")
     return reduced
@@ -80,7 +80,7 @@ library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 library.define(
-    f"pointcloud_max_pool(Tensor feats, {_MAP}, SymInt n_out) -> (Tensor, Tensor)",
+    f"pointcloud_max_pool(Tensor feats, {_MAP}, SymInt n_out, bool repeats) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 library.define(
@@ -105,7 +105,7 @@ def _sum_native(feats: Tensor, *pairs_mean: Any) -> Tensor:
 
 
 def _max_native(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
-    *pairs, n_out = pairs_n
+    *pairs, n_out, _ = pairs_n
     out = feats.new_empty((n_out, feats.shape[1]))
     winner = torch.empty_like(out, dtype=torch.int32)
     operands = (winner, _rows(feats), *pairs, torch.get_num_threads())
@@ -126,7 +126,7 @@ def _sum_fake(feats: Tensor, *pairs_mean: Any) -> Tensor:
 
 
 def _max_fake(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
-    out = feats.new_empty((pairs_n[-1], feats.shape[1]))
+    out = feats.new_empty((pairs_n[-2], feats.shape[1]))
     return out, torch.empty_like(out, dtype=torch.int32)
 
 
@@ -202,7 +202,7 @@ class _Max(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        feats, *pairs, ctx.n_out = inputs
+        feats, *pairs, ctx.n_out, _ = inputs
         ctx.n_in = feats.shape[0]
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1], *pairs)
@@ -211,7 +211,7 @@ class _Max(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         winner, *pairs = ctx.saved_tensors
         reverse = _reversed((*pairs, ctx.n_out), ctx.n_in)
-        return _max_grad(dy, winner, *reverse), *(None,) * 6
+        return _max_grad(dy, winner, *reverse), *(None,) * 7
 
 
 class _MaxGrad(torch.autograd.Function):

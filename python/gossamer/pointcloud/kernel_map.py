@@ -30,6 +30,9 @@ class KernelMap:
         The voxels on each side.
     kernel_size : tuple of int
         One a spatial axis; T is their product.
+    repeats : bool
+        Whether outputs may repeat within a tap, as where every voxel meets its sample: for pooling
+        alone, and asked on a GPU, which would have to be waited for to see.
     """
 
     in_index: Tensor
@@ -40,6 +43,7 @@ class KernelMap:
     n_in: int
     n_out: int
     kernel_size: tuple[int, ...]
+    repeats: bool = False
 
     @property
     def taps(self) -> int:

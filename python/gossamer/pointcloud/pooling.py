@@ -141,4 +141,5 @@ def _to_samples(x: SparseTensor) -> KernelMap:
         n_in=len(x),
         n_out=x.batch_size,
         kernel_size=(1,) * x.dims,
+        repeats=True,
     )

@@ -4,6 +4,7 @@
 #include "blocksparse/pack_cuda.h"
 #include "cuda_build.h"
 #include "kernels/exports.h"
+#include "pointcloud/conv_cuda.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
@@ -39,6 +40,22 @@ constexpr CudaKernels kKernels = {
 
 }  // namespace
 }  // namespace blocksparse
+
+namespace pointcloud {
+namespace {
+
+constexpr CudaKernels kKernels = {
+    [](const CudaConvArgs& args, CudaStream stream) {
+      last_kernel = static_cast<int>(args.config.kernel);
+      run_conv(args, stream_of(stream));
+    },
+    [](const CudaWeightGradArgs& args, CudaStream stream) {
+      weight_grad_cuda(args, stream_of(stream));
+    },
+};
+
+}  // namespace
+}  // namespace pointcloud
 
 namespace sparse24 {
 namespace {
@@ -86,6 +103,7 @@ constexpr CudaModule kModule = {
       copy_to_host(host, from, bytes, stream_of(stream));
     },
     &blocksparse::kKernels,
+    &pointcloud::kKernels,
     &sparse24::kKernels,
 };
 

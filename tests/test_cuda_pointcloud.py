@@ -1,0 +1,124 @@
+"""Point clouds on a GPU, what only a GPU can show; tests/test_pointcloud_conv.py has the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gossamer import fold_batchnorm, reference
+from gossamer import pointcloud as pc
+from gossamer.ops import pointcloud_conv
+from pointcloud_cases import ConvOracle, PointcloudCase, WeightGradOracle, tensors_of
+from torch import Tensor
+
+pytestmark = pytest.mark.cuda
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def scene(voxels: int, channels: int, dtype: torch.dtype = torch.float32) -> pc.SparseTensor:
+    """A rough surface, in no order of rows."""
+    points = torch.rand(voxels, 3) * torch.tensor([120.0, 120.0, 6.0])
+    points[:, 2] = points[:, 2].floor() / 3 + 3 * (points[:, :2] / 20).sin().sum(1)
+    coords = torch.unique(points.floor().int(), dim=0)
+    coords = torch.nn.functional.pad(coords[torch.randperm(len(coords))], (1, 0))
+    return pc.SparseTensor(coords.cuda(), torch.randn(len(coords), channels).cuda().to(dtype))
+
+
+def captured(call: Callable[[], Tensor]) -> Tensor:
+    """What a graph's second replay leaves."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # which makes the maps and their tables
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    for _ in range(2):
+        y.fill_(77.0)
+        graph.replay()
+    torch.cuda.synchronize()
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [(4, 32), (32, 32), (64, 96), (96, 128), (256, 256), (17, 513)])
+def test_layers_of_a_scene(width: tuple[int, int], dtype: torch.dtype) -> None:
+    """Every tile, with more blocks than a GPU runs at once."""
+    x = scene(30_000, width[0], dtype)
+    map = x.coordinates.submanifold(3)
+    weight = (torch.randn(27, *width) / 27).cuda().to(dtype)
+    y = pointcloud_conv(x.feats, weight, None, map, activation="relu")
+    ConvOracle(x.feats, weight, None, map, activation="relu").check(y)
+    assert torch.equal(pointcloud_conv(x.feats, weight, None, map, activation="relu"), y)
+    dw = torch.ops.gossamer.pointcloud_conv_weight_grad(y, x.feats, *tensors_of(map), 1)
+    WeightGradOracle(y, x.feats, map).check(dw)
+    assert torch.equal(
+        torch.ops.gossamer.pointcloud_conv_weight_grad(y, x.feats, *tensors_of(map), 1), dw
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_network_in_a_graph(dtype: torch.dtype) -> None:
+    net = pc.models.MinkUNet14(4, 20, planes=(16, 32, 32, 64, 64, 32, 32, 16)).eval()
+    fold_batchnorm(net)
+    x = scene(20_000, 4)
+    with torch.no_grad():
+        cpu = pc.SparseTensor(x.coords.cpu(), x.feats.cpu())
+        expected = net(cpu).feats
+        net = net.cuda().to(dtype)
+        given = x.replace_feats(x.feats.to(dtype))
+        eager = net(given).feats
+        assert torch.equal(captured(lambda: net(given).feats), eager)
+    error = (eager.cpu().float() - expected).norm() / expected.norm()
+    assert error < {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}[dtype]
+
+
+def test_pooling_in_a_graph() -> None:
+    x = scene(3_000, 5)
+    for layer in (pc.MaxPool3d(3, 2), pc.AvgPool3d(2, 2), pc.GlobalMaxPool(), pc.GlobalAvgPool()):
+
+        def call(layer: torch.nn.Module = layer) -> Tensor:
+            y = layer(x)
+            return y if isinstance(y, Tensor) else y.feats
+
+        assert torch.equal(captured(call), call())
+
+
+def test_training_in_a_graph() -> None:
+    layer, x = pc.SubmanifoldConv3d(16, 24, 3).cuda(), scene(3_000, 16)
+
+    def gradient() -> Tensor:
+        feats = x.feats.detach().requires_grad_()
+        y = layer(x.replace_feats(feats)).feats.square().sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(y, (feats, layer.weight))])
+
+    torch.testing.assert_close(captured(gradient), gradient())
+
+
+def test_other_stream_and_autocast() -> None:
+    layer, x = pc.SubmanifoldConv3d(16, 24, 3).cuda(), scene(3_000, 16)
+    with torch.no_grad():
+        y = layer(x).feats
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            again = layer(x).feats
+        stream.synchronize()
+        assert torch.equal(again, y)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert layer(x).feats.dtype == torch.bfloat16
+
+
+def test_groups_and_float64_are_torchs() -> None:
+    for case in (
+        PointcloudCase((3, 3), 50, 60, 0.5, 12, 18, 3),
+        PointcloudCase((3,), 50, 60, 0.5, 8, 8),
+    ):
+        with torch.device("cuda"):
+            feats, weight, bias = case.operands(torch.float64)
+            map = case.map()
+        y = pointcloud_conv(feats, weight, bias, map, case.groups)
+        rest = (*tensors_of(map), map.n_out, case.groups)
+        assert torch.equal(y, reference.pointcloud_conv(feats, weight, bias, *rest))
