@@ -13,18 +13,11 @@ from ..conversion.selection import layer_sites
 from ..convert import convert
 from ..formats import Block
 from ..nn import SparseTrainingLinear
+from .computed import Standing
 from .layers import Layer, unwrapped
 from .patterns import NM, Pattern, as_pattern
-from .schedules import Schedule
 from .scores import Magnitude
 from .sparsifier import Sparsifier
-
-
-class Standing(Schedule):
-    """The same sparsity from before the first step on."""
-
-    def start(self, sparsifier: Sparsifier) -> None:
-        sparsifier.prune_to(self.sparsity)
 
 
 class STE(Sparsifier):
