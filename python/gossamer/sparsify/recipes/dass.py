@@ -76,7 +76,7 @@ class DASS(Computed):
         self.train_weights()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The mask scores, for an optimizer."""
+        """The mask scores, which are among the model's parameters."""
         for op in self._ops:
             yield op.scores
 

@@ -52,7 +52,7 @@ class GBLRLinear(nn.Module):
     u, v : Parameter
         [K, out_features], [K, in_features].
     starts, widths : ParameterList
-        [K] each, of rows (outputs) and of columns (inputs).
+        [K] each, of rows (outputs) and of columns (inputs); what passes the end goes on at 0.
     sigma : float
         Of the Gaussian; inf makes boxcars sharp.
     """
@@ -90,12 +90,20 @@ class GBLRLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Blocks over everything, of the variance of ``torch.nn.Linear``."""
+        """Blocks over everything from places all around, of the variance of ``nn.Linear``."""
         deviation = (1 / (3 * self.in_features * self.blocks)) ** 0.25
         for factor in (self.u, self.v):
             factor.normal_(std=deviation)
-        for start, width, n in zip(self.starts, self.widths, self.sizes, strict=True):
-            start.zero_()
+        k = torch.arange(self.blocks, dtype=torch.float64)
+        # Every place is to keep as many blocks when they shrink, each pair of places about alike.
+        for places, start, width, n in zip(
+            (k / self.blocks, 0.6180339887498949 * k % 1),
+            self.starts,
+            self.widths,
+            self.sizes,
+            strict=True,
+        ):
+            start.copy_(n * places)
             width.fill_(n)
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
@@ -156,7 +164,8 @@ class GBLRLinear(nn.Module):
 class GBLR:
     """Linear layers become ``GBLRLinear``; a proximal step shrinks widths, a budget ends it.
 
-    After each step widths <- max(0, width - shrink size), size the length of the weight's side; the
+    After each step widths <- max(0, width - shrink size), size the length of the weight's side
+    (starts go round it); the
     Gaussian's sigma rises from ``sigma`` to infinity as sigma / (1 - t / end). After ``end`` steps
     widths are whole numbers, in proportion to what they were, of the sum (1 - sparsity) N K in each
     layer, starts are whole, and both stay; the factors go on training. The multiplications of a row
@@ -233,7 +242,7 @@ class GBLR:
         for layer in self.layers.values():
             for start, width, n in zip(layer.starts, layer.widths, layer.sizes, strict=True):
                 width.sub_(self.shrink * n).clamp_(0, n)
-                start.clamp_(min=0).copy_(torch.minimum(start, n - width))
+                start.remainder_(n)
             if self.steps == self.end:
                 self._settle(layer)
         self._anneal()
@@ -252,9 +261,11 @@ class GBLR:
         # A share of 0 for all would leave nothing to be in proportion to.
         counts = share_out([w + 1e-6 for w in widths], sides, total, least=0)
         for i, n in enumerate(layer.sizes):
-            width = layer.widths[i]
-            width.copy_(torch.tensor(counts[i * layer.blocks :][: layer.blocks]))
-            layer.starts[i].round_().copy_(torch.minimum(layer.starts[i], n - width))
+            # About the middle that it had.
+            start, width = layer.starts[i], layer.widths[i]
+            whole = torch.tensor(counts[i * layer.blocks :][: layer.blocks]).to(width)
+            start.copy_((start + (width - whole) / 2).round().remainder(n))
+            width.copy_(whole)
 
     @property
     def density(self) -> dict[str, float]:

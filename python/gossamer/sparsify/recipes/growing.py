@@ -91,7 +91,7 @@ class ContinuousSparsification(Computed):
             self._sample()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """s of each layer, for an optimizer."""
+        """s of each layer, which are among the model's parameters."""
         for gate in self._gates:
             yield gate.s
 
