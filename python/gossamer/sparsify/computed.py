@@ -26,6 +26,8 @@ class Standing(Schedule):
 class Computed(Sparsifier):
     """A sparsifier that leaves the dense weights alone and lets modules compute what is used."""
 
+    computes = True
+
     def compute(self, make: Callable[[Layer], nn.Module]) -> None:
         """Put a module between the weight of each layer and its use."""
         for layer, module in [(layer, make(layer)) for layer in self.layers]:

@@ -96,6 +96,7 @@ class DropGrow(Sparsifier):
         """Give the grown entries of a layer their first values."""
         assert layer.fresh is not None
         layer.weight.masked_fill_(layer.fresh, 0)
+        self._forget(layer, layer.fresh)
         if self.deviation > 0:
             grown = layer.mask & ~self.pattern.cover(survivors, layer.shape, layer.groups)
             # As many numbers whatever the device, from the generator that is saved.

@@ -22,10 +22,15 @@ class Score:
     ----------
     norm : {"l2", "sum", "abs_sum"}
         How the entries of a unit add up, of a pattern of blocks or filters.
+    sees_gradients : bool
+    masked_gradients : {"none", "due", "all"}
+        Whether it reads the gradients of masked entries: never (what is 0 times the weight counts
+        as never), of the step after which masks change, or of each step.
     """
 
     norm: ClassVar[str] = "sum"
     sees_gradients: ClassVar[bool] = False
+    masked_gradients: ClassVar[str] = "none"
 
     def attach(self, layers: Sequence[Layer]) -> None:
         """Called once, before anything else, with all layers."""
@@ -60,6 +65,7 @@ class Gradient(Score):
     """|g|, the gradient of the last step, dense also where the weight is masked."""
 
     sees_gradients = True
+    masked_gradients = "due"
 
     def __call__(self, layer: Layer) -> Tensor:
         return layer.gradient.detach().abs()
@@ -137,6 +143,8 @@ class Momentum(Averaged):
     Dettmers, Zettlemoyer, "Sparse Networks from Scratch", 2019 (arXiv:1907.04840).
     """
 
+    masked_gradients = "all"
+
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__(decay)
 
@@ -154,6 +162,8 @@ class Fisher(Averaged):
     Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021.
     """
 
+    masked_gradients = "all"
+
     def sample(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient.square()
 
@@ -169,6 +179,8 @@ class FisherPruning(Fisher):
     Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018
     (arXiv:1801.05787).
     """
+
+    masked_gradients = "none"
 
     def __call__(self, layer: Layer) -> Tensor:
         return layer.weight.detach().square() * self.mean(layer)

@@ -53,6 +53,7 @@ class STE(Sparsifier):
     Conditional Computation", 2013 (arXiv:1308.3432).
     """
 
+    computes = True
     projection = "hard"
     mvue = False
 

@@ -139,6 +139,7 @@ class TopGradients(Score):
     """|mean over clients of the gradients that they report|, 0 where none is reported."""
 
     sees_gradients = True
+    masked_gradients = "due"
 
     def __init__(self) -> None:
         self.received: Report = {}

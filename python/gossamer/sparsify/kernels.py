@@ -1,0 +1,90 @@
+"""Masked layers that are computed by the kernels of their pattern while they are trained.
+
+The dense Parameter stays what is trained: each pass gathers what lives into the format of the
+kernels, and the gradient of that is scattered back, 0 where the mask drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..formats import Block, BlockSparse, Sparse24
+from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
+from ..ops.sparse24 import sparse24_linear
+from .layers import Layer
+from .patterns import Blocks, Pattern
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def has_kernels(pattern: Pattern, layer: nn.Module) -> bool:
+    """Whether a layer may be trained through kernels."""
+    if isinstance(pattern, Blocks):
+        return type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return pattern.kernels == "2:4" and type(layer) is nn.Linear
+
+
+def product_of(layer: Layer) -> Product | None:
+    """(x, dense weight, bias) -> y by the kernels of the layer's mask; None where none has it."""
+    if isinstance(layer.pattern, Blocks):
+        return _block_product(layer, layer.pattern.block)
+    if int(layer.mask[:, : layer.shape[1] // 4 * 4].unflatten(1, (-1, 4)).sum(-1).max()) > 2:
+        return None  # a schedule that is still on its way to 2:4
+    indices = Sparse24.from_dense(layer.mask.float().cpu()).indices.to(layer.mask.device)
+    shape = (layer.shape[0], layer.shape[1])
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        values = reference.sparse24_gather(weight, indices)
+        return sparse24_linear(x, Sparse24(values, indices, shape), bias)
+
+    return product
+
+
+def _block_product(layer: Layer, block: Block) -> Product:
+    shape, groups = layer.shape, layer.groups
+    mask = layer.kept.view(block.grid(shape, groups))
+    crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+    crow[1:] = mask.sum(1).cumsum(0)
+    where = mask.nonzero(as_tuple=True)
+    col = where[1].to(torch.int32)
+    conv: Any = layer.module
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        values = reference.to_blocks(weight, block, groups)[where]
+        live = BlockSparse(values, crow, col, shape, groups)
+        if len(shape) == 2:
+            return blocksparse_linear(x, live, bias)
+        return blocksparse_conv(
+            x, live, bias, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+        )
+
+    return product
+
+
+@dataclass(eq=False)
+class Through:
+    """The forward pass of a layer: by the kernels, or dense where ``dense()`` says so."""
+
+    layer: Layer
+    dense: Callable[[], bool]
+    _mask: Tensor | None = None
+    _product: Product | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module: Any = self.layer.module
+        if self._mask is not self.layer.mask:
+            self._mask, self._product = self.layer.mask, None
+            if self.layer.sparsity > 0:
+                self._product = product_of(self.layer)
+        if self._product is None or (self.dense() and torch.is_grad_enabled()):
+            return type(module).forward(module, x)
+        return self._product(x, module.weight, module.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self.layer, "dense": self.dense, "_mask": None, "_product": None}
