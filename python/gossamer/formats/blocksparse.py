@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._sharded import whole
 from .block import Block
 from .geometry import (
     GEOMETRY_FIELDS,
@@ -174,7 +175,7 @@ class BlockSparse(SavedWeight):
             padding is not 0.
         """
         torch.ops.gossamer.blocksparse_validate(
-            self.values.detach(), self.crow_indices, self.col_indices, *self._sizes()
+            whole(self.values.detach()), self.crow_indices, self.col_indices, *self._sizes()
         )
         return self
 
