@@ -11,6 +11,7 @@ import pytest
 import torch
 from gossamer import Block, convert
 from gossamer.nn import SparseLinear
+from gossamer.sparsify import sparse_upcycling
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -88,6 +89,18 @@ def test_a_model_is_converted_by_names_saved_and_loaded(name: str, tmp_path: Pat
     third = getattr(transformers, kind).from_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(third(**inputs)[0], y)
+
+
+def test_a_gated_mlp_is_upcycled(tmp_path: Path) -> None:
+    model, inputs = made("Llama")
+    with torch.no_grad():
+        y = model(**inputs)[0]
+    experts = sparse_upcycling(model, "model.layers.1.mlp", experts=4, choose="tokens")
+    assert list(experts) == ["model.layers.1.mlp"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs)[0], y)
+    with pytest.raises(TypeError, match=r"layers.1.mlp is UpcycledMLP: SparseLinear alone loads"):
+        huggingface.save_pretrained(model, tmp_path)
 
 
 def test_a_dense_checkpoint_becomes_sparse_while_it_is_loaded(tmp_path: Path) -> None:

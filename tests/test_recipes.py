@@ -361,6 +361,20 @@ def test_sparse_ift_has_the_sizes_of_the_paper() -> None:
         assert sum(p.numel() for p in ift.parallel(64, 32, False).parameters()) == round(
             dense / live
         )
+        x = torch.randn(2, 16, 6, 6)
+        dense = 9 * 16 * 24
+        for build in (ift.parallel, ift.factorized, ift.doped):
+            conv = build(16, 24, False, kernel=3, padding=1, stride=2)
+            assert conv(x).shape == (2, 24, 3, 3)
+            low = getattr(conv, "low_rank", None)
+            spare = 0 if low is None else sum(p.numel() for p in low.parameters())
+            whole = sum(p.numel() for p in conv.parameters()) - spare
+            assert whole * live + spare == pytest.approx(dense, rel=0.05)
+        wide = ift.wide(16, 24, kernel=3)
+        assert (wide.in_channels, wide.out_channels) == (
+            round(16 * ift.width),
+            round(24 * ift.width),
+        )
 
 
 def test_the_envelope_s_step_is_the_minimum_it_claims_to_be() -> None:

@@ -25,7 +25,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .convert import convert
 from .formats import Block
 from .nn import SparseLinear
-from .nn.trainable import TrainableModule
 
 METHOD = "gossamer"
 
@@ -114,7 +113,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     Raises
     ------
     TypeError
-        Of a sparse layer that is no ``SparseLinear``.
+        Of a layer of this package that is no ``SparseLinear``.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, layer in model.named_modules():
@@ -126,8 +125,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             if layer.activation is not None:
                 spec["activation"] = layer.activation
             found[name] = spec
-        elif isinstance(layer, TrainableModule):
-            raise TypeError(f"gossamer: {name} is {type(layer).__name__}, only linear layers load")
+        elif type(layer).__module__.startswith("gossamer."):
+            raise TypeError(f"gossamer: {name} is {type(layer).__name__}: SparseLinear alone loads")
     return found
 
 

@@ -257,12 +257,13 @@ class Sparsifier:
         filled = layer.units(torch.ones(layer.shape, device="cpu"), "l2") > -torch.inf
         return numbers.masked_fill(~filled, -torch.inf).to(layer.weight.device)
 
-    def _take(self, kept: list[Tensor]) -> None:
+    def _take(self, kept: list[Tensor], noted: bool = True) -> None:
         """Take over new masks, those of rank 0, and note what they change."""
         changed = {}
         for layer, units in zip(self.layers, kept, strict=True):
             changed[layer.name] = layer.take(self.of_rank_0(units))
-        self.history.append(MaskChange.of(self.steps, self.layers, changed))
+        if noted:
+            self.history.append(MaskChange.of(self.steps, self.layers, changed))
 
     def of_rank_0(self, units: Tensor) -> Tensor:
         """What the first rank has for these bools."""

@@ -125,9 +125,7 @@ class STE(Sparsifier):
         self.steps += 1
         due, logged = self.steps % self.refresh == 0, self.steps % self.log_every == 0
         if logged or (due and len(self._swapped) < len(self.layers)):
-            self._take(self._selected(self.schedule.sparsity))
-            if not logged:
-                self.history.pop()
+            self._take(self._selected(self.schedule.sparsity), noted=logged)
 
     def _selected(self, sparsity: float) -> list[Tensor]:
         if not self._swapped:

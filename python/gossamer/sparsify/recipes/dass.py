@@ -48,6 +48,8 @@ class DASS(Computed):
     model, pattern, **options
         As for ``Sparsifier``.
     sparsity : float
+    log_every : int
+        Steps between entries of the report's history while scores are trained.
 
     References
     ----------
@@ -61,8 +63,12 @@ class DASS(Computed):
         model: nn.Module,
         sparsity: float,
         pattern: Pattern | Block | str | None = None,
+        log_every: int = 100,
         **options: Any,
     ) -> None:
+        if log_every < 1:
+            raise ValueError(f"DASS: log_every {log_every}, expected at least 1")
+        self.log_every = log_every
         super().__init__(
             model, pattern or Unstructured(), MaskScores(), Standing(sparsity), **options
         )
@@ -98,7 +104,8 @@ class DASS(Computed):
     def step(self) -> None:
         self.steps += 1
         if self._ops[0].scores.requires_grad:
-            self._take(self._selected(self.schedule.sparsity))
+            noted = self.steps % self.log_every == 0
+            self._take(self._selected(self.schedule.sparsity), noted)
 
     @torch.no_grad()
     def finalize_at(self) -> Sparsifier:
