@@ -24,13 +24,14 @@ class Score:
         How the entries of a unit add up, of a pattern of blocks or filters.
     sees_gradients : bool
     masked_gradients : {"none", "due", "all"}
-        Whether it reads the gradients of masked entries: never (what is 0 times the weight counts
-        as never), of the step after which masks change, or of each step.
+        Of a score that sees gradients, whether those of masked entries make a difference: never
+        (where they are multiplied by the weight, which is 0), at the step after which masks
+        change, or at each step.
     """
 
     norm: ClassVar[str] = "sum"
     sees_gradients: ClassVar[bool] = False
-    masked_gradients: ClassVar[str] = "none"
+    masked_gradients: ClassVar[str] = "all"
 
     def attach(self, layers: Sequence[Layer]) -> None:
         """Called once, before anything else, with all layers."""
@@ -80,6 +81,7 @@ class WeightGradient(Score):
     """
 
     sees_gradients = True
+    masked_gradients = "none"
 
     def __call__(self, layer: Layer) -> Tensor:
         return (layer.weight.detach() * layer.gradient.detach()).abs()
@@ -131,6 +133,8 @@ class SNIP(Averaged):
     ICLR 2019. Divided by the sum over all entries there, which changes no order.
     """
 
+    masked_gradients = "none"
+
     def __call__(self, layer: Layer) -> Tensor:
         return (layer.weight.detach() * self.mean(layer)).abs()
 
@@ -142,8 +146,6 @@ class Momentum(Averaged):
     ----------
     Dettmers, Zettlemoyer, "Sparse Networks from Scratch", 2019 (arXiv:1907.04840).
     """
-
-    masked_gradients = "all"
 
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__(decay)
@@ -161,8 +163,6 @@ class Fisher(Averaged):
     ----------
     Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021.
     """
-
-    masked_gradients = "all"
 
     def sample(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient.square()
@@ -193,6 +193,8 @@ class Taylor(Averaged):
     ----------
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019.
     """
+
+    masked_gradients = "none"
 
     norm = "abs_sum"
 

@@ -139,7 +139,7 @@ class Sparsifier:
 
     def _needs_dense(self) -> bool:
         """Whether a score reads the gradient of masked entries that this step computes."""
-        reads = [score.masked_gradients for score in self._scores()]
+        reads = [score.masked_gradients for score in self._scores() if score.sees_gradients]
         return "all" in reads or ("due" in reads and self.schedule.due(self.steps + 1))
 
     def _scores(self) -> list[Score]:

@@ -70,6 +70,7 @@ class KroneckerSaliency(InputScore):
     """
 
     sees_gradients = True
+    masked_gradients = "none"
 
     def __init__(self, block: int) -> None:
         super().__init__()
