@@ -12,9 +12,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from gossamer import Block
 from gossamer.nn import GroupedLinear, SparseConv2d, SparseLinear, SparseTrainingLinear
+from gossamer.sparsify import Magnitude, OneShot, Sparsifier
 from torch import Tensor, nn
 
-STEPS = 4
+STEPS = 3
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
 
 class Net(nn.Module):
@@ -24,6 +26,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv = SparseConv2d(8, 8, 3, pattern=Block(4, 4), density=0.5)
+        self.pairs = SparseConv2d(8, 8, 1)
         self.up = SparseLinear(8, 48)
         self.blocks = SparseLinear(48, 24, pattern=Block(8, 3), density=0.4)
         self.hard = SparseTrainingLinear(24, 24, refresh=2)
@@ -31,7 +34,7 @@ class Net(nn.Module):
         self.experts = GroupedLinear(2, 16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).flatten(1)
+        x = self.pairs(self.conv(x)).flatten(1)
         x = self.blocks(torch.relu(self.up(x)))
         x = self.soft(torch.relu(self.hard(x)))
         return self.experts(x, torch.tensor([len(x) // 2, len(x)]))
@@ -92,6 +95,7 @@ def data_parallel(rank: int, path: Path) -> dict[str, Any]:
     found = {
         "ddp": losses(replicated, adam(replicated), range(STEPS), rank),
         "fsdp": losses(model, optimizer, range(STEPS), rank),
+        "dense": model.blocks.weight.to_dense().detach(),
         "sharded": all(hasattr(p, "full_tensor") for p in model.parameters()),
     }
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -102,6 +106,9 @@ def data_parallel(rank: int, path: Path) -> dict[str, Any]:
     again.load_state_dict(loaded["model"])
     its = adam(again)
     its.load_state_dict(copy.deepcopy(states["optimizer"]))
+    dense = fully_shard(nn.Sequential(nn.Linear(8, 8)), mesh=mesh)
+    with pytest.raises(ValueError, match="0: weight is a DTensor"):
+        Sparsifier(dense, "2:4", Magnitude(), OneShot(0.5))
     found["on"] = losses(model, optimizer, range(STEPS, 2 * STEPS), rank)
     found["resumed"] = losses(again, its, range(STEPS, 2 * STEPS), rank)
     return found
@@ -167,6 +174,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         assert found["on"] == pytest.approx(whole[STEPS:], rel=1e-9)
         assert found["resumed"] == found["on"]
         assert found["sharded"]
+        assert torch.equal(found["dense"], ranks[0]["data"]["dense"])
     mlp = MLP().double()
     expected = mlp_losses(mlp, adam(mlp))
     for found in (rank["tensor"] for rank in ranks):

@@ -161,7 +161,7 @@ class BlockSparse(SavedWeight):
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor of ``shape``, exactly; differentiable in ``values``."""
         dense: Tensor = torch.ops.gossamer.blocksparse_to_dense(
-            self.values, self.crow_indices, self.col_indices, *self._sizes()
+            whole(self.values), self.crow_indices, self.col_indices, *self._sizes()
         )
         return torch_layout(dense, self.shape)
 

@@ -128,7 +128,7 @@ class Sparse24(SavedWeight):
     def to_dense(self) -> Tensor:
         """The weight as a dense [N, K] tensor, exactly; differentiable in ``values``."""
         dense: Tensor = torch.ops.gossamer.sparse24_to_dense(
-            self.values, self.indices, self.in_features
+            whole(self.values), whole(self.indices), self.in_features
         )
         return dense
 

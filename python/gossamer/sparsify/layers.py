@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from .._sharded import is_sharded
 from ..conversion.eligibility import Obstacles
 from ..conversion.selection import layer_sites, left_out
 from .patterns import Pattern
@@ -135,8 +134,6 @@ def find_layers(
         if site in out:
             continue
         reason = obstacles.not_to_be_written(site.module)
-        if reason is None and is_sharded(site.module.weight):
-            reason = "its weight is sharded: masks come before fully_shard, or by DDP"
         if reason is None and not site.module.weight.requires_grad:
             reason = "frozen: its weight has requires_grad=False"
         if reason is None:
