@@ -126,7 +126,13 @@ def tensor_parallel(rank: int, path: Path) -> dict[str, Any]:
     optimizer = adam(model)
     found["losses"] = mlp_losses(model, optimizer)
     dcp.save({"model": model.state_dict()}, checkpoint_id=path / "tp")
-    state = model.state_dict().items()
+    again = MLP().double()
+    parallelize_module(again, mesh, {"up": Colwise(), "down": Rowwise()})
+    loaded = {"model": again.state_dict()}
+    dcp.load(loaded, checkpoint_id=path / "tp")
+    again.load_state_dict(loaded["model"])
+    found["same"] = mlp_losses(model, adam(model)) == mlp_losses(again, adam(again))
+    state = again.state_dict().items()
     found["whole"] = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state}
     for wrong, style, message in (
         (SparseLinear(24, 20), Rowwise(), "24 inputs on 2 ranks, expected a multiple of 16"),
@@ -177,13 +183,16 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         assert torch.equal(found["dense"], ranks[0]["data"]["dense"])
     mlp = MLP().double()
     expected = mlp_losses(mlp, adam(mlp))
+    trained = copy.deepcopy(mlp)
+    mlp_losses(mlp, adam(mlp))
     for found in (rank["tensor"] for rank in ranks):
         assert found["losses"] == pytest.approx(expected, rel=1e-9)
+        assert found["same"]
         assert found["shapes"][:2] == [(16, 12), (16,)]
         for key, value in mlp.state_dict().items():
             torch.testing.assert_close(found["whole"][key], value)
     # What two ranks have saved one reads.
-    for name, fresh, there in (("fsdp", Net().double(), None), ("tp", MLP().double(), mlp)):
+    for name, fresh, there in (("fsdp", Net().double(), None), ("tp", MLP().double(), trained)):
         state = {"model": fresh.state_dict()}
         dcp.load(state, checkpoint_id=tmp_path / name)
         fresh.load_state_dict(state["model"])
