@@ -321,6 +321,9 @@ KERNELS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, bool], Sparsifier
     "SparseMomentum": lambda m, o, k: sparsify.SparseMomentum(
         m, 10, 3, 0.7, pattern=Block(4, 4), optimizer=o, kernels=k
     ),
+    "SRSTE": lambda m, o, k: sparsify.SRSTE(
+        m, o, Block(4, 3), sparsity=0.7, decay=0.1, refresh=2, kernels=k
+    ),
     "LOBSTER": lambda m, o, k: sparsify.LOBSTER(
         m, 0.7, lambda: 1.0, every=4, pattern=Block(4, 4), optimizer=o, kernels=k
     ),
@@ -348,7 +351,7 @@ def test_training_through_kernels_is_training_under_masks(
             optimizer.step()
             made.step()
             optimizer.zero_grad()
-        weights.append(model.state_dict())
+        weights.append({n.name: (n.weight.detach(), n.module.bias.detach()) for n in made.layers})
         masks.append(made.masks)
         assert (len(calls) > 0) == (kernels and name != "SparseMomentum")
     for key, mask in masks[0].items():

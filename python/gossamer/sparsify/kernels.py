@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..formats import Block, BlockSparse, Sparse24
@@ -23,9 +24,12 @@ from .patterns import Blocks, Pattern
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def has_kernels(pattern: Pattern, layer: nn.Module) -> bool:
+def has_kernels(pattern: Pattern, layer: Any, straight: bool = False) -> bool:
     """Whether a layer may be trained through kernels."""
     if isinstance(pattern, Blocks):
+        if straight and hasattr(layer, "kernel_size"):
+            plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+            return plain and type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return pattern.kernels == "2:4" and type(layer) is nn.Linear
 
@@ -67,12 +71,39 @@ def _block_product(layer: Layer, block: Block) -> Product:
     return product
 
 
+class _Straight(torch.autograd.Function):
+    """y as it is; its gradient also goes to the dense weight, as if y were of that."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        ctx.module = module
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, x = ctx.saved_tensors
+        x, conv = x.to(g.dtype), ctx.module
+        if isinstance(conv, nn.Linear):
+            return g, (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype), None, None
+        found = torch.ops.aten.convolution_backward(
+            *(g, x, weight.to(g.dtype), None, conv.stride, conv.padding, conv.dilation),
+            *(False, [0] * (weight.dim() - 2), conv.groups, [False, True, False]),
+        )
+        return g, found[1].to(weight.dtype), None, None
+
+
 @dataclass(eq=False)
 class Through:
-    """The forward pass of a layer: by the kernels, or dense where ``dense()`` says so."""
+    """The forward pass of a layer: by the kernels, or dense where ``dense()`` says so.
+
+    ``straight``: the gradient of the weight is that of a dense layer, masked entries included.
+    """
 
     layer: Layer
     dense: Callable[[], bool]
+    straight: bool = False
     _mask: Tensor | None = None
     _product: Product | None = None
 
@@ -84,7 +115,10 @@ class Through:
                 self._product = product_of(self.layer)
         if self._product is None or (self.dense() and torch.is_grad_enabled()):
             return type(module).forward(module, x)
-        return self._product(x, module.weight, module.bias)
+        if not self.straight:
+            return self._product(x, module.weight, module.bias)
+        y = self._product(x, module.weight.detach(), module.bias)
+        return _Straight.apply(y, module.weight, x.detach(), module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "dense": self.dense, "_mask": None, "_product": None}
+        return {**vars(self), "_mask": None, "_product": None}

@@ -126,16 +126,18 @@ class Sparsifier:
             self._go_through_kernels()
 
     def _go_through_kernels(self) -> None:
-        op = type(self).__name__
         for layer in self.layers:
-            if self.computes or not has_kernels(self.pattern, layer.module):
-                kind = type(layer.module).__name__
-                raise ValueError(
-                    f"{op}: {layer.name}: no kernels to train {self.pattern} of a {kind} with "
-                    f"here; exclude={layer.name!r} or kernels=False"
-                )
+            self._check_kernels(layer, not self.computes)
         for layer in self.layers:
             layer.module.forward = Through(layer, self._needs_dense)
+
+    def _check_kernels(self, layer: Layer, may: bool, straight: bool = False) -> None:
+        if not may or not has_kernels(self.pattern, layer.module, straight):
+            kind = type(layer.module).__name__
+            raise ValueError(
+                f"{type(self).__name__}: {layer.name}: no kernels to train {self.pattern} of a "
+                f"{kind} with here; exclude={layer.name!r} or kernels=False"
+            )
 
     def _needs_dense(self) -> bool:
         """Whether a score reads the gradient of masked entries that this step computes."""
