@@ -276,6 +276,25 @@ def at_initialization(run: Run) -> None:
     run.learns = lambda step: step >= 10
 
 
+def neural_dynamics(run: Run) -> None:
+    made = run.made = s.SparseNeuralDynamics(run.model, 32, 50, STEPS // 2, 20)
+    run.optimizer = run.sgd(run.model)
+    run.backward = lambda x, y: (run.loss(x, y) + made.penalty()).backward()
+    run.finish, run.zeros = made.finalize, lambda: 1 - made.relus / made.total
+
+
+def activation_penalty(run: Run) -> None:
+    made = s.ActivationPenalty(run.model, ["1", "3"], strength=0.3)
+    run.backward = lambda x, y: (run.loss(x, y) + made.penalty()).backward()
+
+    def seen() -> float:
+        with torch.no_grad():
+            run.model(run.test_x)
+        return statistics.mean(made.zeros.values())
+
+    run.zeros = seen
+
+
 def upcycled(run: Run) -> None:
     run.train(STEPS // 2)
     run.model = nn.Sequential(nn.Sequential(*run.model[:3]), nn.ReLU(), run.model[4])
@@ -310,6 +329,8 @@ RECIPES: dict[str, Callable[[Run], None]] = {
     "FedTiny 90 %, 3 clients": fed_tiny,
     "MAD 90 %, adversarial": mad,
     "RobustAtInitialization 90 %": at_initialization,
+    "SparseNeuralDynamics, 32 of 256 ReLUs": neural_dynamics,
+    "ActivationPenalty l1": activation_penalty,
     "sparse_upcycling, 2 of 8 experts": upcycled,
     "FISHMask 10 %, another task": fish,
     **{

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gossamer import Block
+from gossamer import Block, sparsify
 from gossamer.nn import GroupedLinear
 from gossamer.sparsify import (
     DASS,
@@ -24,6 +24,7 @@ from gossamer.sparsify import (
     GBLRLinear,
     MixedOp,
     RobustAtInitialization,
+    SparseNeuralDynamics,
     candidate_masks,
     pgd_attack,
     select_mask,
@@ -499,3 +500,88 @@ def test_pruning_at_initialization_is_rescaled_to_the_edge_of_chaos() -> None:
         pruned = w[layer.name] * mask
         factor = 1 / (w[layer.name][0].numel() * pruned.square().mean() / 2).sqrt()
         torch.testing.assert_close(layer.weight.detach(), pruned * factor)
+
+
+def test_neurons_become_linear_or_go_until_the_budget_of_relus() -> None:
+    def make() -> tuple[nn.Sequential, SparseNeuralDynamics, Optimizer]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)]
+        model = nn.Sequential(*layers)
+        made = SparseNeuralDynamics(model, 5, 2, 10, every=2)
+        return model, made, torch.optim.Adam(model.parameters(), 0.03)
+
+    def train(model: nn.Module, made: SparseNeuralDynamics, its: Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(9, 6, generator=torch.Generator().manual_seed(step))
+            ((model(x) - x[:, :3]).square().mean() + made.penalty()).backward()
+            its.step()
+            its.zero_grad()
+            made.step()
+
+    model, made, optimizer = make()
+    gate, x = made.gates[0], torch.randn(4, 16)
+    p = ((gate.logits + gate.noise) / 1.0).softmax(-1).detach()
+    torch.testing.assert_close(gate(x), p[:, 0] * x.relu() + p[:, 1] * x)
+    expected = sum(g.logits.softmax(-1)[:, 0].sum() for g in made.gates)
+    torch.testing.assert_close(made.penalty(), (expected - 5) / 32)
+    assert [made.budget(t) for t in (0, 2, 6, 10)] == [32, 32, round(5 + 27 / 8), 5]
+    train(model, made, optimizer, range(7))
+    assert sum(int((g.decided < 0).sum()) for g in made.gates) == made.budget(6)
+    states = copy.deepcopy([model.state_dict(), optimizer.state_dict(), made.state_dict()])
+    train(model, made, optimizer, range(7, 12))
+    resumed, again, its = make()
+    for part, state in zip((resumed, its, again), states, strict=True):
+        part.load_state_dict(state)
+    train(resumed, again, its, range(7, 12))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    kinds = torch.cat([g.decided for g in made.gates])
+    assert int((kinds == 0).sum()) == 5
+    with torch.no_grad():  # some neurons of each kind
+        made.gates[0].decided[:6] = 2
+        made.gates[1].decided[:] = 2
+    alive = int((made.gates[0].decided != 2).sum())
+    x = torch.randn(7, 6)
+    y = model(x)
+    made.finalize()
+    assert (model[0].out_features, model[2].out_features) == (alive, 1)
+    torch.testing.assert_close(model(x), y)
+    with pytest.raises(ValueError, match="4 of the 0 ReLUs"):
+        SparseNeuralDynamics(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), 4, 0, 1)
+
+
+def test_penalties_of_activations_are_their_formulas() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Sigmoid())
+    x = torch.randn(5, 2, 6, 6)
+    first, last = model[:2](x).detach(), model(x).detach()
+    for kind, expected in (
+        ("l1", first.abs().mean()),
+        ("positions", first.abs().mean(1).view(5, -1).max(1).values.mean()),
+    ):
+        made = sparsify.ActivationPenalty(model, "1", kind, 0.5)
+        model(x)
+        torch.testing.assert_close(made.penalty(), 0.5 * expected)
+        assert made.zeros["1"] == pytest.approx((first == 0).float().mean().item())
+        made.detach()
+    made = sparsify.ActivationPenalty(model, "3", "kl", 1.0, target=0.2)
+    model(x)
+    mean = last.mean((0, 2, 3))
+    own, others = torch.distributions.Bernoulli(0.2), torch.distributions.Bernoulli(mean)
+    torch.testing.assert_close(
+        made.penalty(), torch.distributions.kl_divergence(own, others).mean()
+    )
+    with pytest.raises(RuntimeError, match="no pass with gradients"):
+        made.penalty()
+    made.detach()
+    made = sparsify.ActivationPenalty(model, "1", strength=3.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    before = (first == 0).float().mean().item()
+    for _ in range(20):
+        model(x)
+        made.penalty().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert made.zeros["1"] > before + 0.2
+    with pytest.raises(ValueError, match="'x' names no module"):
+        sparsify.ActivationPenalty(model, "x")

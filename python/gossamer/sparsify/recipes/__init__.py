@@ -1,5 +1,6 @@
 """Recipes under the names of their papers; ``docs/recipes.md`` has a table of all."""
 
+from .activation_penalty import ActivationPenalty
 from .adasap import AdaSAP
 from .at_initialization import RobustAtInitialization
 from .autosparse import AutoSparse
@@ -17,6 +18,7 @@ from .hesso import HESSO
 from .lobster import LOBSTER
 from .mad import MAD, pgd_attack
 from .mask_sparsity import MaskSparsity
+from .neural_dynamics import SparseNeuralDynamics
 from .sparse_ift import SparseIFT
 from .tscnc import TSCNC
 from .upcycling import UpcycledMLP, sparse_upcycling
@@ -36,6 +38,7 @@ __all__ = [
     "SET",
     "TSCNC",
     "WGSEF",
+    "ActivationPenalty",
     "AdaSAP",
     "AutoSparse",
     "ContinuousSparsification",
@@ -49,6 +52,7 @@ __all__ = [
     "RobustAtInitialization",
     "SparseIFT",
     "SparseMomentum",
+    "SparseNeuralDynamics",
     "UpcycledMLP",
     "candidate_masks",
     "pgd_attack",
