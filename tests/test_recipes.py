@@ -38,6 +38,7 @@ from gossamer.sparsify import (
     Sparsifier,
     wgsef_prox,
 )
+from small_nets import loss_of, net
 from torch import Tensor, nn
 
 STEPS = 12
@@ -50,21 +51,8 @@ def _one_thread(threads: int) -> None:
     torch.set_num_threads(1)  # the products are too small for more
 
 
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12)
-    )
-
-
 def sgd(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def loss_of(model: nn.Module, step: int) -> Tensor:
-    g = torch.Generator().manual_seed(step)
-    x, y = torch.randn(8, 8, 3, 3, generator=g), torch.randn(8, 12, generator=g)
-    return nn.functional.mse_loss(model(x), y)
 
 
 def train(model: nn.Module, optimizer: Optimizer, made: Any, steps: range) -> None:

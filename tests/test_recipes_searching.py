@@ -32,6 +32,7 @@ from gossamer.sparsify import (
 )
 from gossamer.sparsify.recipes.gblr import soft_boxcar
 from gossamer.sparsify.recipes.tscnc import log_condition_number, transformed_l1
+from small_nets import loss_of, net
 from torch import Tensor, nn
 
 STEPS = 12
@@ -41,19 +42,6 @@ Optimizer = torch.optim.Optimizer
 @pytest.fixture(autouse=True)
 def _one_thread(threads: int) -> None:
     torch.set_num_threads(1)  # the products are too small for more
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12)
-    )
-
-
-def loss_of(model: nn.Module, step: int) -> Tensor:
-    g = torch.Generator().manual_seed(step)
-    x, y = torch.randn(8, 8, 3, 3, generator=g), torch.randn(8, 12, generator=g)
-    return nn.functional.mse_loss(model(x), y)
 
 
 def some_masks() -> dict[str, Tensor]:

@@ -57,75 +57,40 @@ class SparseIFT:
         taps = kernel * kernel
         return taps * inputs * outputs / (taps * inputs + outputs)
 
-    def wide(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool = True,
-        kernel: int | None = None,
-        **options: Any,
-    ) -> nn.Module:
+    def wide(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
         """A layer of ``width`` times as many inputs and outputs."""
-        sizes = round(self.width * inputs), round(self.width * outputs)
-        return _layer(*sizes, bias, kernel, **options)
+        return _layer(round(self.width * inputs), round(self.width * outputs), bias, **options)
 
-    def parallel(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool = True,
-        kernel: int | None = None,
-        **options: Any,
-    ) -> nn.Module:
+    def parallel(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
         """The sum of ``branches`` layers."""
-        return _Sum(
-            [
-                _layer(inputs, outputs, bias and i == 0, kernel, **options)
-                for i in range(self.branches)
-            ]
-        )
+        biases = [bias, *[False] * (self.branches - 1)]
+        return _Sum([_layer(inputs, outputs, each, **options) for each in biases])
 
-    def factorized(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool = True,
-        kernel: int | None = None,
-        **options: Any,
-    ) -> nn.Sequential:
+    def factorized(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
         """Two layers through ``inner`` features, the second one of 1 x 1."""
-        inner = self.inner(inputs, outputs, kernel or 1)
-        return _through(inputs, inner, outputs, bias, kernel, **options)
+        inner = self.inner(inputs, outputs, options.get("kernel", 1))
+        return _through(inputs, inner, outputs, bias, **options)
 
-    def doped(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool = True,
-        kernel: int | None = None,
-        **options: Any,
-    ) -> nn.Module:
+    def doped(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
         """A layer, to be made sparse, beside one of low ``rank``."""
-        rank = self.rank(inputs, outputs, kernel or 1)
+        rank = self.rank(inputs, outputs, options.get("kernel", 1))
         summed = _Sum([])
-        summed.add_module("sparse", _layer(inputs, outputs, bias, kernel, **options))
-        summed.add_module("low_rank", _through(inputs, rank, outputs, False, kernel, **options))
+        summed.add_module("sparse", _layer(inputs, outputs, bias, **options))
+        summed.add_module("low_rank", _through(inputs, rank, outputs, False, **options))
         return summed
 
 
 def _layer(
-    inputs: int, outputs: int, bias: bool, kernel: int | None, **options: Any
+    inputs: int, outputs: int, bias: bool, kernel: int | None = None, **options: Any
 ) -> nn.Linear | nn.Conv2d:
     if kernel is None:
         return nn.Linear(inputs, outputs, bias, **options)
     return nn.Conv2d(inputs, outputs, kernel, bias=bias, **options)
 
 
-def _through(
-    inputs: int, inner: int, outputs: int, bias: bool, kernel: int | None, **options: Any
-) -> nn.Sequential:
-    last = _layer(inner, outputs, bias, None if kernel is None else 1)
-    return nn.Sequential(_layer(inputs, inner, False, kernel, **options), last)
+def _through(inputs: int, inner: int, outputs: int, bias: bool, **options: Any) -> nn.Sequential:
+    last = _layer(inner, outputs, bias, 1 if "kernel" in options else None)
+    return nn.Sequential(_layer(inputs, inner, False, **options), last)
 
 
 class _Sum(nn.Module):
