@@ -25,7 +25,9 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def has_kernels(pattern: Pattern, layer: Any, straight: bool = False) -> bool:
-    """Whether a layer may be trained through kernels."""
+    """Whether a layer may be trained through kernels: with no forward pass of its own."""
+    if "forward" in vars(layer):
+        return False
     if isinstance(pattern, Blocks):
         if straight and hasattr(layer, "kernel_size"):
             plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -306,7 +306,8 @@ class Sparsifier:
     def detach(self) -> None:
         """Remove every hook from model and optimizer."""
         for layer in self.layers:
-            vars(layer.module).pop("forward", None)
+            if isinstance(vars(layer.module).get("forward"), Through):
+                del layer.module.forward
         for score in self._scores():
             score.detach()
 
