@@ -38,6 +38,7 @@ from gossamer.sparsify import (
     Sparsifier,
     wgsef_prox,
 )
+from small_nets import loss_of, net
 from torch import Tensor, nn
 
 STEPS = 12
@@ -50,21 +51,8 @@ def _one_thread(threads: int) -> None:
     torch.set_num_threads(1)  # the products are too small for more
 
 
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12)
-    )
-
-
 def sgd(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def loss_of(model: nn.Module, step: int) -> Tensor:
-    g = torch.Generator().manual_seed(step)
-    x, y = torch.randn(8, 8, 3, 3, generator=g), torch.randn(8, 12, generator=g)
-    return nn.functional.mse_loss(model(x), y)
 
 
 def train(model: nn.Module, optimizer: Optimizer, made: Any, steps: range) -> None:
@@ -360,6 +348,20 @@ def test_sparse_ift_has_the_sizes_of_the_paper() -> None:
         assert ift.parallel(64, 32)(torch.randn(3, 64)).shape == (3, 32)
         assert sum(p.numel() for p in ift.parallel(64, 32, False).parameters()) == round(
             dense / live
+        )
+        x = torch.randn(2, 16, 6, 6)
+        dense = 9 * 16 * 24
+        for build in (ift.parallel, ift.factorized, ift.doped):
+            conv = build(16, 24, False, kernel=3, padding=1, stride=2)
+            assert conv(x).shape == (2, 24, 3, 3)
+            low = getattr(conv, "low_rank", None)
+            spare = 0 if low is None else sum(p.numel() for p in low.parameters())
+            whole = sum(p.numel() for p in conv.parameters()) - spare
+            assert whole * live + spare == pytest.approx(dense, rel=0.05)
+        wide = ift.wide(16, 24, kernel=3)
+        assert (wide.in_channels, wide.out_channels) == (
+            round(16 * ift.width),
+            round(24 * ift.width),
         )
 
 

@@ -309,6 +309,83 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     made.load_state_dict(torch.load(saved, weights_only=True))
 
 
+KERNELS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, bool], Sparsifier]] = {
+    "GMP": lambda m, o, k: sparsify.GMP(m, 0.7, 2, 8, 3, Block(4, 4), optimizer=o, kernels=k),
+    "GMP 2:4": lambda m, o, k: sparsify.GMP(
+        m, 0.5, 2, 8, 3, "2:4", optimizer=o, exclude="0", kernels=k
+    ),
+    "SET": lambda m, o, k: sparsify.SET(m, 0.7, 10, 3, pattern=Block(4, 3), optimizer=o, kernels=k),
+    "RigL": lambda m, o, k: sparsify.RigL(
+        m, 0.7, 10, 3, pattern=Block(2, 5), optimizer=o, kernels=k
+    ),
+    "SparseMomentum": lambda m, o, k: sparsify.SparseMomentum(
+        m, 10, 3, 0.7, pattern=Block(4, 4), optimizer=o, kernels=k
+    ),
+    "SRSTE": lambda m, o, k: sparsify.SRSTE(
+        m, o, Block(4, 3), sparsity=0.7, decay=0.1, refresh=2, kernels=k
+    ),
+    "LOBSTER": lambda m, o, k: sparsify.LOBSTER(
+        m, 0.7, lambda: 1.0, every=4, pattern=Block(4, 4), optimizer=o, kernels=k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_training_through_kernels_is_training_under_masks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for op in ("blocksparse_linear", "blocksparse_conv", "sparse24_linear"):
+        inner = getattr(sparsify.kernels, op)
+        counted = lambda *args, inner=inner, op=op: (calls.append(op), inner(*args))[1]  # noqa: E731
+        monkeypatch.setattr(sparsify.kernels, op, counted)
+    weights, masks = [], []
+    for kernels in (False, True):
+        model = net().double()
+        optimizer = sgd(model)
+        made = KERNELS[name](model, optimizer, kernels)
+        for step in range(10):
+            g = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 9, 3, 3, generator=g, dtype=torch.float64)
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+            made.step()
+            optimizer.zero_grad()
+        weights.append({n.name: (n.weight.detach(), n.module.bias.detach()) for n in made.layers})
+        masks.append(made.masks)
+        assert (len(calls) > 0) == (kernels and name != "SparseMomentum")
+    for key, mask in masks[0].items():
+        assert torch.equal(mask, masks[1][key]), key
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key])
+    if name == "RigL":  # dense where the gradient of all is read: of the steps 2, 5 and 8
+        assert len(calls) == 7 * 3
+    model.float()
+    assert made.finalize(force=True).layers[-1].swapped
+    with pytest.raises(ValueError, match="0: no kernels to train Unstructured"):
+        sparsify.GMP(net(), 0.5, 1, 2, kernels=True)
+
+
+def test_a_report_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib.image")
+    model = net()
+    optimizer = sgd(model)
+    made = Sparsifier(model, Unstructured(), Magnitude(), Cubic(0.8, 2, 8, every=2))
+    train(model, optimizer, made, range(10))
+    report = made.report()
+    assert [change.step for change in report.history] == [2, 4, 6, 8]
+    for change in report.history[1:]:
+        assert all(0 < share < 1 for share in change.energy.values())
+        assert all(0 < share < 1 for share in change.changed.values())
+    assert [row["sparsity"] for row in report.rows()] == pytest.approx([0.8] * 3, abs=2e-3)
+    assert str(report).splitlines()[1].split()[:2] == ["0", "80.04%"]
+    report.plot(tmp_path / "masks.png")
+    picture = matplotlib.imread(tmp_path / "masks.png")
+    assert picture.shape[1] == 1440  # and something is drawn in each of the three parts
+    for part in (picture[:, 480 * i : 480 * (i + 1), :3] for i in range(3)):
+        assert (part.max(-1) - part.min(-1) > 0.3).sum() > 100
+
+
 def test_bad_use_is_told_early() -> None:
     def make(model: nn.Module | None = None, pattern: object = "2:4", **more: object) -> None:
         schedule = more.pop("schedule", None) or OneShot(0.5)

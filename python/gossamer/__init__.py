@@ -5,7 +5,7 @@ import torch  # noqa: F401  # isort: skip
 
 from importlib.metadata import version as _version
 
-from . import formats, nn, ops, prune, sparsify
+from . import formats, interchange, nn, ops, prune, sparsify
 from .calibrate import calibrate_thresholds
 from .convert import convert
 from .fold import fold_batchnorm
@@ -43,6 +43,7 @@ __all__ = [
     "fuse_activations",
     "grouped_linear",
     "info",
+    "interchange",
     "nn",
     "ops",
     "pack_spikes",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._sharded import whole
 from .block import Block
 from .geometry import (
     GEOMETRY_FIELDS,
@@ -160,7 +161,7 @@ class BlockSparse(SavedWeight):
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor of ``shape``, exactly; differentiable in ``values``."""
         dense: Tensor = torch.ops.gossamer.blocksparse_to_dense(
-            self.values, self.crow_indices, self.col_indices, *self._sizes()
+            whole(self.values), self.crow_indices, self.col_indices, *self._sizes()
         )
         return torch_layout(dense, self.shape)
 
@@ -174,7 +175,7 @@ class BlockSparse(SavedWeight):
             padding is not 0.
         """
         torch.ops.gossamer.blocksparse_validate(
-            self.values.detach(), self.crow_indices, self.col_indices, *self._sizes()
+            whole(self.values.detach()), self.crow_indices, self.col_indices, *self._sizes()
         )
         return self
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._sharded import whole
 from .state import read_header
 from .stored import VALUE_DTYPES, SavedWeight, StoredWeight, check_dense
 
@@ -127,7 +128,7 @@ class Sparse24(SavedWeight):
     def to_dense(self) -> Tensor:
         """The weight as a dense [N, K] tensor, exactly; differentiable in ``values``."""
         dense: Tensor = torch.ops.gossamer.sparse24_to_dense(
-            self.values, self.indices, self.in_features
+            whole(self.values), whole(self.indices), self.in_features
         )
         return dense
 
@@ -140,7 +141,8 @@ class Sparse24(SavedWeight):
             With the first row and group whose indices are out of order, point past the last
             column without carrying 0, or sit in four bits that belong to no group.
         """
-        torch.ops.gossamer.sparse24_validate(self.values.detach(), self.indices, self.in_features)
+        values, indices = whole(self.values.detach()), whole(self.indices)
+        torch.ops.gossamer.sparse24_validate(values, indices, self.in_features)
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Sparse24:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._sharded import whole
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Panels
 from ..ops.operands import autocast_dtype, autocast_to
 from ..ops.sparse24 import sparse24_linear_tensors
@@ -154,14 +155,24 @@ class SparseTrainingLinear(nn.Linear):
         """P(W), dense [N, K]; not to be written to."""
         return self._project().dense
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # FSDP puts what it has gathered there at each pass, and neither version nor address tells
+        # whether that is what it was.
+        if name == "weight" and (projected := self.__dict__.get("_projected")) is not None:
+            projected.made_of = ()
+
     def _project(self) -> _Projected:
         """P(W) of the weight as it is; what it was made of is remembered by its version."""
-        weight = self.weight
+        weight = whole(self.weight)
         made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._projected is not None and self._projected.made_of == made_of:
             return self._projected
-        if self._projected is not None:
+        if self._projected is not None and not self._still_holds(weight, self._projected):
             self.age.add_(1)
+        elif self._projected is not None:
+            self._projected.made_of = made_of
+            return self._projected
         shape = (self.out_features, self.in_features)
         if self.projection == "soft":
             dense = soft_threshold_24(weight, float(self.scale))
@@ -180,6 +191,13 @@ class SparseTrainingLinear(nn.Linear):
         self.indices, self._searched = sparse.indices.contiguous(), True
         self._projected = _Projected(dense, sparse, made_of)
         return self._projected
+
+    def _still_holds(self, weight: Tensor, projected: _Projected) -> bool:
+        """Whether a weight of unknown age is the one that was projected, by what was kept of it."""
+        if projected.made_of or self.projection == "soft":
+            return False
+        kept = torch.ops.gossamer.sparse24_gather(weight.detach(), projected.sparse.indices)
+        return torch.equal(kept, projected.sparse.values)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -208,7 +226,10 @@ class SparseTrainingLinear(nn.Linear):
         )
 
     def _bring_up_to_date(self) -> None:
-        """Project the weight as it is, so that what is saved goes on as the layer itself does."""
+        """Project the weight as it is, so that what is saved goes on as the layer itself does.
+
+        Of a sharded weight every rank has to come here, as with all its ``state_dict``.
+        """
         if self.weight.device.type != "meta":
             with torch.no_grad():
                 self._project()

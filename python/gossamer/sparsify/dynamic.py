@@ -57,7 +57,7 @@ class DropGrow(Sparsifier):
     def drop_and_grow(self, fraction: float) -> None:
         lives = [int(layer.kept.sum()) for layer in self.layers]
         survivors = [
-            self.of_rank_0(self.survivors(layer, int(fraction * live)))
+            self.of_rank_0(self.survivors(layer, int(self.share(layer, fraction) * live)))
             for layer, live in zip(self.layers, lives, strict=True)
         ]
         counts = self.counts(lives, [int(kept.sum()) for kept in survivors])
@@ -70,6 +70,10 @@ class DropGrow(Sparsifier):
         for layer, kept in zip(self.layers, survivors, strict=True):
             self._begin(layer, kept)
         self.apply()
+
+    def share(self, layer: Layer, fraction: float) -> float:
+        """Which share of a layer is dropped, where the schedule says ``fraction``."""
+        return fraction
 
     def survivors(self, layer: Layer, dropped: int) -> Tensor:
         """The live units of a layer without so many of the least."""
@@ -92,6 +96,7 @@ class DropGrow(Sparsifier):
         """Give the grown entries of a layer their first values."""
         assert layer.fresh is not None
         layer.weight.masked_fill_(layer.fresh, 0)
+        self._forget(layer, layer.fresh)
         if self.deviation > 0:
             grown = layer.mask & ~self.pattern.cover(survivors, layer.shape, layer.groups)
             # As many numbers whatever the device, from the generator that is saved.

@@ -32,6 +32,10 @@ class Schedule:
     def update(self, sparsifier: Sparsifier) -> None:
         """Called at each step, after it was counted."""
 
+    def due(self, step: int) -> bool:
+        """Whether masks may change after a step."""
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -164,10 +168,12 @@ class DropAndGrow(Schedule):
     def start(self, sparsifier: Sparsifier) -> None:
         sparsifier.prune_randomly(self.sparsity)
 
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 and step < self.end
+
     def update(self, sparsifier: Sparsifier) -> None:
-        step = sparsifier.steps
-        if step % self.every == 0 and step < self.end:
-            sparsifier.drop_and_grow(self.at(step))
+        if self.due(sparsifier.steps):
+            sparsifier.drop_and_grow(self.at(sparsifier.steps))
 
 
 class PlateauBisection(Schedule):

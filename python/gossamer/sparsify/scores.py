@@ -22,10 +22,16 @@ class Score:
     ----------
     norm : {"l2", "sum", "abs_sum"}
         How the entries of a unit add up, of a pattern of blocks or filters.
+    sees_gradients : bool
+    masked_gradients : {"none", "due", "all"}
+        Of a score that sees gradients, whether those of masked entries make a difference: never
+        (where they are multiplied by the weight, which is 0), at the step after which masks
+        change, or at each step.
     """
 
     norm: ClassVar[str] = "sum"
     sees_gradients: ClassVar[bool] = False
+    masked_gradients: ClassVar[str] = "all"
 
     def attach(self, layers: Sequence[Layer]) -> None:
         """Called once, before anything else, with all layers."""
@@ -60,6 +66,7 @@ class Gradient(Score):
     """|g|, the gradient of the last step, dense also where the weight is masked."""
 
     sees_gradients = True
+    masked_gradients = "due"
 
     def __call__(self, layer: Layer) -> Tensor:
         return layer.gradient.detach().abs()
@@ -74,6 +81,7 @@ class WeightGradient(Score):
     """
 
     sees_gradients = True
+    masked_gradients = "none"
 
     def __call__(self, layer: Layer) -> Tensor:
         return (layer.weight.detach() * layer.gradient.detach()).abs()
@@ -125,6 +133,8 @@ class SNIP(Averaged):
     ICLR 2019. Divided by the sum over all entries there, which changes no order.
     """
 
+    masked_gradients = "none"
+
     def __call__(self, layer: Layer) -> Tensor:
         return (layer.weight.detach() * self.mean(layer)).abs()
 
@@ -170,6 +180,8 @@ class FisherPruning(Fisher):
     (arXiv:1801.05787).
     """
 
+    masked_gradients = "none"
+
     def __call__(self, layer: Layer) -> Tensor:
         return layer.weight.detach().square() * self.mean(layer)
 
@@ -181,6 +193,8 @@ class Taylor(Averaged):
     ----------
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019.
     """
+
+    masked_gradients = "none"
 
     norm = "abs_sum"
 

@@ -15,6 +15,7 @@ from ..conversion.report import ConversionReport
 from ..convert import convert
 from ..formats import Block
 from .allocation import DISTRIBUTIONS, allocate, select_globally
+from .kernels import Through, has_kernels
 from .layers import Layer, Names, find_layers, unwrapped
 from .patterns import Pattern, as_pattern
 from .report import MaskChange, SparsityReport
@@ -64,6 +65,11 @@ class Sparsifier:
         kernels, or by the score alone. Exact for the whole in either way.
     seed : int
         Of random masks and random growth; the same on every rank.
+    kernels : bool
+        Whether layers are computed by the kernels of their pattern (2:4 linear layers, blocks)
+        while they are trained; masked by default. Then masked entries get no gradient, but at the
+        steps whose gradient a score reads: these are computed dense. It pays where much is masked:
+        ``gossamer.convert`` with a sample measures it.
 
     Raises
     ------
@@ -73,6 +79,7 @@ class Sparsifier:
     """
 
     grows: ClassVar[bool] = False
+    computes: ClassVar[bool] = False  # the weight that is used, from the dense one
 
     def __init__(
         self,
@@ -85,6 +92,7 @@ class Sparsifier:
         optimizer: torch.optim.Optimizer | None = None,
         distribution: str = "uniform",
         seed: int = 0,
+        kernels: bool = False,
     ) -> None:
         op = type(self).__name__
         self.pattern = as_pattern(pattern)
@@ -114,6 +122,27 @@ class Sparsifier:
         for each in self._scores():
             each.attach(self.layers)
         schedule.start(self)
+        if kernels:
+            self._go_through_kernels()
+
+    def _go_through_kernels(self) -> None:
+        for layer in self.layers:
+            self._check_kernels(layer, not self.computes)
+        for layer in self.layers:
+            layer.module.forward = Through(layer, self._needs_dense)
+
+    def _check_kernels(self, layer: Layer, may: bool, straight: bool = False) -> None:
+        if not may or not has_kernels(self.pattern, layer.module, straight):
+            kind = type(layer.module).__name__
+            raise ValueError(
+                f"{type(self).__name__}: {layer.name}: no kernels to train {self.pattern} of a "
+                f"{kind} with here; exclude={layer.name!r} or kernels=False"
+            )
+
+    def _needs_dense(self) -> bool:
+        """Whether a score reads the gradient of masked entries that this step computes."""
+        reads = [score.masked_gradients for score in self._scores() if score.sees_gradients]
+        return "all" in reads or ("due" in reads and self.schedule.due(self.steps + 1))
 
     def _scores(self) -> list[Score]:
         return [self.score]
@@ -149,10 +178,14 @@ class Sparsifier:
         for layer in self.layers:
             dropped = ~layer.mask
             layer.weight.masked_fill_(dropped, 0)
-            state = {} if self.optimizer is None else self.optimizer.state.get(layer.weight, {})
-            for value in state.values():
-                if isinstance(value, Tensor) and value.shape == layer.mask.shape:
-                    value.masked_fill_(dropped, 0)
+            self._forget(layer, dropped)
+
+    def _forget(self, layer: Layer, where: Tensor) -> None:
+        """Make the optimizer's state of some entries of a weight 0."""
+        state = {} if self.optimizer is None else self.optimizer.state.get(layer.weight, {})
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == where.shape:
+                value.masked_fill_(where, 0)
 
     # What schedules do.
 
@@ -226,12 +259,13 @@ class Sparsifier:
         filled = layer.units(torch.ones(layer.shape, device="cpu"), "l2") > -torch.inf
         return numbers.masked_fill(~filled, -torch.inf).to(layer.weight.device)
 
-    def _take(self, kept: list[Tensor]) -> None:
+    def _take(self, kept: list[Tensor], noted: bool = True) -> None:
         """Take over new masks, those of rank 0, and note what they change."""
         changed = {}
         for layer, units in zip(self.layers, kept, strict=True):
             changed[layer.name] = layer.take(self.of_rank_0(units))
-        self.history.append(MaskChange.of(self.steps, self.layers, changed))
+        if noted:
+            self.history.append(MaskChange.of(self.steps, self.layers, changed))
 
     def of_rank_0(self, units: Tensor) -> Tensor:
         """What the first rank has for these bools."""
@@ -271,6 +305,9 @@ class Sparsifier:
 
     def detach(self) -> None:
         """Remove every hook from model and optimizer."""
+        for layer in self.layers:
+            if isinstance(vars(layer.module).get("forward"), Through):
+                del layer.module.forward
         for score in self._scores():
             score.detach()
 

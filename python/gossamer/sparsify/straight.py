@@ -13,18 +13,12 @@ from ..conversion.selection import layer_sites
 from ..convert import convert
 from ..formats import Block
 from ..nn import SparseTrainingLinear
+from .computed import Standing
+from .kernels import Through
 from .layers import Layer, unwrapped
-from .patterns import NM, Pattern, as_pattern
-from .schedules import Schedule
+from .patterns import NM, Blocks, Pattern, as_pattern
 from .scores import Magnitude
 from .sparsifier import Sparsifier
-
-
-class Standing(Schedule):
-    """The same sparsity from before the first step on."""
-
-    def start(self, sparsifier: Sparsifier) -> None:
-        sparsifier.prune_to(self.sparsity)
 
 
 class STE(Sparsifier):
@@ -51,6 +45,9 @@ class STE(Sparsifier):
         Steps between searches for the masks.
     log_every : int
         Steps between entries of the report's history, whose ``changed`` is the SAD since the last.
+    kernels : bool
+        Whether layers of blocks are computed by their kernels, all but the dense gradient of the
+        weight.
     **options
         ``include``, ``exclude`` of ``Sparsifier``.
 
@@ -60,6 +57,7 @@ class STE(Sparsifier):
     Conditional Computation", 2013 (arXiv:1308.3432).
     """
 
+    computes = True
     projection = "hard"
     mvue = False
 
@@ -72,6 +70,7 @@ class STE(Sparsifier):
         decay: float = 0.0,
         refresh: int = 1,
         log_every: int = 100,
+        kernels: bool = False,
         **options: Any,
     ) -> None:
         op = type(self).__name__
@@ -91,12 +90,12 @@ class STE(Sparsifier):
         super().__init__(
             model, pattern, Magnitude(), Standing(sparsity), optimizer=optimizer, **options
         )
-        self._enter()
+        self._enter(kernels)
         self._hook = None
         if optimizer is not None and decay > 0:
             self._hook = optimizer.register_step_pre_hook(self._add_decay)
 
-    def _enter(self) -> None:
+    def _enter(self, kernels: bool) -> None:
         """Let the forward pass see projected weights."""
         op = type(self).__name__
         sites = {site.name: site for site in layer_sites(unwrapped(self.model))}
@@ -110,6 +109,8 @@ class STE(Sparsifier):
         for layer in self.layers:  # before any is changed
             if self.projection != "hard" and layer.name not in swapped:
                 raise ValueError(f"{op}: {layer.name}: a plain Linear inside a model is expected")
+            if kernels and layer.name not in swapped:
+                self._check_kernels(layer, isinstance(self.pattern, Blocks), straight=True)
         for layer in self.layers:
             linear = layer.module
             if layer.name in swapped:
@@ -120,6 +121,8 @@ class STE(Sparsifier):
                 self._swapped[layer.name] = layer.module = fast
                 for holder, attribute in sites[layer.name].holders:
                     setattr(holder, attribute, fast)
+            elif kernels:
+                layer.module.forward = Through(layer, _never, straight=True)
             else:
                 parametrize.register_parametrization(layer.module, "weight", _Masked(layer))
 
@@ -131,9 +134,7 @@ class STE(Sparsifier):
         self.steps += 1
         due, logged = self.steps % self.refresh == 0, self.steps % self.log_every == 0
         if logged or (due and len(self._swapped) < len(self.layers)):
-            self._take(self._selected(self.schedule.sparsity))
-            if not logged:
-                self.history.pop()
+            self._take(self._selected(self.schedule.sparsity), noted=logged)
 
     def _selected(self, sparsity: float) -> list[Tensor]:
         if not self._swapped:
@@ -163,9 +164,10 @@ class STE(Sparsifier):
             if fast is None:
                 # torch's function would leave the weight without its Parameter.
                 weight = layer.weight
-                parametrize.remove_parametrizations(
-                    layer.module, "weight", leave_parametrized=False
-                )
+                if parametrize.is_parametrized(layer.module, "weight"):
+                    parametrize.remove_parametrizations(
+                        layer.module, "weight", leave_parametrized=False
+                    )
                 if project:
                     weight.masked_fill_(~layer.mask, 0)
                 continue
@@ -290,6 +292,10 @@ class MaskedDecay(STE):
     ) -> None:
         self.mvue = mvue
         super().__init__(model, optimizer, decay=decay, refresh=refresh, **options)
+
+
+def _never() -> bool:
+    return False
 
 
 class _Masked(nn.Module):

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ...formats import Block
+from ..computed import Computed, Standing
+from ..layers import Layer
 from ..patterns import Pattern, Unstructured
 from ..scores import Magnitude
 from ..sparsifier import Sparsifier
-from ..straight import Standing
 
 
-class AutoSparse(Sparsifier):
+class AutoSparse(Computed):
     """W~ = sign(w) max(|w| - sigmoid(T), 0) in the forward pass, T trained, one for each output.
 
     The gradient of the maximum is 1 above 0 and alpha below:
@@ -55,9 +55,13 @@ class AutoSparse(Sparsifier):
             raise ValueError(f"AutoSparse: steps {steps}, alpha {alpha}: at least 1, in [0, 1]")
         self.n, self.alpha_0 = steps, alpha
         super().__init__(model, Unstructured(), Magnitude(), Standing(0.0), **options)
-        self.thresholds = [_SoftThreshold(layer.weight, threshold, alpha) for layer in self.layers]
-        for layer, soft in zip(self.layers, self.thresholds, strict=True):
-            parametrize.register_parametrization(layer.module, "weight", soft)
+        self.thresholds: list[_SoftThreshold] = []
+
+        def soft(layer: Layer) -> nn.Module:
+            self.thresholds.append(_SoftThreshold(layer.weight, threshold, alpha))
+            return self.thresholds[-1]
+
+        self.compute(soft)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The thresholds, for an optimizer."""
@@ -71,9 +75,6 @@ class AutoSparse(Sparsifier):
         part = step / self.n
         sigmoid = 1 / (1 + math.exp(6 - 12 * part))
         return self.alpha_0 * max((1 + math.cos(math.pi * part)) / 2, 1 - sigmoid)
-
-    def apply(self) -> None:
-        """Leave the weights to the thresholds."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -95,18 +96,10 @@ class AutoSparse(Sparsifier):
             What was learned by default (of an unstructured pattern).
         pattern : Pattern, Block or str, optional
         """
-        learned = self.sparsity if sparsity is None else sparsity
-        for layer in self.layers:
-            parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
-        names = [layer.name for layer in self.layers]
-        whole = pattern is None
-        return Sparsifier(
-            self.model,
-            pattern or Unstructured(),
-            Magnitude(),
-            Standing(learned),
-            include=names if all(names) else None,
-            distribution="global" if whole else "uniform",
+        return self.leave(
+            self.sparsity if sparsity is None else sparsity,
+            pattern,
+            "global" if pattern is None else "uniform",
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from ..computed import Computed, Standing
 from ..layers import Layer
 from ..patterns import ConstantFanIn
 from ..scores import Magnitude
 from ..sparsifier import Sparsifier
-from ..straight import Standing
 
 
-class DRESS(Sparsifier):
+class DRESS(Computed):
     """min over W of sum_i pi_i L(M_i W): M_1 in M_2 in ..., each the largest k_i of every row.
 
     ``with dress.subnet(i):`` runs the model as subnet i; a step sums the gradients of all::
@@ -50,9 +49,13 @@ class DRESS(Sparsifier):
         )
         for layer in self.layers:
             layer.keep(self.sparsities[0])
-        self._views = [_Subnet(layer) for layer in self.layers]
-        for layer, view in zip(self.layers, self._views, strict=True):
-            parametrize.register_parametrization(layer.module, "weight", view)
+        self._views: list[_Subnet] = []
+
+        def view(layer: Layer) -> nn.Module:
+            self._views.append(_Subnet(layer))
+            return self._views[-1]
+
+        self.compute(view)
 
     @contextmanager
     def subnet(self, index: int) -> Iterator[None]:
@@ -67,6 +70,10 @@ class DRESS(Sparsifier):
             for view in self._views:
                 view.mask = None
 
+    def apply(self) -> None:
+        """Make 0 what no subnet has."""
+        Sparsifier.apply(self)
+
     @torch.no_grad()
     def step(self) -> None:
         self.steps += 1
@@ -75,12 +82,7 @@ class DRESS(Sparsifier):
     @torch.no_grad()
     def finalize_at(self, index: int = -1) -> Sparsifier:
         """Leave one subnet alone in the weights, under an exact ``Sparsifier``."""
-        for layer in self.layers:
-            parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
-        names = [layer.name for layer in self.layers]
-        schedule = Standing(self.sparsities[index])
-        include = names if all(names) else None
-        return Sparsifier(self.model, self.pattern, Magnitude(), schedule, include=include)
+        return self.leave(self.sparsities[index])
 
 
 class _Subnet(nn.Module):

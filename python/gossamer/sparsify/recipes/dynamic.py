@@ -29,10 +29,10 @@ def _over_layers(pattern: AnyPattern, options: dict[str, Any]) -> Pattern:
 
 
 class SignedMagnitude(Score):
-    """How many of the same sign are of no larger magnitude, as a share of them."""
+    """How many that live and have the same sign are of no larger magnitude, as a share of them."""
 
     def __call__(self, layer: Layer) -> Tensor:
-        weight = layer.weight.detach()
+        weight = layer.weight.detach() * layer.mask  # a step may have moved what is masked
         score = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
         for side in (weight > 0, weight < 0):
             values = weight[side].abs()
@@ -125,6 +125,7 @@ class Acquisition(Score):
     """|g| + c ln(t) / (N + eps): t the step, N the changes of the mask that saw the entry alive."""
 
     sees_gradients = True
+    masked_gradients = "due"
 
     def __init__(self, c: float, eps: float) -> None:
         self.c, self.eps, self.steps = c, eps, 0

@@ -37,6 +37,8 @@ class FISHMask(Sparsifier):
     Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021.
     """
 
+    computes = True  # what is masked stays in the weight
+
     def __init__(
         self,
         model: nn.Module,

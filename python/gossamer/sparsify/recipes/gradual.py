@@ -24,9 +24,7 @@ class GMP(Sparsifier):
     model, pattern, **options
         As for ``Sparsifier``.
     sparsity, begin, end, every
-        As for ``Cubic``. For agents that learn by replay: 0.95, from 20 % to 80 % of training
-        (Obando-Ceron et al., "In value-based deep reinforcement learning, a pruned network is a
-        good network", ICML 2024; from memory).
+        As for ``Cubic``.
 
     References
     ----------
@@ -46,6 +44,29 @@ class GMP(Sparsifier):
     ) -> None:
         schedule = Cubic(sparsity, begin, end, every)
         super().__init__(model, pattern or Unstructured(), Magnitude(), schedule, **options)
+
+    @classmethod
+    def for_agents(
+        cls, model: nn.Module, steps: int, sparsity: float = 0.95, every: int = 1000, **options: Any
+    ) -> GMP:
+        """For a network of values that is learned by replay: from 20 % to 80 % of its steps.
+
+        Parameters
+        ----------
+        model, **options
+            As for ``GMP``; the online network. What is copied to a target network is masked.
+        steps : int
+            Of the optimizer, in all.
+        sparsity : float
+        every : int
+            Steps between changes. Not known from the paper: ours.
+
+        References
+        ----------
+        Obando-Ceron et al., "In value-based deep reinforcement learning, a pruned network is a good
+        network", ICML 2024, with DQN and Rainbow; from memory.
+        """
+        return cls(model, sparsity, steps // 5, 4 * steps // 5, every, **options)
 
 
 class MIRL(Sparsifier):

@@ -36,6 +36,7 @@ class Saliency(Score):
     """The score of groups, [1, groups], by the gradient of the last step."""
 
     sees_gradients = True
+    masked_gradients = "none"
 
     def __call__(self, layer: Layer) -> Tensor:
         weight, gradient = layer.weight.detach().double(), layer.gradient.detach().double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,8 +14,9 @@ from ..patterns import check_sparsity
 class SparseIFT:
     """Four ways to make a layer larger and sparse, by the sparsity s alone.
 
-    What it builds has dense weights: RigL, say, then keeps them at s. (Of ``doped`` the linear
-    layer named ``sparse`` only.)
+    What it builds has dense weights: RigL, say, then keeps them at s. (Of ``doped`` the layer named
+    ``sparse`` only.) Linear layers by default, 2-D convolutions with a ``kernel`` k; what more
+    ``torch.nn.Conv2d`` takes goes to the one of k x k.
 
     Parameters
     ----------
@@ -55,27 +57,40 @@ class SparseIFT:
         taps = kernel * kernel
         return taps * inputs * outputs / (taps * inputs + outputs)
 
-    def wide(self, inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-        """A linear layer of ``width`` times as many inputs and outputs."""
-        return nn.Linear(round(self.width * inputs), round(self.width * outputs), bias)
+    def wide(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
+        """A layer of ``width`` times as many inputs and outputs."""
+        return _layer(round(self.width * inputs), round(self.width * outputs), bias, **options)
 
-    def parallel(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-        """The sum of ``branches`` linear layers."""
-        return _Sum([nn.Linear(inputs, outputs, bias and i == 0) for i in range(self.branches)])
+    def parallel(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
+        """The sum of ``branches`` layers."""
+        biases = [bias, *[False] * (self.branches - 1)]
+        return _Sum([_layer(inputs, outputs, each, **options) for each in biases])
 
-    def factorized(self, inputs: int, outputs: int, bias: bool = True) -> nn.Sequential:
-        """Two linear layers through ``inner`` features."""
-        inner = self.inner(inputs, outputs)
-        return nn.Sequential(nn.Linear(inputs, inner, False), nn.Linear(inner, outputs, bias))
+    def factorized(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
+        """Two layers through ``inner`` features, the second one of 1 x 1."""
+        inner = self.inner(inputs, outputs, options.get("kernel", 1))
+        return _through(inputs, inner, outputs, bias, **options)
 
-    def doped(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-        """A linear layer, to be made sparse, beside one of low ``rank``."""
-        rank = self.rank(inputs, outputs)
-        low = nn.Sequential(nn.Linear(inputs, rank, False), nn.Linear(rank, outputs, False))
+    def doped(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> nn.Module:
+        """A layer, to be made sparse, beside one of low ``rank``."""
+        rank = self.rank(inputs, outputs, options.get("kernel", 1))
         summed = _Sum([])
-        summed.add_module("sparse", nn.Linear(inputs, outputs, bias))
-        summed.add_module("low_rank", low)
+        summed.add_module("sparse", _layer(inputs, outputs, bias, **options))
+        summed.add_module("low_rank", _through(inputs, rank, outputs, False, **options))
         return summed
+
+
+def _layer(
+    inputs: int, outputs: int, bias: bool, kernel: int | None = None, **options: Any
+) -> nn.Linear | nn.Conv2d:
+    if kernel is None:
+        return nn.Linear(inputs, outputs, bias, **options)
+    return nn.Conv2d(inputs, outputs, kernel, bias=bias, **options)
+
+
+def _through(inputs: int, inner: int, outputs: int, bias: bool, **options: Any) -> nn.Sequential:
+    last = _layer(inner, outputs, bias, 1 if "kernel" in options else None)
+    return nn.Sequential(_layer(inputs, inner, False, **options), last)
 
 
 class _Sum(nn.Module):

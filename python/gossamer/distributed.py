@@ -1,0 +1,127 @@
+"""Tensor parallelism of 2:4 linear layers: each rank holds, and multiplies, a part of the weight.
+
+The two styles go into the plan of ``torch.distributed.tensor.parallel.parallelize_module``, as
+torch's own do for dense layers::
+
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(mlp, mesh, {"up": Colwise(), "down": Rowwise()})
+
+What the layers hold are ``DTensor``s, so that a ``state_dict`` goes through
+``torch.distributed.checkpoint`` and comes back on any number of ranks. (DistributedDataParallel and
+``fully_shard`` need nothing of this: sparse layers go through them as they are.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from .nn import SparseLinear
+from .ops.sparse24 import sparse24_linear_tensors
+
+
+class Colwise(ParallelStyle):
+    """Each rank has a part of the outputs: x [..., K] on all, y [..., N / ranks] on each.
+
+    The gradient of x is summed over the ranks. N has to be a multiple of the ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        ranks = device_mesh.size()
+        layer = _checked("Colwise", module)
+        if layer.out_features % ranks != 0:
+            raise ValueError(f"Colwise: {layer.out_features} outputs on {ranks} ranks")
+        _distribute(layer, device_mesh, Shard(0), Shard(0))
+        layer.forward = _Forward(layer, device_mesh, False)  # type: ignore[method-assign]
+        return layer
+
+
+class Rowwise(ParallelStyle):
+    """Each rank has a part of the inputs: x [..., K / ranks] on each, y [..., N] on all.
+
+    The products are summed over the ranks, then the bias is added. K has to be a multiple of 8
+    times the ranks, of whole bytes of the indices.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        ranks = device_mesh.size()
+        layer = _checked("Rowwise", module)
+        if layer.in_features % (8 * ranks) != 0:
+            raise ValueError(
+                f"Rowwise: {layer.in_features} inputs on {ranks} ranks, expected a multiple of "
+                f"{8 * ranks}"
+            )
+        _distribute(layer, device_mesh, Shard(1), Replicate())
+        layer.forward = _Forward(layer, device_mesh, True)  # type: ignore[method-assign]
+        return layer
+
+
+def _checked(op: str, module: nn.Module) -> SparseLinear:
+    if not isinstance(module, SparseLinear):
+        raise TypeError(f"{op}: {type(module).__name__}, expected a gossamer.nn.SparseLinear")
+    if module.packed or module.pattern != "2:4":
+        raise ValueError(
+            f"{op}: expected a 2:4 layer that is not packed (unpack()), got {module.extra_repr()}"
+        )
+    return module
+
+
+def _distribute(layer: SparseLinear, mesh: DeviceMesh, weight: Placement, bias: Placement) -> None:
+    assert layer.values is not None
+    assert isinstance(layer.indices, Tensor)
+    trained = layer.values.requires_grad
+    values = distribute_tensor(layer.values.detach(), mesh, [weight])
+    layer.values = nn.Parameter(values, requires_grad=trained)
+    layer.indices = distribute_tensor(layer.indices, mesh, [weight])
+    if layer.bias is not None:
+        trained = layer.bias.requires_grad
+        part = distribute_tensor(layer.bias.detach(), mesh, [bias])
+        layer.bias = nn.Parameter(part, requires_grad=trained)
+
+
+class _Forward:
+    """The forward pass of a layer whose weight is distributed."""
+
+    def __init__(self, layer: SparseLinear, mesh: DeviceMesh, rowwise: bool) -> None:
+        self.layer, self.mesh, self.rowwise = layer, mesh, rowwise
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        ranks = self.mesh.size()
+        values, indices = layer.values.to_local(), layer.indices.to_local()
+        bias = None if layer.bias is None else layer.bias.to_local()
+        n, k, activation = layer.out_features, layer.in_features, layer.activation or "none"
+        if not self.rowwise:
+            # What comes back for x on each rank is a part of its gradient.
+            on_all = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
+            x = on_all.to_local(grad_placements=[Partial()])
+            shape = (n // ranks, k)
+            return sparse24_linear_tensors(
+                x, values, indices, bias, shape, values.dtype, activation
+            )
+        shape = (n, k // ranks)
+        part = sparse24_linear_tensors(x, values, indices, None, shape, values.dtype)
+        parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
+        y: Tensor = parts.redistribute(placements=[Replicate()]).to_local()
+        y = y if bias is None else y + bias
+        return _ACTIVATIONS[activation](y)
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+}

@@ -1,0 +1,163 @@
+"""Sparse layers in models of the transformers library: saved, and loaded again.
+
+Importing this module registers the quantization method "gossamer" with transformers, so that
+``from_pretrained`` knows which layers of a saved model are sparse before it reads their tensors::
+
+    import gossamer.huggingface
+
+    gossamer.convert(model, "2:4", prune="magnitude", include="*_proj")
+    gossamer.huggingface.save_pretrained(model, "folder")
+    model = AutoModelForCausalLM.from_pretrained("folder")
+
+A dense checkpoint becomes sparse while it is loaded with
+``from_pretrained(..., quantization_config=SparseConfig(pattern="2:4", prune="magnitude"))``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .convert import convert
+from .formats import Block
+from .nn import SparseLinear
+
+METHOD = "gossamer"
+
+
+@register_quantization_config(METHOD)
+class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Which layers of a model are sparse, or how a dense one is to become so.
+
+    Parameters
+    ----------
+    layers : dict, optional
+        Of a saved model: for each name of a layer its pattern ("2:4" or [rows, cols]), how many
+        blocks are live, and its activation.
+    pattern : "2:4" or [rows, cols]
+        Of a dense model: what ``gossamer.convert`` is called with after it is loaded.
+    prune, include, exclude, density, force
+        The same.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        pattern: str | list[int] = "2:4",
+        prune: str | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        density: float | None = None,
+        force: bool = False,
+        **_: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.layers = layers
+        self.pattern, self.prune, self.density = pattern, prune, density
+        self.include, self.exclude, self.force = include, exclude, force
+
+
+@register_quantizer(METHOD)
+class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls while it loads or saves a model with sparse layers."""
+
+    quantization_config: SparseConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **ignored: Any) -> nn.Module:
+        """Put sparse layers of the right shapes where the checkpoint has some."""
+        for name, spec in (self.quantization_config.layers or {}).items():
+            dense = model.get_submodule(name)
+            if type(dense) is not nn.Linear:
+                raise TypeError(f"gossamer: {name} is {type(dense).__name__}, expected a Linear")
+            holder, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(holder), attribute, _empty(dense, spec))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **ignored: Any) -> nn.Module:
+        config = self.quantization_config
+        if config.layers is None:
+            pattern = config.pattern
+            convert(
+                model,
+                pattern if isinstance(pattern, str) else Block(*pattern),
+                prune=config.prune,
+                include=config.include,
+                exclude=config.exclude,
+                density=config.density,
+                force=config.force,
+            )
+            config.layers = describe(model)
+        else:
+            for name in config.layers:
+                layer = model.get_submodule(name)
+                assert isinstance(layer, SparseLinear)
+                layer._portable().validate()
+                layer._pack_where_possible()
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What ``SparseConfig.layers`` says of the sparse layers of a model.
+
+    Raises
+    ------
+    TypeError
+        Of a layer of this package that is no ``SparseLinear``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLinear):
+            spec: dict[str, Any] = {"pattern": layer.pattern}
+            if isinstance(layer.pattern, Block):
+                blocks = layer._portable().values.shape[0]
+                spec = {"pattern": [layer.pattern.rows, layer.pattern.cols], "blocks": blocks}
+            if layer.activation is not None:
+                spec["activation"] = layer.activation
+            found[name] = spec
+        elif type(layer).__module__.startswith("gossamer."):
+            raise TypeError(f"gossamer: {name} is {type(layer).__name__}: SparseLinear alone loads")
+    return found
+
+
+def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
+    """As ``model.save_pretrained``, with what ``from_pretrained`` has to know of sparse layers.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Its sparse layers packed or trainable; they are saved in the portable form.
+    path : str or Path
+        The folder.
+    **options
+        Of ``model.save_pretrained``.
+    """
+    config = SparseConfig(layers=describe(model))
+    model.config.quantization_config = config
+    model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
+    model.save_pretrained(path, **options)
+
+
+def _empty(dense: nn.Linear, spec: dict[str, Any]) -> SparseLinear:
+    """A sparse layer in the place of a dense one, without content."""
+    pattern, density = spec["pattern"], None
+    if not isinstance(pattern, str):
+        pattern = Block(*pattern)
+        rows, columns = pattern.grid((dense.out_features, dense.in_features))
+        density = spec["blocks"] / (rows * columns)
+    layer = SparseLinear(
+        dense.in_features, dense.out_features, dense.bias is not None, pattern,
+        dense.weight.device, dense.weight.dtype, density,
+    )  # fmt: skip
+    layer.activation = spec.get("activation")
+    return layer.train(dense.training)

@@ -1,0 +1,126 @@
+"""Masked layers that are computed by the kernels of their pattern while they are trained.
+
+The dense Parameter stays what is trained: each pass gathers what lives into the format of the
+kernels, and the gradient of that is scattered back, 0 where the mask drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..formats import Block, BlockSparse, Sparse24
+from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
+from ..ops.sparse24 import sparse24_linear
+from .layers import Layer
+from .patterns import Blocks, Pattern
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def has_kernels(pattern: Pattern, layer: Any, straight: bool = False) -> bool:
+    """Whether a layer may be trained through kernels: with no forward pass of its own."""
+    if "forward" in vars(layer):
+        return False
+    if isinstance(pattern, Blocks):
+        if straight and hasattr(layer, "kernel_size"):
+            plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+            return plain and type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return pattern.kernels == "2:4" and type(layer) is nn.Linear
+
+
+def product_of(layer: Layer) -> Product | None:
+    """(x, dense weight, bias) -> y by the kernels of the layer's mask; None where none has it."""
+    if isinstance(layer.pattern, Blocks):
+        return _block_product(layer, layer.pattern.block)
+    if int(layer.mask[:, : layer.shape[1] // 4 * 4].unflatten(1, (-1, 4)).sum(-1).max()) > 2:
+        return None  # a schedule that is still on its way to 2:4
+    indices = Sparse24.from_dense(layer.mask.float().cpu()).indices.to(layer.mask.device)
+    shape = (layer.shape[0], layer.shape[1])
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        values = reference.sparse24_gather(weight, indices)
+        return sparse24_linear(x, Sparse24(values, indices, shape), bias)
+
+    return product
+
+
+def _block_product(layer: Layer, block: Block) -> Product:
+    shape, groups = layer.shape, layer.groups
+    mask = layer.kept.view(block.grid(shape, groups))
+    crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+    crow[1:] = mask.sum(1).cumsum(0)
+    where = mask.nonzero(as_tuple=True)
+    col = where[1].to(torch.int32)
+    conv: Any = layer.module
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        values = reference.to_blocks(weight, block, groups)[where]
+        live = BlockSparse(values, crow, col, shape, groups)
+        if len(shape) == 2:
+            return blocksparse_linear(x, live, bias)
+        return blocksparse_conv(
+            x, live, bias, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+        )
+
+    return product
+
+
+class _Straight(torch.autograd.Function):
+    """y as it is; its gradient also goes to the dense weight, as if y were of that."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        ctx.module = module
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, x = ctx.saved_tensors
+        x, conv = x.to(g.dtype), ctx.module
+        if isinstance(conv, nn.Linear):
+            return g, (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype), None, None
+        found = torch.ops.aten.convolution_backward(
+            *(g, x, weight.to(g.dtype), None, conv.stride, conv.padding, conv.dilation),
+            *(False, [0] * (weight.dim() - 2), conv.groups, [False, True, False]),
+        )
+        return g, found[1].to(weight.dtype), None, None
+
+
+@dataclass(eq=False)
+class Through:
+    """The forward pass of a layer: by the kernels, or dense where ``dense()`` says so.
+
+    ``straight``: the gradient of the weight is that of a dense layer, masked entries included.
+    """
+
+    layer: Layer
+    dense: Callable[[], bool]
+    straight: bool = False
+    _mask: Tensor | None = None
+    _product: Product | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module: Any = self.layer.module
+        if self._mask is not self.layer.mask:
+            self._mask, self._product = self.layer.mask, None
+            if self.layer.sparsity > 0:
+                self._product = product_of(self.layer)
+        if self._product is None or (self.dense() and torch.is_grad_enabled()):
+            return type(module).forward(module, x)
+        if not self.straight:
+            return self._product(x, module.weight, module.bias)
+        y = self._product(x, module.weight.detach(), module.bias)
+        return _Straight.apply(y, module.weight, x.detach(), module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_mask": None, "_product": None}
