@@ -33,9 +33,10 @@
 //   what a warpgroup issues      320       530    5 for a dead granule, 25 for a live one, 140 to
 //                                                 wait, read x and drain
 //
-// so it is bound by the L2. What wgmma loses with 16 and 32 outputs is not in there, and nothing of
-// this has been measured. To ptxas each product that is branched around is a group of its own, so
-// no wait can leave a group running: a warpgroup drains at each step, while the other one goes on.
+// so it is bound by the L2, in clusters by shared memory. What wgmma loses with 16 and 32 outputs
+// is not in there, and nothing of this has been measured. To ptxas each product that is branched
+// around is a group of its own, so no wait can leave a group running: a warpgroup drains at each
+// step, while the other one goes on.
 #include <algorithm>
 
 #include "blocksparse/conv_cuda.h"
