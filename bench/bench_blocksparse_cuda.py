@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from bench_sparse24_cuda import RIVALS_SLACK, Bench, check, cloned
 from cuda_block_case import BSR, CudaBlockCase
+from cuda_record import CudaCase
 from cuda_rivals import DENSE, WRONG, Rivals, clones
 from cuda_shapes import DTYPES
 from cuda_timing import Contender, Rounds, copies_for, first_line, measure, repeats_for
@@ -21,11 +22,12 @@ from gossamer import Block, blocksparse_conv, blocksparse_linear
 from gossamer.formats import BlockSparse
 from gossamer.ops.blocksparse_choice import blocksparse_choice
 from gossamer.prune import magnitude_blocks
-from record import OURS
+from record import OURS, Check
 from shapes import ConvShape, Shape
 from torch import Tensor
 
 CUDNN_LAST = "cuDNN channels_last"
+AnyCase = TypeVar("AnyCase", bound=CudaCase)
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,13 @@ def run_case(case: CudaBlockCase, plan: CudaBlockPlan, bench: Bench) -> CudaBloc
     found = check(ours.answer(ours.calls[0]()), expected, dtype)
     case = dataclasses.replace(case, check=found)
 
+    return timed(case, rivals, lambda y: check(y, expected, dtype), plan.rounds, bench)
+
+
+def timed(
+    case: AnyCase, rivals: Rivals, right: Callable[[Tensor], Check], rounds: Rounds, bench: Bench
+) -> AnyCase:
+    """The case with the times of all rivals that answer right when replayed."""
     replays: dict[str, Any] = {}
     before = bench.sensors()
     with bench.stopwatch() as stopwatch:
@@ -191,7 +200,7 @@ def run_case(case: CudaBlockCase, plan: CudaBlockPlan, bench: Bench) -> CudaBloc
             try:
                 replay = stopwatch.prepare(contender, repeats_for(len(contender.calls), least))
                 stopwatch.seconds([(replay, 1)])
-                answer = check(contender.answer(replay.last), expected, dtype)
+                answer = right(contender.answer(replay.last))
             except Exception as error:
                 rivals.missing[contender.name] = first_line(error)
                 continue
@@ -203,7 +212,7 @@ def run_case(case: CudaBlockCase, plan: CudaBlockPlan, bench: Bench) -> CudaBloc
             replays[contender.name] = replay
         if OURS not in replays:
             return dataclasses.replace(case, unavailable=rivals.missing[OURS], failed=True)
-        timings = measure(replays, stopwatch, plan.rounds)
+        timings = measure(replays, stopwatch, rounds)
     families = {c.name: c.family for c in rivals.contenders}
     return dataclasses.replace(
         case, timings=timings, families={name: families[name] for name in timings},

@@ -18,13 +18,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from bench_blocksparse_cuda import timed
 from bench_pointcloud import PLAIN, SHAPES, VoxelShape, coordinates_of, map_of
-from bench_sparse24_cuda import RIVALS_SLACK, Bench, check
+from bench_sparse24_cuda import Bench, check
 from cuda_record import CudaCase
 from cuda_report import table
-from cuda_rivals import DENSE, WRONG, Rivals, clones
+from cuda_rivals import DENSE, Rivals, clones
 from cuda_shapes import DTYPES
-from cuda_timing import Contender, Rounds, copies_for, first_line, measure, repeats_for
+from cuda_timing import Contender, Rounds, copies_for, first_line
 from gossamer import _C, fold_batchnorm, reference
 from gossamer import pointcloud as pc
 from gossamer.ops import pointcloud as ops
@@ -242,32 +243,7 @@ def run_case(
     if OURS in rivals.missing:
         return dataclasses.replace(case, unavailable=rivals.missing[OURS], failed=True)
     case = dataclasses.replace(case, check=right(rivals.contenders[0].calls[0]()))
-    replays: dict[str, Any] = {}
-    with bench.stopwatch() as stopwatch:
-        for contender in rivals.contenders:
-            try:
-                repeats = repeats_for(len(contender.calls), max(case.limit, 1e-5))
-                replay = stopwatch.prepare(contender, repeats)
-                stopwatch.seconds([(replay, 1)])
-                answer = right(replay.last)
-            except Exception as error:
-                rivals.missing[contender.name] = first_line(error)
-                continue
-            if contender.name == OURS:  # the call by itself may be right, and its replay not
-                case = case if answer.passed else dataclasses.replace(case, check=answer)
-            elif not answer.worst <= RIVALS_SLACK:
-                rivals.missing[contender.name] = WRONG
-                continue
-            replays[contender.name] = replay
-        if OURS not in replays:
-            return dataclasses.replace(case, unavailable=rivals.missing[OURS], failed=True)
-        timings = measure(replays, stopwatch, rounds)
-    families = {c.name: c.family for c in rivals.contenders}
-    return dataclasses.replace(
-        case, timings=timings, families={name: families[name] for name in timings},
-        not_graphs={name: r.eager for name, r in replays.items() if r.eager},
-        missing=rivals.missing, sensors=bench.sensors(),
-    )  # fmt: skip
+    return timed(case, rivals, right, rounds, bench)
 
 
 def run(

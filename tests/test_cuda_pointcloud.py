@@ -86,6 +86,17 @@ def test_pooling_in_a_graph() -> None:
         assert torch.equal(captured(call), call())
 
 
+def test_a_map_cannot_be_met_first_in_a_graph() -> None:
+    layer, x = pc.SubmanifoldConv3d(16, 24, 3).cuda(), scene(300, 16)
+    x.coordinates.submanifold(3)
+    with torch.no_grad():
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="make one call before"), torch.cuda.graph(graph):
+            layer(x)
+        assert bool(layer(x).feats.isfinite().all())
+
+
 def test_training_in_a_graph() -> None:
     layer, x = pc.SubmanifoldConv3d(16, 24, 3).cuda(), scene(3_000, 16)
 

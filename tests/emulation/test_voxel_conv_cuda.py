@@ -26,7 +26,7 @@ CASES = {
     "weights copied, x not": PointcloudCase((3,), 70, 60, 0.6, 13, 24),
     "many outputs": PointcloudCase((1, 2), 20, 30, 0.8, 9, 513),
     "many channels": PointcloudCase((1, 2), 20, 30, 0.8, 513, 9),
-    "more taps than a mask has bits": PointcloudCase((3, 3, 3, 3), 60, 140, 0.05, 8, 8),
+    "more taps than a mask has bits": PointcloudCase((3, 5, 5), 30, 140, 0.1, 8, 8),
     "one voxel": PointcloudCase((1,), 1, 1, 1.0, 8, 8),
     "nothing to add": PointcloudCase((3, 3), 0, 130, 0.0, 8, 8),
 }
@@ -55,11 +55,13 @@ def test_matches_plain_torch(kernels: KernelLibrary, sanitizers: Sanitizers, nam
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradient_matches_plain_torch(kernels: KernelLibrary, name: str) -> None:
-    for seed, dtype in enumerate(DTYPES):
+def test_gradient_matches_plain_torch(
+    kernels: KernelLibrary, sanitizers: Sanitizers, name: str
+) -> None:
+    for seed, dtype in enumerate(DTYPES[1:] if sanitizers.on else DTYPES):
         conv = VoxelConv.of(CASES[name], dtype)
         expected = conv.expected_gradient()
-        for schedule in ("late", "early"):
+        for schedule in ("late", "early")[: 1 if sanitizers.on else 2]:
             with kernels.schedule(schedule, seed):
                 check_exact(conv.gradient(kernels), expected)
 

@@ -65,8 +65,16 @@ def _kept(
     found = _layouts.get(key)
     if found is not None and all(ref() is t for ref, t in zip(found[0], tensors, strict=True)):
         return found[1]
+    device = pairs[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "pointcloud_conv: the first call with a kernel map cannot be captured in a CUDA graph: "
+            "it checks the map and makes a table of it; make one call before"
+        )
     with torch.no_grad():
         layout = make(pairs, n_in, n_out)
+    if device.type == "cuda":  # the next call may be on another stream
+        torch.cuda.current_stream(device).synchronize()
     # Freed with the first of them.
     forget = [weakref.ref(t, lambda _: _layouts.pop(key, None)) for t in tensors]
     _layouts[key] = forget, layout
