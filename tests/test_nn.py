@@ -155,6 +155,14 @@ def test_a_packed_layer_is_not_trained() -> None:
     assert layer.values.grad is not None
 
 
+def test_values_given_to_a_packed_layer_are_not_ignored() -> None:
+    layer = SparseLinear(10, 6).eval().pack()
+    x = torch.randn(2, 10)
+    with pytest.raises(RuntimeError, match=r"unpack\(\)"):
+        functional_call(layer, {"values": torch.ones(6, 6)}, (x,))
+    layer(x)
+
+
 def test_packing_in_inference_mode_leaves_ordinary_tensors() -> None:
     layer = SparseLinear(10, 6).eval()
     x = torch.randn(2, 10, requires_grad=True)
@@ -246,6 +254,19 @@ def test_dtype_moves(layer: SparseLinear, dtype: torch.dtype) -> None:
     x = torch.randn(3, 10, dtype=dtype)
     torch.testing.assert_close(layer(x), layer.to_dense()(x))
     assert layer.format.tolist() == [1, 6, 10]
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2], ids=str)
+def test_moves_to_what_has_no_kernel_change_nothing(
+    layer: SparseLinear, dtype: torch.dtype
+) -> None:
+    packed, x = layer.packed, torch.randn(2, 10)
+    expected = layer(x)
+    with pytest.raises(TypeError, match=str(dtype)):
+        layer.to(dtype)
+    assert layer.packed == packed
+    assert torch.equal(layer(x), expected)
 
 
 def test_moves_that_change_nothing_keep_the_tensors(layer: SparseLinear) -> None:
