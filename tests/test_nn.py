@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 from typing import Any
 
+import gossamer
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,18 @@ def test_matches_its_dense_twin(sizes: tuple[int, int], bias: bool, dtype: torch
     assert torch.equal(back.weight, linear.weight)
     assert (back.bias is None) == (not bias)
     assert back.training is layer.training is False
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("SparseLinear", "SparseConv", "SparseLinearQuantized", "SparseTrainingLinear"),
+        *("ActSparseLinear", "DeltaLinear"),
+    ],
+)
+def test_x_is_named_as_in_torch(kind: str) -> None:
+    ours = inspect.signature(getattr(gossamer.nn, kind).forward)
+    assert list(ours.parameters) == list(inspect.signature(nn.Linear.forward).parameters)
 
 
 def test_fresh_layer_is_drawn_as_a_dense_one_and_pruned() -> None:
