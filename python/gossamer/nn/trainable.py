@@ -232,8 +232,10 @@ class TrainableModule(PackableModule):
         return t.is_floating_point()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        weight = self.weight
-        dtype = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+        stored = self.values if self._panels_dtype is None else self.panels
+        assert stored is not None
+        before = torch.empty(0, dtype=self._panels_dtype or stored.dtype, device=stored.device)
+        dtype = fn(before).dtype
         if dtype not in VALUE_DTYPES:  # before anything has changed
             raise TypeError(
                 f"{type(self).__name__}: cannot become {dtype}, only float32, bfloat16, float16 or "
