@@ -185,10 +185,6 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
     dtypes = given.dtype or list(defaults)
     _check_names(parser, "--feature", features, choices.features)
     _check_names(parser, "--dtype", dtypes, choices.known_dtypes)
-    for option in ("json", "plot"):  # or the results of a long run would have nowhere to go
-        path = getattr(given, option)
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"argument --{option}: there is no folder {path.parent}")
     if given.scan is not None and not given.scan.is_file():
         parser.error(f"argument --scan: there is no file {given.scan}")
     if given.device == "cuda" and "2:4" in (given.block or ()):

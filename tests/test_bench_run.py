@@ -62,7 +62,6 @@ def test_command_line_choices() -> None:
         (["--block", "16"], "16x16"),
         (["--block", "100x4"], "100x4"),
         (["--block", "16x99"], "at most 64"),
-        (["--json", "nowhere/record.json"], "no folder nowhere"),
         (["--scan", "nowhere.bin"], "no file nowhere.bin"),
     ],
 )
