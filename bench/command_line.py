@@ -111,11 +111,15 @@ def _rows(text: str) -> tuple[int, ...]:
 
 
 def _blocks(text: str) -> tuple[tuple[int, int] | str, ...]:
+    from gossamer.formats.block import MAX_BLOCK  # not for --help alone
+
     found: list[tuple[int, int] | str] = []
     for part in _comma_list(text):
         size = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", part)
         if size is None and part != "2:4":
             raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4,2:4")
+        if size is not None and max(int(size[1]), int(size[2])) > MAX_BLOCK:
+            raise argparse.ArgumentTypeError(f"{text!r}: blocks are at most {MAX_BLOCK} wide")
         found.append((int(size[1]), int(size[2])) if size else part)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}: blocks are given as 16x16,4x4,2:4")
@@ -181,6 +185,8 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
     dtypes = given.dtype or list(defaults)
     _check_names(parser, "--feature", features, choices.features)
     _check_names(parser, "--dtype", dtypes, choices.known_dtypes)
+    if given.scan is not None and not given.scan.is_file():
+        parser.error(f"argument --scan: there is no file {given.scan}")
     if given.device == "cuda" and "2:4" in (given.block or ()):
         parser.error("argument --block: '2:4' on a GPU is the feature sparse24")
     try:

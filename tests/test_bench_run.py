@@ -61,6 +61,8 @@ def test_command_line_choices() -> None:
         (["--threads", "0"], "thread"),
         (["--block", "16"], "16x16"),
         (["--block", "100x4"], "100x4"),
+        (["--block", "16x99"], "at most 64"),
+        (["--scan", "nowhere.bin"], "no file nowhere.bin"),
     ],
 )
 def test_command_line_mistakes(

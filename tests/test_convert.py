@@ -140,6 +140,7 @@ def test_including_a_module_without_linear_layers_is_an_error(mlp: MLP) -> None:
         ({"pattern": "1:4"}, ValueError),
         ({"prune": "random"}, ValueError),
         ({"include": [1]}, TypeError),
+        ({"exclude": 0}, TypeError),
         ({"sample_input": 3}, TypeError),
         ({"sample_input": torch.zeros(10, 63)}, RuntimeError),
     ],

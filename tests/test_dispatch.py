@@ -87,8 +87,10 @@ def test_a_trace_holds_the_op(weight: Sparse24) -> None:
     def layer(x: Tensor) -> Tensor:
         return sparse24_linear(x, weight)
 
-    traced = torch.jit.trace(layer, torch.ones(2, 32))
-    assert "gossamer::sparse24_linear" in str(traced.graph)
+    for x in (torch.ones(2, 32), torch.ones(2, 32, requires_grad=True)):
+        traced = torch.jit.trace(layer, x)
+        assert "gossamer::sparse24_linear" in str(traced.graph)
+        assert traced(x).requires_grad == x.requires_grad
 
 
 def test_tensors_without_memory_are_not_for_the_kernel() -> None:

@@ -86,6 +86,19 @@ def test_dense_round_trip(target: str, dtype: torch.dtype, shape: tuple[int, int
     assert torch.equal(gathered, reference.sparse24_gather(dense, indices))
 
 
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_denormals_survive_where_torch_flushes_them(cpu_target: str, dtype: torch.dtype) -> None:
+    weight = torch.zeros(5, 19, dtype=dtype)
+    weight[:, [0, 3, 9, 18]] = torch.finfo(dtype).smallest_normal / 4
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush denormals")
+    try:
+        back = Sparse24.from_dense(weight).to_dense()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(bits(back), bits(weight))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_panels_round_trip(target: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:

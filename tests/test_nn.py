@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 from typing import Any
 
+import gossamer
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,18 @@ def test_matches_its_dense_twin(sizes: tuple[int, int], bias: bool, dtype: torch
     assert torch.equal(back.weight, linear.weight)
     assert (back.bias is None) == (not bias)
     assert back.training is layer.training is False
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("SparseLinear", "SparseConv", "SparseLinearQuantized", "SparseTrainingLinear"),
+        *("ActSparseLinear", "DeltaLinear"),
+    ],
+)
+def test_x_is_named_as_in_torch(kind: str) -> None:
+    ours = inspect.signature(getattr(gossamer.nn, kind).forward)
+    assert list(ours.parameters) == list(inspect.signature(nn.Linear.forward).parameters)
 
 
 def test_fresh_layer_is_drawn_as_a_dense_one_and_pruned() -> None:
@@ -155,6 +169,14 @@ def test_a_packed_layer_is_not_trained() -> None:
     assert layer.values.grad is not None
 
 
+def test_values_given_to_a_packed_layer_are_not_ignored() -> None:
+    layer = SparseLinear(10, 6).eval().pack()
+    x = torch.randn(2, 10)
+    with pytest.raises(RuntimeError, match=r"unpack\(\)"):
+        functional_call(layer, {"values": torch.ones(6, 6)}, (x,))
+    layer(x)
+
+
 def test_packing_in_inference_mode_leaves_ordinary_tensors() -> None:
     layer = SparseLinear(10, 6).eval()
     x = torch.randn(2, 10, requires_grad=True)
@@ -246,6 +268,19 @@ def test_dtype_moves(layer: SparseLinear, dtype: torch.dtype) -> None:
     x = torch.randn(3, 10, dtype=dtype)
     torch.testing.assert_close(layer(x), layer.to_dense()(x))
     assert layer.format.tolist() == [1, 6, 10]
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2], ids=str)
+def test_moves_to_what_has_no_kernel_change_nothing(
+    layer: SparseLinear, dtype: torch.dtype
+) -> None:
+    packed, x = layer.packed, torch.randn(2, 10)
+    expected = layer(x)
+    with pytest.raises(TypeError, match=str(dtype)):
+        layer.to(dtype)
+    assert layer.packed == packed
+    assert torch.equal(layer(x), expected)
 
 
 def test_moves_that_change_nothing_keep_the_tensors(layer: SparseLinear) -> None:

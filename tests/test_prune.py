@@ -60,6 +60,8 @@ def test_strided_and_meta() -> None:
 def test_refuses_what_has_no_magnitude() -> None:
     with pytest.raises(TypeError, match="int64"):
         magnitude_24(torch.ones(4, 4).long())
+    with pytest.raises(TypeError, match="float8_e4m3fn"):
+        magnitude_24(torch.ones(4, 4).to(torch.float8_e4m3fn))
     with pytest.raises(TypeError, match="list"):
         magnitude_24([1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0-d"):

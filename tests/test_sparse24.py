@@ -301,6 +301,7 @@ def test_operands_need_not_be_contiguous() -> None:
 WEIGHT = sparse_24(6, 12)
 ERRORS = {
     "0-d x": (ValueError, "0-d", lambda: sparse24_linear(torch.tensor(1.0), WEIGHT)),
+    "no tensor": (TypeError, "list", lambda: sparse24_linear([1.0], WEIGHT)),  # type: ignore[arg-type]
     "features": (
         ValueError,
         "x has 11 features, the weight expects 12",

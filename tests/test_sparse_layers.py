@@ -46,7 +46,7 @@ def density_of(layer: Layer) -> float | None:
 def test_matches_its_dense_twin(kind: str, bias: bool, dtype: torch.dtype) -> None:
     layer = make(kind, bias=bias, dtype=dtype)
     x, dense = x_for(kind, dtype), layer.to_dense()
-    torch.testing.assert_close(layer(x), dense(x))
+    torch.testing.assert_close(layer(input=x), dense(input=x))
     assert (dense.bias is None) == (layer.bias is None) == (not bias)
     back = type(layer).from_dense(dense, layer.pattern)
     assert torch.equal(back.to_dense().weight, dense.weight)

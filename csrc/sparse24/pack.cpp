@@ -2,7 +2,9 @@
 #include "sparse24/pack.h"
 
 #include <atomic>
+#include <bit>
 #include <cstring>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/parallel.h"
@@ -53,9 +55,12 @@ constexpr PackTables make_tables() {
   return tables;
 }
 
+// By its bits, since a thread that flushes denormals would compare them equal to 0; -0.0 too.
 template <class T>
 bool is_zero(T x) {
-  return to_float(x) == 0;  // -0.0 too
+  using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, Word>;
+  return static_cast<Bits>(std::bit_cast<Bits>(x) << 1) == 0;
 }
 
 // The portable loops: one row, from index byte `first_byte` on. What the wide units leave over.
@@ -99,19 +104,6 @@ void to_dense_row(const T* values, const uint8_t* indices, int64_t k, int64_t fi
   }
 }
 
-// Calls body(T{}) with the storage type of `dtype`; copies need only its size, zero tests its
-// meaning.
-template <class Body>
-void visit_storage(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat64: return body(double{});
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(BFloat16{});
-    case DType::kFloat16: return body(Float16{});
-    default: return;  // refused at the border
-  }
-}
-
 int64_t dense_bytes(const Weight& w) { return w.n * w.k * size_of(w.dtype); }
 
 const PackRows* wide_rows() {
@@ -146,9 +138,10 @@ constinit const PackTables kPackTables = make_tables();
 
 void fail_not_24(const Weight& w, int64_t count, int64_t first) {
   const int64_t row = first / w.groups(), column = 4 * (first % w.groups());
+  const int64_t last = column + 3 < w.k ? column + 3 : w.k - 1;
   fail("Sparse24.from_dense: the weight is not 2:4: ", count, " of ", w.n * w.groups(),
        " groups of 4 hold more than 2 non-zeros, the first at row ", row, ", columns ", column,
-       " to ", column + 3, "; prune it first (gossamer.prune.magnitude_24)");
+       " to ", last, "; prune it first (gossamer.prune.magnitude_24)");
 }
 
 void fail_indices(const Weight& w, int64_t first, int byte) {
@@ -159,7 +152,7 @@ void fail_indices(const Weight& w, int64_t first, int byte) {
 }
 
 void from_dense(const void* dense, const Weight& w, void* values, uint8_t* indices, int threads) {
-  visit_storage(w.dtype, [&]<class T>(T) {
+  visit_floats(w.dtype, [&]<class T>(T) {
     std::atomic<bool> misfit{false};
     const auto* source = static_cast<const T*>(dense);
     auto* kept = static_cast<T*>(values);
@@ -186,7 +179,7 @@ void from_dense(const void* dense, const Weight& w, void* values, uint8_t* indic
 }
 
 void gather(const void* dense, const Weight& w, void* values, int threads) {
-  visit_storage(w.dtype, [&]<class T>(T) {
+  visit_floats(w.dtype, [&]<class T>(T) {
     parallel_ranges(
         threads_for_bytes(threads, dense_bytes(w)), w.n, [&](int64_t begin, int64_t end) {
           for (int64_t n = begin; n < end; ++n) {
@@ -198,7 +191,7 @@ void gather(const void* dense, const Weight& w, void* values, int threads) {
 }
 
 void to_dense(const Weight& w, void* dense, int threads) {
-  visit_storage(w.dtype, [&]<class T>(T) {
+  visit_floats(w.dtype, [&]<class T>(T) {
     const PackRows* wide = wide_rows();
     parallel_ranges(
         threads_for_bytes(threads, dense_bytes(w)), w.n, [&](int64_t begin, int64_t end) {
@@ -224,7 +217,7 @@ void validate(const Weight& w, int threads) {
     while (position < known && !first.compare_exchange_weak(known, position)) {
     }
   };
-  visit_storage(w.dtype, [&]<class T>(T) {
+  visit_floats(w.dtype, [&]<class T>(T) {
     parallel_ranges(
         threads_for_bytes(threads, dense_bytes(w)), w.n, [&](int64_t begin, int64_t end) {
           for (int64_t n = begin; n < end; ++n) {

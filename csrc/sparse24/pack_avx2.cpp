@@ -45,12 +45,14 @@ bool from_dense_32(const void* dense, int64_t bytes, void* values, uint8_t* indi
   auto* kept = static_cast<float*>(values);
   bool fits = true;
   for (int64_t b = 0; b < bytes; ++b) {
-    const __m256 v = _mm256_loadu_ps(columns + 8 * b);
-    const __m256 is_nonzero = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
-    const int nonzero = _mm256_movemask_ps(is_nonzero);
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + 8 * b));
+    const __m256i is_zero =
+        _mm256_cmpeq_epi32(_mm256_add_epi32(v, v), _mm256_setzero_si256());  // -0.0 too
+    const int nonzero = ~_mm256_movemask_ps(_mm256_castsi256_ps(is_zero)) & 255;
     const uint8_t* positions = kShuffles.gather[kPackTables.kept_mask[nonzero]];
     const __m256i control = _mm256_cvtepu8_epi32(load8(positions));
-    const __m256 packed = _mm256_permutevar8x32_ps(_mm256_and_ps(v, is_nonzero), control);
+    const __m256 present = _mm256_castsi256_ps(_mm256_andnot_si256(is_zero, v));
+    const __m256 packed = _mm256_permutevar8x32_ps(present, control);
     _mm_storeu_ps(kept + 4 * b, _mm256_castps256_ps128(packed));
     indices[b] = kPackTables.index_byte[nonzero];
     fits &= kPackTables.fits[nonzero];

@@ -97,7 +97,8 @@ class _Forward:
     def __init__(self, layer: SparseLinear, mesh: DeviceMesh, rowwise: bool) -> None:
         self.layer, self.mesh, self.rowwise = layer, mesh, rowwise
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
+        x = input  # as the layer's own forward names it
         layer: Any = self.layer
         ranks = self.mesh.size()
         values, indices = layer.values.to_local(), layer.indices.to_local()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .formats import Block
+from .formats.stored import check_dense
 
 
 def magnitude_24(weight: Tensor, dim: int = -1) -> Tensor:
@@ -19,7 +20,7 @@ def magnitude_24(weight: Tensor, dim: int = -1) -> Tensor:
     Parameters
     ----------
     weight : Tensor
-        [..., K] of a floating-point dtype; K need not be a multiple of 4.
+        [..., K] float32, bfloat16, float16 or float64; K need not be a multiple of 4.
     dim : int
         The dimension along which the four lie: the last of a linear layer's weight, 1 (the input
         channels) of a convolution's.
@@ -33,7 +34,7 @@ def magnitude_24(weight: Tensor, dim: int = -1) -> Tensor:
     Raises
     ------
     TypeError
-        If ``weight`` is not a floating-point tensor.
+        If ``weight`` is not a tensor of those dtypes.
     ValueError
         If ``weight`` has no such dimension.
 
@@ -41,9 +42,7 @@ def magnitude_24(weight: Tensor, dim: int = -1) -> Tensor:
     ----------
     Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (arXiv:2104.08378).
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"magnitude_24: weight is {what}, it must be a floating-point tensor")
+    check_dense("magnitude_24", weight)
     if weight.dim() == 0:
         raise ValueError("magnitude_24: weight is 0-d, it needs at least one dimension")
     if not -weight.dim() <= dim < weight.dim():
@@ -81,7 +80,7 @@ def magnitude_blocks(
     Parameters
     ----------
     weight : Tensor or sequence of Tensor
-        [N, K] or [C_out, C_in / groups, *kernel size], of a floating-point dtype.
+        [N, K] or [C_out, C_in / groups, *kernel size], in float32, bfloat16, float16 or float64.
     block : Block
         The size of the blocks; at the edges of groups and taps a block is the smaller.
     density : float
@@ -102,7 +101,7 @@ def magnitude_blocks(
     Raises
     ------
     TypeError
-        If a weight is not a floating-point tensor, or ``block`` no ``Block``.
+        If a weight is not a tensor of those dtypes, or ``block`` no ``Block``.
     ValueError
         If the density is not in (0, 1], the scope is unknown or a shape does not fit.
 
@@ -140,9 +139,7 @@ def check_density(op: str, density: float) -> None:
 
 
 def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"magnitude_blocks: weight is {what}, it must be a floating-point tensor")
+    check_dense("magnitude_blocks", weight)
     block.grid(tuple(weight.shape), groups)  # or there is no such weight
     blocks = reference.to_blocks(weight.detach().double(), block, groups)
     # Divided by the largest entry, no square leaves float64's range.

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .._cuda_module import obstacle
-from ..formats import Block
+from ..formats import VALUE_DTYPES, Block
 from .kinds import ACTIVATION, dense_class, is_conv, is_sparse
 from .selection import LayerSite
 
@@ -155,6 +155,8 @@ def _unreadable(layer: nn.Module) -> str | None:
         return "weight is on the meta device and has no values"
     if not weight.dtype.is_floating_point:
         return f"weight is {dtype_name(weight.dtype)}, not floating point"
+    if weight.dtype not in VALUE_DTYPES:
+        return f"weight is {dtype_name(weight.dtype)}, for which there is neither pruner nor kernel"
     if weight.numel() == 0:
         return f"weight is empty: {list(weight.shape)}"
     return None

@@ -80,7 +80,11 @@ def left_out(
 def _entries(
     op: str, argument: str, given: str | Iterable[str] | None, modules: list[str]
 ) -> list[str]:
-    entries = [given] if isinstance(given, str) else list(given or ())
+    if given is None:
+        return []
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{op}: {argument} takes names of modules, got {given!r}")
+    entries = [given] if isinstance(given, str) else list(given)
     for entry in entries:
         if not isinstance(entry, str):
             raise TypeError(f"{op}: {argument} takes names of modules, got {entry!r}")

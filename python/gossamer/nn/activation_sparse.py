@@ -117,9 +117,9 @@ class ActSparseLinear(nn.Module):
     def weight(self) -> Tensor:
         return self.weight_kn.t()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
         """[..., K] to [..., N]."""
-        return actsparse_linear(x, self.weight_kn, self.bias, self.threshold)
+        return actsparse_linear(input, self.weight_kn, self.bias, self.threshold)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.threshold, dtype=torch.float64)

@@ -192,8 +192,8 @@ class SparseConv(TrainableModule):
         self._give_to(conv, weight)
         return conv
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch.
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
+        """``input`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch.
 
         Raises
         ------
@@ -212,11 +212,11 @@ class SparseConv(TrainableModule):
         if isinstance(self.pattern, Block):
             blocks = (stored, self.crow_indices, self.col_indices)
             rest = (*kind, *geometry, activation, self.pattern.cols if packed else 0)
-            return blocksparse_conv_tensors(x, *blocks, *rest)
+            return blocksparse_conv_tensors(input, *blocks, *rest)
         indices = None if packed else self.indices
         rest = (*geometry, activation)
         dtype = self._panels_dtype or stored.dtype
-        return sparse24_conv_tensors(x, stored, indices, *kind, dtype, *rest)
+        return sparse24_conv_tensors(input, stored, indices, *kind, dtype, *rest)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

@@ -162,17 +162,17 @@ class DeltaLinear(ActSparseLinear):
         """Start all streams anew, or those of the first dimension that are named."""
         self.streams.reset(streams, 0.0 if self.bias is None else _wide(self.bias.detach()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
         """[..., K] of one step to [..., N]."""
-        _check("DeltaLinear", self, x)
+        _check("DeltaLinear", self, input)
         streams = self.streams
         with torch.no_grad():
             if streams.due(self.refresh_every):
-                return streams.start(x, actsparse_linear(x, self.weight_kn, self.bias))
-            change = streams.change("DeltaLinear", x, self.threshold, of_pixels=False)
+                return streams.start(input, actsparse_linear(input, self.weight_kn, self.bias))
+            change = streams.change("DeltaLinear", input, self.threshold, of_pixels=False)
             assert streams.output is not None
             output = streams.output + actsparse_linear(change, self.weight_kn)
-            return streams.went_on(x, output)
+            return streams.went_on(input, output)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, refresh_every={self.refresh_every}"

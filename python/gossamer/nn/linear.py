@@ -146,8 +146,8 @@ class SparseLinear(TrainableModule):
         self._give_to(linear, weight)
         return linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., K] -> [..., N].
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
+        """``input`` [..., K] -> [..., N].
 
         Raises
         ------
@@ -175,10 +175,10 @@ class SparseLinear(TrainableModule):
             assert col is not None
             packed_cols = 0 if panels_dtype is None else self.pattern.cols
             return blocksparse_linear_tensors(
-                x, stored, crow, col, bias, shape, activation, packed_cols
+                input, stored, crow, col, bias, shape, activation, packed_cols
             )
         indices = buffers["indices"]  # None while packed
-        return sparse24_linear_tensors(x, stored, indices, bias, shape, dtype, activation)
+        return sparse24_linear_tensors(input, stored, indices, bias, shape, dtype, activation)
 
     def extra_repr(self) -> str:
         return (

@@ -232,20 +232,20 @@ class SparseLinearQuantized(PackableModule):
         """The floating-point dtype of the layer: of its bias, and of a dequantised weight."""
         return self._dtype if self.bias is None else self.bias.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., K] -> [..., N], both float32, bfloat16 or float16 as the bias.
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
+        """``input`` [..., K] -> [..., N], both float32, bfloat16 or float16 as the bias.
 
         Raises
         ------
         RuntimeError
-            If a gradient is wanted of x.
+            If a gradient is wanted of it.
         """
         shape, indices = (self.out_features, self.in_features), self.indices
         stored = self.panels if indices is None else self.values
         assert stored is not None
         value_dtype = value_type_of(self.value_type).storage
         return sparse24_linear_quantized_tensors(
-            x, stored, indices, self.scales, value_dtype, self.bias, shape, self.group
+            input, stored, indices, self.scales, value_dtype, self.bias, shape, self.group
         )
 
     def extra_repr(self) -> str:

@@ -199,10 +199,10 @@ class SparseTrainingLinear(nn.Linear):
         kept = torch.ops.gossamer.sparse24_gather(weight.detach(), projected.sparse.indices)
         return torch.equal(kept, projected.sparse.values)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
         with torch.no_grad():
             projected = self._project()
-        autocast = autocast_dtype(x)
+        x, autocast = input, autocast_dtype(input)
         bias: Tensor | None = self.bias
         dense, sparse = projected.dense, projected.sparse
         if autocast is not None:

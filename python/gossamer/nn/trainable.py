@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -179,6 +179,11 @@ class TrainableModule(PackableModule):
 
     def _refuse_training(self) -> None:
         """Called by the forward of a packed layer."""
+        if self._parameters.get("values") is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: a packed layer does not read the values that it was "
+                "given: call unpack() first"
+            )
         if self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self).__name__}: a packed layer cannot be trained: call unpack() to train "
@@ -225,6 +230,18 @@ class TrainableModule(PackableModule):
 
     def _takes_dtype(self, t: Tensor) -> bool:
         return t.is_floating_point()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        stored = self.values if self._panels_dtype is None else self.panels
+        assert stored is not None
+        before = torch.empty(0, dtype=self._panels_dtype or stored.dtype, device=stored.device)
+        dtype = fn(before).dtype
+        if dtype not in VALUE_DTYPES:  # before anything has changed
+            raise TypeError(
+                f"{type(self).__name__}: cannot become {dtype}, only float32, bfloat16, float16 or "
+                "float64"
+            )
+        return super()._apply(fn, recurse)
 
     def _load_checked_state(
         self,

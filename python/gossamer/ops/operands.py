@@ -22,6 +22,8 @@ def activation_of(op: str, name: str) -> Callable[[Tensor], Tensor] | None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast, where it is on for the device of x, would compute in."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
     device = "cpu" if x.is_cpu else "cuda"
     if torch.is_autocast_enabled(device) and (x.is_cpu or x.is_cuda):
         return torch.get_autocast_dtype(device)

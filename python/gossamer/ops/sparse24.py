@@ -109,7 +109,8 @@ def sparse24_linear_tensors(
         raise TypeError(f"sparse24_linear: x is {x.dtype}, the weight {dtype}")
     out_features, in_features = shape
     # Eager code skips the dispatcher's Python call of the autograd kernel, 2 us of overhead.
-    call = _linear if torch.compiler.is_compiling() else _linear_autograd
+    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+    call = _linear if recorded else _linear_autograd
     y: Tensor = call(x, stored, indices, bias, in_features, out_features, activation)
     return y if autocast is None else autocast_to(y, autocast)
 
