@@ -2,7 +2,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['PointcloudOutputs', 'PointcloudPairs', 'PointcloudVoxels', 'actsparse_linear', 'actsparse_outputs', 'actsparse_target', 'attach_cuda', 'blocksparse_choose', 'blocksparse_conv', 'blocksparse_dvalues', 'blocksparse_find_live', 'blocksparse_gather', 'blocksparse_max_block', 'blocksparse_to_dense', 'blocksparse_validate', 'blocksparse_ways', 'cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'grouped_choose', 'grouped_ends', 'grouped_linear', 'intel_cores', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'pack_spikes', 'parallel_team', 'pointcloud_bounds', 'pointcloud_conv', 'pointcloud_conv_choose', 'pointcloud_conv_choose_cuda', 'pointcloud_conv_cuda', 'pointcloud_conv_weight_grad', 'pointcloud_conv_weight_grad_cuda', 'pointcloud_group_rows', 'pointcloud_max_pool', 'pointcloud_max_pool_grad', 'pointcloud_quantize', 'pointcloud_quarter_rows', 'pointcloud_reduce', 'pointcloud_sort', 'pointcloud_sum_pool', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_conv', 'sparse24_conv_choose', 'sparse24_conv_from_pairs', 'sparse24_conv_most_pair_words', 'sparse24_conv_to_pairs', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'spike_linear', 'target', 'targets_built', 'topk_decode', 'topk_select', 'topk_values', 'topk_weight']
+__all__: list[str] = ['PointcloudOutputs', 'PointcloudPairs', 'PointcloudVoxels', 'actsparse_linear', 'actsparse_outputs', 'actsparse_target', 'attach_cuda', 'blocksparse_choose', 'blocksparse_conv', 'blocksparse_dvalues', 'blocksparse_find_live', 'blocksparse_gather', 'blocksparse_max_block', 'blocksparse_to_dense', 'blocksparse_validate', 'blocksparse_ways', 'csr_choose', 'csr_dvalues', 'csr_linear', 'csr_most_narrow', 'csr_transpose', 'csr_validate', 'cuda_counters', 'cuda_lowest_capability', 'cuda_relax_capture', 'cuda_stream', 'force_target', 'grouped_choose', 'grouped_ends', 'grouped_linear', 'intel_cores', 'machine_targets', 'measure_peak', 'measure_read_bandwidth', 'pack_spikes', 'parallel_team', 'pointcloud_bounds', 'pointcloud_conv', 'pointcloud_conv_choose', 'pointcloud_conv_choose_cuda', 'pointcloud_conv_cuda', 'pointcloud_conv_weight_grad', 'pointcloud_conv_weight_grad_cuda', 'pointcloud_group_rows', 'pointcloud_max_pool', 'pointcloud_max_pool_grad', 'pointcloud_quantize', 'pointcloud_quarter_rows', 'pointcloud_reduce', 'pointcloud_sort', 'pointcloud_sum_pool', 'sparse24_choose', 'sparse24_choose_cuda', 'sparse24_conv', 'sparse24_conv_choose', 'sparse24_conv_from_pairs', 'sparse24_conv_most_pair_words', 'sparse24_conv_to_pairs', 'sparse24_from_dense', 'sparse24_from_panels', 'sparse24_gather', 'sparse24_linear', 'sparse24_linear_cuda', 'sparse24_linear_quantized', 'sparse24_linear_quantized_cuda', 'sparse24_panels_shape', 'sparse24_to_dense', 'sparse24_to_panels', 'sparse24_validate', 'spike_linear', 'target', 'targets_built', 'topk_decode', 'topk_select', 'topk_values', 'topk_weight']
 class PointcloudPairs:
     def __init__(self, walkers: torch.Tensor, walker_order: torch.Tensor | None, targets: torch.Tensor, target_order: torch.Tensor | None, target_box: tuple[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], window: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -47,6 +47,16 @@ def blocksparse_to_dense(values: torch.Tensor, crow_indices: torch.Tensor, col_i
 def blocksparse_validate(values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, out_channels: typing.SupportsInt | typing.SupportsIndex, taps: typing.SupportsInt | typing.SupportsIndex, group_in: typing.SupportsInt | typing.SupportsIndex, groups: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def blocksparse_ways(x: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"], out: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"], dtype: str, rows: typing.SupportsInt | typing.SupportsIndex, cols: typing.SupportsInt | typing.SupportsIndex, nnz: typing.SupportsInt | typing.SupportsIndex, groups: typing.SupportsInt | typing.SupportsIndex, kernel: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], stride: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], padding: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], dilation: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], channels_last: bool, device: typing.SupportsInt | typing.SupportsIndex | dict) -> list[tuple[str, int, int, int]]:
+    ...
+def csr_choose(rows: typing.SupportsInt | typing.SupportsIndex, dtype: str) -> dict:
+    ...
+def csr_dvalues(out: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def csr_linear(out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, bias: torch.Tensor | None, activation: str, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def csr_transpose(crow_indices: torch.Tensor, col_indices: torch.Tensor, n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex, crow_out: torch.Tensor, col_out: torch.Tensor, source: torch.Tensor) -> None:
+    ...
+def csr_validate(op: str, crow_indices: torch.Tensor, col_indices: torch.Tensor, n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def cuda_relax_capture() -> None:
     ...
@@ -149,6 +159,7 @@ def topk_values(out: torch.Tensor, dy: torch.Tensor, indices: torch.Tensor, weig
 def topk_weight(out: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, dy: torch.Tensor, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 blocksparse_max_block: int = 64
+csr_most_narrow: int = 32768
 cuda_counters: int = 1024
 cuda_lowest_capability: int = 80
 pointcloud_group_rows: int = 128
