@@ -30,7 +30,7 @@ struct Kernels : Finish<S, T> {
   static void add_gathered(const T* values, I col, const float* x, int64_t stride,
                            F (&sum)[Tokens]) {
     const F w = S::load(values);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int t = 0; t < Tokens; ++t) {
       sum[t] = S::fma(w, S::gather(x + t * stride, col), sum[t]);
     }
@@ -46,7 +46,7 @@ struct Kernels : Finish<S, T> {
       F lanes[Tokens][kLanes];
       for (int i = 0; i < kLanes; ++i) {
         F sum[Tokens];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (F& s : sum) s = S::zero();
         int64_t j = i < count ? crow[first + i] : 0;
         const int64_t end = i < count ? crow[first + i + 1] : 0;
@@ -62,7 +62,7 @@ struct Kernels : Finish<S, T> {
           }
           add_gathered(w, S::load_index(c), task.x, task.x_stride, sum);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int t = 0; t < Tokens; ++t) lanes[t][i] = sum[t];
       }
       float sums[Tokens][kLanes];
@@ -75,7 +75,7 @@ struct Kernels : Finish<S, T> {
     }
   }
 
-  static constexpr int kMostGathered = 4;
+  static constexpr int kMostGathered = 5;
   template <int Tokens = kMostGathered>
   static void gather(const GatherTask& task) {
     if (task.tokens == Tokens) return gather_rows<Tokens>(task);
@@ -344,7 +344,7 @@ struct Entries {
 
   static constexpr Unit unit = {
       .lanes = kLanes,
-      .most_gathered = 3,
+      .most_gathered = 5,  // measured on Emerald Rapids
       .most_registers = 8,
       .pack = pack,
       .widen = widen,

@@ -9,7 +9,7 @@
 namespace gossamer::csr {
 
 // Rows of W whose sums are held at once, and floats past either end of them that may be touched.
-constexpr int kBlockRows = 256, kSumsPast = 2 * 16 * 256;
+constexpr int kBlockRows = 1024, kSumsPast = 2 * 16 * 256;
 
 // Rows of x or dy, in the dtype of the weight.
 struct Rows {

@@ -52,7 +52,7 @@ def known(op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Known:
 def transposed(
     op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(crow, col, source) on the CPU: of the transposed weight, with the values ``values[source]``."""
+    """(crow, col, source) on the CPU: of the transposed weight, of ``values[source]``."""
     pattern = known(op, crow, col, shape)
     if pattern.transposed is None:
         with torch.inference_mode(False):
