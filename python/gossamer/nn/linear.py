@@ -72,6 +72,9 @@ class SparseLinear(TrainableModule):
         If there are no kernels for ``dtype``.
     """
 
+    crow_indices: Tensor
+    col_indices: Tensor
+
     def __init__(
         self,
         in_features: int,
