@@ -36,8 +36,8 @@ CASES = (
     CsrCase(1, 1, 1, 1.0),
     CsrCase(0, 5, 7, 0.5),  # no row of x
     CsrCase(2, 3, 5, 0.0),  # nothing stored
-    CsrCase(5, 17, 33, 0.3),  # the most rows that are gathered, tails of lanes along W
-    CsrCase(6, 40, 100, 0.1),  # the fewest that lie along the lanes
+    CsrCase(3, 17, 33, 0.3),  # the most rows that are gathered, tails of lanes along W
+    CsrCase(4, 40, 100, 0.1),  # the fewest that lie along the lanes
     CsrCase(16, 33, 129, 1.0),  # full rows, and more places in one than are taken at a time
     CsrCase(17, 300, 257, 0.2),  # several blocks of rows of W, a column past what int8 numbers
     CsrCase(65, 70, 900, 0.5),  # passes over columns that L1 holds, panels that are not full

@@ -120,6 +120,23 @@ void bind(py::module_& m) {
       py::arg("crow_indices"), py::arg("col_indices"), py::arg("n"), py::arg("k"),
       py::arg("crow_out"), py::arg("col_out"), py::arg("source"), release());
   m.def(
+      "csr_gather",
+      [](const TensorView& out, const TensorView& values, const TensorView& source, int threads) {
+        constexpr const char* op = "csr_gather";
+        check_weight_dtype(op, "values", values);
+        check_dtype(op, "out", out, values.dtype);
+        check_dtype(op, "source", source, DType::kInt32);
+        const int64_t count = values.numel();
+        for (const auto& [what, t] :
+             {std::pair{"out", out}, {"values", values}, {"source", source}}) {
+          check_on_cpu(op, what, t);
+          check_vector(op, what, t, count);
+        }
+        gather(values.data, source.as<const int32_t>(), count, size_of(values.dtype), out.data,
+               threads);
+      },
+      py::arg("out"), py::arg("values"), py::arg("source"), py::arg("threads"), release());
+  m.def(
       "csr_choose",
       [](int64_t rows, const std::string& dtype) {
         const DType type = dlpack::dtype_from_name(dtype);

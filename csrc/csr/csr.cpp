@@ -89,11 +89,11 @@ void linear_gather(const LinearArgs& args, const Unit& unit) {
   const Pattern& pattern = args.pattern;
   const int64_t size = size_of(args.dtype), stride = pattern.k + 1;
   const auto tokens = static_cast<int>(args.rows);
-  float* x = floats(x_rows, tokens * stride);
+  float* x = floats(x_rows, tokens * stride + 1) + 1;
   for (int t = 0; t < tokens; ++t) {
     unit.widen(static_cast<const char*>(args.x) + t * args.x_stride * size, pattern.k,
                x + t * stride);
-    x[t * stride + pattern.k] = 0;
+    x[t * stride - 1] = 0;
   }
   const double work = static_cast<double>(pattern.nnz()) * 4;
   for_row_blocks(pattern, args.threads, work, [&](int64_t first, int64_t last) {

@@ -68,6 +68,10 @@ void validate(const char* op, const Pattern& pattern, int64_t count);
 // The pattern with rows and columns exchanged, and of each of its places the one that it had.
 void transpose(const Pattern& pattern, int32_t* crow, void* col, bool wide, int32_t* source);
 
+// to[i] = from[source[i]], of numbers of so many bytes: 2, 4 or 8.
+void gather(const void* from, const int32_t* source, int64_t count, int64_t size, void* to,
+            int threads);
+
 // The kernel that the target in force has for so many rows of x: "serial", "gather" (lanes along
 // a row of W) or "tokens" (along the rows of x), and whose it is.
 struct Choice {

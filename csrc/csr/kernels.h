@@ -30,9 +30,37 @@ struct Kernels : Finish<S, T> {
   static void add_gathered(const T* values, I col, const float* x, int64_t stride,
                            F (&sum)[Tokens]) {
     const F w = S::load(values);
-#pragma GCC unroll 5
+#pragma GCC unroll 3
     for (int t = 0; t < Tokens; ++t) {
       sum[t] = S::fma(w, S::gather(x + t * stride, col), sum[t]);
+    }
+  }
+
+  // The last places of a row, fewer than lanes. Those that are missing weigh 0 and name the 0
+  // before x.
+  template <int Tokens>
+  static void add_rest(const T* values, const Index* col, int64_t j, int64_t end, int64_t nnz,
+                       const GatherTask& task, F (&sum)[Tokens]) {
+    static constexpr uint32_t kPast[32] = {0,   0,   0,   0,   0,   0,   0,   0,   0,   0,   0,
+                                           0,   0,   0,   0,   0,   ~0u, ~0u, ~0u, ~0u, ~0u, ~0u,
+                                           ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+    T w[kLanes];
+    Index c[kLanes];
+    values += j, col += j;
+    if (j + kLanes > nnz) {  // nothing is read behind the last ones of W
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t at = j + l < nnz ? l : 0;
+        w[l] = values[at], c[l] = col[at];
+      }
+      values = w, col = c;
+    }
+    const I past = S::load_words(kPast + 16 - (end - j));
+    const I kept = S::as_int(S::load(values));
+    const F weight = S::as_float(S::sub(kept, S::and_(kept, past)));
+    const I index = S::or_(S::load_index(col), past);
+#pragma GCC unroll 3
+    for (int t = 0; t < Tokens; ++t) {
+      sum[t] = S::fma(weight, S::gather(task.x + t * task.x_stride, index), sum[t]);
     }
   }
 
@@ -41,28 +69,21 @@ struct Kernels : Finish<S, T> {
     const auto* values = static_cast<const T*>(task.values);
     const Index* col = columns(task.pattern);
     const int32_t* crow = task.pattern.crow;
+    const int64_t nnz = task.pattern.nnz();
     for (int64_t first = task.first; first < task.last; first += kLanes) {
       const int64_t count = task.last - first < kLanes ? task.last - first : kLanes;
       F lanes[Tokens][kLanes];
       for (int i = 0; i < kLanes; ++i) {
         F sum[Tokens];
-#pragma GCC unroll 5
+#pragma GCC unroll 3
         for (F& s : sum) s = S::zero();
         int64_t j = i < count ? crow[first + i] : 0;
         const int64_t end = i < count ? crow[first + i + 1] : 0;
         for (; j + kLanes <= end; j += kLanes) {
           add_gathered(values + j, S::load_index(col + j), task.x, task.x_stride, sum);
         }
-        if (j < end) {  // what is missing names the 0 behind x
-          T w[kLanes] = {};
-          int32_t c[kLanes];
-          for (int l = 0; l < kLanes; ++l) {
-            c[l] = j + l < end ? col[j + l] : static_cast<int32_t>(task.pattern.k);
-            if (j + l < end) w[l] = values[j + l];
-          }
-          add_gathered(w, S::load_index(c), task.x, task.x_stride, sum);
-        }
-#pragma GCC unroll 5
+        if (j < end) add_rest(values, col, j, end, nnz, task, sum);
+#pragma GCC unroll 3
         for (int t = 0; t < Tokens; ++t) lanes[t][i] = sum[t];
       }
       float sums[Tokens][kLanes];
@@ -75,7 +96,7 @@ struct Kernels : Finish<S, T> {
     }
   }
 
-  static constexpr int kMostGathered = 5;
+  static constexpr int kMostGathered = 3;
   template <int Tokens = kMostGathered>
   static void gather(const GatherTask& task) {
     if (task.tokens == Tokens) return gather_rows<Tokens>(task);
@@ -123,11 +144,14 @@ struct Kernels : Finish<S, T> {
       if (sizeof(T) != sizeof(float) && values != nullptr) {
         S::store(places.widened + count, S::load(from_values));
       }
+      constexpr uint32_t kAll = (1u << kLanes) - 1;
       uint32_t below = S::above(past, number);
       if (left < kLanes) below &= (1u << left) - 1;
-      const int taken = __builtin_popcount(below);
-      count += taken;
-      if (taken < kLanes) break;
+      if (below != kAll) {  // else the next ones need not wait for how many these are
+        count += __builtin_popcount(below);
+        break;
+      }
+      count += kLanes;
     }
     places.count = count;
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -148,16 +172,20 @@ struct Kernels : Finish<S, T> {
     for (int r = 0; r < rows + kAhead; ++r) {
       next[r] = pattern.crow[r < rows ? first_row + r : last_row];
     }
+    // Places of a row and pass on average, and a line of them more for where they begin.
+    const int64_t mean = pattern.nnz() / pattern.n * width / pattern.k;
+    const int64_t fetched = (mean < kChunk ? mean : kChunk) + 64 / sizeof(T);
     Places places;
     for (int64_t first = 0; first < pattern.k; first += width) {
       const int64_t limit = first + width < pattern.k ? first + width : pattern.k;
       for (int panel = 0; panel < panels; ++panel) {
         for (int r = 0; r < rows; ++r) {
           if (panel == 0) {
-            __builtin_prefetch(columns(pattern) + next[r + kAhead]);
-            if (values != nullptr) {
-              __builtin_prefetch(values + next[r + kAhead]);
-              __builtin_prefetch(values + next[r + kAhead] + 64 / sizeof(T));
+            for (int64_t p = 0; p < fetched; p += 64 / sizeof(Index)) {
+              __builtin_prefetch(columns(pattern) + next[r + kAhead] + p);
+            }
+            for (int64_t p = 0; values != nullptr && p < fetched; p += 64 / sizeof(T)) {
+              __builtin_prefetch(values + next[r + kAhead] + p);
             }
           }
           int64_t j = next[r];
@@ -175,22 +203,37 @@ struct Kernels : Finish<S, T> {
     }
   }
 
+  // Few registers add up in several chains, or each place would wait for the one before it.
   template <int Registers>
   static void add(const Places& places, const float* x, bool fresh, float* sums) {
-    F sum[Registers];
+    constexpr int kChains = Registers >= 4 ? 1 : Registers >= 2 ? 2 : 4;
+    F sum[kChains][Registers];
 #pragma GCC unroll 8
-    for (int i = 0; i < Registers; ++i) sum[i] = fresh ? S::zero() : S::load(sums + i * kLanes);
-    const float* w = places.values;
-    for (int j = 0; j < places.count; ++j) {
+    for (int i = 0; i < Registers; ++i) {
+      sum[0][i] = fresh ? S::zero() : S::load(sums + i * kLanes);
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) sum[c][i] = S::zero();
+    }
+    const auto add_place = [&](int j, F(&chain)[Registers]) {
       const float* at = x + places.offsets[j];
-      const F value = S::broadcast(w + j);
+      const F value = S::broadcast(places.values + j);
 #pragma GCC unroll 8
       for (int i = 0; i < Registers; ++i) {
-        sum[i] = S::fma(value, S::load(at + i * kLanes), sum[i]);
+        chain[i] = S::fma(value, S::load(at + i * kLanes), chain[i]);
       }
+    };
+    int j = 0;
+    for (; j + kChains <= places.count; j += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) add_place(j + c, sum[c]);
     }
+    for (; j < places.count; ++j) add_place(j, sum[0]);
 #pragma GCC unroll 8
-    for (int i = 0; i < Registers; ++i) S::store(sums + i * kLanes, sum[i]);
+    for (int i = 0; i < Registers; ++i) {
+      if constexpr (kChains == 4) sum[1][i] = S::add(sum[1][i], S::add(sum[2][i], sum[3][i]));
+      if constexpr (kChains > 1) sum[0][i] = S::add(sum[0][i], sum[1][i]);
+      S::store(sums + i * kLanes, sum[0][i]);
+    }
   }
 
   template <int Registers>
@@ -344,7 +387,7 @@ struct Entries {
 
   static constexpr Unit unit = {
       .lanes = kLanes,
-      .most_gathered = 5,  // measured on Emerald Rapids
+      .most_gathered = 3,  // measured on Emerald Rapids
       .most_registers = 8,
       .pack = pack,
       .widen = widen,

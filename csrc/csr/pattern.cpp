@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/parallel.h"
 #include "csr/csr.h"
 
 namespace gossamer::csr {
@@ -61,6 +62,18 @@ void transpose(const Pattern& pattern, int32_t* crow, void* col, bool wide, int3
                  : transpose_places<int16_t>(pattern, crow, columns, source);
   };
   wide ? to(static_cast<int32_t*>(col)) : to(static_cast<int16_t*>(col));
+}
+
+void gather(const void* from, const int32_t* source, int64_t count, int64_t size, void* to,
+            int threads) {
+  const auto run = [&]<class T>(T) {
+    parallel_ranges(threads_for_bytes(threads, count * 16), count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        static_cast<T*>(to)[i] = static_cast<const T*>(from)[source[i]];
+      }
+    });
+  };
+  size == 2 ? run(uint16_t{}) : size == 4 ? run(uint32_t{}) : run(uint64_t{});
 }
 
 }  // namespace gossamer::csr

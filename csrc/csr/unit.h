@@ -23,7 +23,7 @@ struct GatherTask {
   Pattern pattern;
   const void* values;
   int64_t first, last;
-  const float* x;  // its rows of k floats, a 0 behind each, `x_stride` apart
+  const float* x;  // its rows of k floats, a 0 before each, `x_stride` apart
   int64_t x_stride;
   int tokens;
   Epilogue epilogue;

@@ -37,16 +37,9 @@ def _rows(t: Tensor) -> Tensor:
 def _input_native(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, inputs: int) -> Tensor:
     dx = _input_fake(dy, values, crow, col, inputs)
     rows, columns, source = transposed(_INPUT, crow, col, (crow.shape[0] - 1, inputs))
-    _C.csr_linear(
-        dx,
-        _rows(dy),
-        values.index_select(0, source),
-        rows,
-        columns,
-        None,
-        "none",
-        torch.get_num_threads(),
-    )
+    threads, turned = torch.get_num_threads(), values.new_empty(values.shape)
+    _C.csr_gather(turned, values.contiguous(), source, threads)
+    _C.csr_linear(dx, _rows(dy), turned, rows, columns, None, "none", threads)
     return dx
 
 
