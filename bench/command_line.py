@@ -27,7 +27,7 @@ from shapes import (
 )
 
 FEATURES = (
-    *("sparse24", "blocksparse", "grouped", "actsparse", "codes", "pointcloud"),
+    *("sparse24", "blocksparse", "csr", "grouped", "actsparse", "codes", "pointcloud"),
     *("model", "relu-lm", "resnet50"),
 )
 QUICK_FEATURES = FEATURES[:-2]

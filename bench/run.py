@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bench_actsparse import ActiveCase, ActivePlan
     from bench_blocksparse import BlockPlan
     from bench_codes import CodeCase, CodePlan
+    from bench_csr import CsrCase, CsrPlan
     from bench_grouped import GroupedCase, GroupedPlan
     from bench_pointcloud import VoxelCase, VoxelPlan
     from bench_sparse24 import Plan
@@ -100,7 +101,7 @@ def _block_plan(options: Options) -> BlockPlan:
 def _run_cases(
     console: Console,
     bench: ModuleType,
-    plan: Plan | BlockPlan | GroupedPlan | ActivePlan | CodePlan | VoxelPlan,
+    plan: Plan | BlockPlan | CsrPlan | GroupedPlan | ActivePlan | CodePlan | VoxelPlan,
     limits: Limits,
 ) -> list[Any]:
     from report import print_cases
@@ -137,6 +138,21 @@ def _run_blocksparse(console: Console, options: Options, limits: Limits) -> list
     import bench_blocksparse
 
     return _run_cases(console, bench_blocksparse, _block_plan(options), limits)
+
+
+def _run_csr(console: Console, options: Options, limits: Limits) -> list[CsrCase]:
+    import bench_csr
+
+    shapes, rows = options.shapes, bench_csr.QUICK_ROWS if options.quick else bench_csr.ROWS
+    if not options.shapes_given:
+        names = bench_csr.QUICK_LAYERS if options.quick else bench_csr.LAYERS
+        shapes = tuple(shape for shape in shapes if shape.name in names)
+    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
+    rows = options.rows if options.rows_given else rows
+    plan = bench_csr.CsrPlan(shapes, rows, options.dtypes, effort)
+    if options.quick:
+        plan = replace(plan, most_csr_rows=QUICK_CSR_ROWS)
+    return _run_cases(console, bench_csr, plan, limits)
 
 
 def _run_grouped(console: Console, options: Options, limits: Limits) -> list[GroupedCase]:
@@ -241,17 +257,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.features
     cases = _run_sparse24(console, options, limits) if "sparse24" in wanted else []
     blocks = _run_blocksparse(console, options, limits) if "blocksparse" in wanted else []
+    places = _run_csr(console, options, limits) if "csr" in wanted else []
     experts = _run_grouped(console, options, limits) if "grouped" in wanted else []
     active = _run_actsparse(console, options, limits) if "actsparse" in wanted else []
     codes = _run_codes(console, options, limits) if "codes" in wanted else []
     clouds = _run_pointcloud(console, options, limits) if "pointcloud" in wanted else []
     results = _run_models(console, options)
     report.print_summary(console, cases, blocks, experts, active, codes, results)
+    if places:
+        from csr_report import print_csr_summary
+
+        print_csr_summary(console, places)
     if clouds:
         from pointcloud_report import draw_scene, print_pointcloud_summary
 
         print_pointcloud_summary(console, clouds)
-    every = [*cases, *blocks, *experts, *active, *codes, *clouds]
+    every = [*cases, *blocks, *places, *experts, *active, *codes, *clouds]
 
     commit = describe_commit()
     if options.commit:

@@ -9,6 +9,7 @@
 #include "common/parallel.h"
 #include "common/py_tensor.h"
 #include "common/target.h"
+#include "csr/csr.h"
 #include "cuda_build.h"
 #include "grouped/grouped.h"
 #include "pointcloud/maps.h"
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::actsparse::spikes::bind(m);
   gossamer::actsparse::topk::bind(m);
   gossamer::blocksparse::bind(m);
+  gossamer::csr::bind(m);
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_conv(m);
   gossamer::pointcloud::bind_conv_cuda(m);

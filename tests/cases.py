@@ -19,6 +19,8 @@ VALUE_TYPES = ("int8", "float8_e4m3fn", "int4")
 BLOCKSPARSE_TARGETS = ("serial", "avx2", "avx512", "amx_bf16")
 # The same of csrc/actsparse/products.cpp.
 ACTSPARSE_TARGETS = ("serial", "avx2", "avx512")
+# The same of csrc/csr/csr.cpp.
+CSR_TARGETS = ("serial", "avx2", "avx512")
 
 # (M, N, K), by what a kernel has to get right.
 SHAPES = (

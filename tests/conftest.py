@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import gossamer
 import pytest
 import torch
-from cases import ACTSPARSE_TARGETS, BLOCKSPARSE_TARGETS
+from cases import ACTSPARSE_TARGETS, BLOCKSPARSE_TARGETS, CSR_TARGETS
 from gossamer import _C
 
 assert gossamer.__version__  # torch is imported first, through the package
@@ -99,6 +99,16 @@ def blocksparse_target(request: pytest.FixtureRequest) -> Iterator[str]:
 def actsparse_target(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each target that skips zero activations in a way of its own, in turn, in force for one."""
     yield from _forced(request.param)
+
+
+@pytest.fixture(params=[*(name for name in CSR_TARGETS if name in _C.machine_targets()), *GPU])
+def csr_target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each target that runs unstructured weights in a way of its own, and "cuda", as ``target``."""
+    if request.param == "cuda":
+        with torch.device("cuda"):
+            yield "cuda"
+    else:
+        yield from _forced(request.param)
 
 
 @pytest.fixture

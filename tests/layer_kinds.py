@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gossamer import Block
+from gossamer import Block, Unstructured
 from gossamer.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear
 from torch import Tensor, nn
 
@@ -16,6 +16,10 @@ BLOCKS = {"pattern": Block(4, 2), "density": 0.5}
 # name -> how it is made, and the shape of an x. Tails, groups, and every argument of a convolution.
 KINDS: dict[str, tuple[Callable[..., Layer], tuple[int, ...]]] = {
     "linear, blocks": (lambda **kw: SparseLinear(10, 6, **BLOCKS, **kw), (3, 10)),
+    "linear, places": (
+        lambda **kw: SparseLinear(10, 6, pattern=Unstructured(0.4), **kw),
+        (3, 10),
+    ),
     "conv1d, blocks": (
         lambda **kw: SparseConv1d(5, 6, 3, padding="same", **BLOCKS, **kw),
         (3, 5, 8),

@@ -13,6 +13,7 @@ enum class DType : uint8_t {
   kE4M3,
   kInt8,
   kUInt8,
+  kInt16,
   kInt32,
   kInt64
 };
@@ -26,6 +27,7 @@ static constexpr const char* name(DType t) {
     case DType::kE4M3: return "float8_e4m3fn";
     case DType::kInt8: return "int8";
     case DType::kUInt8: return "uint8";
+    case DType::kInt16: return "int16";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
   }
@@ -39,7 +41,8 @@ static constexpr int64_t size_of(DType t) {
     case DType::kFloat32:
     case DType::kInt32: return 4;
     case DType::kBFloat16:
-    case DType::kFloat16: return 2;
+    case DType::kFloat16:
+    case DType::kInt16: return 2;
     case DType::kE4M3:
     case DType::kInt8:
     case DType::kUInt8: return 1;

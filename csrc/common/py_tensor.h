@@ -64,6 +64,7 @@ inline DType dtype_from_code(uint8_t code, uint8_t bits) {
   if (code == kE4M3 && bits == 8) return DType::kE4M3;
   if (code == kInt && bits == 8) return DType::kInt8;
   if (code == kUInt && bits == 8) return DType::kUInt8;
+  if (code == kInt && bits == 16) return DType::kInt16;
   if (code == kInt && bits == 32) return DType::kInt32;
   if (code == kInt && bits == 64) return DType::kInt64;
   throw pybind11::type_error("gossamer: unsupported dtype (DLPack code " + std::to_string(code) +
@@ -73,7 +74,7 @@ inline DType dtype_from_code(uint8_t code, uint8_t bits) {
 inline DType dtype_from_name(const std::string& text) {
   const std::string bare = text.substr(text.rfind('.') + 1);
   for (DType t : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kE4M3,
-                  DType::kInt8, DType::kUInt8, DType::kInt32, DType::kInt64}) {
+                  DType::kInt8, DType::kUInt8, DType::kInt16, DType::kInt32, DType::kInt64}) {
     if (bare == name(t)) return t;
   }
   throw pybind11::type_error("gossamer: unsupported dtype " + text);

@@ -77,6 +77,11 @@ struct Simd : SimdOffsets {
     return as_float(_mm256_set1_epi32(static_cast<int>(*p)));
   }
 
+  static I load_index(const int32_t* p) { return load_words(reinterpret_cast<const uint32_t*>(p)); }
+  static I load_index(const int16_t* p) { return _mm256_cvtepi16_epi32(load16(p)); }
+  static I times(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static F gather(const float* p, I index) { return _mm256_i32gather_ps(p, index, 4); }
+
   // Four floats in both halves, and in each lane that of them which the index names by its two low
   // bits.
   static F broadcast4(const float* p) {

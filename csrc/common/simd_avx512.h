@@ -74,6 +74,12 @@ struct Simd : SimdOffsets {
     return as_float(_mm512_set1_epi32(static_cast<int>(*p)));
   }
 
+  // Column numbers, and the floats that they name.
+  static I load_index(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static I load_index(const int16_t* p) { return _mm512_cvtepi16_epi32(load16(p)); }
+  static I times(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static F gather(const float* p, I index) { return _mm512_i32gather_ps(index, p, 4); }
+
   // Four floats in every 128 bits, and in each lane that of them which the index names by its two
   // low bits.
   static F broadcast4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }

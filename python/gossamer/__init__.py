@@ -9,7 +9,7 @@ from . import formats, interchange, nn, ops, prune, sparsify
 from .calibrate import calibrate_thresholds
 from .convert import convert
 from .fold import fold_batchnorm
-from .formats import Block
+from .formats import Block, Unstructured
 from .fuse import fuse_activations
 from .info import info
 from .ops import (
@@ -17,6 +17,7 @@ from .ops import (
     actsparse_outputs,
     blocksparse_conv,
     blocksparse_linear,
+    csr_linear,
     grouped_linear,
     pack_spikes,
     relu2_24_linear,
@@ -31,6 +32,7 @@ from .quantize import quantize
 __version__ = _version("gossamer")
 __all__ = [
     "Block",
+    "Unstructured",
     "__version__",
     "actsparse_linear",
     "actsparse_outputs",
@@ -38,6 +40,7 @@ __all__ = [
     "blocksparse_linear",
     "calibrate_thresholds",
     "convert",
+    "csr_linear",
     "fold_batchnorm",
     "formats",
     "fuse_activations",

@@ -14,13 +14,12 @@ from .conversion.eligibility import dtype_name
 from .conversion.kinds import ACTIVATION, is_conv, layer_pattern
 from .conversion.plan import LayerPlan, Wanted, plan_layers
 from .conversion.report import ConversionReport, LayerReport
-from .formats import Block
-from .nn.patterns import pattern_of
+from .nn.patterns import PatternName, pattern_of
 
 
 def convert(
     model: nn.Module,
-    pattern: str | Block = "2:4",
+    pattern: PatternName = "2:4",
     prune: str | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
@@ -44,17 +43,19 @@ def convert(
         Linear layers and convolutions (not transposed ones) anywhere inside it are candidates. A
         model that is itself such a layer has no holder to put the new layer into: it is found as
         ``report.model``.
-    pattern : "2:4", Block or "activation"
-        Two non-zeros in every four inputs of a weight, or blocks. "activation" leaves the weights
+    pattern : "2:4", Block, Unstructured or "activation"
+        Two non-zeros in every four inputs of a weight, blocks, or (of linear layers) any places,
+        whose share ``gossamer.Unstructured(density)`` says. "activation" leaves the weights
         of linear layers as they are and skips inputs that are zero (``ActSparseLinear``): for
         what follows a ReLU or one of its kind, or has thresholds. Only a sample tells where that
         pays, at as many rows as it has: give one like those that the model is to run on, such as
         a single token.
     prune : {None, "magnitude"}
         None prunes nothing: a layer whose weight does not fit already stays dense. ``"magnitude"``
-        prunes every included layer (``gossamer.prune.magnitude_24`` or ``magnitude_blocks``), also
-        those that stay dense, so the model's answers do not depend on the machine. Tied,
-        parametrised and otherwise foreign weights are never pruned; the report says so.
+        prunes every included layer (``gossamer.prune.magnitude_24``, ``magnitude_blocks`` or
+        ``magnitude_unstructured``), also those that stay dense, so the model's answers do not
+        depend on the machine. Tied, parametrised and otherwise foreign weights are never pruned;
+        the report says so.
     include, exclude : str or iterable of str, optional
         Names of modules (standing for everything beneath them) or fnmatch patterns of such names.
         By default all candidates are included; ``exclude`` has the last word.

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import groupby, product
+from itertools import groupby, product, starmap
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ _TYPICAL_EXPERT = (8, 1024, 2048, "OLMoE-1B-7B gate_proj, an expert's 8")
 _TYPICAL_ZEROS = (1, 4096, 14336, "Llama-3-8B down_proj, one token")
 # (voxels, outputs, inputs) of a tap.
 _TYPICAL_VOXELS = (100_000, 64, 64, "submanifold layer, 100k voxels")
+# Of an unstructured weight, by its kernels.
+_TYPICAL_PLACES = (
+    (1, 4096, 4096, "Llama-3-8B q_proj at 90 % sparsity, one token"),
+    (128, 4096, 4096, "Llama-3-8B q_proj at 90 % sparsity, 128 tokens"),
+)
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -172,6 +177,7 @@ def info() -> Info:
             for shape in _TYPICAL_SHAPES
         )
         + tuple(_blocksparse_choices(torch.device("cpu")))
+        + tuple(starmap(_csr_choice, product(_TYPICAL_PLACES, _DTYPES)))
         + tuple(_grouped_choice(dtype) for dtype in _DTYPES)
         + tuple(_actsparse_choice(dtype) for dtype in _DTYPES)
         + tuple(_pointcloud_choice(dtype) for dtype in _DTYPES)
@@ -221,6 +227,10 @@ def _choice(
     m, n, k, example = shape
     target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
     return Choice(operation, example, m, n, k, dtype, target, kernel, why)
+
+
+def _csr_choice(shape: tuple[int, int, int, str], dtype: str) -> Choice:
+    return _choice("csr_linear", shape, dtype, _C.csr_choose(shape[0], dtype))
 
 
 def _grouped_choice(dtype: str) -> Choice:

@@ -133,6 +133,57 @@ def magnitude_blocks(
     return pruned[0] if isinstance(weight, Tensor) else pruned
 
 
+def magnitude_unstructured(weight: Tensor, density: float) -> Tensor:
+    """Keep the entries of largest magnitude, anywhere.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Of any shape and a floating-point dtype.
+    density : float
+        The share of entries to keep, in (0, 1]: rounded to the nearest number, at least one.
+
+    Returns
+    -------
+    Tensor
+        The same shape, dtype and device, with the other entries 0. A tie keeps the entry that
+        comes first, and a NaN counts as the largest. Gradients flow to the kept entries.
+
+    Raises
+    ------
+    TypeError
+        If ``weight`` is not a floating-point tensor.
+    ValueError
+        If the density is not in (0, 1].
+
+    References
+    ----------
+    Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015
+    (arXiv:1506.02626).
+    """
+    return torch.where(largest_places(weight, density), weight, 0)
+
+
+def largest_places(weight: Tensor, density: float) -> Tensor:
+    """The bool mask of the entries that ``magnitude_unstructured`` keeps."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(
+            f"magnitude_unstructured: weight is {what}, it must be a floating-point tensor"
+        )
+    check_density("magnitude_unstructured", density)
+    magnitude = weight.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf).flatten()
+    count = magnitude.numel()
+    keep = blocks_kept(count, density)
+    if keep >= count:
+        return torch.ones_like(weight, dtype=torch.bool)
+    least = magnitude.kthvalue(count - keep + 1).values
+    kept = magnitude > least
+    level = (magnitude == least).nonzero()[:, 0]
+    kept[level[: keep - int(kept.sum())]] = True
+    return kept.view(weight.shape)
+
+
 def check_density(op: str, density: float) -> None:
     if not 0 < density <= 1:
         raise ValueError(f"{op}: density {density}, expected above 0 and at most 1")

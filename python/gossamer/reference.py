@@ -332,6 +332,22 @@ def grouped_linear(
     return activate(torch.cat(parts), activation)
 
 
+def csr_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """y[m, i] = act(sum_j values[j] x[m, col[j]] + b[i]), crow[i] <= j < crow[i + 1]."""
+    rows = torch.arange(len(crow_indices) - 1, device=x.device)
+    rows = rows.repeat_interleave(crow_indices.long().diff())
+    terms = x[:, col_indices.long()] * values
+    y = x.new_zeros(len(x), len(crow_indices) - 1).index_add(1, rows, terms)
+    return activate(y if bias is None else y + bias, activation)
+
+
 def _tap_rows(
     in_index: Tensor,
     out_index: Tensor,

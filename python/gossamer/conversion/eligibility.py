@@ -11,7 +11,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .._cuda_module import obstacle
-from ..formats import VALUE_DTYPES, Block
+from ..formats import VALUE_DTYPES, Block, Unstructured
+from ..nn.patterns import PatternName
 from .kinds import ACTIVATION, dense_class, is_conv, is_sparse
 from .selection import LayerSite
 
@@ -40,7 +41,7 @@ class Obstacle:
 class Obstacles:
     """Looks once at who holds and shares what in a model, then judges its layers."""
 
-    def __init__(self, model: nn.Module, pattern: str | Block = "2:4") -> None:
+    def __init__(self, model: nn.Module, pattern: PatternName = "2:4") -> None:
         self._pattern = pattern
         self._holders: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
         self._spans: dict[str, tuple[int, int]] = {}
@@ -61,6 +62,8 @@ class Obstacles:
         reason = self._read_directly(layer) or _would_be_lost(layer)
         if reason is None and self._pattern == ACTIVATION and is_conv(layer):
             reason = "zero activations are skipped by linear layers only"
+        if reason is None and isinstance(self._pattern, Unstructured) and is_conv(layer):
+            reason = "unstructured weights are run by linear layers only"
         reason = reason or _unsupported(layer)
         return None if reason is None else Obstacle(reason, prunable=True)
 

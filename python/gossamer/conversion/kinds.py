@@ -6,9 +6,8 @@ import re
 
 from torch import Tensor, nn
 
-from ..formats import Block
 from ..nn import ActSparseLinear, SparseConv, SparseLinear
-from ..nn.patterns import Pattern, pattern_of
+from ..nn.patterns import Pattern, PatternName, pattern_of
 
 SparseLayer = SparseLinear | SparseConv
 ACTIVATION = "activation"  # not a pattern of the weight: zeros are looked for in x
@@ -47,7 +46,7 @@ def unit_dims(layer: nn.Module) -> int:
     return 1 if not is_conv(layer) else 1 + len(layer.kernel_size)  # type: ignore[arg-type]
 
 
-def layer_pattern(layer: nn.Module, pattern: str | Block) -> Pattern:
+def layer_pattern(layer: nn.Module, pattern: PatternName) -> Pattern:
     """The pattern of a dense layer's weight."""
     groups = layer.groups if is_conv(layer) else 1
     weight = layer.weight
@@ -56,7 +55,7 @@ def layer_pattern(layer: nn.Module, pattern: str | Block) -> Pattern:
 
 
 def make_sparse(
-    layer: nn.Module, pattern: str | Block, prune: str | None, density: float | None
+    layer: nn.Module, pattern: PatternName, prune: str | None, density: float | None
 ) -> SparseLayer:
     """The trainable sparse layer of a dense one; ValueError where its weight does not fit."""
     if isinstance(layer, nn.Linear):

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import _C
-from ..formats import Block, BlockSparse, BlockSparsePanels, Sparse24Conv, Sparse24ConvPairs
+from ..formats import (
+    Block,
+    BlockSparse,
+    BlockSparsePanels,
+    Sparse24Conv,
+    Sparse24ConvPairs,
+    Unstructured,
+)
 from ..nn import ActSparseLinear
+from ..nn.patterns import PatternName
 from ..ops.actsparse_gradient import active
 from ..ops.blocksparse_choice import blocksparse_choice
 from ..ops.sparse24_conv import sparse24_conv_choice
@@ -33,7 +41,7 @@ class Wanted:
     ``thresholds`` are those of inputs by name of the layer, or one for all of them.
     """
 
-    pattern: str | Block
+    pattern: PatternName
     prune: str | None
     density: float | None
     thresholds: float | Mapping[str, float] = 0.0
@@ -165,6 +173,8 @@ def _gain(
             return False, NO_FIGURES.format("zeros that nobody has counted"), {}
         if isinstance(sparse.pattern, Block):
             return False, NO_FIGURES.format("blocks"), {}
+        if isinstance(sparse.pattern, Unstructured):
+            return False, NO_FIGURES.format("unstructured weights"), {}
         if is_conv(layer):
             return False, NO_FIGURES.format("convolutions"), {}
         sizes = (weight.shape[0], weight.shape[1])
@@ -195,6 +205,10 @@ def _kernel(layer: Any, sparse: SparseLayer, calls: Calls | None) -> str:
     """``target/kernel``; which one may depend on the shape of x, which only a sample tells."""
     weight, given = layer.weight, None if calls is None else calls.commonest
     stored = sparse.weight
+    if isinstance(sparse.pattern, Unstructured):
+        rows = noise_shape(layer)[0] if given is None else given.rows
+        chosen = _C.csr_choose(rows, dtype_name(weight.dtype))
+        return "torch/dense" if weight.is_cuda else f"{chosen['target']}/{chosen['kernel']}"
     if is_conv(layer) or isinstance(sparse.pattern, Block):
         shape = noise_shape(layer) if given is None else (given.rows, *given.shape)
         names = ("stride", "padding", "dilation", "padding_mode") if is_conv(layer) else ()

@@ -1,14 +1,17 @@
 """The sparse weight formats: frozen dataclasses of tensors that validate themselves.
 
-``Sparse24``, ``Sparse24Conv`` and ``BlockSparse`` are the open formats: what a state_dict, a pickle
-and an optimizer see; ``Sparse24Quantized`` is the same for 8-bit and 4-bit weights.
-``Sparse24Panels``, ``Sparse24ConvPairs`` and ``BlockSparsePanels`` are the layouts that the kernels
-read fastest, ``Sparse24QuantizedPanels`` that of quantised weights on a GPU; none is ever saved.
+``Sparse24``, ``Sparse24Conv``, ``BlockSparse`` and ``SparseCsr`` are the open formats: what a
+state_dict, a pickle and an optimizer see; ``Sparse24Quantized`` is the same for 8-bit and 4-bit
+weights. ``Sparse24Panels``, ``Sparse24ConvPairs`` and ``BlockSparsePanels`` are the layouts that
+the kernels read fastest, ``Sparse24QuantizedPanels`` that of quantised weights on a GPU; none is
+ever saved.
 """
 
 from .block import Block
 from .blocksparse import BlockSparse
 from .blocksparse_panels import BlockSparsePanels
+from .csr import SparseCsr, Unstructured
+from .csr_update import random_places, update_pattern
 from .sparse24 import (
     PANEL_DTYPES,
     Sparse24,
@@ -34,6 +37,10 @@ __all__ = [
     "Sparse24Panels",
     "Sparse24Quantized",
     "Sparse24QuantizedPanels",
+    "SparseCsr",
+    "Unstructured",
+    "random_places",
     "sparse24_panels_shape",
     "sparse24_shapes",
+    "update_pattern",
 ]

@@ -15,9 +15,10 @@ from ..formats import (
     Sparse24,
     Sparse24Conv,
     Sparse24Quantized,
+    SparseCsr,
 )
 
-SavedWeight = Sparse24 | Sparse24Conv | BlockSparse | Sparse24Quantized
+SavedWeight = Sparse24 | Sparse24Conv | BlockSparse | SparseCsr | Sparse24Quantized
 
 
 class CheckedModule(nn.Module):
@@ -107,7 +108,7 @@ def check_weight(
             )
         if not assign and loaded.values.shape != weight.values.shape:
             raise ValueError(
-                f"the checkpoint holds {loaded.values.shape[0]} live blocks, the layer "
+                f"the checkpoint holds {loaded.values.shape[0]} live {_parts(weight)}, the layer "
                 f"{weight.values.shape[0]}: load it with assign=True, which replaces the layer's "
                 "Parameter, or into a layer of that density"
             )
@@ -131,6 +132,10 @@ def check_weight(
             raise TypeError(f"'bias' is {loaded_bias.dtype}, expected float32, bfloat16 or float16")
     elif loaded_bias.dtype != loaded.dtype:
         raise TypeError(f"'bias' is {loaded_bias.dtype}, the values are {loaded.dtype}")
+
+
+def _parts(weight: SavedWeight) -> str:
+    return "places" if isinstance(weight, SparseCsr) else "blocks"
 
 
 def _kind(weight: SavedWeight) -> str:

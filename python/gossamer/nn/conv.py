@@ -12,7 +12,7 @@ from ..formats import Block
 from ..ops.blocksparse import blocksparse_conv_tensors
 from ..ops.conv_geometry import PADDING_MODES, Sizes, padding_of, per_axis
 from ..ops.sparse24_conv import sparse24_conv_tensors
-from .patterns import pattern_of
+from .patterns import PatternName, pattern_of
 from .trainable import TrainableModule
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class SparseConv(TrainableModule):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        pattern: str | Block = "2:4",
+        pattern: PatternName = "2:4",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         density: float | None = None,
@@ -133,7 +133,7 @@ class SparseConv(TrainableModule):
     def from_dense(
         cls,
         conv: nn.Conv1d | nn.Conv2d | nn.Conv3d,
-        pattern: str | Block = "2:4",
+        pattern: PatternName = "2:4",
         prune: str | None = None,
         density: float | None = None,
     ) -> SparseConv:

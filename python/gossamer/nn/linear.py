@@ -5,24 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..formats import Block
+from ..formats import Block, Unstructured
 from ..ops.blocksparse import blocksparse_linear_tensors
+from ..ops.csr import csr_linear_tensors
 from ..ops.sparse24 import sparse24_linear_tensors
-from .patterns import pattern_of
+from .patterns import PatternName, pattern_of
 from .trainable import TrainableModule
 
 # Leaves for torch.fx, which could not follow their branches on x.
 torch.fx.wrap("sparse24_linear_tensors")
 torch.fx.wrap("blocksparse_linear_tensors")
+torch.fx.wrap("csr_linear_tensors")
 
 
 class SparseLinear(TrainableModule):
-    """``y = x Wᵀ + b`` where W is 2:4, or zero in whole blocks.
+    """``y = x Wᵀ + b`` where W is 2:4, zero in whole blocks, or sparse without structure.
 
     A layer has two states. While it is *trainable* its weight is the Parameter ``values`` under
     the fixed pattern of its indices. ``pack()`` replaces both by ``panels``, the layout that the
     kernels of its device read fastest, for inference; ``unpack()`` brings them back. (Blocks have
-    such a layout on the CPU only, and keep their indices beside it.) A ``state_dict``, a pickle
+    such a layout on the CPU only, and keep their indices beside it; unstructured weights have none,
+    their kernels read what is trained.) A ``state_dict``, a pickle
     and a deep copy hold the portable form in either state, and all of them are validated before a
     layer takes them over.
 
@@ -32,8 +35,9 @@ class SparseLinear(TrainableModule):
         K and N, any numbers from 1 on.
     bias : bool
         Whether to add a learnable [N] bias.
-    pattern : "2:4" or Block
-        The sparsity pattern: at most two non-zeros in every four columns of a row, or blocks.
+    pattern : "2:4", Block or Unstructured
+        The sparsity pattern: at most two non-zeros in every four columns of a row, blocks, or any
+        places, of the density that the pattern has.
     device, dtype
         As for ``torch.nn.Linear``: float32, bfloat16, float16, or float64 (serial kernels only).
     density : float, optional
@@ -42,11 +46,13 @@ class SparseLinear(TrainableModule):
     Attributes
     ----------
     values : Parameter or None
-        The kept weights; [N, 2 ceil(K / 4)] of 2:4, [nnz, rows, cols] of blocks; None while packed.
+        The kept weights; [N, 2 ceil(K / 4)] of 2:4, [nnz, rows, cols] of blocks, [nnz] without
+        structure; None while packed.
     indices : Tensor or None
         Of 2:4: [N, ceil(ceil(K / 4) / 2)] uint8, their columns (``gossamer.formats.Sparse24``).
     crow_indices, col_indices : Tensor
-        Of blocks: int32, where they are (``gossamer.formats.BlockSparse``).
+        Of blocks and single places: where they are (``gossamer.formats.BlockSparse``,
+        ``SparseCsr``).
     panels : Tensor or None
         The packed weight (``gossamer.formats.Sparse24Panels``, ``BlockSparsePanels``); None while
         trainable.
@@ -66,12 +72,15 @@ class SparseLinear(TrainableModule):
         If there are no kernels for ``dtype``.
     """
 
+    crow_indices: Tensor
+    col_indices: Tensor
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        pattern: str | Block = "2:4",
+        pattern: PatternName = "2:4",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         density: float | None = None,
@@ -94,7 +103,7 @@ class SparseLinear(TrainableModule):
     def from_dense(
         cls,
         linear: nn.Linear,
-        pattern: str | Block = "2:4",
+        pattern: PatternName = "2:4",
         prune: str | None = None,
         density: float | None = None,
     ) -> SparseLinear:
@@ -104,12 +113,13 @@ class SparseLinear(TrainableModule):
         ----------
         linear : torch.nn.Linear
             Its weight must fit the pattern, unless ``prune`` says how to make it fit. Of blocks,
-            those are live that hold a non-zero.
-        pattern : "2:4" or Block
+            those are live that hold a non-zero; without structure, the non-zeros are.
+        pattern : "2:4", Block or Unstructured
             The sparsity pattern.
         prune : {None, "magnitude"}
             "magnitude" keeps the two largest of every four (``gossamer.prune.magnitude_24``), or
-            the blocks of largest norm (``gossamer.prune.magnitude_blocks``).
+            the blocks of largest norm (``gossamer.prune.magnitude_blocks``), or the largest
+            entries (``gossamer.prune.magnitude_unstructured``).
         density : float, optional
             The share of blocks that pruning keeps.
 
@@ -177,6 +187,11 @@ class SparseLinear(TrainableModule):
             return blocksparse_linear_tensors(
                 input, stored, crow, col, bias, shape, activation, packed_cols
             )
+        if isinstance(self.pattern, Unstructured):
+            crow, col = buffers["crow_indices"], buffers["col_indices"]
+            assert crow is not None
+            assert col is not None
+            return csr_linear_tensors(x, stored, crow, col, bias, shape, activation)
         indices = buffers["indices"]  # None while packed
         return sparse24_linear_tensors(input, stored, indices, bias, shape, dtype, activation)
 

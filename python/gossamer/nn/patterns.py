@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..formats import (
     Block,
@@ -16,8 +17,12 @@ from ..formats import (
     Sparse24Conv,
     Sparse24ConvPairs,
     Sparse24Panels,
+    SparseCsr,
+    Unstructured,
+    random_places,
     sparse24_shapes,
 )
+from ..formats.csr import column_dtype, from_keys
 from ..formats.geometry import check_weight_shape
 from ..formats.sparse24_conv import sparse24_matrix_shape
 from ..ops.sparse24_conv import sparse24_conv_choice
@@ -25,12 +30,15 @@ from ..prune import (
     blocks_kept,
     check_density,
     largest_blocks,
+    largest_places,
     magnitude_24,
     magnitude_blocks,
+    magnitude_unstructured,
 )
 
-Portable = Sparse24 | Sparse24Conv | BlockSparse
+Portable = Sparse24 | Sparse24Conv | BlockSparse | SparseCsr
 Panels = Sparse24Panels | Sparse24ConvPairs | BlockSparsePanels
+PatternName = str | Block | Unstructured  # what a user calls a pattern
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,12 @@ class Pattern:
     def pruned(self, dense: Tensor, density: float | None) -> Portable:
         """The weight with the largest parts of a dense one that the pattern has room for."""
         raise NotImplementedError
+
+    def drawn(self, held: Portable) -> Portable:
+        """A random weight of as much as there is in another."""
+        dense = held.values.new_empty(self.shape)
+        nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
+        return self.pruned(dense, getattr(held, "density", None))
 
     def from_dense(self, dense: Tensor) -> Portable:
         """The weight of a dense one that fits; ValueError of one that does not."""
@@ -216,7 +230,87 @@ class PatternBlocks(Pattern):
         return weight.to_blocksparse()
 
 
-def pattern_of(op: str, pattern: str | Block, shape: tuple[int, ...], groups: int = 1) -> Pattern:
+@dataclass(frozen=True)
+class PatternUnstructured(Pattern):
+    """Live places anywhere. The kernels read the portable form, so there is nothing to pack."""
+
+    index_names = ("crow_indices", "col_indices")
+
+    density: float | None
+
+    @property
+    def any_density(self) -> float | None:  # type: ignore[override]
+        return 1.0 if self.density is None else None
+
+    def check(self, op: str, density: float | None, wanted: bool) -> None:
+        if density is not None and (self.density is not None or not wanted):
+            raise ValueError(
+                f"{op}: density {density} beside gossamer.Unstructured({self.density}), of which "
+                "one says it, where there is something to prune"
+            )
+        if wanted and self.density is None and density is None:
+            raise ValueError(
+                f"{op}: gossamer.Unstructured() without a density, which is needed to prune or to "
+                "begin without a weight"
+            )
+        if density is not None:
+            check_density(op, density)
+
+    def prune(self, dense: Tensor, density: float | None) -> Tensor:
+        return magnitude_unstructured(dense, self._share(density))
+
+    def pruned(self, dense: Tensor, density: float | None) -> SparseCsr:
+        self._check_linear()
+        # With its mask: a place that is kept may hold a zero.
+        mask = largest_places(dense, self._share(density))
+        return SparseCsr.from_dense(dense.detach().masked_fill(~mask, 0), mask)
+
+    def drawn(self, held: Portable) -> SparseCsr:
+        count, nothing = held.values.shape[0], held.values.new_empty(0, dtype=torch.int64)
+        row, column = random_places(self.shape, nothing, count)
+        crow, col = from_keys(row * self.shape[1] + column, self.shape)
+        bound = min(1.0, (self.shape[0] / count) ** 0.5)
+        return self.portable(torch.empty_like(held.values).uniform_(-bound, bound), crow, col)
+
+    def from_dense(self, dense: Tensor) -> SparseCsr:
+        self._check_linear()
+        weight = SparseCsr.from_dense(dense)
+        count, most = weight.values.shape[0], dense.numel()
+        if self.density is not None and count > (most := blocks_kept(most, self.density)):
+            raise ValueError(
+                f"the weight has {count} non-zeros, density {self.density} allows {most}: "
+                "prune='magnitude' keeps the largest"
+            )
+        return weight
+
+    def empty(
+        self, density: float | None, device: torch.device | str | int | None, dtype: torch.dtype
+    ) -> SparseCsr:
+        self._check_linear()
+        n, k = self.shape
+        live = blocks_kept(n * k, self._share(density))
+        values = torch.empty(live, device=device, dtype=dtype)
+        crow = torch.empty(n + 1, device=device, dtype=torch.int32)
+        return self.portable(values, crow, torch.empty(live, device=device, dtype=column_dtype(k)))
+
+    def portable(self, values: Tensor, *indices: Tensor) -> SparseCsr:
+        crow, col = indices
+        return SparseCsr(values, crow, col, self.shape)
+
+    def _share(self, density: float | None) -> float:
+        share = self.density if density is None else density
+        assert share is not None
+        return share
+
+    def _check_linear(self) -> None:
+        if len(self.shape) != 2:
+            raise ValueError(
+                f"unstructured weights are run by linear layers only, this one is "
+                f"{list(self.shape)}"
+            )
+
+
+def pattern_of(op: str, pattern: PatternName, shape: tuple[int, ...], groups: int = 1) -> Pattern:
     """The pattern of a layer by what a user calls it.
 
     Raises
@@ -230,6 +324,10 @@ def pattern_of(op: str, pattern: str | Block, shape: tuple[int, ...], groups: in
         raise type(error)(f"{op}: {error}") from None
     if isinstance(pattern, Block):
         return PatternBlocks(shape, groups, pattern)
+    if isinstance(pattern, Unstructured):
+        return PatternUnstructured(shape, groups, pattern.density)
     if pattern != "2:4":
-        raise ValueError(f"{op}: pattern {pattern!r}, expected '2:4' or a gossamer.Block")
+        raise ValueError(
+            f"{op}: pattern {pattern!r}, expected '2:4', a gossamer.Block or gossamer.Unstructured"
+        )
     return Pattern24(shape, groups)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._cuda_module import obstacle
-from ..formats import PANEL_DTYPES, VALUE_DTYPES, Block, BlockSparse, BlockSparsePanels
+from ..formats import PANEL_DTYPES, VALUE_DTYPES, BlockSparse, BlockSparsePanels, SparseCsr
 from .packable import PackableModule
-from .patterns import Panels, Pattern, Portable
+from .patterns import Panels, Pattern, PatternName, Portable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +27,7 @@ class TrainableModule(PackableModule):
 
     values: nn.Parameter | None
     bias: nn.Parameter | None
-    pattern: str | Block
+    pattern: PatternName
     # What is applied to the result: None, "relu", "gelu" or "silu".
     activation: str | None = None
     _pattern: Pattern
@@ -62,7 +62,9 @@ class TrainableModule(PackableModule):
     def reset_parameters(self) -> None:
         """Draw a dense weight and a bias as torch's layer does, and keep the largest part.
 
-        As much is kept as the layer holds: of blocks as many as there are.
+        As much is kept as the layer holds: of blocks as many as there are. Single places are drawn
+        at random instead, without a dense weight, and their values as torch's layer does that has
+        as many inputs as a row has places.
         """
         name = type(self).__name__
         if self.values is None:
@@ -70,15 +72,12 @@ class TrainableModule(PackableModule):
         if self.values.is_meta:
             return
         shape, held = self._pattern.shape, self._portable()
-        dense = self.values.new_empty(shape)
-        nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
         if self.values.numel() > 0:
-            density = getattr(held, "density", None)
-            weight = self._pattern.pruned(dense, density).state()
+            weight = self._pattern.drawn(held).state()
             for key, tensor in held.state().items():
                 if key != "format":
                     tensor.copy_(weight[key])
-        else:  # no block is live
+        else:  # nothing is live
             self._buffers["crow_indices"].zero_()  # type: ignore[union-attr]
         self.format.copy_(held.state()["format"])
         if self.bias is not None:
@@ -134,8 +133,8 @@ class TrainableModule(PackableModule):
 
         ``values``, and of a 2:4 weight the indices, are None from here on, so an optimizer made
         before no longer reaches the weight. Nothing happens to a packed layer, nor where there is
-        no other layout: of convolutions that run through their dense weight, and of convolutions
-        and blocks on a GPU.
+        no other layout: of unstructured weights, of convolutions that run through their dense
+        weight, and of convolutions and blocks on a GPU.
 
         Returns
         -------
@@ -172,7 +171,7 @@ class TrainableModule(PackableModule):
     def _pattern_repr(self) -> str:
         weight = self.weight
         state = f"packed={self.packed}"
-        if isinstance(weight, (BlockSparse, BlockSparsePanels)):
+        if isinstance(weight, (BlockSparse, BlockSparsePanels, SparseCsr)):
             state = f"density={weight.density:.3g}, {state}"
         activation = "" if self.activation is None else f", activation={self.activation}"
         return f"pattern={self.pattern}, {state}{activation}"

@@ -3,6 +3,7 @@
 from .actsparse import actsparse_linear
 from .actsparse_outputs import actsparse_outputs
 from .blocksparse import blocksparse_conv, blocksparse_linear
+from .csr import csr_linear
 from .grouped import grouped_linear
 from .pointcloud import pointcloud_conv
 from .quantize_rows import quantize_rows
@@ -18,6 +19,7 @@ __all__ = [
     "actsparse_outputs",
     "blocksparse_conv",
     "blocksparse_linear",
+    "csr_linear",
     "grouped_linear",
     "pack_spikes",
     "pointcloud_conv",

@@ -64,6 +64,7 @@ from .scores import (
     WeightGradient,
 )
 from .sparsifier import Sparsifier
+from .stored import StoredDropGrow
 from .straight import SRSTE, SSTE, STE, MaskedDecay
 
 __all__ = [
@@ -126,6 +127,7 @@ __all__ = [
     "SparseNeuralDynamics",
     "Sparsifier",
     "SparsityReport",
+    "StoredDropGrow",
     "Taylor",
     "Unstructured",
     "UpcycledMLP",

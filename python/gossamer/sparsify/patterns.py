@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import formats, reference
 from ..formats import Block
 from ..prune import blocks_kept
 
 Shape = tuple[int, ...]
-Kernels = str | Block
+Kernels = str | Block | formats.Unstructured
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,10 @@ def _reduce(entries: Tensor, norm: str) -> Tensor:
 @dataclass(frozen=True)
 class Unstructured(Pattern):
     """Any entries of a layer."""
+
+    @property
+    def kernels(self) -> Kernels | None:
+        return formats.Unstructured()
 
     def units(self, score: Tensor, groups: int, norm: str) -> Tensor:
         return _single(score).reshape(1, -1)
@@ -209,6 +213,10 @@ class RowBalanced(Pattern):
     def one_lane(self) -> bool:
         return False
 
+    @property
+    def kernels(self) -> Kernels | None:
+        return formats.Unstructured()
+
     def check(self, shape: Shape, groups: int) -> None:
         if math.prod(shape[1:]) % self.banks != 0:
             raise ValueError(f"rows of {math.prod(shape[1:])} entries in {self.banks} equal banks")
@@ -291,8 +299,8 @@ class Filters(Pattern):
         return kept.view(across).expand(shape).contiguous()
 
 
-def as_pattern(pattern: str | Block | Pattern) -> Pattern:
-    """A pattern by what a user calls it: itself, a ``gossamer.Block``, or "N:M".
+def as_pattern(pattern: Kernels | Pattern) -> Pattern:
+    """A pattern by what a user calls it: itself, what ``gossamer`` calls it, or "N:M".
 
     Raises
     ------
@@ -303,6 +311,12 @@ def as_pattern(pattern: str | Block | Pattern) -> Pattern:
         return pattern
     if isinstance(pattern, Block):
         return Blocks(pattern)
+    if isinstance(pattern, formats.Unstructured):
+        if pattern.density is not None:
+            raise ValueError(
+                f"pattern {pattern!r}: the sparsity is the schedule's; gossamer.Unstructured()"
+            )
+        return Unstructured()
     if not isinstance(pattern, str):
         raise TypeError(f"pattern {pattern!r}: expected a Pattern, a gossamer.Block or 'N:M'")
     n, colon, m = pattern.partition(":")

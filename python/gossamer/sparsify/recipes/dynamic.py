@@ -16,6 +16,7 @@ from ..layers import Layer
 from ..patterns import Pattern, Unstructured, as_pattern
 from ..schedules import DropAndGrow
 from ..scores import Gradient, Magnitude, Momentum, Score
+from ..stored import StoredDropGrow
 
 AnyPattern = Pattern | Block | str | None
 
@@ -32,16 +33,21 @@ class SignedMagnitude(Score):
     """How many that live and have the same sign are of no larger magnitude, as a share of them."""
 
     def __call__(self, layer: Layer) -> Tensor:
-        weight = layer.weight.detach() * layer.mask  # a step may have moved what is masked
-        score = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-        for side in (weight > 0, weight < 0):
-            values = weight[side].abs()
-            ranks = torch.empty(len(values), dtype=torch.float64, device=weight.device)
-            order = values.argsort(stable=True)
-            count = torch.arange(1, len(values) + 1, dtype=torch.float64, device=weight.device)
-            ranks[order] = count / max(1, len(values))
-            score[side] = ranks
-        return score
+        # A step may have moved what is masked.
+        return signed_ranks(layer.weight.detach() * layer.mask)
+
+
+def signed_ranks(weight: Tensor) -> Tensor:
+    """``SignedMagnitude`` of any numbers."""
+    score = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
+    for side in (weight > 0, weight < 0):
+        values = weight[side].abs()
+        ranks = torch.empty(len(values), dtype=torch.float64, device=weight.device)
+        order = values.argsort(stable=True)
+        count = torch.arange(1, len(values) + 1, dtype=torch.float64, device=weight.device)
+        ranks[order] = count / max(1, len(values))
+        score[side] = ranks
+    return score
 
 
 class SET(DropGrow):
@@ -83,6 +89,21 @@ class SET(DropGrow):
         schedule = DropAndGrow(sparsity, end, every, zeta, cosine=False)
         super().__init__(model, pattern, SignedMagnitude(), None, schedule, deviation, **options)
 
+    @staticmethod
+    def stored(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        end: int,
+        every: int,
+        zeta: float = 0.3,
+        deviation: float = 0.1,
+        **options: Any,
+    ) -> StoredDropGrow:
+        """The same for layers whose weight is stored sparse; options as for ``StoredDropGrow``."""
+        schedule = DropAndGrow(0.0, end, every, zeta, cosine=False)
+        rest = {"deviation": deviation, **options}
+        return StoredDropGrow(model, optimizer, schedule, signed_ranks, **rest)
+
 
 class RigL(DropGrow):
     """Drop the smallest |w|, grow the largest |gradient| of the dense weight, from 0.
@@ -119,6 +140,22 @@ class RigL(DropGrow):
         schedule = DropAndGrow(sparsity, end, every, alpha)
         grow = Gradient() if grow is None else grow
         super().__init__(model, pattern, Magnitude(), grow, schedule, **options)
+
+    @staticmethod
+    def stored(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        end: int,
+        every: int = 100,
+        alpha: float = 0.3,
+        **options: Any,
+    ) -> StoredDropGrow:
+        """The same for layers whose weight is stored sparse; options as for ``StoredDropGrow``.
+
+        A place that is dropped and grown at once begins at 0, too.
+        """
+        schedule = DropAndGrow(0.0, end, every, alpha)
+        return StoredDropGrow(model, optimizer, schedule, torch.abs, by_gradient=True, **options)
 
 
 class Acquisition(Score):

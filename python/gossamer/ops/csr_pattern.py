@@ -1,0 +1,65 @@
+"""What the products of a pattern need beside its indices, kept while the indices live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import _C
+from ..formats.csr import check_indices, column_dtype
+
+
+@dataclass
+class Known:
+    """Indices that were checked, as they were then, and their transpose once it was asked for."""
+
+    crow: Tensor
+    versions: tuple[int, int]
+    shape: tuple[int, int]
+    transposed: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def known(op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Known:
+    """Check the indices of a weight, where nobody has yet.
+
+    Raises
+    ------
+    ValueError
+        With the first index that is out of order or out of range.
+    """
+    # Tensors of inference mode do not count their changes.
+    if crow.is_inference() or col.is_inference():
+        check_indices(op, crow.cpu(), col.cpu(), shape)
+        return Known(crow, (0, 0), shape)
+    versions = (crow._version, col._version)
+    found: Known | None = _known.get(col)
+    if (
+        found is None
+        or found.crow is not crow
+        or (found.versions, found.shape) != (versions, shape)
+    ):
+        check_indices(op, crow.cpu(), col.cpu(), shape)
+        _known[col] = found = Known(crow, versions, shape)
+    return found
+
+
+def transposed(
+    op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow, col, source) on the CPU: of the transposed weight, of ``values[source]``."""
+    pattern = known(op, crow, col, shape)
+    if pattern.transposed is None:
+        with torch.inference_mode(False):
+            n, k = shape
+            crow_out = torch.empty(k + 1, dtype=torch.int32)
+            col_out = torch.empty(col.shape[0], dtype=column_dtype(n))
+            source = torch.empty(col.shape[0], dtype=torch.int32)
+            _C.csr_transpose(crow.contiguous(), col.contiguous(), n, k, crow_out, col_out, source)
+        pattern.transposed = (crow_out, col_out, source)
+    return pattern.transposed

@@ -1,0 +1,222 @@
+"""Dynamic sparse training of weights that are stored sparse: memory and time of what lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..conversion.selection import layer_sites, left_out
+from ..formats import SparseCsr, Unstructured, random_places, update_pattern
+from ..nn import SparseLinear
+from .layers import Names, unwrapped
+from .patterns import largest
+from .schedules import DropAndGrow
+
+_VERSION = 1
+_CHUNK = 2**22  # entries of a dense gradient that exist at a time
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What the gradient of a layer's dense weight is made of, at the last step."""
+
+    x: Tensor | None = None
+    dy: Tensor | None = None
+
+    def record(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        if not y.requires_grad:
+            return
+        self.x = args[0].detach().flatten(0, -2)
+
+        def keep(dy: Tensor) -> None:
+            self.dy = dy.detach().flatten(0, -2)
+
+        y.register_hook(keep)
+
+
+class StoredDropGrow:
+    """Drop and grow places of layers ``SparseLinear(pattern=Unstructured(density))``.
+
+    As ``DropGrow``, but there is neither a dense weight nor a mask: forward and backward run
+    through the kernels of what is stored, and a change of the pattern takes memory and time of the
+    places that live. A share of each layer's places is dropped and as many are grown, so the
+    Parameter ``values`` stays the one that the optimizer holds; the optimizer's state follows its
+    places, and is 0 where a place is grown. Call ``step()`` after ``optimizer.step()``::
+
+        model = nn.Sequential(SparseLinear(784, 30_000, pattern=gossamer.Unstructured(0.01)), ...)
+        sparsifier = sparsify.SET.stored(model, optimizer, end=10 * epoch, every=epoch)
+
+    ``SET.stored`` and ``RigL.stored`` make one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Whose layers of that kind are trained, all unless ``include`` or ``exclude`` say.
+    optimizer : torch.optim.Optimizer or None
+    schedule : DropAndGrow
+        Its sparsity is not used: layers keep as many places as they have.
+    worth : callable
+        values [nnz] -> what they are worth [nnz]; the least are dropped.
+    by_gradient : bool
+        Grow where the gradient of the dense weight would be largest, from 0, instead of at random.
+        It is made of the last batch's x and dy, some rows at a time.
+    deviation : float
+        Of the normal distribution that grown places begin with.
+    include, exclude : str or iterable of str, optional
+        As for ``gossamer.convert``.
+    seed : int
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no such layer, one is frozen, or growth by gradient meets a layer that applies
+        an activation itself or a DistributedDataParallel model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        schedule: DropAndGrow,
+        worth: Callable[[Tensor], Tensor],
+        by_gradient: bool = False,
+        deviation: float = 0.0,
+        include: Names | None = None,
+        exclude: Names | None = None,
+        seed: int = 0,
+    ) -> None:
+        op = type(self).__name__
+        inner = unwrapped(model)
+        sites = layer_sites(inner)
+        out = left_out(inner, sites, include, exclude, op)
+        self.layers: dict[str, SparseLinear] = {
+            site.name: site.module
+            for site in sites
+            if site not in out
+            and isinstance(site.module, SparseLinear)
+            and isinstance(site.module.pattern, Unstructured)
+        }
+        if not self.layers:
+            raise ValueError(f"{op}: the model has no SparseLinear of pattern Unstructured")
+        if by_gradient and isinstance(model, DistributedDataParallel):
+            raise ValueError(f"{op}: the ranks of a DistributedDataParallel see other gradients")
+        for name, layer in self.layers.items():
+            if not layer.weight_requires_grad:
+                raise ValueError(f"{op}: {name} is frozen: its values have requires_grad=False")
+            if by_gradient and layer.activation is not None:
+                raise ValueError(f"{op}: {name} applies {layer.activation!r}, which hides dy")
+        self.optimizer, self.schedule, self.worth = optimizer, schedule, worth
+        self.deviation, self.steps = deviation, 0
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self._seen = {name: _Seen() for name in self.layers} if by_gradient else {}
+        self._hooks = [
+            self.layers[name].register_forward_hook(seen.record)
+            for name, seen in self._seen.items()
+        ]
+
+    @property
+    def sparsity(self) -> float:
+        """The share of all places that are not stored."""
+        weights = [_stored(layer) for layer in self.layers.values()]
+        live = sum(weight.values.shape[0] for weight in weights)
+        return 1 - live / sum(weight.shape[0] * weight.shape[1] for weight in weights)
+
+    def step(self) -> None:
+        """Count a step, and change the pattern if it is due."""
+        self.steps += 1
+        self.schedule.update(self)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def drop_and_grow(self, fraction: float) -> None:
+        """Drop this share of each layer's places, and grow as many."""
+        for name, layer in self.layers.items():
+            held = _stored(layer)
+            count = int(fraction * held.values.shape[0])
+            if count == 0:
+                continue
+            worth = self.worth(held.values.detach())[None]
+            drop = ~largest(worth, held.values.shape[0] - count)[0]
+            survived = held.keys()[~drop]
+            if self._seen:
+                grow = self._by_gradient(name, held.shape, survived, count)
+            else:
+                grow = random_places(held.shape, survived, count, self.generator)
+            values = None
+            if self.deviation > 0:
+                numbers = torch.randn(count, generator=self.generator, device="cpu")
+                values = (self.deviation * numbers).to(held.values)
+            self._change(layer, *update_pattern(held, drop, grow, values))
+
+    def _by_gradient(self, name: str, shape: tuple[int, ...], live: Tensor, count: int) -> Tensor:
+        seen = self._seen[name]
+        if seen.x is None or seen.dy is None:
+            raise RuntimeError(f"{name}: no gradient; call step() after backward()")
+        x, dy = seen.x, seen.dy.to(seen.x.dtype)
+        best = x.new_empty(0, dtype=torch.float32)
+        keys = live.new_empty(0)
+        rows = max(1, _CHUNK // shape[1])
+        for first in range(0, shape[0], rows):
+            gradient = (dy[:, first : first + rows].t() @ x).float().abs().flatten()
+            before = first * shape[1]
+            ends = torch.tensor([before, before + gradient.numel()], device=live.device)
+            begin, end = torch.searchsorted(live, ends).tolist()
+            gradient[live[begin:end] - before] = -1.0
+            found = gradient.topk(min(count, gradient.numel()))
+            best = torch.cat([best, found.values])
+            keys = torch.cat([keys, found.indices + before])
+            if best.numel() > count:
+                best, kept = best.topk(count)
+                keys = keys[kept]
+        return torch.stack([keys // shape[1], keys % shape[1]])
+
+    def _change(self, layer: SparseLinear, made: SparseCsr, source: Tensor) -> None:
+        """Take a new pattern of as many places over, in place."""
+        assert layer.values is not None
+        layer.values.copy_(made.values)
+        layer.crow_indices.copy_(made.crow_indices)
+        layer.col_indices.copy_(made.col_indices)
+        state = {} if self.optimizer is None else self.optimizer.state.get(layer.values, {})
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == source.shape:
+                value.copy_(value[source.clamp(min=0)].masked_fill(source < 0, 0))
+
+    def detach(self) -> None:
+        """Remove every hook from the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """From which, with those of model and optimizer, training goes on to the bit."""
+        return {
+            "version": _VERSION,
+            "steps": self.steps,
+            "layers": list(self.layers),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave.
+
+        Raises
+        ------
+        ValueError
+            If it is of another version or of a model with other layers.
+        """
+        for key, own in (("version", _VERSION), ("layers", list(self.layers))):
+            if state.get(key) != own:
+                raise ValueError(
+                    f"StoredDropGrow: {key} of the state is {state.get(key)}, not {own}"
+                )
+        self.steps = state["steps"]
+        self.generator.set_state(state["generator"])
+
+
+def _stored(layer: SparseLinear) -> SparseCsr:
+    weight = layer.weight
+    assert isinstance(weight, SparseCsr)
+    return weight
