@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .._cuda_module import obstacle
-from ..formats import VALUE_DTYPES, Block, Unstructured
+from ..formats import VALUE_DTYPES, Unstructured
 from ..nn.patterns import PatternName
 from .kinds import ACTIVATION, dense_class, is_conv, is_sparse
 from .selection import LayerSite

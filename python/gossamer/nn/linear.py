@@ -191,7 +191,7 @@ class SparseLinear(TrainableModule):
             crow, col = buffers["crow_indices"], buffers["col_indices"]
             assert crow is not None
             assert col is not None
-            return csr_linear_tensors(x, stored, crow, col, bias, shape, activation)
+            return csr_linear_tensors(input, stored, crow, col, bias, shape, activation)
         indices = buffers["indices"]  # None while packed
         return sparse24_linear_tensors(input, stored, indices, bias, shape, dtype, activation)
 
