@@ -80,6 +80,8 @@ struct Kernels : Finish<S, T> {
         int64_t j = i < count ? crow[first + i] : 0;
         const int64_t end = i < count ? crow[first + i + 1] : 0;
         for (; j + kLanes <= end; j += kLanes) {
+          __builtin_prefetch(values + j + kAheadGathered);
+          __builtin_prefetch(col + j + kAheadGathered);
           add_gathered(values + j, S::load_index(col + j), task.x, task.x_stride, sum);
         }
         if (j < end) add_rest(values, col, j, end, nnz, task, sum);
@@ -96,6 +98,8 @@ struct Kernels : Finish<S, T> {
     }
   }
 
+  // Places whose bytes are fetched ahead: the hardware's own prefetch stops at the end of a page.
+  static constexpr int kAheadGathered = 512;
   static constexpr int kMostGathered = 3;
   template <int Tokens = kMostGathered>
   static void gather(const GatherTask& task) {
