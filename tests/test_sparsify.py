@@ -314,6 +314,9 @@ KERNELS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, bool], Sparsifier
     "GMP 2:4": lambda m, o, k: sparsify.GMP(
         m, 0.5, 2, 8, 3, "2:4", optimizer=o, exclude="0", kernels=k
     ),
+    "GMP unstructured": lambda m, o, k: sparsify.GMP(
+        m, 0.7, 2, 8, 3, optimizer=o, exclude="0", kernels=k
+    ),
     "SET": lambda m, o, k: sparsify.SET(m, 0.7, 10, 3, pattern=Block(4, 3), optimizer=o, kernels=k),
     "RigL": lambda m, o, k: sparsify.RigL(
         m, 0.7, 10, 3, pattern=Block(2, 5), optimizer=o, kernels=k
@@ -335,7 +338,7 @@ def test_training_through_kernels_is_training_under_masks(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    for op in ("blocksparse_linear", "blocksparse_conv", "sparse24_linear"):
+    for op in ("blocksparse_linear", "blocksparse_conv", "sparse24_linear", "csr_linear"):
         inner = getattr(sparsify.kernels, op)
         counted = lambda *args, inner=inner, op=op: (calls.append(op), inner(*args))[1]  # noqa: E731
         monkeypatch.setattr(sparsify.kernels, op, counted)

@@ -7,7 +7,7 @@ kernels, and the gradient of that is scattered back, 0 where the mask drops.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..formats import Block, BlockSparse, Sparse24
+from ..formats import Block, BlockSparse, Sparse24, SparseCsr, Unstructured
 from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
+from ..ops.csr import csr_linear
 from ..ops.sparse24 import sparse24_linear
 from .layers import Layer
 from .patterns import Blocks, Pattern
@@ -33,13 +34,16 @@ def has_kernels(pattern: Pattern, layer: Any, straight: bool = False) -> bool:
             plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
             return plain and type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return pattern.kernels == "2:4" and type(layer) is nn.Linear
+    kernels = pattern.kernels
+    return (kernels == "2:4" or isinstance(kernels, Unstructured)) and type(layer) is nn.Linear
 
 
 def product_of(layer: Layer) -> Product | None:
     """(x, dense weight, bias) -> y by the kernels of the layer's mask; None where none has it."""
     if isinstance(layer.pattern, Blocks):
         return _block_product(layer, layer.pattern.block)
+    if isinstance(layer.pattern.kernels, Unstructured):
+        return _places_product(layer)
     if int(layer.mask[:, : layer.shape[1] // 4 * 4].unflatten(1, (-1, 4)).sum(-1).max()) > 2:
         return None  # a schedule that is still on its way to 2:4
     indices = Sparse24.from_dense(layer.mask.float().cpu()).indices.to(layer.mask.device)
@@ -48,6 +52,17 @@ def product_of(layer: Layer) -> Product | None:
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         values = reference.sparse24_gather(weight, indices)
         return sparse24_linear(x, Sparse24(values, indices, shape), bias)
+
+    return product
+
+
+def _places_product(layer: Layer) -> Product:
+    pattern = SparseCsr.from_dense(layer.weight.detach(), layer.mask)
+    places = layer.mask.flatten().nonzero()[:, 0]
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        values = weight.flatten().index_select(0, places)
+        return csr_linear(x, replace(pattern, values=values), bias)
 
     return product
 

@@ -66,10 +66,10 @@ class Sparsifier:
     seed : int
         Of random masks and random growth; the same on every rank.
     kernels : bool
-        Whether layers are computed by the kernels of their pattern (2:4 linear layers, blocks)
-        while they are trained; masked by default. Then masked entries get no gradient, but at the
-        steps whose gradient a score reads: these are computed dense. It pays where much is masked:
-        ``gossamer.convert`` with a sample measures it.
+        Whether layers are computed by the kernels of their pattern (2:4 and unstructured linear
+        layers, blocks) while they are trained; masked by default. Then masked entries get no
+        gradient, but at the steps whose gradient a score reads: these are computed dense. It pays
+        where much is masked: ``gossamer.convert`` with a sample measures it.
 
     Raises
     ------

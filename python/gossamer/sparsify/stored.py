@@ -28,10 +28,11 @@ class _Seen:
     x: Tensor | None = None
     dy: Tensor | None = None
 
-    def record(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+    def record(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> None:
         if not y.requires_grad:
             return
-        self.x = args[0].detach().flatten(0, -2)
+        x = args[0] if args else named["input"]
+        self.x = x.detach().flatten(0, -2)
 
         def keep(dy: Tensor) -> None:
             self.dy = dy.detach().flatten(0, -2)
@@ -115,7 +116,7 @@ class StoredDropGrow:
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self._seen = {name: _Seen() for name in self.layers} if by_gradient else {}
         self._hooks = [
-            self.layers[name].register_forward_hook(seen.record)
+            self.layers[name].register_forward_hook(seen.record, with_kwargs=True)
             for name, seen in self._seen.items()
         ]
 
