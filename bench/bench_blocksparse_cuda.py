@@ -189,14 +189,22 @@ def run_case(case: CudaBlockCase, plan: CudaBlockPlan, bench: Bench) -> CudaBloc
 
 
 def timed(
-    case: AnyCase, rivals: Rivals, right: Callable[[Tensor], Check], rounds: Rounds, bench: Bench
+    case: AnyCase,
+    rivals: Rivals,
+    right: Callable[[Tensor], Check],
+    rounds: Rounds,
+    bench: Bench,
+    floor: float = 0.0,
 ) -> AnyCase:
-    """The case with the times of all rivals that answer right when replayed."""
+    """The case with the times of all rivals that answer right when replayed.
+
+    No call is expected to take less than ``floor`` seconds: a graph holds calls by that.
+    """
     replays: dict[str, Any] = {}
     before = bench.sensors()
     with bench.stopwatch() as stopwatch:
         for contender in rivals.contenders:
-            least = case.dense_limit if contender.family == DENSE else case.limit
+            least = max(floor, case.dense_limit if contender.family == DENSE else case.limit)
             try:
                 replay = stopwatch.prepare(contender, repeats_for(len(contender.calls), least))
                 stopwatch.seconds([(replay, 1)])

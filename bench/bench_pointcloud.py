@@ -113,7 +113,9 @@ def coordinates_of(scan: Path | None) -> Tensor:
 
 def map_of(coords: Tensor, shape: VoxelShape) -> KernelMap:
     """The map of a fresh coordinate set, with its sort."""
-    coordinates = SparseTensor(coords, torch.empty(len(coords), 0)).coordinates
+    coordinates = SparseTensor(
+        coords, torch.empty(len(coords), 0, device=coords.device)
+    ).coordinates
     if shape.stride == 1:
         return coordinates.submanifold(shape.kernel)
     padding = (shape.kernel - 1) // 2

@@ -243,7 +243,10 @@ def run_case(
     if OURS in rivals.missing:
         return dataclasses.replace(case, unavailable=rivals.missing[OURS], failed=True)
     case = dataclasses.replace(case, check=right(rivals.contenders[0].calls[0]()))
-    return timed(case, rivals, right, rounds, bench)
+    # Bytes alone would let a graph hold dozens of networks.
+    return timed(
+        case, rivals, right, rounds, bench, floor=min(case.eager.values(), default=0.0) / 2
+    )
 
 
 def run(

@@ -149,7 +149,7 @@ def tune_case(layer: Layer, m: int, stopwatch: GraphStopwatch) -> dict[str, Any]
                 case["failed"][str(config)] = f"differs by {error:.2g}"
                 continue
             case["us"].append([*config, 1e6 * seconds(ways, stopwatch)])
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             case["failed"][str(config)] = first_line(error)
     if layer.dense is not None:
         dense = [layer.dense, *(layer.dense.clone() for _ in range(1, copies))]

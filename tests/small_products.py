@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from gossamer import Block, reference
 from gossamer.formats import BlockSparse, Sparse24, Sparse24Panels
 from gossamer.ops import pointcloud_conv
+from gossamer.ops.blocksparse import blocksparse_by_way
+from gossamer.ops.blocksparse_choice import blocksparse_ways
 from gossamer.pointcloud import Coordinates
 from torch import Tensor
 
@@ -63,6 +65,16 @@ def largest_error_of_blocks(dtype: torch.dtype) -> float:
             y = gossamer.blocksparse_conv(x, blocks, padding=1, stride=2).cpu().double()
             weight = blocks.to_dense().cpu().double()
             want = F.conv2d(x.cpu().double(), weight, padding=1, stride=2)
+            error = (y - want).abs().max() / want.abs().max()
+            worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    # Where a pixel sees itself, x comes another way; tiles alone and in clusters.
+    for size in (16, 32):
+        dense = gossamer.prune.magnitude_blocks(torch.randn(160, 200), Block(size, size), 0.5)
+        blocks = BlockSparse.from_dense(dense.to(dtype).cuda(), Block(size, size))
+        x = torch.randn(300, 200).to(dtype).cuda()
+        want = x.cpu().double() @ blocks.to_dense().cpu().double().t()
+        for way in blocksparse_ways(x.shape, blocks):
+            y = blocksparse_by_way(way, x, blocks).cpu().double()
             error = (y - want).abs().max() / want.abs().max()
             worst = max(worst, float(error.nan_to_num(nan=1.0)))
     return worst

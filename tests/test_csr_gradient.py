@@ -64,6 +64,24 @@ def test_the_transposed_pattern_is_made_once_and_goes_with_the_indices() -> None
     assert len(csr_pattern._known) == before - 1
 
 
+def test_the_raw_op_wants_a_column_of_dy_for_each_output() -> None:
+    layer = SparseLinear(40, 10, pattern=Unstructured(0.5))
+    weight = layer.weight
+    arguments = (weight.values.detach(), weight.crow_indices, weight.col_indices, 40)
+    with pytest.raises(ValueError, match=r"dy has shape \[2, 3\], expected \[rows, 10\]"):
+        torch.ops.gossamer.csr_input(torch.ones(2, 3), *arguments)
+
+
+def test_other_memory_is_another_pattern() -> None:
+    a, b = (SparseLinear(40, 10, pattern=Unstructured(0.5)) for _ in range(2))
+    x = torch.randn(3, 40, requires_grad=True)
+    a(x).sum().backward()
+    a.col_indices.data, a.crow_indices.data = b.col_indices.clone(), b.crow_indices.clone()
+    x.grad = None
+    a(x).sum().backward()
+    torch.testing.assert_close(x.grad, a.weight.to_dense().detach().sum(0).expand(3, 40))
+
+
 def test_no_rows_have_gradients_of_zero() -> None:
     layer, x = SparseLinear(6, 5, pattern=Unstructured(0.5)), torch.zeros(0, 6, requires_grad=True)
     layer(x).sum().backward()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import gossamer
 import pytest
 import torch
 from cases import sparse_24
 from gossamer import sparse24_linear
 from gossamer._library import calls_cpu_kernel
 from gossamer.formats import Sparse24
+from gossamer.nn import SparseLinear
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,6 +93,19 @@ def test_a_trace_holds_the_op(weight: Sparse24) -> None:
         traced = torch.jit.trace(layer, x)
         assert "gossamer::sparse24_linear" in str(traced.graph)
         assert traced(x).requires_grad == x.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes become constants
+@pytest.mark.parametrize(
+    ("pattern", "op"),
+    [(gossamer.Unstructured(0.5), "csr_linear"), (gossamer.Block(4, 4), "blocksparse_product")],
+)
+def test_a_trace_of_a_layer_that_trains_holds_the_op(pattern: Any, op: str) -> None:
+    density = 0.5 if isinstance(pattern, gossamer.Block) else None
+    layer, x = SparseLinear(32, 8, pattern=pattern, density=density), torch.randn(2, 32)
+    traced = torch.jit.trace(layer, x)
+    assert f"gossamer::{op}" in str(traced.graph)
+    assert torch.equal(traced(x), layer(x))
 
 
 def test_tensors_without_memory_are_not_for_the_kernel() -> None:

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -367,6 +368,38 @@ def test_training_through_kernels_is_training_under_masks(
     assert made.finalize(force=True).layers[-1].swapped
     with pytest.raises(ValueError, match="0: no kernels to train Unstructured"):
         sparsify.GMP(net(), 0.5, 1, 2, kernels=True)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", Unstructured(), Block(4, 4)], ids=str)
+def test_kernels_read_the_mask_whatever_the_weight_has(pattern: Any) -> None:
+    model, dense, x = nn.Sequential(nn.Linear(11, 8)), nn.Linear(11, 8), torch.randn(11)
+    made = Sparsifier(model, pattern, Magnitude(), OneShot(0.5), kernels=True)
+    model[0].load_state_dict(dense.state_dict())
+    y = model[0](input=x)
+    torch.testing.assert_close(y, x @ (dense.weight * made.layers[0].mask).t() + dense.bias)
+    y.sum().backward()
+    assert (model[0].weight.grad != 0).equal(made.layers[0].mask & (x != 0))
+
+
+def test_a_group_of_three_columns_on_its_way_to_2_of_4_is_dense() -> None:
+    model, x = nn.Sequential(nn.Linear(11, 8)), torch.randn(2, 11)
+    with torch.no_grad():
+        model[0].weight[:, 8:] *= 100
+    made = Sparsifier(model, "2:4", Magnitude(), OneShot(0.41), kernels=True)
+    assert made.layers[0].mask[:, 8:].all(1).any()
+    torch.testing.assert_close(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(8, 8, 3, padding=1)], ids=str)
+def test_straight_through_blocks_take_what_has_no_batch(layer: Any) -> None:
+    x = torch.randn(8, 5, 5)[(...,) if isinstance(layer, nn.Conv2d) else (slice(None), 0, 0)]
+    model = nn.Sequential(layer)
+    sparsify.SRSTE(model, sgd(model), Block(4, 4), sparsity=0.5, kernels=True)
+    model(x).sum().backward()
+    alone = model[0].weight.grad.clone()
+    model[0].weight.grad = None
+    model(x[None]).sum().backward()
+    torch.testing.assert_close(alone, model[0].weight.grad)
 
 
 def test_a_report_is_a_table_and_a_picture(tmp_path: Path) -> None:

@@ -112,6 +112,26 @@ def test_training_learns_and_resumes_to_the_bit(recipe: Any) -> None:
     assert float(right) > 0.3  # 0.2 by chance
 
 
+def test_rigl_pairs_what_belongs_to_one_call() -> None:
+    model = net()
+    made = sparsify.RigL.stored(model, adam(model), end=100, every=1)
+    x = torch.randn(20)  # of no batch
+    model(input=x).sum().backward()
+    model(torch.randn(9, 20))  # whose gradient nobody wants
+    seen = made._seen["0"]
+    assert torch.equal(seen.x, x[None])
+    assert seen.dy.shape == (1, 40)
+    made.step()
+    before = [layer.weight.keys() for layer in made.layers.values()]
+    model(torch.full((2, 20), torch.nan)).sum().backward()
+    made.step()
+    assert made.steps == 1
+    for keys, layer in zip(before, made.layers.values(), strict=True):
+        assert torch.equal(keys, layer.weight.keys())
+    with pytest.raises(ValueError, match="by gradient of the state is False"):
+        made.load_state_dict(sparsify.SET.stored(model, adam(model), end=9, every=1).state_dict())
+
+
 def test_a_change_takes_no_memory_of_the_dense_weight() -> None:
     layer = SparseLinear(200_000, 200_000, pattern=gossamer.Unstructured(2e-7))  # dense: 160 GB
     optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)

@@ -64,12 +64,13 @@ __device__ __forceinline__ void multiply(
     const Header& header, int first) {
   using G = Granules<kSize>;
   const uint64_t upper = weights >> 32 << 32;
+  const uint32_t mine = (1u << args.outputs / (kSize * (G::kSplitOutputs ? 2 : 1))) - 1;
   const uint32_t lower =
       static_cast<uint32_t>(weights) + static_cast<uint32_t>(first * (G::kBytes / 16));
 #pragma unroll
   for (int quarter = 0; quarter < kQuarters; quarter += G::kDepth) {
     const uint32_t live =
-        (quarter < 2 ? header.low : header.high) >> (quarter % 2 * kPlanBits + first);
+        ((quarter < 2 ? header.low : header.high) >> (quarter % 2 * kPlanBits + first)) & mine;
     const uint32_t of_quarter = lower + place_of_quarter<kSize>(args, quarter);
 #pragma unroll
     for (int g = 0; g < G::kCount; ++g) {

@@ -207,9 +207,13 @@ class Producer {
   __device__ void bring_x(const OutputTile& tile, int step, Stage& stage, uint64_t* full) {
     const int channel = tile.group * args_.layout.group_in + step * kStageChannels;
     for (int half = rank_; half < 2; half += args_.cluster) {
-      ptx::tma_load_2d_multicast(stage.x.data() + half * kHalfPixels * kPieces, &args_.x_map, full,
-                                 channel, static_cast<int>(tile.first_pixel) + half * kHalfPixels,
-                                 static_cast<uint16_t>((1 << args_.cluster) - 1));
+      uint4* to = stage.x.data() + half * kHalfPixels * kPieces;
+      const int pixel = static_cast<int>(tile.first_pixel) + half * kHalfPixels;
+      if (args_.cluster == 1) {
+        ptx::tma_load_2d(to, &args_.x_map, full, channel, pixel);
+      } else {
+        ptx::tma_load_2d_multicast(to, &args_.x_map, full, channel, pixel, 0b11);
+      }
     }
   }
 

@@ -38,7 +38,7 @@ struct TokensTask {
   int tile, panels;
   int64_t tokens;
   int64_t width;  // columns of W to a pass, whose part of a panel stays in a cache
-  float* sums;    // scratch: [panel][kBlockRows][tile], and kSumsPast at both ends
+  float* sums;    // scratch: [panel][kBlockRows][tile], and kSumsPast behind
   Epilogue epilogue;
 };
 

@@ -8,6 +8,13 @@ from torch.overrides import has_torch_function_variadic
 
 library = torch.library.Library("gossamer", "DEF")
 
+# Of an op that reads on the host, or keeps what it makes of a tensor: in graphs of CUDA calls,
+# whose memory and tensors are copies, torch's compiler leaves a gap for it.
+TAGS_NOT_CAPTURED = (
+    torch.Tag.pt2_compliant_tag,
+    *((torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()),
+)
+
 _keys_of = torch._C._dispatch_keys
 _keys_of_thread = torch._C._dispatch_tls_local_include_set
 _profiler_enabled = torch._C._autograd._profiler_enabled
@@ -29,6 +36,11 @@ _PLAIN_TENSOR = {
     )
     for device in ("CPU", "CUDA")
 }
+
+
+def is_recorded() -> bool:
+    """Whether a call becomes a part of a graph, which has to hold the op and not what it does."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def calls_cpu_kernel(*tensors: Tensor | None) -> bool:

@@ -68,7 +68,8 @@ def convert(
     force : bool
         Swap even what measurement or table would leave dense.
     density : float, optional
-        The share of blocks that pruning keeps in each layer, of a pattern of blocks.
+        The share of blocks or places that pruning keeps in each layer, of a pattern of blocks or
+        of ``Unstructured()``.
     thresholds : float or mapping of str to float
         Of "activation": inputs of at most this absolute value count as zero, for all layers, or
         by a layer's name and 0 for others (``gossamer.calibrate_thresholds``).

@@ -23,10 +23,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .convert import convert
-from .formats import Block
+from .formats import Block, Unstructured
 from .nn import SparseLinear
 
 METHOD = "gossamer"
+_ANYWHERE = "unstructured"
 
 
 @register_quantization_config(METHOD)
@@ -36,8 +37,8 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Parameters
     ----------
     layers : dict, optional
-        Of a saved model: for each name of a layer its pattern ("2:4" or [rows, cols]), how many
-        blocks are live, and its activation.
+        Of a saved model: for each name of a layer its pattern ("2:4", [rows, cols] or
+        "unstructured"), how many blocks or places are live, and its activation.
     pattern : "2:4" or [rows, cols]
         Of a dense model: what ``gossamer.convert`` is called with after it is loaded.
     prune, include, exclude, density, force
@@ -122,6 +123,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             if isinstance(layer.pattern, Block):
                 blocks = layer._portable().values.shape[0]
                 spec = {"pattern": [layer.pattern.rows, layer.pattern.cols], "blocks": blocks}
+            elif isinstance(layer.pattern, Unstructured):
+                spec = {"pattern": _ANYWHERE, "places": layer._portable().values.shape[0]}
             if layer.activation is not None:
                 spec["activation"] = layer.activation
             found[name] = spec
@@ -151,7 +154,10 @@ def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
 def _empty(dense: nn.Linear, spec: dict[str, Any]) -> SparseLinear:
     """A sparse layer in the place of a dense one, without content."""
     pattern, density = spec["pattern"], None
-    if not isinstance(pattern, str):
+    if pattern == _ANYWHERE:
+        # A layer without a place is drawn with one; its tensors are those of the checkpoint then.
+        pattern, density = Unstructured(), max(spec["places"], 1) / dense.weight.numel()
+    elif not isinstance(pattern, str):
         pattern = Block(*pattern)
         rows, columns = pattern.grid((dense.out_features, dense.in_features))
         density = spec["blocks"] / (rows * columns)

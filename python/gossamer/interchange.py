@@ -180,6 +180,11 @@ def load_compressed_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> li
     ]
     if unknown or missing:
         raise ValueError(f"{op}: the checkpoint lacks {missing[:5]} and has unknown {unknown[:5]}")
+    for key, tensor in rest.items():
+        if tensor.shape != wanted[key].shape:
+            raise ValueError(
+                f"{op}: {key} is {list(tensor.shape)}, the model's {list(wanted[key].shape)}"
+            )
     model.load_state_dict(rest, strict=False)
     for name, layer in made.items():
         bias = sites[name].module.bias

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._sharded import whole
 from .state import read_header
 from .stored import VALUE_DTYPES, SavedWeight, check_dense
 
@@ -192,8 +193,9 @@ class SparseCsr(SavedWeight):
 
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor of ``shape``, exactly; differentiable in ``values``."""
-        dense = self.values.new_zeros(self.shape[0] * self.shape[1])
-        return dense.index_put((self.keys(),), self.values).view(self.shape)
+        values = whole(self.values)
+        dense = values.new_zeros(self.shape[0] * self.shape[1])
+        return dense.index_put((self.keys(),), values).view(self.shape)
 
     def rows(self) -> Tensor:
         """int64 [nnz], the row of each value."""

@@ -41,7 +41,8 @@ class SparseLinear(TrainableModule):
     device, dtype
         As for ``torch.nn.Linear``: float32, bfloat16, float16, or float64 (serial kernels only).
     density : float, optional
-        The share of blocks that are live, in (0, 1], of a pattern of blocks, which needs it.
+        The share of blocks or places that are live, in (0, 1], of a pattern of blocks, which needs
+        it, or of ``Unstructured()``.
 
     Attributes
     ----------

@@ -240,13 +240,15 @@ class PatternUnstructured(Pattern):
 
     @property
     def any_density(self) -> float | None:  # type: ignore[override]
-        return 1.0 if self.density is None else None
+        # One place: the weight is yet to come.
+        return 2.0**-62 if self.density is None else None
 
     def check(self, op: str, density: float | None, wanted: bool) -> None:
-        if density is not None and (self.density is not None or not wanted):
+        if density is not None and not wanted:
+            raise ValueError(f"{op}: density {density}, but nothing is pruned: prune is None")
+        if density is not None and self.density is not None:
             raise ValueError(
-                f"{op}: density {density} beside gossamer.Unstructured({self.density}), of which "
-                "one says it, where there is something to prune"
+                f"{op}: density {density} beside gossamer.Unstructured({self.density}): one says it"
             )
         if wanted and self.density is None and density is None:
             raise ValueError(

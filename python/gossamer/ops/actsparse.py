@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, library
+from .._library import calls_cpu_kernel, is_recorded, library
 from .actsparse_gradient import Linear, active, check_threshold, masked
 from .operands import (
     activation_of,
@@ -129,7 +129,7 @@ def actsparse_linear(
         bias = None if bias is None else autocast_to(bias, autocast)
     check_dtypes(_OP, weight_kn.dtype, x=x, bias=bias)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
-    call = _op if torch.compiler.is_compiling() else _autograd
+    call = _op if is_recorded() else _autograd
     y: Tensor = call(x, weight_kn, bias, threshold, activation or "none")
     if not return_fraction:
         return y

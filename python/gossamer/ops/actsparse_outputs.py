@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, library
+from .._library import calls_cpu_kernel, is_recorded, library
 from .actsparse_gradient import Outputs, active, check_threshold
 from .operands import (
     activation_of,
@@ -99,7 +99,7 @@ def actsparse_outputs(
         indices = _indices_of(x, weight, wanted)
         wanted = indices.new_zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.bool)
         wanted = wanted.scatter(-1, indices, True)
-    call = _op if torch.compiler.is_compiling() else _autograd
+    call = _op if is_recorded() else _autograd
     y: Tensor = call(x, weight, wanted, bias, activation or "none")
     return y if indices is None else y.gather(-1, indices)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from .._cuda_module import on_cuda
-from .._library import library
+from .._library import is_recorded, library
 from ..formats import BlockSparse, BlockSparsePanels
 from ..formats.blocksparse_panels import blocks_to_panels, panels_to_blocks
 from .blocksparse_gradient import dvalues_of, dx_of
@@ -226,7 +226,7 @@ def _product(
         bias = None if bias is None else autocast_to(bias, values.dtype)
     check_dtypes(op, values.dtype, x=x, bias=bias)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
-    call = _op if torch.compiler.is_compiling() else _autograd
+    call = _op if is_recorded() else _autograd
     y: Tensor = call(x, values, crow, col, bias, *rest)
     return y if autocast is None else autocast_to(y, autocast)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, library
+from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import wide_matmul
 from ..formats import SparseCsr
 from .csr_gradient import Input, Values, dense_of
@@ -116,7 +116,7 @@ def csr_linear_tensors(
         bias = None if bias is None else autocast_to(bias, autocast)
     check_dtypes(_OP, values.dtype, x=x, bias=bias)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
-    call = _op if torch.compiler.is_compiling() else _autograd
+    call = _op if is_recorded() else _autograd
     rows = as_rows(x, dims)
     y: Tensor = call(rows, values, crow_indices, col_indices, bias, shape[0], activation)
     return y if dims == 2 else y.view(*x.shape[:-1], shape[0])

@@ -49,6 +49,10 @@ def _input_cuda(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, inputs: i
 
 
 def _input_fake(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, inputs: int) -> Tensor:
+    if dy.dim() != 2 or dy.shape[1] != crow.shape[0] - 1:
+        raise ValueError(
+            f"{_INPUT}: dy has shape {list(dy.shape)}, expected [rows, {crow.shape[0] - 1}]"
+        )
     return dy.new_empty((dy.shape[0], inputs))
 
 

@@ -17,7 +17,7 @@ class Known:
     """Indices that were checked, as they were then, and their transpose once it was asked for."""
 
     crow: Tensor
-    versions: tuple[int, int]
+    versions: tuple[int, int, int, int]
     shape: tuple[int, int]
     transposed: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -36,8 +36,9 @@ def known(op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Known:
     # Tensors of inference mode do not count their changes.
     if crow.is_inference() or col.is_inference():
         check_indices(op, crow.cpu(), col.cpu(), shape)
-        return Known(crow, (0, 0), shape)
-    versions = (crow._version, col._version)
+        return Known(crow, (0, 0, 0, 0), shape)
+    # Who writes through .data is not counted, but whoever puts other memory there is seen.
+    versions = (crow._version, col._version, crow.data_ptr(), col.data_ptr())
     found: Known | None = _known.get(col)
     if (
         found is None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, library
+from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import wide_matmul
 from .grouped_gradient import Input, Weight, groups_of
 from .operands import (
@@ -108,7 +108,7 @@ def grouped_linear(
         bias = None if bias is None else autocast_to(bias, autocast)
     check_dtypes(_OP, weights.dtype, x=x, bias=bias)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
-    call = _op if torch.compiler.is_compiling() else _autograd
+    call = _op if is_recorded() else _autograd
     y: Tensor = call(x, weights, offsets, bias, activation or "none")
     return y
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C, reference
 from .._cuda_module import has_kernels
-from .._library import calls_cpu_kernel, calls_cuda_kernel, library
+from .._library import TAGS_NOT_CAPTURED, calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
 from .operands import (
     activation_of,
     apply_function,
@@ -108,7 +108,7 @@ def pointcloud_conv(
         raise ValueError(f"{_OP}: feats have {feats.shape[0]} rows, the map {map.n_in} inputs")
     pairs = _Pairs(map.in_index, map.out_index, map.tap_offsets, map.in_order, map.out_order)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
-    call = _op if torch.compiler.is_compiling() else _autograd
+    call = _op if is_recorded() else _autograd
     y: Tensor = call(feats, weight, bias, *pairs, map.n_out, groups, activation or "none")
     return y
 
@@ -132,11 +132,11 @@ _MAP = "Tensor in_index, Tensor out_index, Tensor tap_offsets, Tensor? in_order,
 library.define(
     f"pointcloud_conv(Tensor feats, Tensor weight, Tensor? bias, {_MAP}, SymInt n_out, int groups, "
     "str activation) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS_NOT_CAPTURED,
 )
 library.define(
     f"pointcloud_conv_weight_grad(Tensor dy, Tensor feats, {_MAP}, int groups) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS_NOT_CAPTURED,
 )
 _op = torch.ops.gossamer.pointcloud_conv.default
 _weight_op = torch.ops.gossamer.pointcloud_conv_weight_grad.default

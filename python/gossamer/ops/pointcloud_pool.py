@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
-from .._library import library
+from .._library import TAGS_NOT_CAPTURED, library
 from .operands import apply_function, gradient_wanted
 
 if TYPE_CHECKING:
@@ -77,15 +77,15 @@ def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -
 
 library.define(
     f"pointcloud_sum_pool(Tensor feats, {_MAP}, SymInt n_out, bool mean) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS_NOT_CAPTURED,
 )
 library.define(
     f"pointcloud_max_pool(Tensor feats, {_MAP}, SymInt n_out, bool repeats) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS_NOT_CAPTURED,
 )
 library.define(
     f"pointcloud_max_pool_grad(Tensor dy, Tensor winner, {_MAP}, SymInt n_out) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS_NOT_CAPTURED,
 )
 _sum = torch.ops.gossamer.pointcloud_sum_pool.default
 _max = torch.ops.gossamer.pointcloud_max_pool.default

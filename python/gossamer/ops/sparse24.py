@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from .._cuda_module import on_cuda
-from .._library import calls_cpu_kernel, calls_cuda_kernel, library
+from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
 from ..formats import Sparse24, Sparse24Panels
 from .cuda_workspace import aligned_rows, workspace
 from .operands import (
@@ -109,8 +109,7 @@ def sparse24_linear_tensors(
         raise TypeError(f"sparse24_linear: x is {x.dtype}, the weight {dtype}")
     out_features, in_features = shape
     # Eager code skips the dispatcher's Python call of the autograd kernel, 2 us of overhead.
-    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
-    call = _linear if recorded else _linear_autograd
+    call = _linear if is_recorded() else _linear_autograd
     y: Tensor = call(x, stored, indices, bias, in_features, out_features, activation)
     return y if autocast is None else autocast_to(y, autocast)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from .._library import library
+from .._library import is_recorded, library
 from ..formats import Sparse24Conv, Sparse24ConvPairs, sparse24_shapes
 from ..formats.geometry import channels_last, taps_of
 from ..formats.sparse24_conv import sparse24_matrix_shape
@@ -142,7 +142,7 @@ def sparse24_conv_tensors(
             raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {dtype}")
     steps = (conv.stride, conv.padding, conv.dilation)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
-    call = _op if torch.compiler.is_compiling() else _autograd
+    call = _op if is_recorded() else _autograd
     y: Tensor = call(x, stored, indices, bias, tuple(shape), groups, *steps, activation)
     return conv.result(y if autocast is None else autocast_to(y, autocast))
 

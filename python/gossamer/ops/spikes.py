@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, library
+from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import wide_matmul
 from .operands import (
     apply_function,
@@ -133,7 +133,7 @@ def spike_linear(spikes: Tensor, weight_kn: Tensor, bias: Tensor | None = None) 
             y: Tensor = apply(rows, weight_kn, bias)
             return y.view(*spikes.shape[:-1], y.shape[1])
     bits = rows if packed else pack_spikes(rows)
-    call = _linear if torch.compiler.is_compiling() else _autograd
+    call = _linear if is_recorded() else _autograd
     y = call(bits, weight_kn, bias)
     return y.view(*spikes.shape[:-1], y.shape[1])
 

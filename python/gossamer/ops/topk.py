@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, library
+from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import wide_matmul
 from .operands import (
     apply_function,
@@ -98,7 +98,7 @@ def topk_decode(
         )
     dims, shape = values.dim(), values.shape[:-1]
     rows = values if dims == 2 else as_rows(values, dims)
-    call = _decode if torch.compiler.is_compiling() else _decode_autograd
+    call = _decode if is_recorded() else _decode_autograd
     y: Tensor = call(rows, indices if dims == 2 else as_rows(indices, dims), weight, bias)
     return y if dims == 2 else y.view(*shape, y.shape[1])
 
@@ -166,7 +166,7 @@ def topk_encode(
     if weight.dim() != 2:
         raise ValueError(f"{_ENCODE}: weight has shape {list(weight.shape)}, expected [width, d]")
     check_features(_ENCODE, x, dims, weight.shape[1])
-    call = _encode if torch.compiler.is_compiling() else _encode_autograd
+    call = _encode if is_recorded() else _encode_autograd
     values, indices = call(as_rows(x, dims), weight, bias, k, relu)
     return values.view(*shape, k), indices.view(*shape, k)
 

@@ -7,7 +7,7 @@ kernels, and the gradient of that is scattered back, 0 where the mask drops.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..formats import Block, BlockSparse, Sparse24, SparseCsr, Unstructured
+from ..formats.csr import from_keys
 from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
 from ..ops.csr import csr_linear
 from ..ops.sparse24 import sparse24_linear
@@ -44,7 +45,8 @@ def product_of(layer: Layer) -> Product | None:
         return _block_product(layer, layer.pattern.block)
     if isinstance(layer.pattern.kernels, Unstructured):
         return _places_product(layer)
-    if int(layer.mask[:, : layer.shape[1] // 4 * 4].unflatten(1, (-1, 4)).sum(-1).max()) > 2:
+    groups = nn.functional.pad(layer.mask, (0, -layer.shape[1] % 4)).unflatten(1, (-1, 4))
+    if int(groups.sum(-1).max()) > 2:
         return None  # a schedule that is still on its way to 2:4
     indices = Sparse24.from_dense(layer.mask.float().cpu()).indices.to(layer.mask.device)
     shape = (layer.shape[0], layer.shape[1])
@@ -57,12 +59,13 @@ def product_of(layer: Layer) -> Product | None:
 
 
 def _places_product(layer: Layer) -> Product:
-    pattern = SparseCsr.from_dense(layer.weight.detach(), layer.mask)
+    shape = (layer.shape[0], layer.shape[1])
     places = layer.mask.flatten().nonzero()[:, 0]
+    crow, col = from_keys(places, shape)
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         values = weight.flatten().index_select(0, places)
-        return csr_linear(x, replace(pattern, values=values), bias)
+        return csr_linear(x, SparseCsr(values, crow, col, shape), bias)
 
     return product
 
@@ -103,9 +106,13 @@ class _Straight(torch.autograd.Function):
         weight, x = ctx.saved_tensors
         x, conv = x.to(g.dtype), ctx.module
         if isinstance(conv, nn.Linear):
-            return g, (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype), None, None
+            rows = g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            return g, rows.to(weight.dtype), None, None
+        dy = g
+        if x.dim() < weight.dim():  # one image
+            dy, x = g[None], x[None]
         found = torch.ops.aten.convolution_backward(
-            *(g, x, weight.to(g.dtype), None, conv.stride, conv.padding, conv.dilation),
+            *(dy, x, weight.to(g.dtype), None, conv.stride, conv.padding, conv.dilation),
             *(False, [0] * (weight.dim() - 2), conv.groups, [False, True, False]),
         )
         return g, found[1].to(weight.dtype), None, None
@@ -124,7 +131,8 @@ class Through:
     _mask: Tensor | None = None
     _product: Product | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
+        x = input  # torch's name for it
         module: Any = self.layer.module
         if self._mask is not self.layer.mask:
             self._mask, self._product = self.layer.mask, None

@@ -31,11 +31,11 @@ class _Seen:
     def record(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> None:
         if not y.requires_grad:
             return
-        x = args[0] if args else named["input"]
-        self.x = x.detach().flatten(0, -2)
+        x = (args[0] if args else named["input"]).detach()
 
-        def keep(dy: Tensor) -> None:
-            self.dy = dy.detach().flatten(0, -2)
+        def keep(dy: Tensor) -> None:  # of this call: others may come before its backward
+            self.x = x.reshape(-1, x.shape[-1])
+            self.dy = dy.detach().reshape(-1, dy.shape[-1])
 
         y.register_hook(keep)
 
@@ -109,6 +109,8 @@ class StoredDropGrow:
         for name, layer in self.layers.items():
             if not layer.weight_requires_grad:
                 raise ValueError(f"{op}: {name} is frozen: its values have requires_grad=False")
+            if hasattr(layer.values, "full_tensor"):
+                raise ValueError(f"{op}: {name} is sharded: its values are a DTensor")
             if by_gradient and layer.activation is not None:
                 raise ValueError(f"{op}: {name} applies {layer.activation!r}, which hides dy")
         self.optimizer, self.schedule, self.worth = optimizer, schedule, worth
@@ -128,7 +130,10 @@ class StoredDropGrow:
         return 1 - live / sum(weight.shape[0] * weight.shape[1] for weight in weights)
 
     def step(self) -> None:
-        """Count a step, and change the pattern if it is due."""
+        """Count a step, and change the pattern if it is due; none whose gradient is not finite."""
+        given = [t for seen in self._seen.values() for t in (seen.x, seen.dy) if t is not None]
+        if not all(bool(t.isfinite().all()) for t in given):
+            return
         self.steps += 1
         self.schedule.update(self)  # type: ignore[arg-type]
 
@@ -197,6 +202,7 @@ class StoredDropGrow:
             "version": _VERSION,
             "steps": self.steps,
             "layers": list(self.layers),
+            "by gradient": bool(self._seen),
             "generator": self.generator.get_state(),
         }
 
@@ -208,7 +214,9 @@ class StoredDropGrow:
         ValueError
             If it is of another version or of a model with other layers.
         """
-        for key, own in (("version", _VERSION), ("layers", list(self.layers))):
+        own_state = self.state_dict()
+        for key in ("version", "layers", "by gradient"):
+            own = own_state[key]
             if state.get(key) != own:
                 raise ValueError(
                     f"StoredDropGrow: {key} of the state is {state.get(key)}, not {own}"

@@ -135,9 +135,9 @@ class GBLRLinear(nn.Module):
         ]
         return self.u * masks[0].to(self.u.dtype), self.v * masks[1].to(self.v.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         u, v = self.factors()
-        y = (x @ v.t()) @ u
+        y = (input @ v.t()) @ u
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
