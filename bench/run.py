@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FULL_EFFORT = Effort(budget=2.0, slice=0.005, least_rounds=9, most_rounds=31)
-QUICK_EFFORT = Effort(budget=0.15, slice=0.002, least_rounds=5, most_rounds=11)
+QUICK_EFFORT = Effort(budget=0.1, slice=0.002, least_rounds=5, most_rounds=9)
 FULL_MODEL_EFFORT = Effort(budget=20.0, least_rounds=9, most_rounds=31)
 QUICK_MODEL_EFFORT = Effort(budget=2.0, least_rounds=5, most_rounds=11)
 QUICK_CSR_ROWS = 64  # with more, torch's CSR product takes longer than all the others together
