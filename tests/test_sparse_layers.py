@@ -340,7 +340,9 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_bad_checkpoint_changes_nothing(kind: str, case: str, assign: bool) -> None:
     layer = make(kind)
     if "places" in kind and case in ("another layer", "format of another kind"):
-        pytest.skip("of no other layer's kind, and that format is its own: tests/test_csr_format.py")
+        pytest.skip(
+            "of no other layer's kind, and that format is its own: tests/test_csr_format.py"
+        )
     if case == "indices":
         text, state = INVALID, copy.deepcopy(layer.state_dict())
         corrupt(state)
