@@ -92,6 +92,18 @@ def test_a_model_is_converted_by_names_saved_and_loaded(name: str, tmp_path: Pat
         assert torch.equal(third(**inputs)[0], y)
 
 
+def test_a_layer_without_a_place_is_loaded(tmp_path: Path) -> None:
+    model, inputs = made("Bert")
+    with torch.no_grad():
+        model.encoder.layer[0].intermediate.dense.weight.zero_()
+        convert(model, Unstructured(), include="*intermediate.dense", force=True)
+        huggingface.save_pretrained(model, tmp_path)
+        again = transformers.BertModel.from_pretrained(tmp_path)
+        layer = again.encoder.layer[0].intermediate.dense
+        assert layer.weight.validate().values.numel() == 0
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
 def test_a_gated_mlp_is_upcycled(tmp_path: Path) -> None:
     model, inputs = made("Llama")
     with torch.no_grad():

@@ -155,7 +155,6 @@ def _empty(dense: nn.Linear, spec: dict[str, Any]) -> SparseLinear:
     """A sparse layer in the place of a dense one, without content."""
     pattern, density = spec["pattern"], None
     if pattern == _ANYWHERE:
-        # A layer without a place is drawn with one; its tensors are those of the checkpoint then.
         pattern, density = Unstructured(), max(spec["places"], 1) / dense.weight.numel()
     elif not isinstance(pattern, str):
         pattern = Block(*pattern)
@@ -165,5 +164,8 @@ def _empty(dense: nn.Linear, spec: dict[str, Any]) -> SparseLinear:
         dense.in_features, dense.out_features, dense.bias is not None, pattern,
         dense.weight.device, dense.weight.dtype, density,
     )  # fmt: skip
+    if spec.get("places") == 0:  # of a weight that is zero: no layer is drawn so
+        layer.values = nn.Parameter(dense.weight.detach().flatten()[:0])
+        layer.col_indices = layer.col_indices[:0]
     layer.activation = spec.get("activation")
     return layer.train(dense.training)
