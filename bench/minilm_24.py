@@ -83,17 +83,20 @@ def similarity(model: nn.Module, teacher: Tensor, batches: Sequence[Batch]) -> t
     return cosines.mean().item(), cosines.min().item()
 
 
-def distance(model: nn.Module, batch: Batch, target: Tensor) -> Tensor:
-    """1 - cosine of the sentences' embeddings, and half of that of the tokens'."""
+def distance(model: nn.Module, batch: Batch, targets: Sequence[Tensor]) -> Tensor:
+    """1 - cosine of the sentences' embeddings, and of the tokens' after each layer."""
     mask = batch["attention_mask"].bool()
-    hidden = model(**batch).last_hidden_state
-    tokens = F.cosine_similarity(hidden[mask], target[mask], dim=-1)
+    states = model(**batch, output_hidden_states=True).hidden_states[1:]
+    tokens = [
+        1 - F.cosine_similarity(state[mask], target[mask], dim=-1).mean()
+        for state, target in zip(states, targets, strict=True)
+    ]
 
-    def pooled(states: Tensor) -> Tensor:
-        return (states * mask[..., None]).sum(1)
+    def pooled(state: Tensor) -> Tensor:
+        return (state * mask[..., None]).sum(1)
 
-    sentences = F.cosine_similarity(pooled(hidden), pooled(target), dim=-1)
-    return (1 - sentences).mean() + 0.5 * (1 - tokens).mean()
+    sentences = F.cosine_similarity(pooled(states[-1]), pooled(targets[-1]), dim=-1)
+    return (1 - sentences).mean() + torch.stack(tokens).mean()
 
 
 def distil(
@@ -105,7 +108,9 @@ def distil(
     told: Callable[[str], None],
 ) -> STE:
     """Train the student by the 2:4 kernels until the time is spent; the teacher's counts, too."""
-    optimizer = torch.optim.Adam(student.parameters(), rate)
+    # The embeddings, half of all parameters, are the teacher's.
+    trained = [p for name, p in student.named_parameters() if name.startswith("encoder")]
+    optimizer = torch.optim.Adam(trained, rate)
     sparsifier = STE(student, optimizer, refresh=4, include="encoder")
     order, step, begin = random.Random(SEED), 0, time.process_time()
     queue: list[int] = []
@@ -118,8 +123,8 @@ def distil(
             warm = min(1.0, (step + 1) / 30)
             group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * spent))
         with torch.no_grad():
-            target = teacher(**batch).last_hidden_state
-        loss = distance(student, batch, target)
+            targets = teacher(**batch, output_hidden_states=True).hidden_states[1:]
+        loss = distance(student, batch, targets)
         loss.backward()
         optimizer.step()
         sparsifier.step()
@@ -149,7 +154,7 @@ def seconds_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10, help="of the CPU, for the training")
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--save", type=Path, help="where to leave the trained weights")
     parser.add_argument("--load", type=Path, help="weights to time instead of training")
     options = parser.parse_args()

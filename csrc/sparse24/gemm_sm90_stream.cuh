@@ -230,14 +230,21 @@ struct Int4Weights {
   static constexpr int kPieces = Record<T>::kSteps / 2;
   static constexpr int kUnits = 2 * Record<T>::kSteps / kUnitHalves;  // of a record
 
-  int64_t row;  // g of this warp
+  const float* of_rows[2];  // their scales
   float scales[kUnits][2];
 
-  __device__ Int4Weights(const StreamArgs&, int row_tile)
-      : row(int64_t{row_tile} * kFragmentRows + threadIdx.x % 32 / 4) {}
+  // Rows past N take the scales of the last: what they multiply is not stored.
+  __device__ Int4Weights(const StreamArgs& args, int row_tile) {
+    const int64_t row = int64_t{row_tile} * kFragmentRows + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      of_rows[half] =
+          args.groups.scales + min(row + 8 * half, args.out.n - 1) * args.groups.columns;
+    }
+  }
 
   // Asks for the scales of a part of a record, which come while its stage is waited for. Past the
-  // last row or column there are none, and the sums are 0 or go nowhere.
+  // last column there are none, and the sums are 0.
   template <int kParts>
   __device__ __forceinline__ void prepare(const StreamArgs& args, int record, int part) {
     constexpr int kUnitsHere = kUnits / kParts;
@@ -247,10 +254,8 @@ struct Int4Weights {
           column_of_unit(args.groups, record * kUnits + part * kUnitsHere + unit);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const bool inside = column < args.groups.columns && row + 8 * half < args.out.n;
         scales[unit][half] =
-            inside ? __ldg(args.groups.scales + (row + 8 * half) * args.groups.columns + column)
-                   : 0.0f;
+            column < args.groups.columns ? __ldg(of_rows[half] + column) : 0.0f;
       }
     }
   }

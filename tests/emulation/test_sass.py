@@ -1,121 +1,114 @@
 """The kernels as nvcc compiles them: the intended instructions are in the machine code.
 
-Needs nvcc and a disassembler (cuobjdump or nvdisasm, beside nvcc, on PATH, or from a Python package
-that brings one, as the extra `test` does); no GPU.
+The package's kernels are read out of the module that was built; samples, and all where it was built
+without nvcc, are compiled here. Needs nvcc and the tools for its code (beside it, on PATH, or from
+Python packages, as in the extra `test`), but no GPU.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from devices import CLUSTER_SUMS, PRIMITIVES, PRIMITIVES_SM90
-from emulator import CSRC, HERE, nvcc, run_nvcc
+from emulator import CSRC, nvcc, run_nvcc
 from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 
 PACKAGED = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
-
-
-def disassemble(cubin: Path) -> str:
-    folders = [str(Path(str(nvcc())).resolve().parent), os.environ.get("PATH", "")]
-    folders += [str(Path(site) / folder) for site in sys.path for folder in PACKAGED]
-    places = os.pathsep.join(folders)
-    for tool, *flags in (("cuobjdump", "--dump-sass"), ("nvdisasm", "--print-code")):
-        if found := shutil.which(tool, path=places):
-            # cuobjdump calls nvdisasm.
-            environment = {**os.environ, "PATH": places}
-            command = [found, *flags, str(cubin)]
-            return subprocess.run(
-                command, check=True, capture_output=True, text=True, env=environment
-            ).stdout
-    if "CI" in os.environ:
-        pytest.fail("no cuobjdump or nvdisasm: nobody would read the machine code")
-    pytest.skip("no cuobjdump or nvdisasm")
-
-
-# Which file is looked at for which architecture, in the order of the tests.
 SPARSE24 = CSRC / "sparse24"
-COMPILED = [(SAMPLE_GEMM, "80"), (PRIMITIVES, "89")]
-COMPILED += [
-    (SPARSE24 / f"gemm_{kernel}_sm80.cu", architecture)
-    for kernel, architectures in (
-        ("decode", ("80", "89", "90")),
-        ("prefill", ("80", "89", "90")),
-        ("int4", ("80", "90")),
-    )
-    for architecture in architectures
-]
-COMPILED += [(SAMPLE_GEMM_SM90, "90a"), (CLUSTER_SUMS, "90a"), (SPARSE24 / "gemm_sm90.cu", "90a")]
-COMPILED += [(HERE / "kernels" / "gemm_sm90_8bit.cu", "90a"), (PRIMITIVES_SM90, "90a")]
-COMPILED += [(SPARSE24 / "gemm_sm90_stream.cu", "90a")]
-COMPILED += [
-    (SPARSE24 / f"{name}.cu", architecture)
-    for name in ("pack", "pack_panels", "gemm_float32")
-    for architecture in ("80", "90")
-]
 BLOCKSPARSE = CSRC / "blocksparse"
-COMPILED += [
-    (BLOCKSPARSE / f"{name}.cu", architecture)
-    for name in ("conv_sm80", "conv_fma", "pack")
-    for architecture in ("80", "90")
-]
-COMPILED += [(BLOCKSPARSE / "conv_sm90.cu", "90a")]
 POINTCLOUD = CSRC / "pointcloud"
-COMPILED += [
-    (POINTCLOUD / f"{name}.cu", architecture)
-    for name in ("conv_sm80", "conv_fma", "weight_grad")
-    for architecture in ("80", "90")
-]
-_compiling: dict[tuple[Path, str], Future[tuple[Path, str]]] = {}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_ahead(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """On all cores, while the first results are looked at: it takes minutes otherwise."""
+def run_tool(name: str, *arguments: str, folder: Path) -> str:
+    """What one of CUDA's tools for machine code prints."""
+    folders = [str(Path(str(nvcc())).resolve().parent), os.environ.get("PATH", "")]
+    folders += [str(Path(site) / packaged) for site in sys.path for packaged in PACKAGED]
+    if found := shutil.which(name, path=os.pathsep.join(folders)):
+        command = [found, *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+        return done.stdout
+    if "CI" in os.environ:
+        pytest.fail(f"no {name}: nobody would read the machine code")
+    pytest.skip(f"no {name}")
+
+
+class Code:
+    """A file's machine code: by kernel, and together, its instructions as (opcode, operands)."""
+
+    INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+) *([^;]*)")
+
+    def __init__(self, text: str) -> None:
+        kernels = re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]
+        self.kernels = [self.INSTRUCTION.findall(kernel) for kernel in kernels]
+        self.instructions = [instruction for kernel in self.kernels for instruction in kernel]
+        self.opcodes = {opcode for opcode, _ in self.instructions}
+
+    def missing(self, *expected: str) -> list[str]:
+        return [name for name in expected if not any(op.startswith(name) for op in self.opcodes)]
+
+    def serialised(self) -> bool:
+        """Whether in some kernel each wgmma is waited for before the next one."""
+        for kernel in self.kernels:
+            products = [rest for op, rest in kernel if re.match("[HIQ]GMMA", op)]
+            waits = [rest for op, rest in kernel if op == "WARPGROUP.DEPBAR.LE"]
+            alone = all("gsb0" in rest for rest in products)
+            if products and alone and all(", 0x0" in rest for rest in waits):
+                return True
+        return False
+
+
+class Kernels:
+    """The machine code of kernel files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        module = importlib.util.find_spec("gossamer._cuda")
+        if module is None or module.origin is None:
+            assert "CI" not in os.environ, "nvcc is here, and gossamer was built without it"
+            self._built: dict[Path, bytes] = {}
+        else:
+            run_tool("cuobjdump", "-xelf", "all", module.origin, folder=folder)
+            self._built = {path: path.read_bytes() for path in folder.glob("*.cubin")}
+
+    def _of_the_module(self, source: Path, architecture: str) -> Path | None:
+        # The namespace and the file are in the names of what is local to it:
+        # _ZN8gossamer11blocksparse45_GLOBAL__N__be35d430_12_conv_sm80_cu_fad36cd1...
+        feature, file = source.parent.name, f"{source.stem}_cu"
+        names = (f"{len(feature)}{feature}".encode(), f"_{len(file)}_{file}_".encode())
+        for path, binary in self._built.items():
+            if path.name.endswith(f".sm_{architecture}.cubin") and all(n in binary for n in names):
+                return path
+        return None
+
+    def code(self, source: Path, architecture: str) -> Code:
+        cubin = self._of_the_module(source, architecture)
+        if cubin is None:
+            cubin = self.folder / f"{source.parent.name}_{source.stem}_{architecture}.cubin"
+            gencode = f"arch=compute_{architecture},code=sm_{architecture}"
+            # Where the module is built in CI, a spilled register is an error, too.
+            flags = ("-std=c++17", "-Xptxas=-warn-spills,-Werror", "-gencode", gencode, "-cubin")
+            run_nvcc(*flags, "-o", str(cubin), str(source))
+        return Code(run_tool("nvdisasm", "-c", str(cubin), folder=self.folder))
+
+
+CodeOf = Callable[[Path, str], Code]
+
+
+@pytest.fixture(scope="module")
+def code_of(tmp_path_factory: pytest.TempPathFactory) -> CodeOf:
+    """Of a kernel file, the machine code for an architecture."""
     if nvcc() is None:
         pytest.skip("no nvcc")
-    folder = tmp_path_factory.mktemp("cubins")
-    pool = ThreadPoolExecutor(os.cpu_count())
-    _compiling.update({case: pool.submit(_compile, *case, folder) for case in COMPILED})
-    yield
-    pool.shutdown(cancel_futures=True)
-    _compiling.clear()
-
-
-def _compile(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
-    """The machine code and what ptxas says; a spilled register is an error."""
-    cubin = folder / f"{source.parent.name}_{source.stem}_{architecture}.cubin"
-    gencode = f"arch=compute_{architecture},code=sm_{architecture}"
-    spills = ("-Xptxas=-warn-spills", "-Xptxas=-Werror")
-    said = run_nvcc(
-        "-std=c++17", *spills, "-gencode", gencode, "-cubin", "-o", str(cubin), str(source)
-    )
-    return cubin, said
-
-
-def machine_code(source: Path, architecture: str) -> tuple[str, str]:
-    """The disassembly and what ptxas says."""
-    cubin, said = _compiling[source, architecture].result()
-    return disassemble(cubin), said
-
-
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+) *([^;]*)")
-
-
-def opcodes(source: Path, architecture: str) -> set[str]:
-    code, _ = machine_code(source, architecture)
-    return {opcode for opcode, _ in INSTRUCTION.findall(code)}
-
-
-def missing(expected: tuple[str, ...], found: set[str]) -> list[str]:
-    return [name for name in expected if not any(opcode.startswith(name) for opcode in found)]
+    return cache(Kernels(tmp_path_factory.mktemp("cubins")).code)
 
 
 GEMM_OPCODES = (
@@ -147,13 +140,12 @@ PRIMITIVE_OPCODES = (
 FP8_OPCODES = ("QMMA.16832.F32.E4M3.E4M3", "QMMA.SP.16864.F32.E4M3.E4M3")
 
 
-def test_sample_gemm() -> None:
-    assert missing(GEMM_OPCODES, opcodes(SAMPLE_GEMM, "80")) == []
+def test_sample_gemm(code_of: CodeOf) -> None:
+    assert code_of(SAMPLE_GEMM, "80").missing(*GEMM_OPCODES) == []
 
 
-def test_primitives() -> None:
-    found = opcodes(PRIMITIVES, "89")
-    assert missing((*PRIMITIVE_OPCODES, *FP8_OPCODES), found) == []
+def test_primitives(code_of: CodeOf) -> None:
+    assert code_of(PRIMITIVES, "89").missing(*PRIMITIVE_OPCODES, *FP8_OPCODES) == []
 
 
 # Weights by 16 bytes past the L1 (prefill: only metadata), x by cp.async, and the products of each
@@ -165,26 +157,26 @@ WEIGHT_LOADS = {"decode": "LDG.E.NA.128.CONSTANT", "prefill": "LDG.E.NA.LTC128B.
 
 @pytest.mark.parametrize("architecture", ["80", "89", "90"])
 @pytest.mark.parametrize("kernel", WEIGHT_LOADS)
-def test_gemm_sm80(kernel: str, architecture: str) -> None:
-    found = opcodes(CSRC / "sparse24" / f"gemm_{kernel}_sm80.cu", architecture)
-    products = {opcode for opcode in found if "MMA.SP" in opcode}
+def test_gemm_sm80(code_of: CodeOf, kernel: str, architecture: str) -> None:
+    code = code_of(SPARSE24 / f"gemm_{kernel}_sm80.cu", architecture)
+    products = {opcode for opcode in code.opcodes if "MMA.SP" in opcode}
     assert products == (MMA_SP | MMA_SP_E4M3 if architecture == "89" else MMA_SP)
     copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", WEIGHT_LOADS[kernel])
-    assert missing(copies, found) == []
+    assert code.missing(*copies) == []
 
 
 # The same for int4 weights: LOP3 and HFMA2 widen them, a quad shares scales by shuffles.
 @pytest.mark.parametrize("architecture", ["80", "90"])
-def test_gemm_int4(architecture: str) -> None:
-    found = opcodes(CSRC / "sparse24" / "gemm_int4_sm80.cu", architecture)
-    assert {opcode for opcode in found if "MMA.SP" in opcode} == {
+def test_gemm_int4(code_of: CodeOf, architecture: str) -> None:
+    code = code_of(SPARSE24 / "gemm_int4_sm80.cu", architecture)
+    assert {opcode for opcode in code.opcodes if "MMA.SP" in opcode} == {
         "HMMA.SP.16832.F32.BF16",
         "HMMA.SP.16832.F32",
     }
     copies = ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDSM.16.M88.4", WEIGHT_LOADS["decode"])
     widening = ("LOP3.LUT", "HFMA2.BF16_V2", "SHFL.IDX")
-    assert missing((*copies, *widening), found) == []
-    assert "HFMA2" in found or "HFMA2.MMA" in found
+    assert code.missing(*copies, *widening) == []
+    assert code.opcodes & {"HFMA2", "HFMA2.MMA"}
 
 
 # Products of both types, of operands that come by 16 bytes past the registers.
@@ -198,31 +190,28 @@ def test_gemm_int4(architecture: str) -> None:
     ],
 )
 def test_products_of_gathered_rows(
-    source: Path, others: tuple[str, ...], architecture: str
+    code_of: CodeOf, source: Path, others: tuple[str, ...], architecture: str
 ) -> None:
-    found = opcodes(source, architecture)
-    assert {opcode for opcode in found if "MMA." in opcode} == {
+    code = code_of(source, architecture)
+    assert {opcode for opcode in code.opcodes if "MMA." in opcode} == {
         "HMMA.16816.F32.BF16",
         "HMMA.16816.F32",
     }
-    assert missing(("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", *others), found) == []
+    assert code.missing("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", *others) == []
 
 
 # Products of both widths and types; operands by TMA, x also by cp.async that arrives at a barrier.
 # Where a granule is dead its products are branched around, and still they run at once: one wait a
 # step. A dead granule takes little more than its branch.
-def test_blocksparse_conv_sm90() -> None:
-    text, said = machine_code(BLOCKSPARSE / "conv_sm90.cu", "90a")
-    assert "Potential Performance Loss" not in said, said
-    code = INSTRUCTION.findall(text)
-    found = {opcode for opcode, _ in code}
+def test_blocksparse_conv_sm90(code_of: CodeOf) -> None:
+    code = code_of(BLOCKSPARSE / "conv_sm90.cu", "90a")
     products = {f"HGMMA.64x{n}x16.F32{t}" for n in (16, 32) for t in ("", ".BF16")}
-    assert products <= found
+    assert products <= code.opcodes
     copies = ("UTMALDG.3D", "UTMALDG.2D.MULTICAST", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL")
-    assert missing((*copies, "ARRIVES.LDGSTSBAR", "LDSM.16.M88.4", "STG.E.128"), found) == []
-    waits = [operands for opcode, operands in code if opcode == "WARPGROUP.DEPBAR.LE"]
+    assert code.missing(*copies, "ARRIVES.LDGSTSBAR", "LDSM.16.M88.4", "STG.E.128") == []
+    waits = [operands for opcode, operands in code.instructions if opcode == "WARPGROUP.DEPBAR.LE"]
     assert waits == ["gsb0, 0x0 "] * 4
-    assert missing(("LDL", "STL"), found) == ["LDL", "STL"]
+    assert code.missing("LDL", "STL") == ["LDL", "STL"]
 
 
 HOPPER_GEMM_OPCODES = (
@@ -263,19 +252,19 @@ HOPPER_PRIMITIVE_OPCODES = (
 )
 
 
-def test_sample_gemm_sm90() -> None:
-    assert missing(HOPPER_GEMM_OPCODES, opcodes(SAMPLE_GEMM_SM90, "90a")) == []
+def test_sample_gemm_sm90(code_of: CodeOf) -> None:
+    assert code_of(SAMPLE_GEMM_SM90, "90a").missing(*HOPPER_GEMM_OPCODES) == []
 
 
-def test_sample_of_clusters() -> None:
-    assert missing(CLUSTER_OPCODES, opcodes(CLUSTER_SUMS, "90a")) == []
+def test_sample_of_clusters(code_of: CodeOf) -> None:
+    assert code_of(CLUSTER_SUMS, "90a").missing(*CLUSTER_OPCODES) == []
 
 
 @pytest.mark.parametrize(
     ("source", "products"),
     [
         (
-            CSRC / "sparse24" / "gemm_sm90.cu",
+            SPARSE24 / "gemm_sm90.cu",
             (
                 "HGMMA.SP.64x256x32.F32.BF16",
                 "HGMMA.SP.64x128x32.F32.BF16",
@@ -283,33 +272,28 @@ def test_sample_of_clusters() -> None:
             ),
         ),
         (
-            HERE / "kernels" / "gemm_sm90_8bit.cu",
+            SPARSE24 / "gemm_sm90_8bit.cu",
             ("QGMMA.SP.64x128x64.F32.E4M3.E4M3", "IGMMA.SP.64x256x64.S8.S8"),
         ),
     ],
 )
-def test_gemm_sm90(source: Path, products: tuple[str, ...]) -> None:
-    text, said = machine_code(source, "90a")
-    assert "Potential Performance Loss" not in said, said  # products that run one by one
-    code = INSTRUCTION.findall(text)
-    found = {opcode for opcode, _ in code}
-    assert set(products) <= found  # for float16 the name ends at F32
-    assert missing(GEMM_SM90_OPCODES, found) == []
+def test_gemm_sm90(code_of: CodeOf, source: Path, products: tuple[str, ...]) -> None:
+    code = code_of(source, "90a")
+    assert not code.serialised()
+    assert set(products) <= code.opcodes  # for float16 the name ends at F32
+    assert code.missing(*GEMM_SM90_OPCODES) == []
     # No exact division, which branches to a slow path, for each sum that is activated.
-    assert "FCHK" not in found
-    # Waits that leave a group of products running.
-    assert any(op == "WARPGROUP.DEPBAR.LE" and ", 0x1" in rest for op, rest in code)
-
-    check_operands_in_registers(code)
+    assert "FCHK" not in code.opcodes
+    for kernel in code.kernels:
+        check_operands_in_registers(kernel)
 
 
-def test_gemm_sm90_stream() -> None:
-    text, said = machine_code(SPARSE24 / "gemm_sm90_stream.cu", "90a")
-    assert "Potential Performance Loss" not in said, said
-    found = {opcode for opcode, _ in INSTRUCTION.findall(text)}
+def test_gemm_sm90_stream(code_of: CodeOf) -> None:
+    code = code_of(SPARSE24 / "gemm_sm90_stream.cu", "90a")
+    assert not code.serialised()
     products = {f"HGMMA.SP.64x{tokens}x32.F32.BF16" for tokens in (16, 32, 64, 128)}
     # Weights come in whole pieces, x in tiles; fragments leave by 16 bytes a lane.
-    assert products | {"UBLKCP.S.G", "UTMALDG.2D", "LDS.128", "UTMASTG.2D"} <= found
+    assert products | {"UBLKCP.S.G", "UTMALDG.2D", "LDS.128", "UTMASTG.2D"} <= code.opcodes
 
 
 def check_operands_in_registers(code: list[tuple[str, str]]) -> None:
@@ -339,11 +323,11 @@ def check_operands_in_registers(code: list[tuple[str, str]]) -> None:
     assert products > 0
 
 
-def test_primitives_sm90() -> None:
-    assert missing(HOPPER_PRIMITIVE_OPCODES, opcodes(PRIMITIVES_SM90, "90a")) == []
+def test_primitives_sm90(code_of: CodeOf) -> None:
+    assert code_of(PRIMITIVES_SM90, "90a").missing(*HOPPER_PRIMITIVE_OPCODES) == []
 
 
-# Both build without spills; what moves 16 bytes a lane is named.
+# What moves 16 bytes a lane is named.
 @pytest.mark.parametrize("architecture", ["80", "90"])
 @pytest.mark.parametrize(
     ("source", "expected"),
@@ -362,7 +346,9 @@ def test_primitives_sm90() -> None:
         ("blocksparse/pack.cu", ("LDG.E.CONSTANT", "LDG.E.64.CONSTANT", "STG.E.64")),
     ],
 )
-def test_portable_kernels(source: str, expected: tuple[str, ...], architecture: str) -> None:
-    found = opcodes(CSRC / source, architecture)
-    assert missing(expected, found) == []
-    assert missing(("HMMA", "LDL", "STL"), found) == ["HMMA", "LDL", "STL"]
+def test_portable_kernels(
+    code_of: CodeOf, source: str, expected: tuple[str, ...], architecture: str
+) -> None:
+    code = code_of(CSRC / source, architecture)
+    assert code.missing(*expected) == []
+    assert code.missing("HMMA", "LDL", "STL") == ["HMMA", "LDL", "STL"]
