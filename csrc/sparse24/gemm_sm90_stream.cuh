@@ -254,8 +254,7 @@ struct Int4Weights {
           column_of_unit(args.groups, record * kUnits + part * kUnitsHere + unit);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scales[unit][half] =
-            column < args.groups.columns ? __ldg(of_rows[half] + column) : 0.0f;
+        scales[unit][half] = column < args.groups.columns ? __ldg(of_rows[half] + column) : 0.0f;
       }
     }
   }
