@@ -249,14 +249,12 @@ def refusal(values: Tensor, indices: Tensor, k: int) -> list[int]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 9, 12, 13, 30, 32, 33, 64, 300])
-def test_validates_as_the_cpu_does(
-    pack: KernelLibrary, sanitizers: Sanitizers, dtype: torch.dtype, k: int
-) -> None:
+def test_validates_as_the_cpu_does(pack: KernelLibrary, dtype: torch.dtype, k: int) -> None:
     n, groups = 4, (k + 3) // 4
     values, legal = reference.sparse24_from_dense(dense_24(n, k, dtype))
     values[values == 0] = -0.0  # is zero wherever it lies
     last = legal.shape[1] - 1
-    for byte in range(0, 256, 7 if sanitizers.on else 1):
+    for byte in range(k % 4, 256, 4):  # all of them, over the sizes
         for column in {0, last // 2, last}:
             for zeros in (False, True):
                 indices, kept = legal.clone(), values.clone()

@@ -44,8 +44,9 @@ extern "C" void gossamer_switch_stacks(void** save, void* load);
 namespace gossamer::emulation {
 namespace {
 
-// Only pages that are touched take memory; AddressSanitizer makes frames several times larger.
-constexpr size_t kStackBytes = 256 << 10;
+// Only pages that are touched take memory; AddressSanitizer, without optimisation, makes frames
+// many times larger.
+constexpr size_t kStackBytes = 2 << 20;
 
 Fiber* entering = nullptr;  // for the first frame, which takes no argument
 
