@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "actsparse/topk_cuda_kernels.h"
 #include "blocksparse/cuda_kernels.h"
 #include "common/device.cuh"
 #include "cuda_build.h"
@@ -76,6 +77,7 @@ const CudaModule kModule = {
     blocksparse::cuda_kernel_table(),
     pointcloud::cuda_kernel_table(),
     sparse24::cuda_kernel_table(),
+    actsparse::topk::cuda_kernel_table(),
 };
 
 }  // namespace

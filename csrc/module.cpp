@@ -48,6 +48,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::actsparse::bind(m);
   gossamer::actsparse::spikes::bind(m);
   gossamer::actsparse::topk::bind(m);
+  gossamer::actsparse::topk::bind_cuda(m);
   gossamer::blocksparse::bind(m);
   gossamer::csr::bind(m);
   gossamer::grouped::bind(m);

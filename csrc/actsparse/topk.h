@@ -90,5 +90,6 @@ void select(const Selection& args);
 void select_serial(const Selection& args);
 
 void bind(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);
 
 }  // namespace gossamer::actsparse::topk

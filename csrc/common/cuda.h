@@ -6,6 +6,9 @@
 
 namespace gossamer {
 
+namespace actsparse::topk {
+struct CudaKernels;
+}
 namespace blocksparse {
 struct CudaKernels;
 }
@@ -44,6 +47,7 @@ struct CudaModule {
   const blocksparse::CudaKernels* blocksparse;
   const pointcloud::CudaKernels* pointcloud;
   const sparse24::CudaKernels* sparse24;
+  const actsparse::topk::CudaKernels* topk;
 };
 
 }  // namespace gossamer

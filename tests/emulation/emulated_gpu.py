@@ -21,6 +21,8 @@ from gossamer.ops import (
     sparse24,
     sparse24_layout,
     sparse24_quantized,
+    topk,
+    topk_gradient,
 )
 
 TABLE = HERE / "kernels" / "cuda_table.cu"
@@ -68,6 +70,13 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(pointcloud, "has_kernels", lambda device: True)
     monkeypatch.setattr(pointcloud, "_op", pointcloud._native_cuda)
     monkeypatch.setattr(pointcloud, "_weight_op", pointcloud._weight_native_cuda)
+    for codes in (topk, topk_gradient):
+        monkeypatch.setattr(codes, "has_cuda_kernel", lambda t: t.dtype != torch.float64)
+    monkeypatch.setattr(topk, "calls_cpu_kernel", lambda *tensors: False)
+    monkeypatch.setattr(topk, "_decode", topk._decode_cuda)
+    monkeypatch.setattr(topk, "_encode", topk._encode_cuda)
+    monkeypatch.setattr(topk_gradient, "_values", topk_gradient._values_cuda)
+    monkeypatch.setattr(topk_gradient, "_weight", topk_gradient._weight_cuda)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
     cuda_workspace._workspace_bytes.cache_clear()
     yield Gpu(library)

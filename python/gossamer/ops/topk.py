@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, is_recorded, library
+from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
 from .._wide import wide_matmul
 from .operands import (
     apply_function,
@@ -27,7 +27,7 @@ from .operands import (
     check_features,
     gradient_wanted,
 )
-from .topk_gradient import Values, Weight, check_codes, named_rows
+from .topk_gradient import Values, Weight, check_codes, has_cuda_kernel, named_rows, rows_of
 
 _DECODE, _ENCODE = "topk_decode", "topk_encode"
 _DENSE_BYTES = 32 << 20  # of the pre-activations that exist at once
@@ -68,12 +68,13 @@ def topk_decode(
         If dtypes differ or have no kernel, or ``indices`` are neither int32 nor int64.
     ValueError
         If shapes or devices do not match, or an index is outside 0 to width - 1, which is found
-        before any row is read.
+        before any row is read. On a GPU, which would have to wait to say so, what such an index
+        takes part in is NaN.
 
     Notes
     -----
     The gradient to ``weight`` is dense; each of its rows is summed by one thread in the order of
-    the tokens. On a GPU the products are torch's.
+    the tokens. On a GPU no sum is made by atomics, and the calls can be captured in a CUDA graph.
 
     References
     ----------
@@ -189,7 +190,7 @@ def _decode_native(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor
         y,
         values.contiguous(),
         indices.contiguous(),
-        weight if weight.stride(1) == 1 else weight.contiguous(),
+        rows_of(weight),
         None if bias is None else bias.contiguous(),
         torch.get_num_threads(),
     )
@@ -198,6 +199,10 @@ def _decode_native(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor
 
 def _decode_cuda(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _decode_fake(values, indices, weight, bias)
+    if has_cuda_kernel(weight):
+        operands = (values.contiguous(), indices.contiguous(), rows_of(weight))
+        _C.topk_decode_cuda(y, *operands, None if bias is None else bias.contiguous())
+        return y
     if weight.itemsize > 2 or bias is None:
         if indices.numel() == 0:
             y.zero_()
@@ -230,6 +235,8 @@ def _decode_autograd(
         return y
     if calls_cpu_kernel(values, indices, weight, bias):
         return _decode_native(values, indices, weight, bias)
+    if calls_cuda_kernel(values, indices, weight, bias):
+        return _decode_cuda(values, indices, weight, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return _decode(values, indices, weight, bias)
 

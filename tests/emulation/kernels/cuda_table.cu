@@ -1,5 +1,6 @@
 // The tables that the CUDA module hands to _C, with emulated kernels: what _C then does with
 // tensors in host memory is what it does with a GPU's.
+#include "actsparse/topk_launch.h"
 #include "blocksparse/conv_cuda.h"
 #include "blocksparse/pack_cuda.h"
 #include "cuda_build.h"
@@ -18,6 +19,17 @@ int last_kernel = -1;
 cudaStream_t stream_of(CudaStream stream) { return static_cast<cudaStream_t>(stream.stream); }
 
 }  // namespace
+
+namespace actsparse::topk {
+namespace {
+
+constexpr CudaKernels kKernels = {
+    [](const CudaBags& args, CudaStream stream) { sum_bags_cuda(args, stream_of(stream)); },
+    [](const CudaDots& args, CudaStream stream) { dot_rows_cuda(args, stream_of(stream)); },
+};
+
+}  // namespace
+}  // namespace actsparse::topk
 
 namespace blocksparse {
 namespace {
@@ -105,6 +117,7 @@ constexpr CudaModule kModule = {
     &blocksparse::kKernels,
     &pointcloud::kKernels,
     &sparse24::kKernels,
+    &actsparse::topk::kKernels,
 };
 
 }  // namespace
