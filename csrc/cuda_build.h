@@ -11,12 +11,12 @@ namespace gossamer {
 // Differs where one of the structs does that cross from one module to the other.
 constexpr size_t build_of_cuda() {
   size_t build = 0;
-  for (size_t size :
-       {sizeof(CudaModule), sizeof(blocksparse::CudaKernels), sizeof(blocksparse::CudaConvArgs),
-        sizeof(pointcloud::CudaKernels), sizeof(pointcloud::CudaConvArgs),
-        sizeof(pointcloud::CudaWeightGradArgs), sizeof(sparse24::CudaKernels),
-        sizeof(sparse24::CudaGemmArgs), sizeof(actsparse::topk::CudaKernels),
-        sizeof(actsparse::topk::CudaBags), sizeof(actsparse::topk::CudaDots)}) {
+  for (size_t size : {sizeof(CudaModule), sizeof(blocksparse::CudaKernels),
+                      sizeof(blocksparse::CudaConvArgs), sizeof(pointcloud::CudaKernels),
+                      sizeof(pointcloud::CudaConvArgs), sizeof(pointcloud::CudaWeightGradArgs),
+                      sizeof(sparse24::CudaKernels), sizeof(sparse24::CudaGemmArgs),
+                      sizeof(actsparse::topk::CudaKernels), sizeof(actsparse::topk::CudaBags),
+                      sizeof(actsparse::topk::CudaDots), sizeof(actsparse::topk::CudaSelection)}) {
     build = build * 1000003 + size;
   }
   return build;

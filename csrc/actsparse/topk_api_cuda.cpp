@@ -139,6 +139,27 @@ void bind_weight(const TensorView& out, const TensorView& values, const TensorVi
       stream_of(dy));
 }
 
+void bind_select(const TensorView& values, const TensorView& indices, const TensorView& dense,
+                 bool relu) {
+  constexpr const char* op = "topk_select";
+  check_first(op, "dense", dense);
+  check_contiguous(op, "dense", dense);
+  const int64_t rows = dense.shape[0], width = dense.shape[1];
+  check_matrix(op, "values", values);
+  const int64_t k = values.shape[1], most = std::min(width, kMostSelected);
+  GOSSAMER_CHECK(1 <= k && k <= most, op, ": k is ", k, ", a GPU's kernel selects 1 to ", most,
+                 " of ", width);
+  GOSSAMER_CHECK(width <= kMost && rows <= kMost, op, ": ", rows, " rows of ", width,
+                 " columns, a GPU's kernel counts to 2**31 - 1");
+  check_rows(op, "values", values, dense.dtype, rows, k, "dense", dense);
+  check_contiguous(op, "values", values);
+  check_rows(op, "indices", indices, DType::kInt64, rows, k, "dense", dense);
+  check_contiguous(op, "indices", indices);
+  cuda_module(op, dense).topk->select(
+      {dense.dtype, rows, width, k, dense.data, relu, values.data, indices.as<int64_t>()},
+      stream_of(dense));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -146,6 +167,9 @@ void bind_cuda(py::module_& m) {
         py::arg("weight"), py::arg("bias"));
   m.def("topk_values_cuda", &bind_values, py::arg("out"), py::arg("dy"), py::arg("indices"),
         py::arg("weight"));
+  m.attr("topk_most_selected") = kMostSelected;
+  m.def("topk_select_cuda", &bind_select, py::arg("values"), py::arg("indices"), py::arg("dense"),
+        py::arg("relu"));
   m.def("topk_weight_cuda", &bind_weight, py::arg("out"), py::arg("values"), py::arg("indices"),
         py::arg("dy"), py::arg("begins"), py::arg("order"));
 }

@@ -44,10 +44,22 @@ struct CudaDots {
   void* out;  // [pairs]
 };
 
+// The k largest of each row of `dense`, as Selection of topk.h says.
+struct CudaSelection {
+  DType dtype;
+  int64_t rows, width, k;  // k up to kMostSelected
+  const void* dense;       // [rows, width]
+  bool relu;
+  void* values;      // [rows, k]
+  int64_t* indices;  // [rows, k]
+};
+constexpr int64_t kMostSelected = 1024;
+
 // All asynchronous on the stream.
 struct CudaKernels {
   void (*sum_bags)(const CudaBags& args, CudaStream stream);
   void (*dot_rows)(const CudaDots& args, CudaStream stream);
+  void (*select)(const CudaSelection& args, CudaStream stream);
 };
 
 }  // namespace gossamer::actsparse::topk

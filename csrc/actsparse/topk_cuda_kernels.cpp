@@ -15,7 +15,11 @@ void dot_rows(const CudaDots& args, CudaStream stream) {
   on(stream, [&](cudaStream_t s) { dot_rows_cuda(args, s); });
 }
 
-constexpr CudaKernels kKernels = {sum_bags, dot_rows};
+void select(const CudaSelection& args, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { select_cuda(args, s); });
+}
+
+constexpr CudaKernels kKernels = {sum_bags, dot_rows, select};
 
 }  // namespace
 

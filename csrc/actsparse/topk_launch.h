@@ -7,5 +7,6 @@ namespace gossamer::actsparse::topk {
 
 void sum_bags_cuda(const CudaBags& args, cudaStream_t stream);
 void dot_rows_cuda(const CudaDots& args, cudaStream_t stream);
+void select_cuda(const CudaSelection& args, cudaStream_t stream);
 
 }  // namespace gossamer::actsparse::topk

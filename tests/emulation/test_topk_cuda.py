@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import integers
 from devices import Sanitizers
-from emulator import HERE, Emulator, KernelLibrary
+from emulator import CSRC, HERE, Emulator, KernelLibrary
 from fragment_gemm import DTYPE_CODES
 from gossamer import reference
 from torch import Tensor
@@ -19,7 +19,8 @@ MARGIN = 8  # elements before and between rows: 16 bytes of the smallest
 
 @pytest.fixture(scope="module")
 def kernels(emulator: Emulator) -> KernelLibrary:
-    return emulator.build(HERE / "kernels" / "topk.cu")
+    more = CSRC / "actsparse" / "topk_select_cuda.cu"
+    return emulator.build(HERE / "kernels" / "topk.cu", more)
 
 
 def spread(t: Tensor, margin: int) -> tuple[Tensor, int]:
@@ -156,3 +157,51 @@ def test_wild_indices_give_nan_and_stay_in_memory(
     assert dots[:6, 2].isnan().all()
     dots[:6, 2] = clean[1][:6, 2]
     assert torch.equal(dots, clean[1])
+
+
+def check_selection(kernels: KernelLibrary, dense: Tensor, k: int, relu: bool) -> None:
+    """Bit for bit a stable sort's, whatever lies around the row."""
+    rows, width = dense.shape
+    values, indices = dense.new_full((rows, k), 77), torch.full((rows, k), -1)
+    operands = (DTYPE_CODES[dense.dtype], rows, width, k, dense, int(relu))
+    kernels.call("select_largest", *operands, values, indices)
+    wanted, order = dense.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(indices, order[:, :k]), (dense.shape, k)
+    wanted = wanted.relu() if relu else wanted
+    torch.testing.assert_close(values, wanted[:, :k], rtol=0, atol=0, equal_nan=True)
+
+
+def drawn(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, width).to(dtype)
+
+
+def test_selection_is_a_stable_sort(kernels: KernelLibrary, sanitizers: Sanitizers) -> None:
+    few = [(1, 1, 1), (2, 90, 90), (2, 1027, 7)]
+    many = [(1, 2048, 1000), (2, 6000, 32), (1, 9001, 300), (1, 40000, 256)]
+    for seed, dtype in enumerate(DTYPES[1:] if sanitizers.on else DTYPES):
+        for rows, width, k in few if sanitizers.on else few + many:
+            with kernels.schedule("early" if width % 2 else "late", seed):
+                check_selection(kernels, drawn(rows, width, dtype), k, relu=k > 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selection_among_equal_and_special_entries(
+    kernels: KernelLibrary, dtype: torch.dtype
+) -> None:
+    """Rows where more are as large as the bound than can be sorted are read digit by digit."""
+    equal = torch.randint(-1, 2, (1, 9000)).to(dtype)
+    equal[torch.rand_like(equal) < 0.2] = -0.0
+    special = drawn(1, 5000, dtype)
+    for entry in (torch.nan, torch.inf, -torch.inf, 1e-30):
+        special[torch.rand_like(special) < 0.02] = entry
+    rising = torch.arange(5003.0)[None].to(dtype)
+    for dense, k in (
+        (equal, 40),
+        (equal[:, 3:8000].contiguous(), 1024),
+        (special, 300),
+        (torch.full_like(special, torch.nan), 5),
+        (torch.full_like(special, -torch.inf), 5),
+        (rising, 900),
+        (-rising, 70),
+    ):
+        check_selection(kernels, dense, k, relu=k == 300)

@@ -30,7 +30,9 @@ from .operands import (
 from .topk_gradient import Values, Weight, check_codes, has_cuda_kernel, named_rows, rows_of
 
 _DECODE, _ENCODE = "topk_decode", "topk_encode"
-_DENSE_BYTES = 32 << 20  # of the pre-activations that exist at once
+# Of the pre-activations that exist at once. A GPU's product of fewer tokens would take longer to
+# read the weight than to multiply.
+_DENSE_BYTES, _DENSE_BYTES_CUDA = 32 << 20, 256 << 20
 
 
 def topk_decode(
@@ -110,7 +112,7 @@ def topk_encode(
     """The k largest pre-activations of each token: ``topk(x @ weight.T + b, k)``, then ReLU.
 
     The pre-activations are torch's dense product, of some tokens at a time: at most 32 MiB of them
-    exist at once. One pass over each token's finds its k largest.
+    exist at once (256 MiB on a GPU). One pass over each token's finds its k largest (two on a GPU).
 
     Parameters
     ----------
@@ -144,7 +146,7 @@ def topk_encode(
     -----
     Gradients flow through the k kept entries only, and to x, weight and bias by sums of k rows a
     token. The selection is deterministic; the pre-activations are so as far as torch's product is.
-    On a GPU all of them exist at once, and a stable sort finds the k largest.
+    On a GPU codes of more than 1024 entries are found by a stable sort of all pre-activations.
 
     References
     ----------
@@ -297,7 +299,15 @@ def _encode_native(
 def _encode_cuda(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    _encode_fake(x, weight, bias, k, relu)
+    codes = values, indices = _encode_fake(x, weight, bias, k, relu)
+    if has_cuda_kernel(weight) and k <= _C.topk_most_selected:
+        together = max(_DENSE_BYTES_CUDA // (weight.shape[0] * weight.itemsize), 1)
+        for first in range(0, x.shape[0], together):
+            some = slice(first, first + together)
+            # torch may give back a transposed product.
+            dense = F.linear(x[some], weight, bias).contiguous()
+            _C.topk_select_cuda(values[some], indices[some], dense, relu)
+        return codes
     dense = F.linear(x, weight, bias)
     values, indices = dense.sort(dim=-1, descending=True, stable=True)
     values, indices = values[:, :k].contiguous(), indices[:, :k].contiguous()

@@ -26,6 +26,7 @@ namespace {
 constexpr CudaKernels kKernels = {
     [](const CudaBags& args, CudaStream stream) { sum_bags_cuda(args, stream_of(stream)); },
     [](const CudaDots& args, CudaStream stream) { dot_rows_cuda(args, stream_of(stream)); },
+    [](const CudaSelection& args, CudaStream stream) { select_cuda(args, stream_of(stream)); },
 };
 
 }  // namespace

@@ -38,3 +38,12 @@ GOSSAMER_EXPORT int dot_rows(int64_t dtype, const int64_t* sizes, const void* in
                         nullptr);
   });
 }
+
+GOSSAMER_EXPORT int select_largest(int64_t dtype, int64_t rows, int64_t width, int64_t k,
+                                   const void* dense, int64_t relu, void* values, int64_t* indices,
+                                   char* text, int64_t text_bytes) {
+  return report(text, text_bytes, [&] {
+    topk::select_cuda(
+        {static_cast<DType>(dtype), rows, width, k, dense, relu != 0, values, indices}, nullptr);
+  });
+}
