@@ -4,21 +4,22 @@
 #   bench/gpu_check.sh OUTDIR [--only PART[,PART...]] [--commit ID]
 #
 # parts, in this order: build info emulation golden tests memcheck racecheck bench blocks voxels
+#   codes
 #
 # OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, a record
-# bench-DTYPE.json for each dtype, bench.png, blocks.log, blocks.json, voxels.log, voxels.json and
-# golden.npz. A part that fails or runs out of time does not stop the others.
+# bench-DTYPE.json for each dtype, bench.png, golden.npz, and of blocks, voxels and codes a log and a
+# record each. A part that fails or runs out of time does not stop the others.
 # Exit status: 0 if every part passed, 1 if one failed, 3 if none failed but some could not run
 # (no GPU, no compute-sanitizer). It needs no network: python3 has torch, the build tools and what
 # the extra "test" installs; with pytest-xdist the tests run side by side.
 set -u -o pipefail
 
-readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks voxels)
+readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks voxels codes)
 readonly TOTAL=525   # seconds, of which the summary takes none
 readonly NOT_RUN=3   # the exit status of a part that found nothing to run on
 
 usage() {
-  sed -n '4,6s/^# *//p' "$0" >&2
+  sed -n '4,7s/^# *//p' "$0" >&2
   exit 2
 }
 
@@ -132,24 +133,30 @@ part_voxels() {
     --seconds $(($1 - 15)) --commit "$commit" --json "$out/voxels.json"
 }
 
+part_codes() {
+  [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
+  python3 bench/run.py --device cuda --feature codes --dtype bf16 --quick \
+    --seconds $(($1 - 15)) --commit "$commit" --json "$out/codes.json"
+}
+
 # ---- running them --------------------------------------------------------------------------------
 
 # Seconds a part may take, and what has to be left for those after it.
 limit_of() {
   case $1 in
     build) echo 240 ;; info) echo 40 ;; emulation) echo 100 ;; golden) echo 80 ;;
-    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks | voxels) echo 75 ;;
+    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks | voxels | codes) echo 75 ;;
   esac
 }
 reserve_after() {
   case $1 in
-    build) echo 310 ;; info) echo 300 ;; emulation) echo 270 ;; golden) echo 255 ;;
-    tests) echo 225 ;; memcheck) echo 205 ;; racecheck) echo 185 ;; bench) echo 100 ;;
-    blocks) echo 45 ;; voxels) echo 0 ;;
+    build) echo 330 ;; info) echo 320 ;; emulation) echo 290 ;; golden) echo 275 ;;
+    tests) echo 245 ;; memcheck) echo 225 ;; racecheck) echo 205 ;; bench) echo 130 ;;
+    blocks) echo 85 ;; voxels) echo 40 ;; codes) echo 0 ;;
   esac
 }
 log_of() {
-  case $1 in build | bench | blocks | voxels) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
+  case $1 in build | bench | blocks | voxels | codes) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
 }
 
 declare -A verdict took detail
@@ -185,6 +192,11 @@ summarise() {
       sed -n '/^pointcloud /,$p' "$out/voxels.log"
       echo '```'
     fi
+    if [ -f "$out/codes.log" ]; then
+      printf '\n```\n'
+      sed -n '/^codes /,$p' "$out/codes.log"
+      echo '```'
+    fi
   } >"$out/summary.md"
 }
 
@@ -192,7 +204,7 @@ run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
   case $part in
-    build | bench | blocks | voxels) rm -f "$out/$part".* "$out/$part"-*.json ;;
+    build | bench | blocks | voxels | codes) rm -f "$out/$part".* "$out/$part"-*.json ;;
     golden) rm -f "$out/golden.npz" ;;
   esac
   limit=$(limit_of "$part")

@@ -12,9 +12,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import bench_blocksparse_cuda
+import bench_codes_cuda
 import bench_pointcloud_cuda
 import torch
 from bench_blocksparse_cuda import CudaBlockPlan
+from bench_codes_cuda import CudaCodeCase, CudaCodePlan, code_table
 from bench_pointcloud_cuda import CudaVoxelCase, CudaVoxelPlan, voxel_table
 from bench_sparse24_cuda import Bench, CudaPlan, run
 from cuda_block_case import CudaBlockCase, block_summary, block_table
@@ -111,6 +113,29 @@ def voxel_plan_of(options: Options) -> CudaVoxelPlan:
     return CudaVoxelPlan(options.scan, dtypes[:1], channels=(32, 64, 128), **rest)
 
 
+def code_plan_of(options: Options) -> CudaCodePlan:
+    """The cases of k-sparse codes."""
+    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
+    seconds = options.seconds or math.inf
+    if not options.quick:
+        return CudaCodePlan(dtypes, rounds=FULL_ROUNDS, most_seconds=seconds)
+    rest: dict[str, Any] = {
+        "rounds": QUICK_ROUNDS,
+        "most_seconds": options.seconds or QUICK_SECONDS,
+    }
+    return CudaCodePlan(dtypes[:1], tokens=(16, 4096), ks=(32, 256), **rest)
+
+
+def print_code_cases(cases: Iterable[CudaCodeCase], out: Any = None) -> list[CudaCodeCase]:
+    """Each dictionary's table as soon as its last case is there; all the cases."""
+    every = []
+    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
+        mine = list(group)
+        print(code_table(mine), file=out or sys.stdout, flush=True)
+        every += mine
+    return every
+
+
 def print_voxel_cases(cases: Iterable[CudaVoxelCase], out: Any = None) -> list[CudaVoxelCase]:
     """Each shape's table as soon as its last case is there; all the cases."""
     every = []
@@ -176,13 +201,19 @@ def main(options: Options, arguments: Sequence[str]) -> int:
         voxels = print_voxel_cases(
             bench_pointcloud_cuda.run(replace(voxel_plan, most_seconds=left), bench)
         )
+    codes: list[CudaCodeCase] = []
+    if "codes" in options.features:
+        code_plan = code_plan_of(options)
+        left = code_plan.most_seconds - (perf_counter() - begin)
+        found = bench_codes_cuda.run(replace(code_plan, most_seconds=left), bench)
+        codes = print_code_cases(found)
     if cases:
         print(summary_text(cases))
     if blocks:
         print(block_summary(blocks))
-    keep(options, arguments, gpu, limits, cases, (*blocks, *voxels))
+    keep(options, arguments, gpu, limits, cases, (*blocks, *voxels, *codes))
     print(f"took {perf_counter() - begin:.0f} s")
-    return 0 if all(case.passed for case in (*cases, *blocks, *voxels)) else 1
+    return 0 if all(case.passed for case in (*cases, *blocks, *voxels, *codes)) else 1
 
 
 def keep(

@@ -101,6 +101,27 @@ def largest_error_of_voxels(dtype: torch.dtype) -> float:
     return worst
 
 
+def largest_error_of_codes(dtype: torch.dtype) -> float:
+    """Rows in pieces and others, of a decoder, its gradients and the selection."""
+    worst = 0.0
+    for width, d, k in ((70, 264, 33), (1500, 30, 5)):
+        w = torch.randn(width, d).to("cuda", dtype)
+        dense = torch.randn(9, width).to("cuda", dtype)
+        values, indices = torch.empty(9, k).to("cuda", dtype), torch.empty(9, k).long().cuda()
+        gossamer._C.topk_select_cuda(values, indices, dense, False)
+        want = [dense.double().sort(-1, descending=True, stable=True).values[:, :k]]
+        v, w = (t.detach().requires_grad_() for t in (values, w))
+        y = gossamer.topk_decode(v, indices, w)
+        got = [values, y, *torch.autograd.grad(y, (v, w), torch.ones_like(y))]
+        v, w = (t.detach().double().requires_grad_() for t in (v, w))
+        y = reference.topk_decode(v, indices, w)
+        want += [y, *torch.autograd.grad(y, (v, w), torch.ones_like(y))]
+        for a, b in zip(got, want, strict=True):
+            error = (a.detach().double() - b.detach()).abs().max() / b.detach().abs().max()
+            worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
+
+
 def largest_error(dtype: torch.dtype) -> float:
     """Over the shapes, of the largest entry."""
     worst = 0.0
@@ -137,6 +158,9 @@ def main() -> int:
         wrong += not error <= allowed
         error = largest_error_of_voxels(dtype)
         print(f"{dtype} voxels: largest error {error:.1e}, allowed {allowed:.0e}")
+        wrong += not error <= allowed
+        error = largest_error_of_codes(dtype)
+        print(f"{dtype} codes: largest error {error:.1e}, allowed {allowed:.0e}")
         wrong += not error <= allowed
     return 1 if wrong or not ran else 0
 

@@ -173,7 +173,7 @@ template <class T, bool kPieces>
 using Partial = SharedTile<float, int64_t{kThreads} * kEach<T, kPieces>>;
 
 template <class T, bool kPieces>
-__global__ void __launch_bounds__(kThreads, 3) sum_bags(const CudaBags args) {
+__global__ void __launch_bounds__(kThreads, kPieces ? 3 : 2) sum_bags(const CudaBags args) {
   float* partial = shared_memory<Partial<T, kPieces>>()->data();
   const int64_t slices = (args.columns + kSlice<T, kPieces> - 1) / kSlice<T, kPieces>;
   const int64_t items = args.bags * slices, here = args.together ? 1 : kWarps;

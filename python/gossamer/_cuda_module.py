@@ -76,6 +76,7 @@ def wrong_results(device: torch.device) -> str | None:
     from .ops.cuda_workspace import aligned_rows, chosen_config
     from .ops.pointcloud import pointcloud_conv
     from .ops.sparse24 import sparse24_linear
+    from .ops.topk import topk_decode, topk_encode
     from .pointcloud import Coordinates
     from .prune import magnitude_24, magnitude_blocks
 
@@ -138,6 +139,15 @@ def wrong_results(device: torch.device) -> str | None:
             y = pointcloud_conv(feats, taps, None, map)
             if not torch.equal(y.cpu(), expected[0].flatten(1).t()):
                 wrong.append(f"{dtype} of voxels")
+            x, dictionary = integers(9, 24), integers(300, 24)
+            dense, order = (x @ dictionary.t()).sort(dim=-1, descending=True, stable=True)
+            given = dictionary.to(device, dtype)
+            values, indices = topk_encode(x.to(device, dtype), given, k=40, relu=False)
+            right = torch.equal(indices.cpu(), order[:, :40])
+            y = topk_decode(values, indices, given)
+            codes = torch.zeros(9, 300).scatter_(1, order[:, :40], dense[:, :40].to(dtype).float())
+            if not right or not torch.equal(y.cpu(), (codes @ dictionary).to(dtype)):
+                wrong.append(f"{dtype} of k-sparse codes")
     return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None
 
 

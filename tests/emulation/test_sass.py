@@ -200,6 +200,19 @@ def test_products_of_gathered_rows(
     assert code.missing("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", *others) == []
 
 
+# Rows by 16 bytes past the L1, pairs by shuffles, and no sum by atomics. Entries are counted at
+# barriers and collected by atomics of shared memory.
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_codes(code_of: CodeOf, architecture: str) -> None:
+    sums = code_of(CSRC / "actsparse" / "topk_cuda.cu", architecture)
+    rows = ("LDG.E.NA.LTC128B.128.CONSTANT", "SHFL.IDX", "SHFL.BFLY", "STG.E.128")
+    assert sums.missing(*rows) == []
+    assert sums.missing("ATOM", "RED") == ["ATOM", "RED"]
+    selection = code_of(CSRC / "actsparse" / "topk_select_cuda.cu", architecture)
+    assert selection.missing("LDG.E.128", "BAR.RED.POPC", "MATCH.ANY", "ATOMS") == []
+    assert selection.missing("ATOMG", "RED") == ["ATOMG", "RED"]
+
+
 # Products of both widths and types; operands by TMA, x also by cp.async that arrives at a barrier.
 # Where a granule is dead its products are branched around, and still they run at once: one wait a
 # step. A dead granule takes little more than its branch.
