@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def on_a_gpu() -> object:
+def on_a_gpu() -> Iterator[None]:
     with torch.device("cuda"):
         yield
 
@@ -80,13 +80,21 @@ def test_an_index_outside_gives_nan_and_no_fault() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_in_a_graph(dtype: torch.dtype) -> None:
-    model, x = TopKAutoencoder(256, 8192, 32).to(dtype), torch.randn(500, 256).to(dtype)
+    values, indices, weight, _ = Case(500, 32, 8192, 256).operands(dtype)
+    operands = (values.requires_grad_(), weight.requires_grad_())
 
     def gradients() -> Tensor:
-        loss = (model(x) - x).float().square().sum()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        loss = topk_decode(values, indices, weight).float().square().sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, operands)])
 
     assert torch.equal(captured(gradients), gradients())
+    model, x = TopKAutoencoder(256, 8192, 32).to(dtype), torch.randn(500, 256).to(dtype)
+
+    def loss() -> Tensor:
+        return (model(x) - x).float().square().sum()
+
+    with torch.no_grad():
+        torch.testing.assert_close(captured(loss), loss(), rtol=1e-3, atol=0)
 
 
 def test_other_stream_and_autocast() -> None:

@@ -155,9 +155,12 @@ void bind_select(const TensorView& values, const TensorView& indices, const Tens
   check_contiguous(op, "values", values);
   check_rows(op, "indices", indices, DType::kInt64, rows, k, "dense", dense);
   check_contiguous(op, "indices", indices);
-  cuda_module(op, dense).topk->select(
-      {dense.dtype, rows, width, k, dense.data, relu, values.data, indices.as<int64_t>()},
-      stream_of(dense));
+  const CudaModule& module = cuda_module(op, dense);
+  const int64_t shared_bytes = choose_selection_shared_bytes(width * size_of(dense.dtype),
+                                                             module.device(dense.device_index));
+  module.topk->select({dense.dtype, rows, width, k, dense.data, relu, values.data,
+                       indices.as<int64_t>(), shared_bytes},
+                      stream_of(dense));
 }
 
 }  // namespace

@@ -12,11 +12,11 @@
 //
 // The order of a sum thus depends on shapes, the bag's length and the size of the GPU alone.
 //
-// By arithmetic, not measured: a row's piece of 512 bytes of 16-bit floats costs a warp about 21
-// instructions (load, 2 shuffles, address, 8 to widen, 8 to add), so that an H100's 132 x 4 a cycle
-// would take in 22 TB/s. What bounds is the matrix: memory's 3.3 TB/s, or the L2's 5.5 where it
-// fits there (16 k x 768 of bfloat16 are 25 MB). 32 warps of a multiprocessor have 128 KB on their
-// way, and 15 KB would do to keep memory busy.
+// By arithmetic, not measured: a row's piece of 512 bytes of 16-bit floats costs a warp about 26
+// instructions (load, 2 shuffles, 7 for the address, 8 to widen, 8 to add), so that an H100's 132 x
+// 4 a cycle would take in 18 TB/s. What bounds is the matrix: memory's 3.3 TB/s, or the L2's 5.5
+// where it fits there (16 k x 768 of bfloat16 are 25 MB). 24 warps of a multiprocessor have 96 KB
+// on their way, and 18 KB would do to keep memory busy.
 #include "actsparse/topk_launch.h"
 #include "common/ceil_div.h"
 #include "common/check.h"
@@ -40,47 +40,78 @@ constexpr int kSlice = kWarp * kEach<T, kPieces>;
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-// ---- a lane's columns -----------------------------------------------------------------------
+// ---- a lane's columns ---------------------------------------------------------------------------
 
+// Past the last column a lane reads again what another one does, so that nothing waits for whether
+// it may; it must not write.
 template <class T, bool kPieces>
-__device__ __forceinline__ int column_of(int i) {
-  return kPieces ? lane() * kEach<T, kPieces> + i : lane() + kWarp * i;
-}
+struct Columns;
 
-// Zeros past the last of `columns`. With kPieces their number is a multiple of a piece's.
-template <bool kPieces, class T>
-__device__ __forceinline__ Run<T, kEach<T, kPieces>> load(const T* slice, int64_t columns,
-                                                          bool wanted) {
-  Run<T, kEach<T, kPieces>> run;
-  if constexpr (kPieces) {
-    uint4 piece{};
-    if (wanted && column_of<T, kPieces>(0) < columns) {
-      piece = ptx::load_nc16(slice + column_of<T, kPieces>(0));
-    }
-    run = *reinterpret_cast<const Run<T, kEach<T, kPieces>>*>(&piece);
-  } else {
+template <class T>
+struct Columns<T, true> {
+  static constexpr int kMine = kEach<T, true>;
+  using Loaded = uint4;
+  int first, from;
+  bool there;
+
+  __device__ explicit Columns(int64_t columns)  // of the slice, in whole pieces
+      : first(lane() * kMine),
+        from(static_cast<int>(min(int64_t{first}, columns - kMine))),
+        there(first < columns) {}
+  __device__ Loaded load(const T* slice) const { return ptx::load_nc16(slice + from); }
+  __device__ void store(T* slice, const T* bias, const float (&sum)[kMine]) const {
+    if (!there) return;
+    Run<T, kMine> run;
 #pragma unroll
-    for (int i = 0; i < kEach<T, kPieces>; ++i) {
-      const int c = column_of<T, kPieces>(i);
-      run.at[i] = wanted && c < columns ? slice[c] : T{};
+    for (int i = 0; i < kMine; ++i) {
+      const float b = bias == nullptr ? 0.0f : ptx::to_float(bias[first + i]);
+      run.at[i] = ptx::from_float<T>(bias == nullptr ? sum[i] : sum[i] + b);
+    }
+    *reinterpret_cast<Run<T, kMine>*>(slice + first) = run;
+  }
+};
+
+template <class T>
+struct Columns<T, false> {
+  static constexpr int kMine = kEach<T, false>;
+  using Loaded = Run<T, kMine>;
+  int count;
+
+  __device__ explicit Columns(int64_t columns)
+      : count(static_cast<int>(min(columns, int64_t{kSlice<T, false>}))) {}
+  static __device__ int column(int i) { return lane() + kWarp * i; }
+  __device__ Loaded load(const T* slice) const {
+    Loaded run;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) run.at[i] = slice[min(column(i), count - 1)];
+    return run;
+  }
+  __device__ void store(T* slice, const T* bias, const float (&sum)[kMine]) const {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      if (column(i) >= count) continue;
+      const float b = bias == nullptr ? 0.0f : ptx::to_float(bias[column(i)]);
+      slice[column(i)] = ptx::from_float<T>(bias == nullptr ? sum[i] : sum[i] + b);
     }
   }
-  return run;
-}
+};
 
-template <bool kPieces, class T>
-__device__ __forceinline__ void store(T* slice, int64_t columns, const T* bias,
-                                      const float (&sum)[kEach<T, kPieces>]) {
-  Run<T, kEach<T, kPieces>> run;
+template <class T>
+__device__ __forceinline__ void add_scaled(float (&sum)[4], float scale, const Run<T, 4>& row) {
 #pragma unroll
-  for (int i = 0; i < kEach<T, kPieces>; ++i) {
-    const int c = column_of<T, kPieces>(i);
-    const float b = bias != nullptr && c < columns ? ptx::to_float(bias[c]) : 0.0f;
-    run.at[i] = ptx::from_float<T>(bias != nullptr ? sum[i] + b : sum[i]);
-    if (!kPieces && c < columns) slice[c] = run.at[i];
-  }
-  if (kPieces && column_of<T, kPieces>(0) < columns) {
-    *reinterpret_cast<Run<T, kEach<T, kPieces>>*>(slice + column_of<T, kPieces>(0)) = run;
+  for (int i = 0; i < 4; ++i) sum[i] += scale * ptx::to_float(row.at[i]);
+}
+template <class T, int kMine>
+__device__ __forceinline__ void add_scaled(float (&sum)[kMine], float scale, const uint4& piece) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kMine == 4) {
+      sum[i] += scale * __uint_as_float(words[i]);
+    } else {
+      const float2 two = ptx::unpack<T>(words[i]);
+      sum[2 * i] += scale * two.x, sum[2 * i + 1] += scale * two.y;
+    }
   }
 }
 
@@ -129,43 +160,59 @@ template <class T, bool kPieces>
 struct Slice {
   static constexpr int kMine = kEach<T, kPieces>;
   const CudaBags& args;
-  int64_t bag, column, columns;  // the first one, and how many from it on
+  int64_t bag, column;  // the first one
+  Columns<T, kPieces> columns;
   float sum[kMine] = {};
 
-  __device__ Slice(const CudaBags& all, int64_t item, int64_t slices) : args(all) {
-    bag = item / slices;
-    column = (item - bag * slices) * kSlice<T, kPieces>;
-    columns = all.columns - column;
-  }
+  __device__ Slice(const CudaBags& all, int64_t item, int64_t slices)
+      : args(all),
+        bag(item / slices),
+        column((item - bag * slices) * kSlice<T, kPieces>),
+        columns(all.columns - column) {}
 
   __device__ void add(int64_t begin, int64_t end) {
-    const T* matrix = static_cast<const T*>(args.matrix) + column;
+    Pair mine = pair_at(begin + lane(), end);
     for (int64_t first = begin; first < end; first += kWarp) {
+      const Pair next = pair_at(first + kWarp + lane(), end);
       const int count = static_cast<int>(min(end - first, int64_t{kWarp}));
-      Pair mine;
-      if (lane() < count) mine = pair_of<T>(args, first + lane());
+      int at = 0;
 #pragma unroll 1
-      for (int at = 0; at < count; at += kAhead) {
-        Run<T, kMine> rows[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          const int64_t row = __shfl_sync(kAll, mine.row, at + i);
-          rows[i] = load<kPieces>(matrix + row * args.stride, columns, at + i < count);
-        }
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          const float scale = __shfl_sync(kAll, mine.scale, at + i);
-#pragma unroll
-          for (int c = 0; c < kMine; ++c) sum[c] += scale * ptx::to_float(rows[i].at[c]);
-        }
-      }
+      for (; at + kAhead <= count; at += kAhead) add_rows<kAhead>(mine, at);
+      if (count & 4) add_rows<4>(mine, at), at += 4;
+      if (count & 2) add_rows<2>(mine, at), at += 2;
+      if (count & 1) add_rows<1>(mine, at);
+      mine = next;
     }
   }
 
   __device__ void write() const {
     const T* bias = static_cast<const T*>(args.bias);
-    store<kPieces>(static_cast<T*>(args.out) + bag * args.columns + column, columns,
-                   bias == nullptr ? nullptr : bias + column, sum);
+    columns.store(static_cast<T*>(args.out) + bag * args.columns + column,
+                  bias == nullptr ? nullptr : bias + column, sum);
+  }
+
+ private:
+  __device__ Pair pair_at(int64_t at, int64_t end) const {
+    return at < end ? pair_of<T>(args, at) : Pair{};
+  }
+
+  // The pairs that lanes `at` and after it have.
+  template <int kCount>
+  __device__ void add_rows(const Pair& pair, int at) {
+    const T* matrix = static_cast<const T*>(args.matrix) + column;
+    const T* from[kCount];
+    typename Columns<T, kPieces>::Loaded rows[kCount];
+    float scales[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      from[i] = matrix + __shfl_sync(kAll, pair.row, at + i) * args.stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scales[i] = __shfl_sync(kAll, pair.scale, at + i);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) rows[i] = columns.load(from[i]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) add_scaled<T>(sum, scales[i], rows[i]);
   }
 };
 
@@ -229,7 +276,23 @@ __device__ __forceinline__ float gather_sums(float (&sum)[kAhead]) {
   return sum[0] + __shfl_xor_sync(kAll, sum[0], 1);
 }
 
-// A warp takes eight pairs of a token.
+template <class T, int kMine>
+__device__ __forceinline__ float product(const float (&factors)[kMine], const uint4& piece) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kMine == 4) {
+      sum += factors[i] * __uint_as_float(words[i]);
+    } else {
+      const float2 two = ptx::unpack<T>(words[i]);
+      sum += factors[2 * i] * two.x, sum += factors[2 * i + 1] * two.y;
+    }
+  }
+  return sum;
+}
+
+// A warp takes eight pairs of a token; past the last one it reads a row that is there.
 template <class T, bool kPieces>
 __global__ void __launch_bounds__(kThreads, 3) dot_rows(const CudaDots args) {
   const CudaCodes& codes = args.codes;
@@ -250,17 +313,20 @@ __global__ void __launch_bounds__(kThreads, 3) dot_rows(const CudaDots args) {
   }
   const T* x = static_cast<const T*>(args.x) + token * args.x_stride;
   float sum[kAhead] = {};
-  for (int64_t column = 0; column < args.columns; column += kSlice<T, kPieces>) {
-    const int64_t columns = args.columns - column;
-    Run<T, kEach<T, kPieces>> some[kAhead];
+  constexpr int kMine = kPieces ? kEach<T, true> : 1;
+  for (int64_t column = lane() * kMine; column < args.columns; column += kWarp * kMine) {
+    if constexpr (kPieces) {
+      uint4 some[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) some[i] = load<kPieces>(rows[i] + column, columns, i < count);
-    const auto factor = load<kPieces>(x + column, columns, true);
+      for (int i = 0; i < kAhead; ++i) some[i] = ptx::load_nc16(rows[i] + column);
+      float factors[kMine] = {};
+      add_scaled<T>(factors, 1.0f, *reinterpret_cast<const uint4*>(x + column));
 #pragma unroll
-    for (int c = 0; c < kEach<T, kPieces>; ++c) {
-      const float f = ptx::to_float(factor.at[c]);
+      for (int i = 0; i < kAhead; ++i) sum[i] += product<T>(factors, some[i]);
+    } else {
+      const float factor = ptx::to_float(x[column]);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) sum[i] += f * ptx::to_float(some[i].at[c]);
+      for (int i = 0; i < kAhead; ++i) sum[i] += factor * ptx::to_float(rows[i][column]);
     }
   }
   const float total = gather_sums(sum);

@@ -50,10 +50,21 @@ struct CudaSelection {
   int64_t rows, width, k;  // k up to kMostSelected
   const void* dense;       // [rows, width]
   bool relu;
-  void* values;      // [rows, k]
-  int64_t* indices;  // [rows, k]
+  void* values;          // [rows, k]
+  int64_t* indices;      // [rows, k]
+  int64_t shared_bytes;  // that a block takes at least
 };
 constexpr int64_t kMostSelected = 1024;
+
+// A row is read twice: so much shared memory that the rows which are read at once stay in the L2.
+inline int64_t choose_selection_shared_bytes(int64_t row_bytes, const CudaDevice& device) {
+  constexpr int64_t kMostBlocks = 3;  // for whose threads a multiprocessor has registers
+  const int64_t every = device.multiprocessors * row_bytes;
+  const int64_t blocks = device.l2_bytes / 2 / (every > 0 ? every : 1);
+  if (blocks >= kMostBlocks) return 0;
+  constexpr int64_t kReserved = 1024;  // that a block costs beside what it asks for
+  return device.shared_bytes / ((blocks > 1 ? blocks : 1) + 1) + kReserved;
+}
 
 // All asynchronous on the stream.
 struct CudaKernels {

@@ -15,15 +15,18 @@
 // A key orders as entries do: the number in the upper half, and below it the index, turned round.
 //
 // By arithmetic, not measured, with 131072 columns of bfloat16: a row of 256 KB comes from memory
-// once, and the second time from the L2, where the rows of all blocks lie (34 MB). An entry costs
-// 2 to 3 instructions a reading, so that an H100's multiprocessor takes in about 100 bytes a cycle
-// while memory gives it 15. torch.topk finds 2 bits a reading and then reads twice: 10 readings of
-// a row of bfloat16, 18 of float32. The barriers of the bound and of sorting take some 3000 cycles,
-// which the other blocks of a multiprocessor fill; memory takes 2200 to bring 16384 columns.
+// once, and the second time from the L2, since a multiprocessor then has one block (34 MB on an
+// H100, of 50). Its threads have 16 KB on their way, 20 bytes a cycle; memory gives 15 and the L2
+// 25. An entry costs 3 to 4 instructions a reading, which allow 60 to 75 bytes a cycle. torch.topk
+// finds 2 bits a reading and then reads twice: 10 readings of bfloat16, 18 of float32. The barriers
+// of the bound and of sorting take some 3000 cycles, which the other blocks of a multiprocessor
+// fill where rows are short; memory takes 2200 to bring 16384 columns.
+#include <algorithm>
+#include <type_traits>
+
 #include "actsparse/topk_launch.h"
 #include "common/check.h"
 #include "common/ptx.cuh"
-#include "common/run.cuh"
 
 namespace gossamer::actsparse::topk {
 namespace {
@@ -31,7 +34,9 @@ namespace {
 constexpr int kWarp = 32, kThreads = 512;
 constexpr int kRoom = 2048;  // keys that are sorted
 constexpr int kDigits = 256;
+constexpr int kAtOnce = 2;  // that a thread has on their way
 constexpr unsigned kAll = ~0u;
+constexpr uint32_t kLeast = 0x007fffffu;  // order_of(-inf)
 static_assert(kMostSelected == 2 * kThreads, "two groups a thread");
 
 struct Shared {
@@ -53,36 +58,80 @@ __device__ __forceinline__ uint64_t key_of(float x, uint32_t index) {
   return static_cast<uint64_t>(order_of(x)) << 32 | ~index;
 }
 
+// What a thread reads of a row at once: a piece of 16 bytes, or where rows do not allow that, every
+// 512th. Past the end it reads again what is there, and takes the least numbers for it.
+template <class T, bool kPieces>
+struct Entries;
+
+template <class T>
+struct Entries<T, true> {
+  static constexpr int kEach = 16 / sizeof(T), kStep = 1;
+  uint4 piece;
+  __device__ void load(const T* row, uint32_t mine, uint32_t width) {
+    piece = *reinterpret_cast<const uint4*>(row + min(mine, width - kEach));
+  }
+  __device__ void widen(uint32_t mine, uint32_t width, float (&entries)[kEach]) const {
+    uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+    const uint32_t least = std::is_same_v<T, Float16> ? 0xfc00fc00u : 0xff80ff80u;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (mine >= width) words[i] = sizeof(T) == 4 ? 0xff800000u : least;
+      if constexpr (sizeof(T) == 4) {
+        entries[i] = __uint_as_float(words[i]);
+      } else {
+        const float2 two = ptx::unpack<T>(words[i]);
+        entries[2 * i] = two.x, entries[2 * i + 1] = two.y;
+      }
+    }
+  }
+};
+
+template <class T>
+struct Entries<T, false> {
+  static constexpr int kEach = 4, kStep = kThreads;
+  T some[kEach];
+  __device__ void load(const T* row, uint32_t mine, uint32_t width) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) some[i] = row[min(mine + i * kStep, width - 1)];
+  }
+  __device__ void widen(uint32_t mine, uint32_t width, float (&entries)[kEach]) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      entries[i] = mine + i * kStep < width ? ptx::to_float(some[i]) : number_of(kLeast);
+    }
+  }
+};
+
 // One row.
 template <class T, bool kPieces>
 struct Row {
-  static constexpr int kEach = kPieces ? 16 / sizeof(T) : 4;
+  using Mine = Entries<T, kPieces>;
+  static constexpr int kEach = Mine::kEach, kStep = Mine::kStep;
   static constexpr uint32_t kTogether = kThreads * kEach;
   const T* row;
   uint32_t width;
 
   // Hands every thread entries of its own, as often as any has some: body(entries, index of i).
-  // Past the last one entries are the least there are.
   template <class Body>
   __device__ __forceinline__ void walk(const Body& body) const {
-    for (uint32_t first = 0; first < width; first += kTogether) {
-      const uint32_t mine = first + threadIdx.x * (kPieces ? kEach : 1);
-      const auto index = [mine](int i) { return mine + i * (kPieces ? 1 : kThreads); };
-      Run<T, kEach> run;
-      if (kPieces && mine < width) run = *reinterpret_cast<const Run<T, kEach>*>(row + mine);
-      float entries[kEach];
+    uint32_t mine = threadIdx.x * (kPieces ? kEach : 1);
+#pragma unroll 1
+    for (uint32_t first = 0; first < width; first += kAtOnce * kTogether) {
+      Mine some[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (!kPieces && index(i) < width) run.at[i] = row[index(i)];
-        entries[i] = index(i) < width ? ptx::to_float(run.at[i]) : number_of(0x007fffffu);
+      for (int a = 0; a < kAtOnce; ++a) some[a].load(row, mine + a * kTogether, width);
+#pragma unroll
+      for (int a = 0; a < kAtOnce; ++a, mine += kTogether) {
+        float entries[kEach];
+        some[a].widen(mine, width, entries);
+        body(entries, [mine](int i) { return mine + i * kStep; });
       }
-      body(entries, index);
     }
   }
 
   // What the row has k entries of at least; NaN where that may be all of them.
   __device__ float bound(int k) const {
-    float largest[2] = {number_of(0x007fffffu), number_of(0x007fffffu)};
+    float largest[2] = {number_of(kLeast), number_of(kLeast)};
     walk([&](const float (&entries)[kEach], const auto&) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
@@ -203,10 +252,11 @@ __global__ void __launch_bounds__(kThreads, 3) select_largest(const CudaSelectio
 
 template <class T>
 void launch_selection(const CudaSelection& args, cudaStream_t stream) {
-  const bool pieces =
-      reinterpret_cast<uintptr_t>(args.dense) % 16 == 0 && args.width % Row<T, true>::kEach == 0;
+  const bool pieces = reinterpret_cast<uintptr_t>(args.dense) % 16 == 0 &&
+                      args.width % Entries<T, true>::kEach == 0;
   launch(pieces ? select_largest<T, true> : select_largest<T, false>,
-         static_cast<unsigned>(args.rows), kThreads, sizeof(Shared), stream, args);
+         static_cast<unsigned>(args.rows), kThreads,
+         std::max(sizeof(Shared), static_cast<size_t>(args.shared_bytes)), stream, args);
 }
 
 }  // namespace

@@ -145,7 +145,8 @@ def wrong_results(device: torch.device) -> str | None:
             values, indices = topk_encode(x.to(device, dtype), given, k=40, relu=False)
             right = torch.equal(indices.cpu(), order[:, :40])
             y = topk_decode(values, indices, given)
-            codes = torch.zeros(9, 300).scatter_(1, order[:, :40], dense[:, :40].to(dtype).float())
+            kept = dense[:, :40].to(dtype).float()
+            codes = torch.zeros_like(dense).scatter_(1, order[:, :40], kept)
             if not right or not torch.equal(y.cpu(), (codes @ dictionary).to(dtype)):
                 wrong.append(f"{dtype} of k-sparse codes")
     return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None

@@ -44,6 +44,7 @@ GOSSAMER_EXPORT int select_largest(int64_t dtype, int64_t rows, int64_t width, i
                                    char* text, int64_t text_bytes) {
   return report(text, text_bytes, [&] {
     topk::select_cuda(
-        {static_cast<DType>(dtype), rows, width, k, dense, relu != 0, values, indices}, nullptr);
+        {static_cast<DType>(dtype), rows, width, k, dense, relu != 0, values, indices, 60 << 10},
+        nullptr);
   });
 }
