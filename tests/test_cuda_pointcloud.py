@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from cuda_graphs import captured
 from gossamer import fold_batchnorm, reference
 from gossamer import pointcloud as pc
 from gossamer.ops import pointcloud_conv
@@ -23,23 +22,6 @@ def scene(voxels: int, channels: int, dtype: torch.dtype = torch.float32) -> pc.
     coords = torch.unique(points.floor().int(), dim=0)
     coords = torch.nn.functional.pad(coords[torch.randperm(len(coords))], (1, 0))
     return pc.SparseTensor(coords.cuda(), torch.randn(len(coords), channels).cuda().to(dtype))
-
-
-def captured(call: Callable[[], Tensor]) -> Tensor:
-    """What a graph's second replay leaves."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # which makes the maps and their tables
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
-    for _ in range(2):
-        y.fill_(77.0)
-        graph.replay()
-    torch.cuda.synchronize()
-    return y
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_graphs import captured
 from gossamer import _C, topk_decode, topk_encode
 from gossamer.nn import TopKAutoencoder
 from test_topk import Case, check_all
@@ -19,23 +20,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def on_a_gpu() -> Iterator[None]:
     with torch.device("cuda"):
         yield
-
-
-def captured(call: Callable[[], Tensor]) -> Tensor:
-    """What a graph's second replay leaves."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
-    for _ in range(2):
-        y.fill_(77.0)
-        graph.replay()
-    torch.cuda.synchronize()
-    return y
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

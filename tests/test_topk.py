@@ -219,7 +219,7 @@ def dense_autoencoder(model: TopKAutoencoder, x: Tensor) -> Tensor:
     return codes @ model.decoder_weight + model.decoder_bias
 
 
-def test_autoencoder_is_the_dense_one(target: str) -> None:
+def check_autoencoder() -> TopKAutoencoder:
     model, x = TopKAutoencoder(16, 100, 5), torch.randn(30, 16)
     torch.nn.init.normal_(model.encoder_bias)
     torch.nn.init.normal_(model.decoder_bias)
@@ -232,6 +232,11 @@ def test_autoencoder_is_the_dense_one(target: str) -> None:
         rtol=1e-4,
         atol=1e-4,
     )
+    return model
+
+
+def test_autoencoder_is_the_dense_one(target: str) -> None:
+    model = check_autoencoder()
     assert "d_model=16, width=100, k=5" in repr(model)
     with pytest.raises(ValueError, match="k is 101"):
         TopKAutoencoder(16, 100, 101)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from emulated_gpu import Gpu
 from gossamer import _C, topk_decode, topk_encode
-from gossamer.nn import TopKAutoencoder
 from gossamer.ops import topk, topk_gradient
-from test_topk import CASES, check_all, dense_autoencoder
+from test_topk import CASES, check_all, check_autoencoder
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CUDA = (topk._decode_cuda, topk_gradient._values_cuda, topk_gradient._weight_cuda)
@@ -69,17 +68,7 @@ def test_an_index_outside_gives_nan(gpu: Gpu) -> None:
 
 
 def test_autoencoder_is_the_dense_one(gpu: Gpu) -> None:
-    model, x = TopKAutoencoder(16, 100, 5), torch.randn(30, 16)
-    torch.nn.init.normal_(model.encoder_bias)
-    parameters = list(model.parameters())
-    y, wanted = model(x), dense_autoencoder(model, x)
-    torch.testing.assert_close(y, wanted)
-    torch.testing.assert_close(
-        torch.autograd.grad((y - x).square().sum(), parameters),
-        torch.autograd.grad((wanted - x).square().sum(), parameters),
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    check_autoencoder()
 
 
 def test_what_the_border_refuses(gpu: Gpu) -> None:
