@@ -2,6 +2,7 @@
 // What tells modules apart that were not built together.
 #include "blocksparse/cuda.h"
 #include "common/cuda.h"
+#include "grouped/cuda.h"
 #include "pointcloud/cuda.h"
 #include "sparse24/cuda.h"
 
@@ -11,7 +12,8 @@ namespace gossamer {
 constexpr size_t build_of_cuda() {
   size_t build = 0;
   for (size_t size : {sizeof(CudaModule), sizeof(blocksparse::CudaKernels),
-                      sizeof(blocksparse::CudaConvArgs), sizeof(pointcloud::CudaKernels),
+                      sizeof(blocksparse::CudaConvArgs), sizeof(grouped::CudaKernels),
+                      sizeof(grouped::CudaGroupedArgs), sizeof(pointcloud::CudaKernels),
                       sizeof(pointcloud::CudaConvArgs), sizeof(pointcloud::CudaWeightGradArgs),
                       sizeof(sparse24::CudaKernels), sizeof(sparse24::CudaGemmArgs)}) {
     build = build * 1000003 + size;

@@ -9,6 +9,9 @@ namespace gossamer {
 namespace blocksparse {
 struct CudaKernels;
 }
+namespace grouped {
+struct CudaKernels;
+}
 namespace pointcloud {
 struct CudaKernels;
 }
@@ -42,6 +45,7 @@ struct CudaModule {
   // Waits for what the stream has been given so far.
   void (*read)(void* host, const void* device, size_t bytes, CudaStream stream);
   const blocksparse::CudaKernels* blocksparse;
+  const grouped::CudaKernels* grouped;
   const pointcloud::CudaKernels* pointcloud;
   const sparse24::CudaKernels* sparse24;
 };
