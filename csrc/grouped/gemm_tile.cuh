@@ -128,6 +128,8 @@ struct OperandStage {
   static constexpr int kLine = (kTurned ? kOuter : kStageInner) / kEach;  // pieces
   static constexpr int kPieces = kLineCount * kLine;
   using Kind = Lines<kLine, kTurned>;
+  // Copies whose addresses a thread has at once: with all, the float32 kernel's sums spill.
+  static constexpr int kTogether = sizeof(T) == 4 ? 2 : kPieces / kThreads;
   static_assert(kPieces % kThreads == 0);
 
   // `from` is the tile's first element; `outer` and `left` are what there is of it from `step` on.
@@ -135,7 +137,7 @@ struct OperandStage {
                                    int64_t step, int left, bool in_pieces) {
     const int lines = kTurned ? left : outer, elements = kTurned ? outer : left;
     from += kTurned ? step * stride : step;
-#pragma unroll
+#pragma unroll(kTogether)
     for (int i = 0; i < kPieces / kThreads; ++i) {
       const int at = static_cast<int>(threadIdx.x) + i * kThreads;
       const int line = at / kLine, piece = at % kLine;

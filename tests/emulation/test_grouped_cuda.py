@@ -127,9 +127,9 @@ def test_matches_plain_torch(
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_passes_in_any_order(kernels: KernelLibrary, dtype: torch.dtype, product: str) -> None:
     # More stages than there are in shared memory.
-    experts = Experts.of(GroupedCase((66, 0, 260), 264, 296), dtype)
+    experts = Experts.of(GroupedCase((66, 0, 200), 200, 232), dtype)
     expected = experts.expected(product)
-    for schedule, seed in SCHEDULES[::2]:
+    for schedule, seed in SCHEDULES[::3]:
         with kernels.schedule(schedule, seed):
             check_exact(experts.run(kernels, product, 1), expected)
 
