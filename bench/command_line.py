@@ -66,9 +66,11 @@ def choices_of(device: str) -> Choices:
     import cuda_shapes as gpu
 
     quick, default = ("sparse24", "blocksparse"), gpu.DEFAULT_DTYPES
-    layers, rows = (gpu.SHAPES, CONV_SHAPES, ()), (gpu.ROWS, gpu.QUICK_ROWS)
+    layers, rows = (gpu.SHAPES, CONV_SHAPES, EXPERT_SHAPES), (gpu.ROWS, gpu.QUICK_ROWS)
     names, blocks = (tuple(gpu.DTYPES), default, default), (gpu.BLOCKS, gpu.QUICK_BLOCKS)
-    return Choices((*quick, "pointcloud", "codes"), quick, *layers, *rows, *names, *blocks)
+    return Choices(
+        (*quick, "grouped", "pointcloud", "codes"), quick, *layers, *rows, *names, *blocks
+    )
 
 
 @dataclass(frozen=True)

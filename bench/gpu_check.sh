@@ -3,18 +3,18 @@
 #
 #   bench/gpu_check.sh OUTDIR [--only PART[,PART...]] [--commit ID]
 #
-# parts, in this order: build info emulation golden tests memcheck racecheck bench blocks voxels
-#   codes
+# parts, in this order:
+#   build info emulation golden tests memcheck racecheck bench blocks experts voxels codes
 #
 # OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, a record
-# bench-DTYPE.json for each dtype, bench.png, golden.npz, and of blocks, voxels and codes a log and a
-# record each. A part that fails or runs out of time does not stop the others.
+# bench-DTYPE.json for each dtype, bench.png, NAME.log and NAME.json of blocks, experts, voxels and
+# codes, and golden.npz. A part that fails or runs out of time does not stop the others.
 # Exit status: 0 if every part passed, 1 if one failed, 3 if none failed but some could not run
 # (no GPU, no compute-sanitizer). It needs no network: python3 has torch, the build tools and what
 # the extra "test" installs; with pytest-xdist the tests run side by side.
 set -u -o pipefail
 
-readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks voxels codes)
+readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks experts voxels codes)
 readonly TOTAL=525   # seconds, of which the summary takes none
 readonly NOT_RUN=3   # the exit status of a part that found nothing to run on
 
@@ -127,6 +127,12 @@ part_blocks() {
     --seconds $(($1 - 15)) --commit "$commit" --json "$out/blocks.json"
 }
 
+part_experts() {
+  [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
+  python3 bench/run.py --device cuda --feature grouped --dtype bf16 --quick \
+    --seconds $(($1 - 15)) --commit "$commit" --json "$out/experts.json"
+}
+
 part_voxels() {
   [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
   python3 bench/run.py --device cuda --feature pointcloud --dtype bf16 --quick \
@@ -145,24 +151,29 @@ part_codes() {
 limit_of() {
   case $1 in
     build) echo 240 ;; info) echo 40 ;; emulation) echo 100 ;; golden) echo 80 ;;
-    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks | voxels | codes) echo 75 ;;
+    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;;
+    blocks | voxels | codes) echo 75 ;; experts) echo 45 ;;
   esac
 }
 reserve_after() {
   case $1 in
-    build) echo 330 ;; info) echo 320 ;; emulation) echo 290 ;; golden) echo 275 ;;
-    tests) echo 245 ;; memcheck) echo 225 ;; racecheck) echo 205 ;; bench) echo 130 ;;
-    blocks) echo 85 ;; voxels) echo 40 ;; codes) echo 0 ;;
+    build) echo 365 ;; info) echo 355 ;; emulation) echo 325 ;; golden) echo 310 ;;
+    tests) echo 280 ;; memcheck) echo 260 ;; racecheck) echo 240 ;; bench) echo 165 ;;
+    blocks) echo 120 ;; experts) echo 85 ;; voxels) echo 40 ;; codes) echo 0 ;;
   esac
 }
 log_of() {
-  case $1 in build | bench | blocks | voxels | codes) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
+  case $1 in
+    build | bench | blocks | experts | voxels | codes) echo "$out/$1.log" ;;
+    *) echo "$out/checks.log" ;;
+  esac
 }
 
 declare -A verdict took detail
 failed='' missing=''
 
 summarise() {
+  local part
   {
     echo "# gossamer on a GPU"
     echo
@@ -187,16 +198,12 @@ summarise() {
       echo
       sed -n '/^Blocks, times faster/,$p' "$out/blocks.log"
     fi
-    if [ -f "$out/voxels.log" ]; then
+    for part in experts voxels codes; do
+      [ -f "$out/$part.log" ] || continue
       printf '\n```\n'
-      sed -n '/^pointcloud /,$p' "$out/voxels.log"
+      sed -n '/^\(experts\|pointcloud\|codes\) /,$p' "$out/$part.log"
       echo '```'
-    fi
-    if [ -f "$out/codes.log" ]; then
-      printf '\n```\n'
-      sed -n '/^codes /,$p' "$out/codes.log"
-      echo '```'
-    fi
+    done
   } >"$out/summary.md"
 }
 
@@ -204,7 +211,7 @@ run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
   case $part in
-    build | bench | blocks | voxels | codes) rm -f "$out/$part".* "$out/$part"-*.json ;;
+    build | bench | blocks | experts | voxels | codes) rm -f "$out/$part".* "$out/$part"-*.json ;;
     golden) rm -f "$out/golden.npz" ;;
   esac
   limit=$(limit_of "$part")

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import bench_blocksparse_cuda
 import bench_codes_cuda
+import bench_grouped_cuda
 import bench_pointcloud_cuda
 import torch
 from bench_blocksparse_cuda import CudaBlockPlan
 from bench_codes_cuda import CudaCodeCase, CudaCodePlan, code_table
+from bench_grouped_cuda import CudaGroupedCase, CudaGroupedPlan, grouped_table
 from bench_pointcloud_cuda import CudaVoxelCase, CudaVoxelPlan, voxel_table
 from bench_sparse24_cuda import Bench, CudaPlan, run
 from cuda_block_case import CudaBlockCase, block_summary, block_table
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 QUICK_ROUNDS = Rounds(budget=0.2, least=7, most=21)
 QUICK_SWEEP_SECONDS = 0.7
+MANY_TOKENS = (256, 1024)  # an expert
 QUICK_SECONDS = 140.0  # with probes; after it only the case that has begun, and the record
 FULL_ROUNDS = Rounds(budget=0.6, least=11, most=41)
 
@@ -100,6 +103,20 @@ def block_plan_of(options: Options) -> CudaBlockPlan:
     return CudaBlockPlan(problems, options.blocks, BLOCK_DENSITIES, FULL_ROUNDS, seconds)
 
 
+def grouped_plan_of(options: Options) -> CudaGroupedPlan:
+    """The cases of experts: the CPU's, and numbers of tokens that keep tensor cores busy."""
+    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
+    tokens = options.tokens if options.rows_given else (*options.tokens, *MANY_TOKENS)
+    if not options.quick:
+        seconds = options.seconds or math.inf
+        return CudaGroupedPlan(
+            options.expert_shapes, tokens, dtypes, rounds=FULL_ROUNDS, most_seconds=seconds
+        )
+    seconds = options.seconds or QUICK_SECONDS
+    how: dict[str, Any] = {"rounds": QUICK_ROUNDS, "most_seconds": seconds}
+    return CudaGroupedPlan(options.expert_shapes, tokens, dtypes[:1], ("zipf",), **how)
+
+
 def voxel_plan_of(options: Options) -> CudaVoxelPlan:
     """The cases of point clouds: a network, then its layers."""
     dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
@@ -132,6 +149,16 @@ def print_code_cases(cases: Iterable[CudaCodeCase], out: Any = None) -> list[Cud
     for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
         mine = list(group)
         print(code_table(mine), file=out or sys.stdout, flush=True)
+        every += mine
+    return every
+
+
+def print_grouped_cases(cases: Iterable[CudaGroupedCase], out: Any = None) -> list[CudaGroupedCase]:
+    """Each shape's table as soon as its last case is there; all the cases."""
+    every = []
+    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
+        mine = list(group)
+        print(grouped_table(mine), file=out or sys.stdout, flush=True)
         every += mine
     return every
 
@@ -194,6 +221,13 @@ def main(options: Options, arguments: Sequence[str]) -> int:
         left = block_plan.most_seconds - (perf_counter() - begin)
         found = bench_blocksparse_cuda.run(replace(block_plan, most_seconds=left), bench)
         blocks = print_block_cases(found)
+    experts: list[CudaGroupedCase] = []
+    if "grouped" in options.features:
+        grouped_plan = grouped_plan_of(options)
+        left = grouped_plan.most_seconds - (perf_counter() - begin)
+        experts = print_grouped_cases(
+            bench_grouped_cuda.run(replace(grouped_plan, most_seconds=left), bench)
+        )
     voxels: list[CudaVoxelCase] = []
     if "pointcloud" in options.features:
         voxel_plan = voxel_plan_of(options)
@@ -211,9 +245,10 @@ def main(options: Options, arguments: Sequence[str]) -> int:
         print(summary_text(cases))
     if blocks:
         print(block_summary(blocks))
-    keep(options, arguments, gpu, limits, cases, (*blocks, *voxels, *codes))
+    keep(options, arguments, gpu, limits, cases, (*blocks, *experts, *voxels, *codes))
     print(f"took {perf_counter() - begin:.0f} s")
-    return 0 if all(case.passed for case in (*cases, *blocks, *voxels, *codes)) else 1
+    passed = all(case.passed for case in (*cases, *blocks, *experts, *voxels, *codes))
+    return 0 if passed else 1
 
 
 def keep(

@@ -3,6 +3,7 @@
 #include "actsparse/topk_cuda.h"
 #include "blocksparse/cuda.h"
 #include "common/cuda.h"
+#include "grouped/cuda.h"
 #include "pointcloud/cuda.h"
 #include "sparse24/cuda.h"
 
@@ -12,7 +13,8 @@ namespace gossamer {
 constexpr size_t build_of_cuda() {
   size_t build = 0;
   for (size_t size : {sizeof(CudaModule), sizeof(blocksparse::CudaKernels),
-                      sizeof(blocksparse::CudaConvArgs), sizeof(pointcloud::CudaKernels),
+                      sizeof(blocksparse::CudaConvArgs), sizeof(grouped::CudaKernels),
+                      sizeof(grouped::CudaGroupedArgs), sizeof(pointcloud::CudaKernels),
                       sizeof(pointcloud::CudaConvArgs), sizeof(pointcloud::CudaWeightGradArgs),
                       sizeof(sparse24::CudaKernels), sizeof(sparse24::CudaGemmArgs),
                       sizeof(actsparse::topk::CudaKernels), sizeof(actsparse::topk::CudaBags),

@@ -13,6 +13,7 @@
 #include "blocksparse/cuda_kernels.h"
 #include "common/device.cuh"
 #include "cuda_build.h"
+#include "grouped/cuda_kernels.h"
 #include "pointcloud/cuda_kernels.h"
 #include "sparse24/cuda_kernels.h"
 
@@ -75,6 +76,7 @@ const CudaModule kModule = {
     relax_capture,
     read,
     blocksparse::cuda_kernel_table(),
+    grouped::cuda_kernel_table(),
     pointcloud::cuda_kernel_table(),
     sparse24::cuda_kernel_table(),
     actsparse::topk::cuda_kernel_table(),

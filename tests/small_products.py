@@ -122,6 +122,29 @@ def largest_error_of_codes(dtype: torch.dtype) -> float:
     return worst
 
 
+# Tokens of each expert, N and K: tiles of either size, one without a token; nothing aligned.
+EXPERTS = (((70, 0, 200, 3), 136, 264), ((5, 0, 66), 33, 17))
+
+
+def largest_error_of_experts(dtype: torch.dtype) -> float:
+    """Of y, dx and dW, of the largest entry of each."""
+    worst = 0.0
+    for counts, n, k in EXPERTS:
+        ends = torch.tensor(counts).cumsum(0)
+        tokens, experts = sum(counts), len(counts)
+        sizes = ((tokens, k), (experts, n, k), (tokens, n))
+        x, w, dy = (torch.randn(size).to("cuda", dtype).requires_grad_() for size in sizes)
+        y = gossamer.grouped_linear(x, w, ends.cuda())
+        found = (y, *torch.autograd.grad(y, (x, w), dy.detach()))
+        exact = [t.detach().cpu().double().requires_grad_() for t in (x, w, dy)]
+        want = reference.grouped_linear(exact[0], exact[1], ends)
+        right = (want, *torch.autograd.grad(want, exact[:2], exact[2]))
+        for mine, its in zip(found, right, strict=True):
+            error = (mine.detach().cpu().double() - its).abs().max() / its.abs().max()
+            worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
+
+
 def largest_error(dtype: torch.dtype) -> float:
     """Over the shapes, of the largest entry."""
     worst = 0.0
@@ -161,6 +184,9 @@ def main() -> int:
         wrong += not error <= allowed
         error = largest_error_of_codes(dtype)
         print(f"{dtype} codes: largest error {error:.1e}, allowed {allowed:.0e}")
+        wrong += not error <= allowed
+        error = largest_error_of_experts(dtype)
+        print(f"{dtype} experts: largest error {error:.1e}, allowed {allowed:.0e}")
         wrong += not error <= allowed
     return 1 if wrong or not ran else 0
 

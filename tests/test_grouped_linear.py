@@ -9,6 +9,7 @@ import torch
 from cases import DTYPES
 from gossamer import _C, grouped_linear
 from gossamer.nn import GroupedLinear
+from gossamer.ops import grouped_cuda
 from gossamer.ops.grouped import _native_cuda
 from grouped_cases import CASES, GroupedCase, GroupedOracle
 from torch import Tensor, nn
@@ -99,7 +100,10 @@ def test_any_strides(target: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
-def test_loop_that_a_gpu_runs(case: GroupedCase, dtype: torch.dtype) -> None:
+def test_loop_that_a_gpu_without_kernels_runs(
+    monkeypatch: pytest.MonkeyPatch, case: GroupedCase, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(grouped_cuda, "has_kernels", lambda device: False)
     x, weights, bias = case.operands(dtype)
     operands = (x, weights, case.offsets, bias)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):

@@ -12,6 +12,9 @@ struct CudaKernels;
 namespace blocksparse {
 struct CudaKernels;
 }
+namespace grouped {
+struct CudaKernels;
+}
 namespace pointcloud {
 struct CudaKernels;
 }
@@ -45,6 +48,7 @@ struct CudaModule {
   // Waits for what the stream has been given so far.
   void (*read)(void* host, const void* device, size_t bytes, CudaStream stream);
   const blocksparse::CudaKernels* blocksparse;
+  const grouped::CudaKernels* grouped;
   const pointcloud::CudaKernels* pointcloud;
   const sparse24::CudaKernels* sparse24;
   const actsparse::topk::CudaKernels* topk;

@@ -80,6 +80,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
 }  // namespace
 
 void bind(py::module_& m) {
+  bind_gemm_cuda(m);
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("grouped_linear", &bind_linear, py::arg("out"), py::arg("x"), py::arg("weights"),
         py::arg("offsets"), py::arg("bias"), py::arg("activation"), py::arg("threads"), release());

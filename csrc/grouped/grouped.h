@@ -52,5 +52,6 @@ struct Choice {
 Choice choose(DType dtype);
 
 void bind(pybind11::module_& m);
+void bind_gemm_cuda(pybind11::module_& m);
 
 }  // namespace gossamer::grouped

@@ -12,15 +12,14 @@
 //
 // float32 is multiplied without tensor cores, 8 channels x 4 outputs a thread.
 #include "common/check.h"
-#include "common/ptx.cuh"
 #include "common/run.cuh"
+#include "common/warp_tile.cuh"
 #include "pointcloud/conv_cuda.h"
-#include "pointcloud/pieces.cuh"
 
 namespace gossamer::pointcloud {
 namespace {
 
-constexpr int kWarp = 32, kThreads = 128, kStages = 4;
+constexpr int kThreads = 128, kStages = 4;
 constexpr int kPairs = 32;     // of a stage
 constexpr int kChannels = 64;  // of x and of dy, that a block takes
 
@@ -137,34 +136,15 @@ class Loader {
 template <class T>
 struct MmaSums {
   static constexpr int kC = 2, kO = 4;  // tiles of mma
-  float sum[kC][kO][4] = {};
+  using Turned = Lines<Stage<uint16_t>::kRow, true>;
+  WarpTile<T, kC, kO> tile;
 
   __device__ void add(const uint4* x, const uint4* dy) {
-    constexpr int kRow = Stage<uint16_t>::kRow;
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Lane 8m + r gives ldmatrix row r of matrix m. Of x those are pairs 0-7 of channels 0-7 and
-      // 8-15, then pairs 8-15; of dy pairs 0-7 and 8-15 of outputs 0-7, then of outputs 8-15.
-      uint32_t a[kC][4];
-#pragma unroll
-      for (int i = 0; i < kC; ++i) {
-        const int pair = 16 * half + lane / 16 * 8 + lane % 8;
-        const int piece = first_channel() / 8 + 2 * i + lane / 8 % 2;
-        ptx::ldmatrix_trans(a[i], x + place_of<kRow>(pair, piece));
-      }
-#pragma unroll
-      for (int j = 0; j < kO; j += 2) {
-        uint32_t b[4];
-        const int piece = first_output() / 8 + j + lane / 16;
-        ptx::ldmatrix_trans(b, dy + place_of<kRow>(16 * half + lane % 16, piece));
-        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int i = 0; i < kC; ++i) {
-          ptx::mma_m16n8k16<T>(sum[i][j], a[i], low);
-          ptx::mma_m16n8k16<T>(sum[i][j + 1], a[i], high);
-        }
-      }
+      tile.template multiply_half<Turned, Turned>(x, first_channel(), dy, first_output(), half,
+                                                  lane);
     }
   }
 
@@ -177,7 +157,7 @@ struct MmaSums {
       for (int j = 0; j < kO; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const Run<float, 2> two{{sum[i][j][2 * half], sum[i][j][2 * half + 1]}};
+          const Run<float, 2> two{{tile.sum[i][j][2 * half], tile.sum[i][j][2 * half + 1]}};
           store(first_channel() + 16 * i + 8 * half + lane / 4,
                 first_output() + 8 * j + lane % 4 * 2, two);
         }

@@ -74,6 +74,7 @@ def wrong_results(device: torch.device) -> str | None:
     from .ops.blocksparse import blocksparse_by_way, blocksparse_conv
     from .ops.blocksparse_choice import blocksparse_ways
     from .ops.cuda_workspace import aligned_rows, chosen_config
+    from .ops.grouped import grouped_linear
     from .ops.pointcloud import pointcloud_conv
     from .ops.sparse24 import sparse24_linear
     from .ops.topk import topk_decode, topk_encode
@@ -149,6 +150,24 @@ def wrong_results(device: torch.device) -> str | None:
             codes = torch.zeros_like(dense).scatter_(1, order[:, :40], kept)
             if not right or not torch.equal(y.cpu(), (codes @ dictionary).to(dtype)):
                 wrong.append(f"{dtype} of k-sparse codes")
+            # Experts of 9, 0 and 61 tokens.
+            x, dy, experts = integers(70, 40), integers(70, 24), integers(3, 24, 40)
+            ends = torch.tensor([9, 9, 70], device=device)
+            each = [(x[:9], dy[:9], experts[0]), (x[9:], dy[9:], experts[2])]
+            sums = [
+                torch.cat([a @ w.t() for a, _, w in each]),
+                torch.cat([b @ w for _, b, w in each]),
+                torch.stack([b.t() @ a for a, b, _ in each]),
+            ]
+            a, b, w = (t.to(device, dtype) for t in (x, dy, experts))
+            found = [
+                grouped_linear(a, w, ends),
+                torch.ops.gossamer.grouped_input(b, w, ends),
+                torch.ops.gossamer.grouped_weight(b, a, ends)[::2],
+            ]
+            pairs = zip(found, sums, strict=True)
+            if not all(torch.equal(y.cpu(), right.to(dtype)) for y, right in pairs):
+                wrong.append(f"{dtype} of experts")
     return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None
 
 

@@ -17,6 +17,9 @@ from gossamer.formats import sparse24 as sparse24_format
 from gossamer.ops import (
     blocksparse,
     cuda_workspace,
+    grouped,
+    grouped_cuda,
+    grouped_gradient,
     pointcloud,
     sparse24,
     sparse24_layout,
@@ -77,8 +80,15 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(topk, "_encode", topk._encode_cuda)
     monkeypatch.setattr(topk_gradient, "_values", topk_gradient._values_cuda)
     monkeypatch.setattr(topk_gradient, "_weight", topk_gradient._weight_cuda)
+    monkeypatch.setattr(grouped, "calls_cpu_kernel", lambda *tensors: False)
+    monkeypatch.setattr(grouped, "_op", grouped._native_cuda)
+    monkeypatch.setattr(grouped_cuda, "has_kernels", lambda device: True)
+    monkeypatch.setattr(grouped_gradient, "_input", grouped_gradient._input_native_cuda)
+    monkeypatch.setattr(grouped_gradient, "_weight", grouped_gradient._weight_native_cuda)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
     cuda_workspace._workspace_bytes.cache_clear()
+    grouped_cuda._kernel.cache_clear()
     yield Gpu(library)
     cuda_workspace._workspace_bytes.cache_clear()
+    grouped_cuda._kernel.cache_clear()
     _C.attach_cuda(0)

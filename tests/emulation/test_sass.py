@@ -25,6 +25,7 @@ from sample_gemm import SAMPLE_GEMM, SAMPLE_GEMM_SM90
 PACKAGED = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
 SPARSE24 = CSRC / "sparse24"
 BLOCKSPARSE = CSRC / "blocksparse"
+GROUPED = CSRC / "grouped"
 POINTCLOUD = CSRC / "pointcloud"
 
 
@@ -185,6 +186,7 @@ def test_gemm_int4(code_of: CodeOf, architecture: str) -> None:
     ("source", "others"),
     [
         (BLOCKSPARSE / "conv_sm80.cu", ("LDSM.16.M88.4", "STG.E.128", "REDUX")),
+        (GROUPED / "gemm_sm80.cu", ("LDSM.16.M88.4", "LDSM.16.MT88.4", "STG.E.128")),
         (POINTCLOUD / "conv_sm80.cu", ("LDSM.16.M88.4", "LDSM.16.MT88.4", "STG.E.128")),
         (POINTCLOUD / "weight_grad.cu", ("LDSM.16.MT88.4", "STG.E.64")),
     ],
@@ -355,6 +357,7 @@ def test_primitives_sm90(code_of: CodeOf) -> None:
             ("FFMA", "LDG.E.128.CONSTANT", "STS.128", "LDS.128", "LDS.64"),
         ),
         ("blocksparse/conv_fma.cu", ("FFMA", "DFMA", "LDGSTS.E", "LDGSTS.E.64", "LDS.128")),
+        ("grouped/gemm_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
         ("pointcloud/conv_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
         ("blocksparse/pack.cu", ("LDG.E.CONSTANT", "LDG.E.64.CONSTANT", "STG.E.64")),
     ],

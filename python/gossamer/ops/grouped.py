@@ -1,8 +1,8 @@
 """grouped_linear: y[t] = act(x[t] W[e]ᵀ + b[e]) for tokens sorted by their expert e.
 
 ``grouped_linear`` applies autocast, ``_autograd`` picks the gradient or goes below it, ``_native``
-or ``_native_cuda`` allocates the result and crosses into C++ or torch. The gradient is made of two
-more registered ops (``grouped_gradient``).
+or ``_native_cuda`` allocates the result and crosses into C++ (``grouped_cuda``) or torch. The
+gradient is made of two more registered ops (``grouped_gradient``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, is_recorded, library
+from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
 from .._wide import wide_matmul
+from . import grouped_cuda
 from .grouped_gradient import Input, Weight, groups_of
 from .operands import (
     activation_of,
@@ -76,15 +77,22 @@ def grouped_linear(
     TypeError
         If dtypes differ or have no kernel, or ``offsets`` are neither int32 nor int64.
     ValueError
-        If shapes or devices do not match, ``offsets`` decrease, leave 0 to T or do not end at T,
-        or the activation is unknown.
+        If shapes or devices do not match, the activation is unknown, or, on the CPU, ``offsets``
+        decrease, leave 0 to T or do not end at T.
 
     Notes
     -----
-    The gradients are products of torch, one an expert: dx and dW as dense layers have them, zero
-    for the weights of an expert without a token. On a GPU the forward pass is such a loop too,
-    summed in float32 and rounded once, and waits for the offsets; there the order of a sum, and
-    with it the last bits, may differ with the number of tokens that the expert has.
+    The gradients are dx and dW as dense layers have them, zero for the weights of an expert without
+    a token: on the CPU products of torch, one an expert.
+
+    A GPU's kernels, of all three, read the offsets where they lie: nothing waits for the GPU, and a
+    CUDA graph may be replayed with others. So nobody checks what they say, either. Wrong ones never
+    reach memory outside the tensors, but rows of y and dx that no expert has, such as those past
+    the last offset, hold anything, and if offsets decrease all others may, too. On Hopper
+    ``torch.nn.functional.grouped_mm`` computes y and dx where experts have many tokens in bfloat16
+    (``gossamer.ops.grouped_cuda.grouped_choice``); there a sum's order, and with it the last bits,
+    is torch's. float64 is a loop of torch's products, which waits for the offsets and
+    checks them.
 
     References
     ----------
@@ -143,6 +151,8 @@ def _native_cuda(
     activate = activation_of(_OP, activation)
     check_devices(_OP, x, weights=weights, offsets=offsets, bias=bias)
     y = _empty_result(x, weights, offsets, bias)
+    if grouped_cuda.has_cuda_kernel(x):
+        return grouped_cuda.linear(x, weights, offsets, bias, activation, y)
     x, weights = x.contiguous(), weights.contiguous()  # cuBLAS sums in an order for each layout
     for expert, tokens in groups_of(offsets, len(weights), len(x)):
         sums = wide_matmul(x[tokens], weights[expert].t())
@@ -192,6 +202,8 @@ def _autograd(
         return y if activate is None else activate(y)
     if calls_cpu_kernel(x, weights, offsets, bias):
         return _native(x, weights, offsets, bias, activation)
+    if calls_cuda_kernel(x, weights, offsets, bias):
+        return _native_cuda(x, weights, offsets, bias, activation)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, weights, offsets, bias, activation)
 

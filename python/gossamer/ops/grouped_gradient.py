@@ -6,7 +6,8 @@ Of each expert, with its tokens' rows of dy [T, N] and x [T, K]:
     grouped_weight  dW [E, N, K] = dyᵀ x
 
 Both and ``grouped_linear`` itself are bilinear, and the derivatives of each are the two others, so
-any order of derivative exists. They are products of torch, one an expert.
+any order of derivative exists. They are products of torch, one an expert, or on a GPU kernels
+(``grouped_cuda``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import library
+from . import grouped_cuda
 
 
 def groups_of(offsets: Tensor, experts: int, tokens: int) -> Iterator[tuple[int, slice]]:
@@ -36,6 +38,12 @@ def _input_native(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return dx
 
 
+def _input_native_cuda(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    if not grouped_cuda.has_cuda_kernel(dy):
+        return _input_native(dy, weights, offsets)
+    return grouped_cuda.input_gradient(dy, weights, offsets, _input_fake(dy, weights, offsets))
+
+
 def _input_fake(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return dy.new_empty((dy.shape[0], weights.shape[2]))
 
@@ -50,20 +58,26 @@ def _weight_native(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return dweights
 
 
+def _weight_native_cuda(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    if not grouped_cuda.has_cuda_kernel(dy):
+        return _weight_native(dy, x, offsets)
+    return grouped_cuda.weight_gradient(dy, x, offsets, _weight_fake(dy, x, offsets))
+
+
 def _weight_fake(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return dy.new_empty((offsets.shape[0], dy.shape[1], x.shape[1]))
 
 
-for _name, _operand, _native, _fake in (
-    ("grouped_input", "weights", _input_native, _input_fake),
-    ("grouped_weight", "x", _weight_native, _weight_fake),
+for _name, _operand, _native, _native_cuda, _fake in (
+    ("grouped_input", "weights", _input_native, _input_native_cuda, _input_fake),
+    ("grouped_weight", "x", _weight_native, _weight_native_cuda, _weight_fake),
 ):
     library.define(
         f"{_name}(Tensor dy, Tensor {_operand}, Tensor offsets) -> Tensor",
         tags=torch.Tag.pt2_compliant_tag,
     )
-    for _device in ("CPU", "CUDA"):
-        library.impl(_name, _native, _device)
+    library.impl(_name, _native, "CPU")
+    library.impl(_name, _native_cuda, "CUDA")
     torch.library.register_fake(f"gossamer::{_name}", _fake, lib=library)
 
 _input = torch.ops.gossamer.grouped_input.default

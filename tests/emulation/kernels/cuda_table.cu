@@ -4,6 +4,7 @@
 #include "blocksparse/conv_cuda.h"
 #include "blocksparse/pack_cuda.h"
 #include "cuda_build.h"
+#include "grouped/gemm_cuda.h"
 #include "kernels/exports.h"
 #include "pointcloud/conv_cuda.h"
 #include "sparse24/gemm_cuda.h"
@@ -53,6 +54,19 @@ constexpr CudaKernels kKernels = {
 
 }  // namespace
 }  // namespace blocksparse
+
+namespace grouped {
+namespace {
+
+constexpr CudaKernels kKernels = {
+    [](const CudaGroupedArgs& args, CudaStream stream) {
+      last_kernel = static_cast<int>(args.config.kernel);
+      run_product(args, stream_of(stream));
+    },
+};
+
+}  // namespace
+}  // namespace grouped
 
 namespace pointcloud {
 namespace {
@@ -116,6 +130,7 @@ constexpr CudaModule kModule = {
       copy_to_host(host, from, bytes, stream_of(stream));
     },
     &blocksparse::kKernels,
+    &grouped::kKernels,
     &pointcloud::kKernels,
     &sparse24::kKernels,
     &actsparse::topk::kKernels,
