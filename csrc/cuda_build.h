@@ -14,6 +14,8 @@ constexpr size_t build_of_cuda() {
   for (size_t size : {sizeof(CudaModule), sizeof(blocksparse::CudaKernels),
                       sizeof(blocksparse::CudaConvArgs), sizeof(pointcloud::CudaKernels),
                       sizeof(pointcloud::CudaConvArgs), sizeof(pointcloud::CudaWeightGradArgs),
+                      sizeof(pointcloud::CudaSearchArgs), sizeof(pointcloud::NumberedRows),
+                      sizeof(pointcloud::CudaOutputsArgs), sizeof(pointcloud::CudaCells),
                       sizeof(sparse24::CudaKernels), sizeof(sparse24::CudaGemmArgs),
                       sizeof(actsparse::topk::CudaKernels), sizeof(actsparse::topk::CudaBags),
                       sizeof(actsparse::topk::CudaDots), sizeof(actsparse::topk::CudaSelection)}) {

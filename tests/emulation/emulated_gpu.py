@@ -24,6 +24,7 @@ from gossamer.ops import (
     topk,
     topk_gradient,
 )
+from gossamer.pointcloud import native
 
 TABLE = HERE / "kernels" / "cuda_table.cu"
 PARTS = sorted(CSRC.glob("*/*.cu"))
@@ -77,6 +78,7 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(topk, "_encode", topk._encode_cuda)
     monkeypatch.setattr(topk_gradient, "_values", topk_gradient._values_cuda)
     monkeypatch.setattr(topk_gradient, "_weight", topk_gradient._weight_cuda)
+    monkeypatch.setattr(native, "_on_gpu", lambda coords: True)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
     cuda_workspace._workspace_bytes.cache_clear()
     yield Gpu(library)
