@@ -150,7 +150,9 @@ __global__ void __launch_bounds__(kThreads) cells_kernel(const CudaCells args) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= args.count) return;
   uint64_t rest = args.keys[i];
-  for (int c = 0; c < args.columns; ++c) {
+#pragma unroll
+  for (int c = 0; c < kMostColumns; ++c) {
+    if (c == args.columns) break;
     const uint64_t cell = rest / args.step[c];
     rest -= cell * args.step[c];
     args.coords[i * args.columns + c] =

@@ -46,7 +46,7 @@ def match(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``plain.match`` of the rows in their orders."""
     if _on_gpu(walkers):
-        return _match_cuda(walkers, walker_order, targets, target_order, box, window)
+        return _match_cuda((walkers, walker_order, targets, target_order), box, window)
     if walkers.device.type != "cpu":
         sides = _sorted(walkers, walker_order), _sorted(targets, target_order)
         return plain.match(*sides, box, *window)
@@ -65,18 +65,13 @@ def _on_gpu(coords: Tensor) -> bool:
 
 
 def _match_cuda(
-    walkers: Tensor,
-    walker_order: Tensor | None,
-    targets: Tensor,
-    target_order: Tensor | None,
-    box: Box,
-    window: Window,
+    sides: tuple[Tensor, Tensor | None, Tensor, Tensor | None], box: Box, window: Window
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Waits for the GPU once: for how many pairs each tap has."""
+    walkers, _, targets, _ = sides
     taps, chunks = prod(window[0]), -(-len(walkers) // _C.pointcloud_search_walkers)
     keys = tuple(t.new_empty((len(t),), dtype=torch.int64) for t in (walkers, targets))
     counts = walkers.new_empty((taps * chunks,))
-    sides = (walkers, walker_order, targets, target_order)
     _C.pointcloud_count_pairs_cuda(counts, keys[0], keys[1], *sides, box, window)
     ends = counts.cumsum(0)
     of_tap = ends.view(taps, chunks)[:, -1] if chunks else ends.new_zeros(taps)
@@ -101,8 +96,8 @@ def outputs(
 
 
 # Cells that an input may cost to mark: clearing and reading their bytes is less work than sorting
-# the input's outputs.
-_MOST_CELLS = 1024
+# the input's outputs. torch lists the marks of fewer than 2**31.
+_MOST_CELLS, _ALL_CELLS = 256, 2**31 - 1
 
 
 def _outputs_cuda(
@@ -115,7 +110,7 @@ def _outputs_cuda(
         return coords.new_empty((0, coords.shape[1]))
     if cells >= 2**63:  # torch sorts signed numbers
         return plain.outputs(coords, *window, rule, shape)
-    if cells <= _MOST_CELLS * len(coords):
+    if cells <= min(_MOST_CELLS * len(coords), _ALL_CELLS):
         found = torch.zeros(cells, dtype=torch.uint8, device=coords.device)
         _C.pointcloud_find_outputs_cuda(found, coords, *layer)
         keys = found.nonzero().squeeze(1)
