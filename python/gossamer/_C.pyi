@@ -184,5 +184,5 @@ cuda_counters: int = 1024
 cuda_lowest_capability: int = 80
 pointcloud_group_rows: int = 128
 pointcloud_quarter_rows: int = 32
-topk_most_selected: int = 1024
 pointcloud_search_walkers: int = 32
+topk_most_selected: int = 1024
