@@ -16,6 +16,8 @@ constexpr size_t build_of_cuda() {
                       sizeof(blocksparse::CudaConvArgs), sizeof(grouped::CudaKernels),
                       sizeof(grouped::CudaGroupedArgs), sizeof(pointcloud::CudaKernels),
                       sizeof(pointcloud::CudaConvArgs), sizeof(pointcloud::CudaWeightGradArgs),
+                      sizeof(pointcloud::CudaSearchArgs), sizeof(pointcloud::NumberedRows),
+                      sizeof(pointcloud::CudaOutputsArgs), sizeof(pointcloud::CudaCells),
                       sizeof(sparse24::CudaKernels), sizeof(sparse24::CudaGemmArgs),
                       sizeof(actsparse::topk::CudaKernels), sizeof(actsparse::topk::CudaBags),
                       sizeof(actsparse::topk::CudaDots), sizeof(actsparse::topk::CudaSelection)}) {

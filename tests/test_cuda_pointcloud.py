@@ -41,6 +41,51 @@ def test_layers_of_a_scene(width: tuple[int, int], dtype: torch.dtype) -> None:
     )
 
 
+def same_maps(coords: Tensor, kernel: int, stride: int, dilation: int) -> None:
+    """Of a layer that keeps the voxels, of strided ones, and of a transposed one."""
+    made = []
+    for device in ("cuda", "cpu"):
+        of = pc.Coordinates(coords.to(device))
+        maps = [of.submanifold(kernel, dilation)]
+        window = {"stride": stride, "padding": kernel // 2, "dilation": dilation}
+        for out, map in (
+            of.strided(kernel, **window),
+            of.strided(kernel, **window, rule="floor"),
+            of.transposed(kernel, **window),
+        ):
+            maps.append(map)
+            made.append(out.coords.cpu())
+        for map in maps:
+            made += [t if t is None else t.cpu() for t in tensors_of(map)]
+    half = len(made) // 2
+    for found, wanted in zip(made[:half], made[half:], strict=True):
+        assert (found is None) == (wanted is None)
+        assert found is None or torch.equal(found, wanted)
+
+
+def test_maps_are_those_of_the_cpu() -> None:
+    street = scene(100_000, 1).coords.cpu()
+    for kernel, stride, dilation in ((3, 2, 1), (2, 2, 1), (3, 3, 2), (1, 1, 1)):
+        same_maps(street, kernel, stride, dilation)
+    far = torch.randint(-(2**15), 2**15, (3_000, 5))  # whose cells are too many to mark
+    far[:, 0] = 0
+    for coords in (street[:0], street[:1], torch.unique(far[:, :4].int(), dim=0)):
+        same_maps(coords, 3, 2, 1)
+    same_maps(torch.unique((far % 9).int(), dim=0), 2, 2, 1)
+
+
+def test_maps_wait_for_the_gpu_once() -> None:
+    x = scene(3_000, 1).coordinates
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            x.submanifold(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchronizing" in str(w.message)]) == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_network_in_a_graph(dtype: torch.dtype) -> None:
     net = pc.models.MinkUNet14(4, 20, planes=(16, 32, 32, 64, 64, 32, 32, 16)).eval()

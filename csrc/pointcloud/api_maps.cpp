@@ -13,48 +13,6 @@ namespace gossamer::pointcloud {
 namespace {
 
 constexpr const char* kOp = "pointcloud";
-// A search holds this many taps' pairs of 1024 walkers at once: 256 MB.
-constexpr int64_t kMostTaps = 1 << 15;
-// Keeps the products of coordinates and sizes far from overflow.
-constexpr int64_t kMostCells = 1 << 30;
-
-using Sides = std::pair<std::vector<int64_t>, std::vector<int64_t>>;  // least, greatest
-
-Box box_of(const Sides& sides, int columns) {
-  Box box;
-  box.columns = columns;
-  GOSSAMER_CHECK(
-      std::cmp_equal(sides.first.size(), columns) && std::cmp_equal(sides.second.size(), columns),
-      kOp, ": a box of ", sides.first.size(), " columns for coordinates of ", columns);
-  for (int c = 0; c < columns; ++c) {
-    box.low[c] = sides.first[c], box.high[c] = sides.second[c];
-    GOSSAMER_CHECK(INT32_MIN <= box.low[c] && box.low[c] <= box.high[c] && box.high[c] <= INT32_MAX,
-                   kOp, ": column ", c, " of the box runs from ", box.low[c], " to ", box.high[c]);
-  }
-  return box;
-}
-
-Window window_of(const std::vector<std::vector<int64_t>>& sizes, int axes) {
-  Window window;
-  GOSSAMER_CHECK(sizes.size() == 4, kOp, ": a window of ", sizes.size(), " sizes, expected 4");
-  const char* names[] = {"kernel_size", "stride", "padding", "dilation"};
-  int64_t* places[] = {window.kernel, window.stride, window.padding, window.dilation};
-  for (int i = 0; i < 4; ++i) {
-    GOSSAMER_CHECK(std::cmp_equal(sizes[i].size(), axes), kOp, ": ", names[i], " has ",
-                   sizes[i].size(), " axes, the coordinates ", axes);
-    for (int a = 0; a < axes; ++a) {
-      GOSSAMER_CHECK(sizes[i][a] >= (i == 2 ? 0 : 1) && sizes[i][a] <= kMostCells, kOp, ": ",
-                     names[i], " is ", sizes[i][a], " along axis ", a, ", at most ", kMostCells);
-      places[i][a] = sizes[i][a];
-    }
-  }
-  int64_t taps = 1;
-  for (int a = 0; a < axes; ++a) {
-    taps *= window.kernel[a];
-    GOSSAMER_CHECK(taps <= kMostTaps, kOp, ": a kernel of more than ", kMostTaps, " taps");
-  }
-  return window;
-}
 
 py::tuple bind_bounds(const TensorView& coords, int threads) {
   check_coords(kOp, "coords", coords);
@@ -73,7 +31,7 @@ std::tuple<bool, int64_t, int64_t> bind_sort(const TensorView& coords, const Sid
                                              const TensorView& order, int threads) {
   const Rows rows = rows_of(kOp, "coords", coords, order);
   const SortReport report =
-      sort(rows.coords, rows.count, box_of(box, rows.columns), order.as<int32_t>(), threads);
+      sort(rows.coords, rows.count, box_of(kOp, box, rows.columns), order.as<int32_t>(), threads);
   return {report.ascending, report.repeated, report.first_repeated};
 }
 
@@ -85,13 +43,13 @@ Pairs make_pairs(const TensorView& walkers, const std::optional<TensorView>& wal
   const Rows to = rows_of(kOp, "targets", targets, target_order);
   GOSSAMER_CHECK(from.columns == to.columns, kOp, ": coordinates of ", from.columns, " and of ",
                  to.columns, " columns");
-  const Window w = window_of(window, to.columns - 1);
+  const Window w = window_of(kOp, window, to.columns - 1);
   bool mirrored = from.coords == to.coords && from.order == to.order && from.count == to.count;
   for (int a = 0; a + 1 < to.columns; ++a) {
     mirrored = mirrored && w.stride[a] == 1 && w.kernel[a] % 2 == 1 &&
                w.padding[a] == w.kernel[a] / 2 * w.dilation[a];
   }
-  return Pairs(from, to, box_of(target_box, to.columns), w, mirrored, threads);
+  return Pairs(from, to, box_of(kOp, target_box, to.columns), w, mirrored, threads);
 }
 
 void write_pairs(const Pairs& pairs, const TensorView& walker_ranks, const TensorView& target_ranks,
@@ -107,13 +65,6 @@ void write_pairs(const Pairs& pairs, const TensorView& walker_ranks, const Tenso
   pairs.write(walker_ranks.as<int32_t>(), target_ranks.as<int32_t>(), threads);
 }
 
-Rule rule_of(const std::string& text) {
-  if (text == "reached") return Rule::kReached;
-  if (text == "floored") return Rule::kFloored;
-  if (text == "spread") return Rule::kSpread;
-  fail(kOp, ": no outputs '", text, "'; reached, floored or spread");
-}
-
 Outputs make_outputs(const TensorView& inputs, const std::optional<TensorView>& order,
                      const Sides& box, const std::vector<std::vector<int64_t>>& window,
                      const std::string& rule, const std::optional<std::vector<int64_t>>& shape,
@@ -121,8 +72,8 @@ Outputs make_outputs(const TensorView& inputs, const std::optional<TensorView>& 
   const Rows rows = rows_of(kOp, "inputs", inputs, order);
   GOSSAMER_CHECK(!shape || std::cmp_equal(shape->size() + 1, rows.columns), kOp, ": a shape of ",
                  shape ? shape->size() : 0, " axes for coordinates of ", rows.columns, " columns");
-  return Outputs(rows, box_of(box, rows.columns), window_of(window, rows.columns - 1),
-                 rule_of(rule), shape ? shape->data() : nullptr, threads);
+  return Outputs(rows, box_of(kOp, box, rows.columns), window_of(kOp, window, rows.columns - 1),
+                 rule_of(kOp, rule), shape ? shape->data() : nullptr, threads);
 }
 
 void write_outputs(const Outputs& outputs, const TensorView& coords) {

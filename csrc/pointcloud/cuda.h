@@ -14,6 +14,7 @@
 // would have to wait for the GPU: whatever it says, the kernels stay within their memory.
 #include "common/cuda.h"
 #include "pointcloud/conv_cuda_config.h"
+#include "pointcloud/keys.h"
 #include "pointcloud/pointcloud.h"
 
 namespace gossamer::pointcloud {
@@ -60,10 +61,78 @@ struct CudaWeightGradArgs {
   void* dw;        // [taps, c_in, c_out]
 };
 
+// Where the windows of a map's walkers begin and what they reach, in numbers of cells (keys.h):
+// target = walker * stride - padding + tap * dilation.
+struct WindowKeys {
+  int columns;
+  uint64_t step[kMostColumns];
+  int64_t low[kMostColumns];                        // of the cell 0
+  int64_t least[kMostColumns], most[kMostColumns];  // of the beginnings that can meet a target
+  int64_t stride[kMostColumns], padding[kMostColumns];
+  int64_t lines, line_taps;             // taps that differ along the last axis alone are a line
+  int64_t kernel[kMostColumns - 1];     // of each axis
+  uint64_t tap_step[kMostColumns - 1];  // between the keys of neighbouring taps
+  int64_t dilation;                     // along the last axis
+};
+
+// A set of coordinates in ascending order, and the keys that its ranks get.
+struct NumberedRows {
+  const int32_t* coords;  // [count, columns]
+  const int32_t* order;   // [count], or null where the rows ascend
+  int64_t count;
+  uint64_t* keys;  // [count]
+};
+
+// 32 walkers at a time are looked at under a line of taps, first to count their pairs.
+constexpr int64_t kSearchWalkers = 32;
+
+struct CudaSearchArgs {
+  WindowKeys window;
+  int64_t walkers, targets;
+  const uint64_t *walker_keys, *target_keys;  // kNoKey: a walker that meets nobody
+  int32_t* counts;                            // [taps, chunks of walkers], while counting
+  const int64_t* ends;                        // the sums of these, up to and with each
+  int32_t *walker_ranks, *target_ranks;       // [pairs], or null while counting
+  int64_t pairs;
+};
+
+// The outputs that a strided or transposed layer makes, by their keys in the box of all outputs.
+struct CudaOutputsArgs {
+  int columns;
+  int64_t inputs, taps;
+  const int32_t* coords;                          // [inputs, columns]
+  int64_t low[kMostColumns], high[kMostColumns];  // of the outputs
+  uint64_t step[kMostColumns];
+  int64_t kernel[kMostColumns - 1], stride[kMostColumns - 1], padding[kMostColumns - 1],
+      dilation[kMostColumns - 1];
+  int shift[kMostColumns - 1];  // stride = 2 ** shift, or -1
+  // (input + padding - tap * dilation) / stride, where there is no remainder if it has to be exact;
+  // or input * stride - padding + tap * dilation.
+  bool divides, exact;
+  uint8_t* marks;  // [cells], 1 at each output's key, or null
+  uint64_t* keys;  // else [taps, inputs], or kNoKey
+};
+
+// Coordinates of keys.
+struct CudaCells {
+  int columns;
+  int64_t low[kMostColumns];
+  uint64_t step[kMostColumns];
+  int64_t count;
+  const uint64_t* keys;  // [count]
+  int32_t* coords;       // [count, columns]
+};
+
 // All asynchronous on the stream.
 struct CudaKernels {
   void (*conv)(const CudaConvArgs& args, CudaStream stream);
   void (*weight_grad)(const CudaWeightGradArgs& args, CudaStream stream);
+  // The key of each target, and of each walker's window.
+  void (*number)(const WindowKeys& window, const NumberedRows& rows, bool walkers,
+                 CudaStream stream);
+  void (*search)(const CudaSearchArgs& args, CudaStream stream);
+  void (*outputs)(const CudaOutputsArgs& args, CudaStream stream);
+  void (*cells)(const CudaCells& args, CudaStream stream);
 };
 
 }  // namespace gossamer::pointcloud

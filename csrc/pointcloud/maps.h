@@ -52,6 +52,17 @@ struct Window {
       dilation[kMostColumns - 1];
 };
 
+// The cells that a window of some walker at the box's border reaches.
+inline Box with_reach(const Box& box, const Window& window) {
+  Box reach = box;
+  for (int a = 0; a + 1 < box.columns; ++a) {
+    const int64_t r = (window.kernel[a] - 1) * window.dilation[a];
+    reach.low[a + 1] -= r;
+    reach.high[a + 1] += r;
+  }
+  return reach;
+}
+
 // The pairs of target = walker * stride - padding + tap * dilation, tap by tap, ascending in each.
 class Pairs {
  public:
@@ -84,6 +95,9 @@ enum class Rule : uint8_t {
   kSpread,   // input * stride - padding + tap * dilation for some tap: a transposed convolution's
 };
 
+// The cells among which the outputs of inputs in a box lie, empty where there can be none.
+Box outputs_box(const Box& inputs, const Window& window, Rule rule, const int64_t* shape);
+
 // The outputs of some inputs, sorted, each once.
 class Outputs {
  public:
@@ -106,6 +120,7 @@ class Outputs {
 };
 
 void bind_maps(pybind11::module_& m);
+void bind_maps_cuda(pybind11::module_& m);
 void bind_voxelize(pybind11::module_& m);
 
 }  // namespace gossamer::pointcloud

@@ -160,6 +160,10 @@ void mark(uint64_t* words, uint64_t key) {
 
 }  // namespace
 
+Box outputs_box(const Box& inputs, const Window& window, Rule rule, const int64_t* shape) {
+  return Layer(inputs, window, rule, shape).box;
+}
+
 Outputs::Outputs(const Rows& inputs, const Box& input_box, const Window& window, Rule rule,
                  const int64_t* shape, int threads)
     : space_(cells_of(Layer(input_box, window, rule, shape).box)), columns_(inputs.columns) {

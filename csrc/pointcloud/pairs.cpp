@@ -20,17 +20,6 @@ struct Line {
   int64_t first_tap, taps;
 };
 
-// The cells that a window of some walker at the box's border reaches.
-Box with_reach(const Box& box, const Window& window) {
-  Box reach = box;
-  for (int a = 0; a + 1 < box.columns; ++a) {
-    const int64_t r = (window.kernel[a] - 1) * window.dilation[a];
-    reach.low[a + 1] -= r;
-    reach.high[a + 1] += r;
-  }
-  return reach;
-}
-
 // Where a walker's window begins, if it can hold a target.
 struct Origins {
   Box possible;

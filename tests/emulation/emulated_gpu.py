@@ -27,6 +27,7 @@ from gossamer.ops import (
     topk,
     topk_gradient,
 )
+from gossamer.pointcloud import native
 
 TABLE = HERE / "kernels" / "cuda_table.cu"
 PARTS = sorted(CSRC.glob("*/*.cu"))
@@ -85,6 +86,7 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(grouped_cuda, "has_kernels", lambda device: True)
     monkeypatch.setattr(grouped_gradient, "_input", grouped_gradient._input_native_cuda)
     monkeypatch.setattr(grouped_gradient, "_weight", grouped_gradient._weight_native_cuda)
+    monkeypatch.setattr(native, "_on_gpu", lambda coords: True)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
     cuda_workspace._workspace_bytes.cache_clear()
     grouped_cuda._kernel.cache_clear()

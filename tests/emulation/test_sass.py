@@ -359,6 +359,7 @@ def test_primitives_sm90(code_of: CodeOf) -> None:
         ("blocksparse/conv_fma.cu", ("FFMA", "DFMA", "LDGSTS.E", "LDGSTS.E.64", "LDS.128")),
         ("grouped/gemm_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
         ("pointcloud/conv_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
+        ("pointcloud/maps.cu", ("VOTE.ANY", "POPC", "LDG.E.64", "STG.E.U8")),
         ("blocksparse/pack.cu", ("LDG.E.CONSTANT", "LDG.E.64.CONSTANT", "STG.E.64")),
     ],
 )

@@ -20,7 +20,7 @@ MARGIN = 8  # elements around x, dy and the weights: 16 bytes of the smallest
 
 
 def build(emulator: Emulator) -> KernelLibrary:
-    more = (CSRC / "pointcloud" / f"{name}.cu" for name in ("conv_fma", "weight_grad"))
+    more = (CSRC / "pointcloud" / f"{name}.cu" for name in ("conv_fma", "maps", "weight_grad"))
     return emulator.build(POINTCLOUD, *more)
 
 

@@ -97,11 +97,11 @@ def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
     ends = tap_offsets.tolist()
     if ends[0] != 0 or any(b < a for a, b in pairwise(ends)):
         raise ValueError(f"{op}: tap_offsets {ends} do not ascend from 0")
-    for name, t, length, rows in (
-        ("in_index", in_index, ends[-1], n_in),
-        ("out_index", out_index, ends[-1], n_out),
-        ("in_order", in_order, n_in, n_in),
-        ("out_order", out_order, n_out, n_out),
+    for name, t, length in (
+        ("in_index", in_index, ends[-1]),
+        ("out_index", out_index, ends[-1]),
+        ("in_order", in_order, n_in),
+        ("out_order", out_order, n_out),
     ):
         if t is None:
             continue
@@ -112,11 +112,19 @@ def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
             )
         if t.shape != (length,):
             raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected [{length}]")
-        if len(t) and not 0 <= int(t.min()) <= int(t.max()) < rows:
+    tap = _tap_of_pair(tap_offsets, in_index.device)
+    if not _is_wrong(pairs, tap, n_in, n_out):
+        return
+    for name, t, rows in (
+        ("in_index", in_index, n_in),
+        ("out_index", out_index, n_out),
+        ("in_order", in_order, n_in),
+        ("out_order", out_order, n_out),
+    ):
+        if t is not None and len(t) and not 0 <= int(t.min()) <= int(t.max()) < rows:
             raise ValueError(
                 f"{op}: {name} holds {int(t.min())} to {int(t.max())}, there are {rows} rows"
             )
-    tap = _tap_of_pair(tap_offsets, in_index.device)
     for name, t in (("in_index", in_index), ("out_index", out_index)):
         wrong = (tap[1:] == tap[:-1]) & (t[1:] <= t[:-1])
         if bool(wrong.any()):
@@ -127,6 +135,23 @@ def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
             )
     if out_order is not None and len(out_order.unique()) != n_out:
         raise ValueError(f"{op}: out_order names a row twice")
+
+
+def _is_wrong(pairs: tuple[Any, ...], tap: Tensor, n_in: int, n_out: int) -> bool:
+    """Whether there is anything to say of the tensors' numbers; waits for a GPU once."""
+    in_index, out_index, _, in_order, out_order = pairs
+    wrong = []
+    for t, rows in (in_index, n_in), (out_index, n_out), (in_order, n_in), (out_order, n_out):
+        if t is not None and len(t):
+            least, most = t.aminmax()
+            wrong.append((least < 0) | (most >= rows))
+    for t in (in_index, out_index):
+        wrong.append(((tap[1:] == tap[:-1]) & (t[1:] <= t[:-1])).any())
+    if out_order is not None and n_out:
+        met = torch.zeros(n_out, dtype=torch.bool, device=tap.device)
+        met[out_order.clamp(0, n_out - 1).long()] = True
+        wrong.append(~met.all())
+    return bool(torch.stack(wrong).any())
 
 
 def _tap_of_pair(tap_offsets: Tensor, device: torch.device) -> Tensor:

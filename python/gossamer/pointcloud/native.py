@@ -1,4 +1,5 @@
-"""Coordinate sets and kernel maps by the native module on the CPU, by plain torch elsewhere.
+"""Coordinate sets and kernel maps by the native module on the CPU, by plain torch elsewhere; on a
+GPU outputs and pairs by kernels of its own.
 
 The functions of ``plain``, which say what each of them means.
 """
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
+from .._cuda_module import has_kernels
 from . import plain
 from .plain import Box, Size
 
@@ -42,6 +45,8 @@ def match(
     window: Window,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``plain.match`` of the rows in their orders."""
+    if _on_gpu(walkers):
+        return _match_cuda((walkers, walker_order, targets, target_order), box, window)
     if walkers.device.type != "cpu":
         sides = _sorted(walkers, walker_order), _sorted(targets, target_order)
         return plain.match(*sides, box, *window)
@@ -55,15 +60,68 @@ def match(
     return walker_of, target_of, tap_offsets
 
 
+def _on_gpu(coords: Tensor) -> bool:
+    return coords.device.type == "cuda" and has_kernels(coords.device)
+
+
+def _match_cuda(
+    sides: tuple[Tensor, Tensor | None, Tensor, Tensor | None], box: Box, window: Window
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Waits for the GPU once: for how many pairs each tap has."""
+    walkers, _, targets, _ = sides
+    taps, chunks = prod(window[0]), -(-len(walkers) // _C.pointcloud_search_walkers)
+    keys = tuple(t.new_empty((len(t),), dtype=torch.int64) for t in (walkers, targets))
+    counts = walkers.new_empty((taps * chunks,))
+    _C.pointcloud_count_pairs_cuda(counts, keys[0], keys[1], *sides, box, window)
+    ends = counts.cumsum(0)
+    of_tap = ends.view(taps, chunks)[:, -1] if chunks else ends.new_zeros(taps)
+    tap_offsets = F.pad(of_tap.cpu(), (1, 0))
+    walker_of, target_of = (walkers.new_empty((int(tap_offsets[-1]),)) for _ in range(2))
+    _C.pointcloud_write_pairs_cuda(walker_of, target_of, ends, keys[0], keys[1], box, window)
+    return walker_of, target_of, tap_offsets
+
+
 def outputs(
     coords: Tensor, order: Tensor | None, box: Box, window: Window, rule: str, shape: Size | None
 ) -> Tensor:
     """int32 [M, 1 + D], sorted: the outputs "reached", "floored" or "spread" as in ``plain``."""
+    if _on_gpu(coords):
+        return _outputs_cuda(coords, box, window, rule, shape)
     if coords.device.type != "cpu":
         return plain.outputs(coords, *window, rule, shape)
     made = _C.PointcloudOutputs(coords, order, box, window, rule, shape, torch.get_num_threads())
     out = torch.empty((len(made), coords.shape[1]), dtype=torch.int32, device="cpu")
     made.write(out)
+    return out
+
+
+# Cells that an input may cost to mark: clearing and reading their bytes is less work than sorting
+# the input's outputs. torch lists the marks of fewer than 2**31.
+_MOST_CELLS, _ALL_CELLS = 256, 2**31 - 1
+
+
+def _outputs_cuda(
+    coords: Tensor, box: Box, window: Window, rule: str, shape: Size | None
+) -> Tensor:
+    """Waits for the GPU once, for how many there are; twice where keys are sorted."""
+    layer = (box, window, rule, shape)
+    cells = _C.pointcloud_count_cells(*layer)
+    if len(coords) == 0 or cells == 0:
+        return coords.new_empty((0, coords.shape[1]))
+    if cells >= 2**63:  # torch sorts signed numbers
+        return plain.outputs(coords, *window, rule, shape)
+    if cells <= min(_MOST_CELLS * len(coords), _ALL_CELLS):
+        found = torch.zeros(cells, dtype=torch.uint8, device=coords.device)
+        _C.pointcloud_find_outputs_cuda(found, coords, *layer)
+        keys = found.nonzero().squeeze(1)
+    else:
+        taps = 1 if rule == "floored" else prod(window[0])
+        found = coords.new_empty((taps * len(coords),), dtype=torch.int64)
+        _C.pointcloud_find_outputs_cuda(found, coords, *layer)
+        keys = found.unique()
+        keys = keys[int(keys[0] < 0) :]  # what makes no output
+    out = coords.new_empty((len(keys), coords.shape[1]))
+    _C.pointcloud_cells_cuda(out, keys.contiguous(), *layer)
     return out
 
 

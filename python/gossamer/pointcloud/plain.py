@@ -23,7 +23,8 @@ def bounds(coords: Tensor) -> Box:
     if len(coords) == 0:
         zero = (0,) * coords.shape[1]
         return zero, zero
-    return tuple(coords.amin(0).tolist()), tuple(coords.amax(0).tolist())
+    low, high = torch.stack(coords.aminmax(dim=0)).tolist()  # a GPU is waited for once
+    return tuple(low), tuple(high)
 
 
 def check_keys_fit(box: Box) -> None:
@@ -54,12 +55,17 @@ def sort(coords: Tensor, box: Box) -> tuple[Tensor | None, int, int]:
     A row is repeated if an earlier one has its coordinates.
     """
     check_keys_fit(box)
+    if len(coords) < 2:
+        return None, 0, 0
     key, order = keys(coords, box).sort(stable=True)
-    repeated = order[1:][key[1:] == key[:-1]]
-    if len(repeated):
-        return None, len(repeated), int(repeated.min())
-    ascending = bool((order[1:] > order[:-1]).all())
-    return (None if ascending else order.int()), 0, 0
+    repeats = key[1:] == key[:-1]
+    first = order[1:].where(repeats, len(coords)).amin()
+    ascending = (order[1:] > order[:-1]).all()
+    # A GPU is waited for once.
+    found = torch.stack([repeats.sum(), first, ascending.long()]).tolist()
+    if found[0]:
+        return None, found[0], found[1]
+    return (None if found[2] else order.int()), 0, 0
 
 
 def _taps(kernel_size: Size, dilation: Size) -> Iterator[Size]:

@@ -7,6 +7,7 @@
 #include "grouped/gemm_cuda.h"
 #include "kernels/exports.h"
 #include "pointcloud/conv_cuda.h"
+#include "pointcloud/maps_cuda.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
@@ -79,6 +80,12 @@ constexpr CudaKernels kKernels = {
     [](const CudaWeightGradArgs& args, CudaStream stream) {
       weight_grad_cuda(args, stream_of(stream));
     },
+    [](const WindowKeys& window, const NumberedRows& rows, bool walkers, CudaStream stream) {
+      number_rows(window, rows, walkers, stream_of(stream));
+    },
+    [](const CudaSearchArgs& args, CudaStream stream) { search_pairs(args, stream_of(stream)); },
+    [](const CudaOutputsArgs& args, CudaStream stream) { find_outputs(args, stream_of(stream)); },
+    [](const CudaCells& args, CudaStream stream) { cells_of_keys(args, stream_of(stream)); },
 };
 
 }  // namespace

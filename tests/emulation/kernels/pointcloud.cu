@@ -1,6 +1,9 @@
-// The convolutions over voxels and the gradient of their weights, for the tests.
+// The convolutions over voxels, the gradient of their weights and the kernels of maps, for the
+// tests.
+#include "cuda_build.h"
 #include "kernels/exports.h"
 #include "pointcloud/conv_sm80.cu"
+#include "pointcloud/maps_cuda.h"
 
 namespace {
 
@@ -8,7 +11,27 @@ using namespace gossamer;
 
 constexpr CudaDevice kDevice{80, 4, 227 << 10, 50 << 20};
 
+constexpr pointcloud::CudaKernels kMaps = {
+    .number = [](const auto& window, const auto& rows, bool walkers,
+                 CudaStream) { pointcloud::number_rows(window, rows, walkers, nullptr); },
+    .search = [](const auto& args, CudaStream) { pointcloud::search_pairs(args, nullptr); },
+    .outputs = [](const auto& args, CudaStream) { pointcloud::find_outputs(args, nullptr); },
+    .cells = [](const auto& args, CudaStream) { pointcloud::cells_of_keys(args, nullptr); },
+};
+
+constexpr CudaModule kModule = {
+    .build = build_of_cuda(),
+    .host_memory = true,
+    .device = [](int) { return kDevice; },
+    .pointcloud = &kMaps,
+};
+
 }  // namespace
+
+// What _C takes for the CUDA module, with the kernels of maps alone.
+GOSSAMER_EXPORT int maps_module(int64_t* module, char* text, int64_t text_bytes) {
+  return report(text, text_bytes, [&] { *module = reinterpret_cast<int64_t>(&kModule); });
+}
 
 // sizes: taps, n_in, n_out, groups of positions, visits, C_in, C_out, the distance of rows of x.
 // tile: of kConvTiles, or -1 for what the choice says.

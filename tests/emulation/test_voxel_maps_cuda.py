@@ -1,0 +1,117 @@
+"""Kernel maps by the kernels of a GPU, emulated: those of the CPU, pair by pair."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from emulated_gpu import Gpu
+from emulator import Emulator, KernelLibrary
+from gossamer import _C
+from gossamer import pointcloud as pc
+from gossamer.pointcloud import native
+from test_pointcloud_maps import drawn_coords, drawn_window
+from torch import Tensor
+from voxel_conv import build
+
+Side = tuple[Tensor, Tensor | None]
+
+
+@pytest.fixture
+def kernels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelLibrary]:
+    """Host tensors are a GPU's in here, as far as maps go."""
+    library, module = build(emulator), torch.zeros(1, dtype=torch.int64)
+    library.call("maps_module", module)
+    _C.attach_cuda(int(module))
+    monkeypatch.setattr(native, "_on_gpu", lambda coords: True)
+    yield library
+    _C.attach_cuda(0)
+
+
+def on_both(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """By the kernels of a GPU, and by the CPU's."""
+    with pytest.MonkeyPatch.context() as on_cpu:
+        on_cpu.setattr(native, "_on_gpu", lambda coords: False)
+        wanted = call()
+    return call(), wanted
+
+
+def check_match(walkers: Side, targets: Side, window: native.Window, what: str) -> None:
+    box = native.bounds(targets[0])
+    found, wanted = on_both(lambda: native.match(*walkers, *targets, box, window))
+    assert all(map(torch.equal, found, wanted)), what
+
+
+def check_outputs(
+    coords: Tensor,
+    order: Tensor | None,
+    window: native.Window,
+    rule: str,
+    shape: tuple[int, ...] | None,
+    what: str,
+) -> Tensor:
+    box = native.bounds(coords)
+    made, wanted = on_both(lambda: native.outputs(coords, order, box, window, rule, shape))
+    assert torch.equal(made, wanted), f"{what}, {rule} in {shape}"
+    return wanted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_are_those_of_the_cpu(kernels: KernelLibrary, seed: int) -> None:
+    rng = random.Random(seed)
+    for draw in range(8):
+        coords = drawn_coords(rng)[: 300 if seed else 80]
+        dims = coords.shape[1] - 1
+        window = drawn_window(rng, dims)
+        what = f"draw {draw}: {list(coords.shape)}, {window}"
+        order, _, _ = native.sort(coords, native.bounds(coords))
+        inputs = coords, order
+        with kernels.schedule("early" if draw % 2 else "late", draw):
+            check_match(inputs, inputs, window, what)
+            for rule in ("reached", "floored", "spread"):
+                made = check_outputs(*inputs, window, rule, None, what)[:900]
+                check_outputs(*inputs, window, rule, tuple(rng.choices(range(1, 9), k=dims)), what)
+                sides = (inputs, (made, None)) if rule == "spread" else ((made, None), inputs)
+                check_match(*sides, window, f"{what}, {rule}")
+
+
+def test_coordinates_at_the_border_of_int32(kernels: KernelLibrary) -> None:
+    """With keys that need all of 64 bits; and one too many."""
+    most = 2**31 - 1
+    ends = torch.tensor([[0, -(2**31), 0], [0, -(2**31), 1], [0, most - 1, 1], [0, most, 0]])
+    inputs = ends.int(), None
+    for kernel, padding, dilation in ((3, 1, 1), (2, 0, 1), (3, 7, 9), (3, 2**30, 2**30)):
+        sizes = ((kernel, 1), (1, 1), (padding, 0), (dilation, 1))
+        check_match(inputs, inputs, sizes, f"{sizes}")
+    corners = torch.tensor([[0, -(2**31), -(2**31)], [0, most, most]]).int()
+    with pytest.raises(ValueError, match="more cells than 64-bit keys number"):
+        pc.Coordinates(corners).submanifold(3)
+
+
+def test_what_the_border_refuses(gpu: Gpu) -> None:
+    coords = torch.tensor([[0, 1], [0, 2], [0, 4]], dtype=torch.int32)
+    box, window = ((0, 1), (0, 4)), ((3,), (1,), (1,), (1,))
+
+    def count(**other: Tensor | None) -> None:
+        keys = torch.empty(3, dtype=torch.int64)
+        operands = {"counts": torch.empty(3, dtype=torch.int32), "walker_keys": keys}
+        operands |= {"target_keys": keys.clone(), "walkers": coords, "walker_order": None}
+        operands |= {"targets": coords, "target_order": None}
+        _C.pointcloud_count_pairs_cuda(**(operands | other), target_box=box, window=window)
+
+    count()
+    with pytest.raises(ValueError, match=r"counts has shape \[3\], expected \[6\]"):
+        count(walkers=coords.repeat(11, 1), walker_keys=torch.empty(33, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"keys has shape \[2\], expected \[3\]"):
+        count(walker_keys=torch.empty(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"targets has shape \[3, 1\], expected \[3, 2\]"):
+        count(targets=coords[:, :1].contiguous())
+    with pytest.raises(TypeError, match="order is int64, expected int32"):
+        count(target_order=torch.arange(3))
+    # Sums that nobody made keep the kernel within its memory.
+    keys, ends = torch.tensor([1, 2, 4]), torch.tensor([-5, 10**12, 2])
+    ranks = torch.full((2, 4), 77, dtype=torch.int32)
+    _C.pointcloud_write_pairs_cuda(ranks[0], ranks[1], ends, keys, keys, box, window)
