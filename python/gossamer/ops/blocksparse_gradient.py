@@ -167,7 +167,7 @@ def _dx_by_phases(
         dx.zero_()
     for phase in phases:
         blocks = transpose_blocks(*weight, geometry, phase.taps)
-        part = _product()(dy, *blocks, None, *phase.geometry, "none")
+        part = _product()(dy, *blocks, None, None, *phase.geometry, "none")
         dx[(..., *phase.pixels)] = part[(..., *phase.kept)]  # type: ignore[index]
     return dx
 
