@@ -1,6 +1,7 @@
 """A whole ResNet-50 in blocks: dense against block-sparse, answers and images per second.
 
-The sparse model applies its activations in its layers where it can (``fuse_activations``).
+The sparse model applies activations and adds residuals in its layers where it can
+(``fuse_activations``).
 
 The weights are random ones, so nothing is said of what pruning costs in quality; BatchNorm has the
 statistics of the random images, so that activations have the size that they have in a trained one.

@@ -38,27 +38,30 @@ TWO_AXES: tuple[Any, ...] = ((6, 5, 3, 2), 2, (2, 1), (1, 0), (1, 2), 0)
 OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear": (
         ops.blocksparse_product,
-        (ROWS, *parts(LINEAR), BIAS, *NO_AXES, "gelu"),
+        (ROWS, *parts(LINEAR), BIAS, ROWS[:, :6].clone(), *NO_AXES, "gelu"),
     ),
     "linear with gradient": (
         ops.blocksparse_product,
-        (ROWS.clone().requires_grad_(), *parts(LINEAR, True), None, *NO_AXES, "none"),
+        (ROWS.clone().requires_grad_(), *parts(LINEAR, True), None, None, *NO_AXES, "none"),
     ),
-    "conv": (ops.blocksparse_product, (image(), *parts(CONV), None, *TWO_AXES, "relu")),
+    "conv": (
+        ops.blocksparse_product,
+        (image(), *parts(CONV), None, torch.randn(2, 6, 3, 4), *TWO_AXES, "relu"),
+    ),
     "conv with gradient": (
         ops.blocksparse_product,
-        (image(True), *parts(CONV, True), BIAS.clone().requires_grad_(), *TWO_AXES, "silu"),
+        (image(True), *parts(CONV, True), BIAS.clone().requires_grad_(), None, *TWO_AXES, "silu"),
     ),
     "conv, channels last": (
         ops.blocksparse_product,
-        (image(last=True), *parts(CONV), BIAS, *TWO_AXES, "none"),
+        (image(last=True), *parts(CONV), BIAS, None, *TWO_AXES, "none"),
     ),
     "conv of one channel, channels last": (
         ops.blocksparse_product,
         (
             torch.randn(2, 3, 5, 6).contiguous(memory_format=torch.channels_last),
             *parts(block_sparse((1, 3, 3, 3), Block(4, 4))),
-            None,
+            *(None, None),
             *((1, 3, 3, 3), 1, (2, 2), (0, 0), (1, 1), 0),
             "none",
         ),
@@ -109,8 +112,9 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv, linear = self.formats
         x = blocksparse_conv(
-            x, replace(conv, values=self.conv_values), self.bias, padding="same", activation="relu"
-        )
+            x, replace(conv, values=self.conv_values), self.bias, padding="same", activation="relu",
+            residual=x[:, 4:],
+        )  # fmt: skip
         x = torch.cat([x, x[:, :4]], 1).mean((2, 3))
         return blocksparse_linear(x, replace(linear, values=self.linear_values))
 

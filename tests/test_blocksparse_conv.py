@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, integers
+from cases import DTYPES, SumOracle, integers
 from conv_cases import CASES, CONVS, LAST, ConvCase, block_sparse, typical
-from gossamer import Block, blocksparse_conv, reference
+from gossamer import Block, blocksparse_conv, blocksparse_linear, reference
 from gossamer.formats import BlockSparse
 from torch import Tensor
 
@@ -97,6 +97,60 @@ def test_activation(blocksparse_target: str, dtype: torch.dtype, activation: str
     oracle.y = reference.activate(oracle.y, activation)
     oracle.limit *= 1.2
     oracle.check(y)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu", "silu", None])
+def test_residual(blocksparse_target: str, act: str | None) -> None:
+    tails = (typical(dtype=dtype, block=Block(16, 16), group_out=40) for dtype in DTYPES)
+    first = ("relu", "gelu", "silu", None).index(act)
+    for number, case in enumerate((*CASES[first::4], *tails)):
+        weight, x = case.weight(), case.x()
+        bias = torch.randn(case.shape[0]).to(case.dtype) if case.bias else None
+        oracle = case.oracle(x, weight, bias)
+        residual = torch.randn(oracle.y.shape).to(case.dtype)
+        if number % 4 and case.channels_last and x.dim() in LAST:  # mostly in the layout of x
+            residual = residual.to(memory_format=LAST[x.dim()])
+        y = blocksparse_conv(x, weight, bias, **case.geometry, activation=act, residual=residual)
+        if case.dtype == torch.float32:  # the same sums in the same order
+            plain = blocksparse_conv(x, weight, bias, **case.geometry)
+            same = blocksparse_conv(x, weight, bias, **case.geometry, residual=residual)
+            assert torch.equal(same, plain + residual), case
+        wide = [t.double().abs() for t in (x, weight.to_dense())]
+        size = case.dense(*wide, None if bias is None else bias.double().abs())
+        exact = reference.activate(oracle.y + residual.double(), act)
+        size = 1.2 * (size + residual.double().abs())
+        SumOracle(exact, size, weight.to_dense()[0].numel(), case.dtype).check(y)
+
+
+def test_residual_of_a_linear_layer_without_batch_and_with_gradient() -> None:
+    weight = block_sparse((6, 10), Block(2, 4))
+    x, residual = torch.randn(2, 3, 10), torch.randn(2, 3, 6, requires_grad=True)
+    expected = F.relu(blocksparse_linear(x, weight) + residual)
+    with torch.no_grad():
+        y = blocksparse_linear(x, weight, activation="relu", residual=residual)
+        assert torch.equal(y, expected)
+        exact = reference.blocksparse_linear(x, weight, None, "relu", residual)
+        torch.testing.assert_close(y, exact)
+    y = blocksparse_linear(x, weight, activation="relu", residual=residual)
+    (gradient,) = torch.autograd.grad(y.sum(), residual)
+    assert torch.equal(gradient, (expected > 0).float())
+    conv, image = block_sparse((6, 5, 3), Block(2, 4)), torch.randn(5, 9)
+    added = torch.randn(6, 7)
+    y = blocksparse_conv(image, conv, residual=added)
+    assert torch.equal(y, blocksparse_conv(image, conv) + added)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert blocksparse_conv(image, conv, residual=added).dtype == torch.bfloat16
+
+
+def test_residual_mistakes() -> None:
+    weight, x = block_sparse((6, 5, 3), Block(2, 4)), torch.randn(2, 5, 9)
+    for size in ((2, 6, 1), (1, 6, 7), (6, 7)):
+        with pytest.raises(ValueError, match=r"residual has shape .*, the result \[2, 6, 7\]"):
+            blocksparse_conv(x, weight, residual=torch.ones(size))
+    with pytest.raises(ValueError, match=r"residual has shape \[7\], the result"):
+        blocksparse_conv(x, weight, residual=torch.ones(7, requires_grad=True))
+    with pytest.raises(TypeError, match=r"residual is .*float64, the weight"):
+        blocksparse_conv(x, weight, residual=torch.ones(2, 6, 7).double())
 
 
 def test_reference_is_torchs_convolution() -> None:

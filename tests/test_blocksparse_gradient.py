@@ -322,7 +322,7 @@ def test_raw_op_has_the_same_gradient() -> None:
     operands = (x, weight.values.requires_grad_(), bias)
     blocks = (weight.values, weight.crow_indices, weight.col_indices)
     geometry = (case.shape, 1, (1, 1), (1, 1), (1, 1), 0)
-    raw = ops.blocksparse_product(x, *blocks, bias, *geometry, "gelu")
+    raw = ops.blocksparse_product(x, *blocks, bias, None, *geometry, "gelu")
     public = blocksparse_conv(x, weight, bias, padding=1, activation="gelu")
     assert torch.equal(raw, public)
     for got, want in zip(

@@ -62,7 +62,7 @@ def test_mistakes_in_panels() -> None:
     with pytest.raises(ValueError, match="for blocks of 5 columns of bfloat16"):
         torch.ops.gossamer.blocksparse_product(
             torch.randn(2, 10).bfloat16(), panels.panels, panels.crow_indices,
-            panels.col_indices, None, (6, 10), 1, (), (), (), 5, "none",
+            panels.col_indices, None, None, (6, 10), 1, (), (), (), 5, "none",
         )  # fmt: skip
 
 

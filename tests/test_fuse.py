@@ -43,12 +43,12 @@ class Bottleneck(nn.Module):
 
 def same(model: nn.Module, x: Tensor, *names: tuple[str, str]) -> nn.Module:
     """What is fused, with unchanged answers and state."""
-    expected, keys = model(x), list(model.state_dict())
+    expected, keys = model(x), sorted(model.state_dict())
     report = gossamer.fuse_activations(model)
     assert report.fused == names
     assert len(report) == len(names)
     torch.testing.assert_close(report.model(x), expected)
-    assert list(report.model.state_dict()) == keys
+    assert sorted(report.model.state_dict()) == keys
     return report.model
 
 
@@ -103,7 +103,8 @@ def test_gradients_stay() -> None:
 
 
 def test_one_module_called_in_many_places() -> None:
-    fused = same(Bottleneck().eval(), torch.randn(1, 8, 5, 5), ("conv1", "relu"))
+    names = (("conv1", "relu"), ("conv2", "add, relu"))
+    fused = same(Bottleneck().eval(), torch.randn(1, 8, 5, 5), *names)
     assert fused.stride == 1
     x = torch.randn(1, 8, 5, 5)
     assert torch.equal(pickle.loads(pickle.dumps(fused))(x), fused(x))
@@ -124,10 +125,40 @@ def test_parts_of_what_cannot_be_traced() -> None:
 
     model, x = Branching().eval(), torch.randn(1, 8, 5, 5)
     expected = model(x, x)
-    fused = same(model, x, ("block.conv1", "relu"), ("tail.0", "relu"))
+    names = (("block.conv1", "relu"), ("block.conv2", "add, relu"), ("tail.0", "relu"))
+    fused = same(model, x, *names)
     assert fused is model
     assert fused.block is fused.again
     torch.testing.assert_close(fused(x, x), expected)
+
+
+def test_residuals_wherever_they_come_from() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Bottleneck(), Bottleneck())
+            self.convs = nn.ModuleList(conv() for _ in range(6))
+            self.norm = nn.Identity()
+            self.bias = nn.Parameter(torch.randn(8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks(x)
+            x = F.silu(torch.add(self.norm(self.convs[0](x)), self.convs[1](x)))
+            x = F.gelu(x + self.convs[2](x))
+            x = F.relu(self.convs[3](x) + self.bias)  # would be broadcast
+            x = F.relu(x.mean((2, 3), keepdim=True) + self.convs[4](x))  # and this
+            y = self.convs[5](x)
+            x.mul_(2)  # conv 5 sees what was before
+            return F.relu(x + y)
+
+    names = [(f"blocks.{i}.{name}", act) for i in range(2) for name, act in
+             (("conv1", "relu"), ("conv2", "add, relu"))]  # fmt: skip
+    names += [("convs.0", "add, silu"), ("convs.2", "add, gelu")]
+    model, x = Net().eval(), torch.randn(2, 8, 5, 5)
+    fused = same(model, x, *names)
+    expected = fused(x).detach()
+    with torch.no_grad():  # what adds is the kernel
+        torch.testing.assert_close(fused(x), expected)
 
 
 class UsedTwice(Bottleneck):

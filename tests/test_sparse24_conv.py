@@ -76,6 +76,21 @@ def test_several_passes_blocks_and_tiles(
         oracle(case, x, weight, bias, act).check(y)
 
 
+def test_residual(blocksparse_target: str) -> None:
+    for case in (*CASES[1:120:3], *(typical(dtype=dtype, group_in=70) for dtype in DTYPES)):
+        weight, x = weight_of(case), case.x()
+        bias = torch.randn(case.shape[0]).to(case.dtype) if case.bias else None
+        product = oracle(case, x, weight, bias)
+        residual = torch.randn(product.y.shape).to(case.dtype)
+        y = sparse24_conv(x, pairs_of(weight), bias, **case.geometry, residual=residual)
+        size = case.dense(
+            x.double().abs(), weight.to_dense().double().abs(),
+            None if bias is None else bias.double().abs(),
+        ) + residual.double().abs()  # fmt: skip
+        exact = product.y + residual.double()
+        SumOracle(exact, size, weight.to_dense()[0].numel(), case.dtype).check(y)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_numbers_are_exact(blocksparse_target: str, dtype: torch.dtype) -> None:
     case = typical(dtype=dtype, group_in=40)
@@ -278,8 +293,10 @@ def test_compilers() -> None:
         (pairs_of(weight).panels, None),
     ):
         for given in (x, x.to(memory_format=torch.channels_last)):
-            args = (given.clone().requires_grad_(), stored, indices, bias, *geometry)
+            args = (given.clone().requires_grad_(), stored, indices, bias, None, *geometry)
             torch.library.opcheck(ops.sparse24_conv, args)
+    args = (x, pairs_of(weight).panels, None, bias, torch.randn(2, 48, 9, 8), *geometry)
+    torch.library.opcheck(ops.sparse24_conv, args)
     torch.library.opcheck(
         ops.sparse24_conv_from_pairs, (pairs_of(weight).panels, weight.shape, 1, torch.float32)
     )

@@ -133,9 +133,9 @@ void bind_validate(const TensorView& values, const TensorView& crow, const Tenso
 
 void bind_conv(const TensorView& out, const TensorView& x, const TensorView& values,
                const TensorView& crow, const TensorView& col, const std::optional<TensorView>& bias,
-               int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
-               const Axes& dilation, bool channels_last, int64_t packed_cols,
-               const std::string& activation, int threads,
+               const std::optional<TensorView>& residual, int64_t groups, const Axes& kernel,
+               const Axes& stride, const Axes& padding, const Axes& dilation, bool channels_last,
+               int64_t packed_cols, const std::string& activation, int threads,
                const std::optional<NamedConfig>& config) {
   constexpr const char* op = "blocksparse_conv";
   check_dims(op, "x", x, 5);
@@ -154,7 +154,9 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
                       bias_of(op, bias, s.out_channels, x.dtype, x),
                       activation_of(op, activation),
                       out.data,
-                      threads};
+                      threads,
+                      residual_of(op, residual, out)};
+  GOSSAMER_CHECK(!residual || !on_gpu(x), op, ": a residual, and x is on a GPU");
   if (on_gpu(x)) return conv_cuda(op, args, x, config);
   GOSSAMER_CHECK(!config, op, ": a way of a GPU's, and x is on the CPU");
   conv(args);
@@ -277,10 +279,10 @@ void bind(py::module_& m) {
         py::arg("col_indices"), py::arg("out_channels"), py::arg("taps"), py::arg("group_in"),
         py::arg("groups"), release());
   m.def("blocksparse_conv", &bind_conv, py::arg("out"), py::arg("x"), py::arg("values"),
-        py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("groups"),
-        py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-        py::arg("channels_last"), py::arg("packed_cols"), py::arg("activation"), py::arg("threads"),
-        py::arg("config") = py::none(), release());
+        py::arg("crow_indices"), py::arg("col_indices"), py::arg("bias"), py::arg("residual"),
+        py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("channels_last"), py::arg("packed_cols"),
+        py::arg("activation"), py::arg("threads"), py::arg("config") = py::none(), release());
 
   m.def("blocksparse_dvalues", &bind_dvalues, py::arg("dvalues"), py::arg("dy"), py::arg("x"),
         py::arg("crow_indices"), py::arg("col_indices"), py::arg("groups"), py::arg("kernel"),

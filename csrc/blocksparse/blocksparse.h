@@ -77,6 +77,7 @@ struct ConvArgs {
   Activation activation;
   void* out;
   int threads;
+  const void* residual = nullptr;  // as out, or none; kernels of a GPU take none
 };
 
 void conv(const ConvArgs& args);         // chooses target and kernel

@@ -115,9 +115,12 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
     const int64_t sums = kernel.row_step > 1 ? 0 : (batch.outputs() + kSquareOutputs) * tile;
     const auto* bias = static_cast<const char*>(args.bias);
     const Epilogue epilogue{
-        bias == nullptr ? nullptr : bias + output * size, args.activation,
+        bias == nullptr ? nullptr : bias + output * size,
+        args.activation,
         static_cast<char*>(args.out) + (first + output * s.out_channel_stride()) * size,
-        s.channels_last ? s.out_pixel_stride() : s.out_channel_stride(), s.out_channels - output};
+        s.channels_last ? s.out_pixel_stride() : s.out_channel_stride(),
+        s.out_channels - output,
+        residual_offset(args.residual, args.out)};
     kernel.batch({batch.chunks().data(), static_cast<int64_t>(batch.chunks().size()),
                   batch.outputs(), panel.data, panel.slab_stride, strip.images, panel.image_rows,
                   strip.rows, panel.pitch, strip.width, tile,

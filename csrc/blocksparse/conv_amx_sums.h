@@ -114,6 +114,17 @@ struct Outgoing {
     return sum;
   }
 
+  const uint16_t* residual_of(const uint16_t* out) const {
+    return reinterpret_cast<const uint16_t*>(reinterpret_cast<intptr_t>(out) + e.residual);
+  }
+  // That of some outputs of a pixel, which lie channel_stride apart.
+  F residual_at(const uint16_t* out, int64_t count) const {
+    alignas(32) uint16_t halves[kTile] = {};
+    for (int64_t o = 0; o < count; ++o) halves[o] = *residual_of(out + o * channel_stride);
+    return widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves)));
+  }
+  static F widened(__m256i halves) { return Simd::low(_mm512_cvtepu16_epi32(halves), BFloat16{}); }
+
   template <Activation A, int Parts, bool Whole>
   void write_pixels(int64_t lots) {
     const __mmask32 there = _cvtu32_mask32(outputs >= kOutputs ? ~0u : (1u << outputs) - 1);
@@ -127,9 +138,15 @@ struct Outgoing {
     for (; lots > 0; --lots, at += Pixels::kAtOnce, y += Pixels::kAtOnce) {
 #pragma GCC unroll 4
       for (int i = 0; i < Pixels::kAtOnce; ++i) {
-        const F sum0 = Simd::add(load_sum<Parts>(sums0 + at[i]), bias0);
-        const F sum1 = Simd::add(load_sum<Parts>(sums1 + at[i]), bias1);
+        F sum0 = Simd::add(load_sum<Parts>(sums0 + at[i]), bias0);
+        F sum1 = Simd::add(load_sum<Parts>(sums1 + at[i]), bias1);
         check = _mm512_mask_cmp_ps_mask(check, sum0, sum1, _CMP_ORD_Q);
+        if (e.residual != 0) {
+          const uint16_t* from = residual_of(out + y[i]);
+          const I both = _mm512_maskz_loadu_epi16(there, from);
+          sum0 = Simd::add(sum0, widened(_mm512_castsi512_si256(both)));
+          sum1 = Simd::add(sum1, widened(_mm512_extracti64x4_epi64(both, 1)));
+        }
         // Subnormals become zero.
         const I both = (I)_mm512_cvtne2ps_pbh(Finish<Simd, BFloat16>::activate(sum1, A),
                                               Finish<Simd, BFloat16>::activate(sum0, A));
@@ -154,14 +171,18 @@ struct Outgoing {
     for (int tile = 0; tile < tiles; ++tile) {
       I words[kTile];
       const F added = Simd::load(bias + tile * kTile);
+      auto* out = static_cast<uint16_t*>(e.out) + tile * kTile * channel_stride;
+      const int64_t left = outputs - tile * kTile, rows = left < kTile ? left : kTile;
       for (int i = 0; i < kTile; ++i) {
         __m256i pair[2];
         for (int which = 0; which < 2; ++which) {
           const int64_t pixel = 2 * i + which < size ? done + 2 * i + which : done;
           const float* from = sums[tile] + pixels->at[pixel];
-          const F sum = parts == 1 ? load_sum<1>(from) : load_sum<kMostTiles>(from);
+          F sum = parts == 1 ? load_sum<1>(from) : load_sum<kMostTiles>(from);
           ordered = _mm512_mask_cmp_ps_mask(ordered, sum, sum, _CMP_ORD_Q);
-          const F y = Finish<Simd, BFloat16>::activate(Simd::add(sum, added), e.activation);
+          sum = Simd::add(sum, added);
+          if (e.residual != 0) sum = Simd::add(sum, residual_at(out + pixels->y[pixel], rows));
+          const F y = Finish<Simd, BFloat16>::activate(sum, e.activation);
           pair[which] = (__m256i)_mm512_cvtneps_pbh(y);
         }
         words[i] = Simd::or_(_mm512_cvtepu16_epi32(pair[0]),
@@ -169,8 +190,6 @@ struct Outgoing {
       }
       alignas(64) uint16_t square[kTile][kSquare];
       Simd::transpose(words, square, sizeof square[0]);
-      auto* out = static_cast<uint16_t*>(e.out) + tile * kTile * channel_stride;
-      const int64_t left = outputs - tile * kTile, rows = left < kTile ? left : kTile;
       for (int64_t begin = 0, end; begin < size; begin = end) {  // what follows each other in y
         const int64_t first = pixels->y[done + begin];
         for (end = begin + 1; end < size && pixels->y[done + end] == first + end - begin;) ++end;

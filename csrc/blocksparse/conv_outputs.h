@@ -137,11 +137,15 @@ struct OutputLanes {
     Finish<S, T>::load_bias(e, output, bias);
     for (int64_t p = 0; p < pixels; ++p, sums += kOutputs) {
       T* out = y + p * e.out_stride + output;
+      const T* residual = Finish<S, T>::residual_of(e, out);
       alignas(64) T padded[kOutputs];
       T* const to = outputs == kOutputs ? out : padded;
 #pragma GCC unroll 2
       for (int v = 0; v < kOutputs; v += S::kLanes) {
-        const auto sum = S::add(S::load(sums + v), S::load(bias + v));
+        auto sum = S::add(S::load(sums + v), S::load(bias + v));
+        if (e.residual != 0 && v < outputs) {
+          sum = S::add(sum, Finish<S, T>::load_some(residual + v, outputs - v));
+        }
         S::store(to + v, Finish<S, T>::activate(sum, e.activation));
       }
       if (outputs != kOutputs) __builtin_memcpy(out, padded, outputs * sizeof(T));

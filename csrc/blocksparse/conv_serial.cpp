@@ -42,7 +42,9 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
   using Real = decltype(to_float(T{}));  // double for double, float for the rest
   const Weight& w = args.weight;
   const ConvShape& s = args.shape;
-  const auto* bias = static_cast<const T*>(args.bias);
+  const auto *bias = static_cast<const T*>(args.bias),
+             *residual = static_cast<const T*>(args.residual);
+  const auto* all = static_cast<const T*>(args.out);
   const auto one_pixel = [&](const T* const* taps_of_x, T* out) {
     for (int64_t block_row = 0; block_row < w.block_rows(); ++block_row) {
       Real sum[kMaxBlock] = {};
@@ -51,7 +53,9 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
       const int64_t first = block_row / w.row_blocks() * w.group_out + in_group;
       for (int64_t r = 0; r < std::min(w.rows, w.group_out - in_group); ++r) {
         if (bias != nullptr) sum[r] += to_float(bias[first + r]);
-        round_to(activate(sum[r], args.activation), out[(first + r) * s.out_channel_stride()]);
+        T& y = out[(first + r) * s.out_channel_stride()];
+        if (args.residual != nullptr) sum[r] += to_float(residual[&y - all]);
+        round_to(activate(sum[r], args.activation), y);
       }
     }
   };

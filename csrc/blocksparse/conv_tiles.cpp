@@ -305,7 +305,8 @@ class Convolution {
             s_.out[2] * s_.out_pixel_stride(),
             s_.out_pixel_stride(),
             s_.out_channel_stride(),
-            {args_.bias, args_.activation, out, 0, s_.out_channels}};
+            {args_.bias, args_.activation, out, 0, s_.out_channels,
+             residual_offset(args_.residual, args_.out)}};
   }
 
   RowTile row_tile(int64_t t, const uint16_t* weights, const LiveTile* tiles, int64_t count) const {

@@ -82,4 +82,19 @@ inline const void* bias_of(const char* op, const std::optional<TensorView>& bias
   return bias->data;
 }
 
+// What is added to `out` in its layout, in other memory, or null where there is nothing.
+inline const void* residual_of(const char* op, const std::optional<TensorView>& residual,
+                               const TensorView& out) {
+  if (!residual) return nullptr;
+  check_device(op, "residual", *residual, "out", out);
+  check_dtype(op, "residual", *residual, out.dtype);
+  bool same = residual->ndim == out.ndim;
+  for (int d = 0; same && d < out.ndim; ++d) same = residual->shape[d] == out.shape[d];
+  GOSSAMER_CHECK(same, op, ": residual has shape ", shape_text(*residual), ", out ",
+                 shape_text(out));
+  check_contiguous(op, "residual", *residual);
+  GOSSAMER_CHECK(out.numel() == 0 || residual->data != out.data, op, ": residual is out");
+  return residual->data;
+}
+
 }  // namespace gossamer

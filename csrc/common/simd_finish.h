@@ -36,6 +36,19 @@ struct Finish {
     return y;
   }
 
+  // What is added to the element of y at `out`.
+  static const T* residual_of(const Epilogue& e, const T* out) {
+    return reinterpret_cast<const T*>(reinterpret_cast<intptr_t>(out) + e.residual);
+  }
+
+  // `count` of them, at most kLanes, and zeros.
+  static F load_some(const T* from, int64_t count) {
+    if (count >= S::kLanes) return S::load(from);
+    T padded[S::kLanes] = {};
+    __builtin_memcpy(padded, from, count * sizeof(T));
+    return S::load(padded);
+  }
+
   static constexpr int kPerWord = 4 / sizeof(T);
   static constexpr int kSquare = S::kLanes * kPerWord;  // outputs
 
@@ -47,9 +60,18 @@ struct Finish {
     const float* sums = all_sums + first * sums_stride + row;
     float bias[kSquare];
     load_bias(e, first, bias);
+    T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
+    alignas(64) float residual[kSquare][S::kLanes];
+    if (e.residual != 0) {
+      const T* from = residual_of(e, out);
+      for (int i = 0; i < kSquare; i += S::kLanes) {
+        transposed(from + i, e.out_stride, rows - row, outputs - first - i, residual[i]);
+      }
+    }
     const auto finished = [&](int output) {
-      const F sum = S::load(sums + output * sums_stride);
-      return activate(S::add(sum, S::set1(bias[output])), e.activation);
+      F sum = S::add(S::load(sums + output * sums_stride), S::set1(bias[output]));
+      if (e.residual != 0) sum = S::add(sum, S::load(residual[output]));
+      return activate(sum, e.activation);
     };
     typename S::I words[S::kLanes];
 #pragma GCC unroll 16
@@ -60,7 +82,6 @@ struct Finish {
         words[i] = S::pair(finished(2 * i), finished(2 * i + 1), T{});
       }
     }
-    T* out = static_cast<T*>(e.out) + row * e.out_stride + first;
     if (outputs - first >= kSquare && rows - row >= S::kLanes) {
       return S::transpose(words, out, e.out_stride * sizeof(T));
     }
@@ -70,6 +91,17 @@ struct Finish {
     for (int64_t i = 0; i < rows - row && i < S::kLanes; ++i) {
       __builtin_memcpy(out + i * e.out_stride, square[i], count * sizeof(T));
     }
+  }
+
+  // A square of the residual, output by output; zeros past the rows and outputs that there are.
+  static void transposed(const T* from, int64_t stride, int64_t rows, int64_t outputs, float* to) {
+    typename S::I words[S::kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kLanes; ++i) {
+      const bool there = i < rows && outputs > 0;
+      words[i] = there ? S::as_int(load_some(from + i * stride, outputs)) : S::set1(0u);
+    }
+    S::transpose(words, to, S::kLanes * sizeof(float));
   }
 
   // All of sums[outputs][rows]. Rows outside, so that neighbouring outputs of a row are written
@@ -114,7 +146,11 @@ struct Finish {
         const F added = S::set1(bias[o - first]);
         T* out = static_cast<T*>(e.out) + o * e.out_stride;
         for (int64_t row = 0; row < rows; row += S::kLanes) {
-          const F y = activate(S::add(S::load(sums + o * sums_stride + row), added), e.activation);
+          F sum = S::add(S::load(sums + o * sums_stride + row), added);
+          if (e.residual != 0) {
+            sum = S::add(sum, load_some(residual_of(e, out + row), rows - row));
+          }
+          const F y = activate(sum, e.activation);
           if (row + S::kLanes <= rows) {
             S::store(out + row, y);
           } else {

@@ -79,9 +79,9 @@ void bind_from_pairs(const TensorView& words, const TensorView& values, const Te
 
 void bind_product(const TensorView& out, const TensorView& x, const TensorView& weight,
                   const std::optional<TensorView>& indices, const std::optional<TensorView>& bias,
-                  int64_t groups, const Axes& kernel, const Axes& stride, const Axes& padding,
-                  const Axes& dilation, bool channels_last, const std::string& activation,
-                  int threads) {
+                  const std::optional<TensorView>& residual, int64_t groups, const Axes& kernel,
+                  const Axes& stride, const Axes& padding, const Axes& dilation, bool channels_last,
+                  const std::string& activation, int threads) {
   constexpr const char* op = "sparse24_conv";
   check_dims(op, "x", x, 5);
   check_dims(op, "out", out, 5);
@@ -97,7 +97,7 @@ void bind_product(const TensorView& out, const TensorView& x, const TensorView& 
                            : pairs(op, weight, x.dtype, pair_shape(s));
   if (indices) check_dtype(op, "the weight", weight, x.dtype);
   conv({w, s, x.data, bias_of(op, bias, s.out_channels, x.dtype, x), activation_of(op, activation),
-        out.data, threads});
+        out.data, threads, residual_of(op, residual, out)});
 }
 
 py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& out,
@@ -134,9 +134,10 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
 
 void bind_conv(py::module_& m) {
   m.def("sparse24_conv", &bind_product, py::arg("out"), py::arg("x"), py::arg("weight"),
-        py::arg("indices"), py::arg("bias"), py::arg("groups"), py::arg("kernel"),
-        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("channels_last"),
-        py::arg("activation"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        py::arg("indices"), py::arg("bias"), py::arg("residual"), py::arg("groups"),
+        py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+        py::arg("channels_last"), py::arg("activation"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
   m.def(
       "sparse24_conv_most_pair_words",
       [](int64_t out_channels, int64_t group_in, int64_t taps, int64_t groups) {

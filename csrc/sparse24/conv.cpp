@@ -127,10 +127,12 @@ class Conv {
     task.tile = tile_pixels, task.sums = sums;
     task.channels_last = s_.channels_last;
     task.image_stride = s_.out_pixels() * s_.out_channels;
-    task.epilogue = {bias == nullptr ? nullptr : bias + output * bytes, args_.activation,
+    task.epilogue = {bias == nullptr ? nullptr : bias + output * bytes,
+                     args_.activation,
                      static_cast<char*>(args_.out) + first * bytes,
                      s_.channels_last ? s_.out_pixel_stride() : s_.out_channel_stride(),
-                     s_.out_channels - output};
+                     s_.out_channels - output,
+                     residual_offset(args_.residual, args_.out)};
     const int64_t pixel = s_.out_pixel_stride() * bytes, channel = s_.out_channel_stride() * bytes;
     // Where rows have columns that are no outputs, what is fetched is near.
     const char* y = static_cast<const char*>(task.epilogue.out) + q * pixel;

@@ -22,6 +22,7 @@ struct ConvArgs {
   Activation activation;
   void* out;
   int threads;
+  const void* residual = nullptr;  // as out, or none
 };
 
 inline int64_t padded_channels(const ConvShape& s) { return (s.group_in() + 3) / 4 * 4; }

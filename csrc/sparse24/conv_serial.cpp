@@ -13,7 +13,9 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
   const Weight& w = args.weight;
   const ConvShape& s = args.shape;
   const auto* values = static_cast<const T*>(w.values);
-  const auto* bias = static_cast<const T*>(args.bias);
+  const auto *bias = static_cast<const T*>(args.bias),
+             *residual = static_cast<const T*>(args.residual);
+  const auto* all = static_cast<const T*>(args.out);
   const int64_t tap_groups = padded_channels(s) / 4;  // groups of four columns of a tap
   const auto one_pixel = [&](const T* const* taps_of_x, T* out) {
     for (int64_t n = 0; n < w.n; ++n) {
@@ -31,7 +33,9 @@ void conv_pixels(const ConvArgs& args, int64_t begin, int64_t end) {
         }
       }
       if (bias != nullptr) sum += to_float(bias[n]);
-      round_to(activate(sum, args.activation), out[n * s.out_channel_stride()]);
+      T& y = out[n * s.out_channel_stride()];
+      if (args.residual != nullptr) sum += to_float(residual[&y - all]);
+      round_to(activate(sum, args.activation), y);
     }
   };
   for_each_pixel<T>(s, args.x, args.out, begin, end, one_pixel);

@@ -1,8 +1,9 @@
-"""``fuse_activations`` lets sparse layers apply the activation behind them."""
+"""``fuse_activations`` lets sparse layers apply what is behind them: residuals and activations."""
 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,22 @@ _FUNCTIONS = {
     F.gelu: "gelu",
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
+_FULL = (
+    SparseConv,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+)
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,8 @@ class FusionReport:
     model : nn.Module
         The model that was given, or what stands for it.
     fused : tuple of (str, str)
-        Name of a layer and of its activation: "relu", "silu" or "gelu".
+        Name of a layer and of its activation: "relu", "silu" or "gelu"; "add, relu" and so on where
+        it adds a residual first.
     """
 
     model: nn.Module
@@ -55,17 +73,34 @@ class _Part:
 
     module: nn.Module
     graph: fx.Graph
-    # The layer, its activation, and the call of that.
-    pairs: list[tuple[SparseConv | SparseLinear, str, fx.Node]]
+    fusions: list[_Fusion]
+
+
+@dataclass
+class _Fusion:
+    """A call of a layer, and what becomes of its result."""
+
+    layer: SparseConv | SparseLinear
+    call: fx.Node
+    output: fx.Node  # the call, or the last Identity behind it
+    addition: fx.Node | None
+    activation: str
+    applied: fx.Node  # the call of the activation
+
+    @property
+    def name(self) -> str:
+        return self.activation if self.addition is None else f"add, {self.activation}"
 
 
 def fuse_activations(model: nn.Module) -> FusionReport:
     """Let sparse layers apply the ReLU, SiLU or exact GELU behind them, at no cost of their own.
 
     A kernel activates its sums before it writes them, which spares reading and writing the result
-    once more. The layers are ``gossamer.nn.SparseLinear`` and the sparse convolutions, so call it
-    after ``gossamer.convert``, and after ``gossamer.fold_batchnorm``; activations are modules of
-    torch or functions (``F.relu``, ``x.relu()`` and so on).
+    once more. Before that, convolutions add a residual: ``relu(conv(x) + y)``, the end of a
+    residual block, becomes one pass, too. The layers are ``gossamer.nn.SparseLinear`` and the
+    sparse convolutions, so call it after ``gossamer.convert``, and after
+    ``gossamer.fold_batchnorm``; activations are modules of torch or functions (``F.relu``,
+    ``x.relu()`` and so on).
 
     What follows what is read by ``torch.fx``. A part of the model in which something is fused
     becomes a ``torch.fx.GraphModule``: it holds the same layers under the same names, so its
@@ -73,8 +108,11 @@ def fuse_activations(model: nn.Module) -> FusionReport:
     methods of its own are lost. A module whose forward takes optional arguments, or that cannot be
     traced, stays, and each part of it is read by itself and taken to be called as a whole. An
     activation stays where the layer's output is used elsewhere too, where the layer is called
-    twice or is shared, or where one of the two has hooks. The model is changed at the very end: an
-    error leaves it as it was.
+    twice or is shared, or where one of the two has hooks; with a residual also where
+    something is written to in place between the layer and the addition, or where the other operand
+    is not seen to be a whole image, which is not broadcast: what a convolution, pooling,
+    normalisation or activation gives, or an input of the traced part that the layer's own input
+    comes from. The model is changed at the very end: an error leaves it as it was.
 
     Parameters
     ----------
@@ -103,9 +141,9 @@ def fuse_activations(model: nn.Module) -> FusionReport:
     made = [(part, _graph_module(part)) for part in parts]
     fused: list[tuple[str, str]] = []
     for part, graph_module in made:
-        for layer, activation, _ in part.pairs:
-            layer.activation = activation
-            fused.append((names[layer], activation))
+        for fusion in part.fusions:
+            fusion.layer.activation = fusion.activation
+            fused.append((names[fusion.layer], fusion.name))
         for holder, attribute in obstacles.holders(part.module):
             setattr(holder, attribute, graph_module)
         if part.module is model:
@@ -122,9 +160,9 @@ def _parts(module: nn.Module, obstacles: Obstacles) -> Iterator[_Part]:
         for child in module.children():
             yield from _parts(child, obstacles)
         return
-    pairs = list(_pairs(module, graph, obstacles))
-    if pairs:
-        yield _Part(module, graph, pairs)
+    fusions = list(_fusions(module, graph, obstacles))
+    if fusions:
+        yield _Part(module, graph, fusions)
 
 
 def _trace(module: nn.Module) -> fx.Graph | None:
@@ -150,10 +188,9 @@ def _trace(module: nn.Module) -> fx.Graph | None:
     return None if lost or inner else graph
 
 
-def _pairs(
-    module: nn.Module, graph: fx.Graph, obstacles: Obstacles
-) -> Iterator[tuple[SparseConv | SparseLinear, str, fx.Node]]:
+def _fusions(module: nn.Module, graph: fx.Graph, obstacles: Obstacles) -> Iterator[_Fusion]:
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    taken: set[fx.Node] = set()  # activations; of the two operands of an addition one takes it
     for node in graph.nodes:
         if node.op != "call_module" or calls[str(node.target)] > 1:
             continue
@@ -162,23 +199,87 @@ def _pairs(
             continue
         if len(obstacles.holders(layer)) != 1 or hooks_of(layer) or "forward" in layer.__dict__:
             continue
-        follower = _only_user(module, node)
+        follower, output = _only_user(module, node)
+        addition = None
+        if follower is not None and _adds_residual(module, node, output, follower):
+            addition = follower
+            follower, _ = _only_user(module, follower)
         activation = None if follower is None else _activation_of(module, follower)
-        if follower is not None and activation is not None:
-            yield layer, activation, follower
+        if follower is not None and activation is not None and follower not in taken:
+            taken.add(follower)
+            yield _Fusion(layer, node, output, addition, activation, follower)
 
 
-def _only_user(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    """What alone uses the output of a call, through every Identity."""
+def _only_user(module: nn.Module, node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """What alone uses the output of a call, through every Identity; and the last of these."""
     while len(node.users) == 1:
         (user,) = node.users
         if user.op != "call_module":
-            return user
+            return user, node
         called = module.get_submodule(str(user.target))
         if type(called) is not nn.Identity or hooks_of(called):
-            return user
+            return user, node
         node = user
-    return None
+    return None, node
+
+
+def _adds_residual(module: nn.Module, call: fx.Node, output: fx.Node, addition: fx.Node) -> bool:
+    """Whether a node adds to the output of a call what the call may be given as its residual."""
+    layer = module.get_submodule(str(call.target))
+    if not isinstance(layer, SparseConv) or len(call.args) != 1 or call.kwargs:
+        return False
+    if addition.op not in ("call_function", "call_method") or addition.target not in _ADDITIONS:
+        return False
+    if len(addition.args) != 2 or addition.kwargs:
+        return False
+    first, second = addition.args
+    residual = second if first is output else first
+    if residual is output or not _is_full(module, residual, call):
+        return False
+    if addition.target in (operator.iadd, "add_") and first is not output:
+        return False  # others may read what it writes to
+    # The call moves to the addition. What is overwritten until then may be what it reads.
+    node = call.next
+    while node is not addition:
+        if _writes(module, node):
+            return False
+        node = node.next
+    return True
+
+
+def _is_full(module: nn.Module, node: object, call: fx.Node) -> bool:
+    """Whether a node is what residuals are, and not something of fewer numbers to broadcast.
+
+    That is, what a convolution, pooling, normalisation or activation gives, another such sum, or
+    an input that the layer's own input comes from.
+    """
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "placeholder":
+        seen, front = set(), [call]
+        while front:
+            above = front.pop()
+            new = [n for n in above.all_input_nodes if n not in seen]
+            seen.update(new)
+            front += new
+        return node in seen
+    if node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+        if isinstance(called, nn.Identity):
+            return _is_full(module, node.args[0], call)
+        return isinstance(called, _FULL) or type(called) in _MODULES
+    return node.target in _ADDITIONS or node.target in _FUNCTIONS or node.target in _METHODS
+
+
+def _writes(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node may write to what it is given."""
+    if node.kwargs.get("inplace") or "out" in node.kwargs or True in node.args:
+        return True
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.target in _IN_PLACE or getattr(node.target, "__name__", "").endswith("_")
 
 
 def _activation_of(module: nn.Module, node: fx.Node) -> str | None:
@@ -198,10 +299,26 @@ def _activation_of(module: nn.Module, node: fx.Node) -> str | None:
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
+def _move_into(graph: fx.Graph, call: fx.Node, output: fx.Node, addition: fx.Node) -> None:
+    """Let the call of a layer, at the place of the addition, add what is added to its output."""
+    first, second = addition.args
+    residual = second if first is output else first
+    with graph.inserting_before(addition):
+        fused = graph.call_module(str(call.target), (*call.args, residual))
+    addition.replace_all_uses_with(fused)
+    graph.erase_node(addition)
+    while output is not call:
+        identity, output = output, output.args[0]  # type: ignore[assignment]
+        graph.erase_node(identity)
+    graph.erase_node(call)
+
+
 def _graph_module(part: _Part) -> fx.GraphModule:
-    for _, _, node in part.pairs:
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-        part.graph.erase_node(node)
+    for fusion in part.fusions:
+        if fusion.addition is not None:
+            _move_into(part.graph, fusion.call, fusion.output, fusion.addition)
+        fusion.applied.replace_all_uses_with(fusion.applied.args[0])  # type: ignore[arg-type]
+        part.graph.erase_node(fusion.applied)
     for node in part.graph.nodes:
         if isinstance(node.type, str):  # an annotation, which a pickle would look up as a class
             node.type = None

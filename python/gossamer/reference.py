@@ -185,11 +185,16 @@ def blocksparse_gather(
 
 
 def blocksparse_linear(
-    x: Tensor, weight: BlockSparse, bias: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    weight: BlockSparse,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = act(x Wᵀ + b), summed over the live blocks alone: the convolution of no axes."""
+    """y = act(x Wᵀ + b + residual), over the live blocks alone: the convolution of no axes."""
     rows = x.reshape(-1, x.shape[-1])
-    y = blocksparse_conv(rows, weight, bias, (), (), (), activation=activation)
+    added = None if residual is None else residual.reshape(-1, weight.shape[0])
+    y = blocksparse_conv(rows, weight, bias, (), (), (), activation=activation, residual=added)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -202,10 +207,13 @@ def blocksparse_conv(
     dilation: Sequence[int],
     padding_mode: str = "zeros",
     activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = act(W * x + b) of x [batch, C_in, *extents], summed over the live blocks alone.
+    """y = act(W * x + b + residual) of x [batch, C_in, *extents], over the live blocks alone.
 
-    ``padding`` is what goes before and after x along each axis. A NaN or an infinity in x goes
+    ``padding`` is what goes before and after x along each axis. Sums, bias and residual are added
+    in float32 (or the dtype, if that is wider), and what the activation makes of them is rounded
+    once; ``sparse24_conv`` takes a residual the same way. A NaN or an infinity in x goes
     through every position of a live block, zeros included, and never through the others.
     """
     around = [size for both in reversed(padding) for size in both]
@@ -233,6 +241,8 @@ def blocksparse_conv(
         y[:, first : first + values.shape[0]] += product
     if bias is not None:
         y = y + bias.view(-1, *(1,) * len(out))
+    if residual is not None:
+        y = y + residual
     return activate(y, activation)
 
 

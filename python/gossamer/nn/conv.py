@@ -192,8 +192,11 @@ class SparseConv(TrainableModule):
         self._give_to(conv, weight)
         return conv
 
-    def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``input`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch.
+
+        ``residual``, of the result's shape, is added before the activation: ``relu(conv(x) + y)``
+        in one pass.
 
         Raises
         ------
@@ -211,10 +214,10 @@ class SparseConv(TrainableModule):
         activation = self.activation or "none"
         if isinstance(self.pattern, Block):
             blocks = (stored, self.crow_indices, self.col_indices)
-            rest = (*kind, *geometry, activation, self.pattern.cols if packed else 0)
+            rest = (*kind, *geometry, activation, self.pattern.cols if packed else 0, residual)
             return blocksparse_conv_tensors(input, *blocks, *rest)
         indices = None if packed else self.indices
-        rest = (*geometry, activation)
+        rest = (*geometry, activation, residual)
         dtype = self._panels_dtype or stored.dtype
         return sparse24_conv_tensors(input, stored, indices, *kind, dtype, *rest)
 

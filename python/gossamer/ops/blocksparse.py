@@ -1,4 +1,4 @@
-"""Linear layers and convolutions with a block-sparse weight: y = act(W * x + b).
+"""Linear layers and convolutions with a block-sparse weight: y = act(W * x + b + residual).
 
 Both are one registered op, ``blocksparse_product``: a linear layer is the convolution of no axes.
 ``_product`` applies autocast, ``_autograd`` picks the gradient or goes below it, ``_native``
@@ -22,8 +22,11 @@ from .conv_geometry import Sizes, prepare
 from .conv_operands import (
     Geometry,
     as_5d,
+    check_residual,
     empty_result,
+    finish,
     is_channels_last,
+    residual_in_5d,
 )
 from .operands import (
     activation_of,
@@ -45,8 +48,9 @@ def blocksparse_linear(
     weight: BlockSparse | BlockSparsePanels,
     bias: Tensor | None = None,
     activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Linear layer with a block-sparse weight: ``act(x @ W.T + bias)``.
+    """Linear layer with a block-sparse weight: ``act(x @ W.T + bias + residual)``.
 
     Sums run over the live blocks only: a NaN or an infinity in ``x`` goes through every position
     of a live block, zeros included, and never through the others.
@@ -61,6 +65,8 @@ def blocksparse_linear(
         [N] in the weight's dtype.
     activation : {None, "relu", "gelu", "silu"}
         Applied to the sum; "gelu" is the exact one, by erf.
+    residual : Tensor, optional
+        [..., N] in the weight's dtype, added before the activation: see ``blocksparse_conv``.
 
     Returns
     -------
@@ -83,7 +89,10 @@ def blocksparse_linear(
             "gossamer.blocksparse_conv"
         )
     blocks, cols = _stored(weight)
-    return blocksparse_linear_tensors(x, *blocks, bias, weight.shape, activation or "none", cols)
+    activation = activation or "none"
+    return blocksparse_linear_tensors(
+        x, *blocks, bias, weight.shape, activation, cols, residual=residual
+    )
 
 
 def blocksparse_linear_tensors(
@@ -95,13 +104,17 @@ def blocksparse_linear_tensors(
     shape: tuple[int, ...],
     activation: str = "none",
     packed_cols: int = 0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``blocksparse_linear`` on values, or on panels of blocks of ``packed_cols`` columns."""
     dims = x.dim()
     check_features(_LINEAR, x, dims, shape[1])
     blocks = (values, crow_indices, col_indices)
     rest = (shape, 1, (), (), (), packed_cols, activation)
-    y = _product(_LINEAR, as_rows(x, dims), *blocks, bias, *rest)
+    if residual is not None:
+        check_residual(_LINEAR, residual, (*x.shape[:-1], shape[0]))
+        residual = as_rows(residual, dims)
+    y = _product(_LINEAR, as_rows(x, dims), *blocks, bias, residual, *rest)
     return y if dims == 2 else y.view(*x.shape[:-1], shape[0])
 
 
@@ -114,6 +127,7 @@ def blocksparse_conv(
     dilation: Sizes = 1,
     padding_mode: str = "zeros",
     activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolution with a block-sparse weight, of as many axes as its kernel has: 1, 2 or 3.
 
@@ -138,6 +152,11 @@ def blocksparse_conv(
         As for ``torch.nn.Conv2d``.
     activation : {None, "relu", "gelu", "silu"}
         Applied to the sum; "gelu" is the exact one, by erf.
+    residual : Tensor, optional
+        In the result's shape and the weight's dtype, added before the activation. On a CPU that is
+        one pass over the result, with one rounding at its end; where a gradient is wanted or x is
+        on a GPU, torch adds to the rounded result of the convolution. It is read fastest in the
+        memory format of ``x``.
 
     Returns
     -------
@@ -173,6 +192,7 @@ def blocksparse_conv(
         padding_mode,
         activation or "none",
         packed_cols,
+        residual,
     )
 
 
@@ -190,12 +210,13 @@ def blocksparse_conv_tensors(
     padding_mode: str = "zeros",
     activation: str = "none",
     packed_cols: int = 0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``blocksparse_conv`` on values, or on panels of blocks of ``packed_cols`` columns."""
     conv = prepare(_CONV, x, shape, groups, stride, padding, dilation, padding_mode)
     blocks, steps = (values, crow_indices, col_indices), (conv.stride, conv.padding, conv.dilation)
     rest = (tuple(shape), groups, *steps, packed_cols, activation)
-    return conv.result(_product(_CONV, conv.x, *blocks, bias, *rest))
+    return conv.result(_product(_CONV, conv.x, *blocks, bias, conv.batch_of(residual), *rest))
 
 
 def check_format(op: str, weight: object) -> None:
@@ -215,7 +236,14 @@ def _stored(weight: BlockSparse | BlockSparsePanels) -> tuple[tuple[Tensor, Tens
 
 
 def _product(
-    op: str, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+    op: str,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     autocast = autocast_dtype(x)
     if autocast is not None:
@@ -224,17 +252,18 @@ def _product(
         # Panels keep their dtype: rewriting them at every call would cost more than the product.
         x = autocast_to(x, values.dtype)
         bias = None if bias is None else autocast_to(bias, values.dtype)
-    check_dtypes(op, values.dtype, x=x, bias=bias)
+        residual = None if residual is None else autocast_to(residual, values.dtype)
+    check_dtypes(op, values.dtype, x=x, bias=bias, residual=residual)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd
-    y: Tensor = call(x, values, crow, col, bias, *rest)
+    y: Tensor = call(x, values, crow, col, bias, residual, *rest)
     return y if autocast is None else autocast_to(y, autocast)
 
 
 library.define(
     "blocksparse_product(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
-    "Tensor? bias, SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, int packed_cols, str activation) -> Tensor",
+    "Tensor? bias, Tensor? residual, SymInt[] shape, SymInt groups, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, int packed_cols, str activation) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _op = torch.ops.gossamer.blocksparse_product.default
@@ -260,7 +289,7 @@ def blocksparse_by_way(
         x, steps = conv.x, (conv.stride, conv.padding, conv.dilation)
     blocks = (weight.values, weight.crow_indices, weight.col_indices)
     rest = (tuple(weight.shape), weight.groups, *steps, 0, "none")
-    return _native(x, *blocks, None, *rest, way=way)
+    return _native(x, *blocks, None, None, *rest, way=way)
 
 
 def _native(
@@ -269,11 +298,15 @@ def _native(
     crow: Tensor,
     col: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     *rest: Any,
     way: tuple[str, int, int, int] | None = None,
 ) -> Tensor:
     *numbers, activation = rest
     geometry = Geometry(*numbers)
+    if residual is not None and _is_cuda(x):
+        y = _native(x, values, crow, col, bias, None, *numbers, "none", way=way)
+        return finish(_op_of(geometry), y, residual, activation)
     last = is_channels_last(x)
     y = empty_result(_op_of(geometry), x, bias, geometry)
     given = as_5d(x.contiguous() if x.dim() == 2 or not last else x, last)
@@ -289,6 +322,7 @@ def _native(
         crow.contiguous(),
         col.contiguous(),
         None if bias is None else bias.contiguous(),
+        residual_in_5d(_op_of(geometry), residual, y, last),
         geometry.groups,
         *geometry.in_3d(),
         last or turned,
@@ -318,29 +352,42 @@ def _is_cuda(t: Tensor) -> bool:
 
 
 def _fake(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     *numbers, activation = rest
     geometry = Geometry(*numbers)
     activation_of(_op_of(geometry), activation)
     indices = {"crow_indices": crow, "col_indices": col}
-    check_devices(_op_of(geometry), x, weight=values, **indices, bias=bias)
-    return empty_result(_op_of(geometry), x, bias, geometry)
+    check_devices(_op_of(geometry), x, weight=values, **indices, bias=bias, residual=residual)
+    y = empty_result(_op_of(geometry), x, bias, geometry)
+    check_residual(_op_of(geometry), residual, y.shape)
+    return y
 
 
 def _autograd(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
-    if gradient_wanted(x, values, bias):
+    if gradient_wanted(x, values, bias, residual):
         *numbers, activation = rest
         # Lists as tuples: functorch keeps them.
         numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
         y: Tensor = _apply_product(x, values, crow, col, bias, *numbers)
         # Outside, for torch to differentiate.
-        activate = activation_of(_op_of(Geometry(*numbers)), activation)
-        return y if activate is None else activate(y)
+        return finish(_op_of(Geometry(*numbers)), y, residual, activation)
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(x, values, crow, col, bias, *rest)
+        return _op(x, values, crow, col, bias, residual, *rest)
 
 
 library.impl("blocksparse_product", _native, "CPU")
@@ -356,8 +403,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(*operands: Any) -> Tensor:
+        tensors, numbers = operands[:5], operands[5:]
         with torch._C._AutoDispatchBelowAutograd():
-            return _op(*operands, "none")
+            return _op(*tensors, None, *numbers, "none")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -95,7 +95,7 @@ class Dvalues(torch.autograd.Function):
         geometry = Geometry(*ctx.geometry)
         ddy = dx = None
         if ctx.needs_input_grad[0]:
-            ddy = _product()(x, grad, crow, col, None, *geometry, "none")
+            ddy = _product()(x, grad, crow, col, None, None, *geometry, "none")
         if ctx.needs_input_grad[1]:
             dx = dx_of(dy, grad, crow, col, x.shape, geometry)
         return ddy, dx, *(None,) * (len(geometry) + 3)
@@ -140,7 +140,7 @@ def dx_of(
         transposed = transposed_geometry(geometry)
         if transposed is not None:
             blocks = transpose_blocks(values, crow, col, geometry)
-            by_blocks: Tensor = _product()(dy, *blocks, None, *transposed, "none")
+            by_blocks: Tensor = _product()(dy, *blocks, None, None, *transposed, "none")
             return by_blocks
         # How many blocks a phase has is known where there are numbers alone, and not per sample.
         if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
@@ -167,7 +167,7 @@ def _dx_by_phases(
         dx.zero_()
     for phase in phases:
         blocks = transpose_blocks(*weight, geometry, phase.taps)
-        part = _product()(dy, *blocks, None, *phase.geometry, "none")
+        part = _product()(dy, *blocks, None, None, *phase.geometry, "none")
         dx[(..., *phase.pixels)] = part[(..., *phase.kept)]  # type: ignore[index]
     return dx
 

@@ -93,6 +93,9 @@ class Prepared:
     padding: tuple[int, ...]  # zeros, as many before as after
     dilation: tuple[int, ...]
 
+    def batch_of(self, residual: Tensor | None) -> Tensor | None:
+        return residual if self.batched or residual is None else residual.unsqueeze(0)
+
     def result(self, y: Tensor) -> Tensor:
         """y without a batch where x had none."""
         return y if self.batched else y.squeeze(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .conv_geometry import check_channels, output_sizes
-from .operands import check_bias
+from .operands import activation_of, check_bias
 
 
 class Geometry(NamedTuple):
@@ -44,6 +44,33 @@ def empty_result(op: str, x: Tensor, bias: Tensor | None, geometry: Geometry) ->
     memory_format = torch.contiguous_format if last is None else last
     size = (x.shape[0], shape[0], *sizes)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def check_residual(op: str, residual: Tensor | None, size: Sequence[int]) -> None:
+    if residual is not None and residual.shape != tuple(size):
+        raise ValueError(
+            f"{op}: residual has shape {list(residual.shape)}, the result {list(size)}"
+        )
+
+
+def residual_in_5d(
+    op: str, residual: Tensor | None, y: Tensor, channels_last: bool
+) -> Tensor | None:
+    """The residual as kernels read it: checked, and in the layout of y."""
+    check_residual(op, residual, y.shape)
+    if residual is None:
+        return None
+    last = LAST.get(y.dim()) if channels_last else None
+    memory_format = torch.contiguous_format if last is None else last
+    return as_5d(residual.contiguous(memory_format=memory_format), channels_last)
+
+
+def finish(op: str, y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """act(y + residual) by torch, for it to differentiate, or where a kernel does not do it."""
+    check_residual(op, residual, y.shape)
+    activate = activation_of(op, activation)
+    y = y if residual is None else y + residual
+    return y if activate is None else activate(y)
 
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

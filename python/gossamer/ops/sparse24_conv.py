@@ -24,9 +24,12 @@ from .conv_operands import (
     LAST,
     Geometry,
     as_5d,
+    check_residual,
     dense_gradients,
     empty_result,
+    finish,
     is_channels_last,
+    residual_in_5d,
 )
 from .operands import (
     activation_of,
@@ -51,6 +54,7 @@ def sparse24_conv(
     dilation: Sizes = 1,
     padding_mode: str = "zeros",
     activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolution with a 2:4 weight, of as many axes as its kernel has: 1, 2 or 3.
 
@@ -68,7 +72,7 @@ def sparse24_conv(
     weight : Sparse24Conv or Sparse24ConvPairs
         The [C_out, C_in / groups, *kernel size] weight; the groups are its own. Gradients flow to
         ``Sparse24Conv.values``, and to nothing in the pairs.
-    bias, stride, padding, dilation, padding_mode, activation
+    bias, stride, padding, dilation, padding_mode, activation, residual
         As for ``blocksparse_conv``.
 
     Returns
@@ -110,6 +114,7 @@ def sparse24_conv(
         dilation,
         padding_mode,
         activation or "none",
+        residual,
     )
 
 
@@ -126,31 +131,34 @@ def sparse24_conv_tensors(
     dilation: Sizes = 1,
     padding_mode: str = "zeros",
     activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``sparse24_conv`` on a format's tensors: values and indices, or pairs and None."""
     conv = prepare(_OP, x, shape, groups, stride, padding, dilation, padding_mode)
-    x, autocast = conv.x, autocast_dtype(x)
+    x, residual, autocast = conv.x, conv.batch_of(residual), autocast_dtype(x)
     if autocast is not None:
         if indices is not None:
             stored = autocast_to(stored, autocast)
             dtype = stored.dtype
         x = autocast_to(x, dtype)
         bias = None if bias is None else autocast_to(bias, dtype)
+        residual = None if residual is None else autocast_to(residual, dtype)
     # Pairs are words: past this line nothing knows the dtype of what they hold.
-    for name, operand in (("x", x), ("bias", bias)):
+    for name, operand in (("x", x), ("bias", bias), ("residual", residual)):
         if operand is not None and operand.dtype != dtype:
             raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {dtype}")
     steps = (conv.stride, conv.padding, conv.dilation)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd
-    y: Tensor = call(x, stored, indices, bias, tuple(shape), groups, *steps, activation)
+    rest = (tuple(shape), groups, *steps, activation)
+    y: Tensor = call(x, stored, indices, bias, residual, *rest)
     return conv.result(y if autocast is None else autocast_to(y, autocast))
 
 
 library.define(
-    "sparse24_conv(Tensor x, Tensor values, Tensor? indices, Tensor? bias, SymInt[] shape, "
-    "SymInt groups, SymInt[] stride, SymInt[] padding, SymInt[] dilation, str activation) "
-    "-> Tensor",
+    "sparse24_conv(Tensor x, Tensor values, Tensor? indices, Tensor? bias, Tensor? residual, "
+    "SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "str activation) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _op = torch.ops.gossamer.sparse24_conv.default
@@ -199,20 +207,26 @@ def choose(
 
 
 def _native(
-    x: Tensor, stored: Tensor, indices: Tensor | None, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     *numbers, activation = rest
     geometry = Geometry(*numbers)
     last = is_channels_last(x)
     y = empty_result(_OP, x, bias, geometry)
     if choose(x, y, geometry, indices is None, last)["kernel"] == "dense":
-        return _dense(x, stored, indices, bias, *rest)
+        return _dense(x, stored, indices, bias, residual, *rest)
     _C.sparse24_conv(
         as_5d(y, last),
         as_5d(x if last else x.contiguous(), last),
         stored.contiguous(),
         None if indices is None else indices.contiguous(),
         None if bias is None else bias.contiguous(),
+        residual_in_5d(_OP, residual, y, last),
         geometry.groups,
         *geometry.in_3d(),
         last,
@@ -223,18 +237,22 @@ def _native(
 
 
 def _dense(
-    x: Tensor, stored: Tensor, indices: Tensor | None, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     """The same by torch's convolution with the dense weight."""
     *numbers, activation = rest
     geometry = Geometry(*numbers)
-    check_devices(_OP, x, weight=stored, indices=indices, bias=bias)
-    activate = activation_of(_OP, activation)
+    check_devices(_OP, x, weight=stored, indices=indices, bias=bias, residual=residual)
     memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
     weight = _dense_weight(stored, indices, geometry, x.dtype)
     steps = (geometry.stride, geometry.padding, geometry.dilation)
     y = _CONVS[x.dim()](x, weight, bias, *steps, geometry.groups)
-    y = y if activate is None else activate(y)
+    y = finish(_OP, y, residual, activation)
     # torch's conv1d returns a view, which could not be written to where gradients are recorded.
     return y.data.contiguous(memory_format=memory_format)
 
@@ -249,27 +267,38 @@ def _dense_weight(
 
 
 def _fake(
-    x: Tensor, stored: Tensor, indices: Tensor | None, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     *numbers, activation = rest
     activation_of(_OP, activation)
-    check_devices(_OP, x, weight=stored, indices=indices, bias=bias)
-    return empty_result(_OP, x, bias, Geometry(*numbers))
+    check_devices(_OP, x, weight=stored, indices=indices, bias=bias, residual=residual)
+    y = empty_result(_OP, x, bias, Geometry(*numbers))
+    check_residual(_OP, residual, y.shape)
+    return y
 
 
 def _autograd(
-    x: Tensor, stored: Tensor, indices: Tensor | None, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
-    if gradient_wanted(x, stored, bias):
+    if gradient_wanted(x, stored, bias, residual):
         *numbers, activation = rest
         # Lists as tuples: functorch keeps them.
         numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
         y: Tensor = _apply_conv(x, stored, indices, bias, *numbers)
         # Outside, for torch to differentiate.
-        activate = activation_of(_OP, activation)
-        return y if activate is None else activate(y)
+        return finish(_OP, y, residual, activation)
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(x, stored, indices, bias, *rest)
+        return _op(x, stored, indices, bias, residual, *rest)
 
 
 library.impl("sparse24_conv", _native, "CPU")
@@ -287,8 +316,9 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(*operands: Any) -> Tensor:
+        tensors, numbers = operands[:4], operands[4:]
         with torch._C._AutoDispatchBelowAutograd():
-            return _op(*operands, "none")
+            return _op(*tensors, None, *numbers, "none")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
