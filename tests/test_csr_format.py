@@ -208,8 +208,11 @@ def test_random_places_are_all_equally_likely() -> None:
     free = torch.ones(12, dtype=torch.bool)
     free[live] = False
     assert 100 < float(counts[free].min()) <= float(counts[free].max()) < 200  # 150 +- 11
-    few = random_places((1000, 1000), live, 300)
-    assert few.shape == few.unique(dim=1).shape == (2, 300)
+    for count in (0, 300, 200_000, 600_000, 999_996):
+        some = random_places((1000, 1000), live, count)
+        keys = some[0] * 1000 + some[1]
+        assert keys.shape == keys.unique().shape == (count,)
+        assert not torch.isin(live, keys).any()
     assert random_places((3, 4), live, 8).shape == (2, 8)
     with pytest.raises(ValueError, match="9 of 8"):
         random_places((3, 4), live, 9)
