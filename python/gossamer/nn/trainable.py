@@ -163,6 +163,11 @@ class TrainableModule(PackableModule):
         self._unpack()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As torch's; of a packed layer also of the Parameter ``values`` that unpacking makes."""
+        self._values_require_grad = requires_grad
+        return super().requires_grad_(requires_grad)
+
     @property
     def weight_requires_grad(self) -> bool:
         """Whether ``values`` is trained, or will be once unpacked."""
