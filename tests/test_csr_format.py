@@ -256,3 +256,18 @@ def test_convert() -> None:
     assert "no figures for unstructured" in report["0"].reason
     with pytest.raises(ValueError, match="without a density"):
         convert(dense, Unstructured(), "magnitude")
+
+
+def test_a_state_is_loaded_by_swapping_too() -> None:
+    layer = SparseLinear(40, 30, pattern=Unstructured(0.3))
+    state = SparseLinear(40, 30, pattern=Unstructured(0.3)).state_dict()
+    layer(torch.randn(3, 40)).sum().backward()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, state[name])
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))

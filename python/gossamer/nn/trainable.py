@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._cuda_module import obstacle
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, BlockSparse, BlockSparsePanels, SparseCsr
+from ..ops.csr_pattern import forget
 from .packable import PackableModule
 from .patterns import Panels, Pattern, PatternName, Portable
 
@@ -256,6 +257,8 @@ class TrainableModule(PackableModule):
     ) -> None:
         wants_panels = self._wants_panels()
         self._unpack()
+        for name in self._pattern.index_names:
+            forget(getattr(self, name))
         # Assigned, a weight may have another number of blocks; torch compares shapes all the same.
         if local_metadata.get("assign_to_params_buffers", False):
             for name in ("values", *self._pattern.index_names):
