@@ -16,17 +16,16 @@
 // stage, and has the places of the next tap's in registers before it needs them. A warp whose 32
 // positions have nothing of a tap leaves its products out. Where rows do not begin at multiples of
 // 16 bytes, their pieces go through registers instead, element by element.
-#include "common/activation.cuh"
 #include "common/check.h"
+#include "common/pieces.cuh"
 #include "common/ptx.cuh"
+#include "common/stored_run.cuh"
 #include "pointcloud/conv_cuda.h"
 #include "pointcloud/conv_tile.cuh"
-#include "pointcloud/pieces.cuh"
 
 namespace gossamer::pointcloud {
 namespace {
 
-constexpr int kRun = 8;         // outputs that a lane stores together
 constexpr int kSumPadding = 4;  // so that lanes write to different banks
 constexpr int kSumRows = 16;    // of a warp, that go through shared memory at once
 
@@ -88,37 +87,16 @@ template <class T, int kTile>
 __device__ __forceinline__ void store(const Args& args, const float* sums, int64_t position,
                                       int first_output, int lane) {
   using Sizes = Tile<kTile>;
-  constexpr int kRuns = Sizes::kWarpOutputs / kRun;
+  constexpr int kRun = StoredRun<T>::kRun, kRuns = Sizes::kWarpOutputs / kRun;
   const int column = lane % kRuns * kRun, output = first_output + column;
-  const int count = min(args.c_out - output, kRun);
-  if (count <= 0) return;
-  float bias[kRun];
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    const bool there = args.bias != nullptr && i < count;
-    bias[i] = there ? ptx::to_float(static_cast<const T*>(args.bias)[output + i]) : 0.0f;
-  }
+  const StoredRun<T> run(output, min(args.c_out - output, kRun), args.bias, args.activation);
+  if (run.count <= 0) return;
 #pragma unroll 1
   for (int row = lane / kRuns; row < kSumRows; row += kWarp / kRuns) {
     const int to = args.table.rows[position + row];
     if (static_cast<unsigned>(to) >= static_cast<unsigned>(args.table.n_out)) continue;
-    float y[kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) y[i] = sums[row * Sizes::kSumStride + column + i] + bias[i];
-    if (args.activation != Activation::kNone) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) y[i] = activate(y[i], args.activation);
-    }
-    T* out = static_cast<T*>(args.y) + int64_t{to} * args.c_out + output;
-    if (count == kRun && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-      ptx::store16(out, {ptx::pack<T>(y[0], y[1]), ptx::pack<T>(y[2], y[3]),
-                         ptx::pack<T>(y[4], y[5]), ptx::pack<T>(y[6], y[7])});
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (i < count) out[i] = ptx::from_float<T>(y[i]);
-      }
-    }
+    run.store(static_cast<T*>(args.y) + int64_t{to} * args.c_out,
+              sums + row * Sizes::kSumStride + column);
   }
 }
 

@@ -2,8 +2,8 @@
 // What the convolutions share: where a thread block stands in the table of outputs, the taps it
 // visits, and how their rows of x and weights come into shared memory.
 #include "common/launch.cuh"
+#include "common/pieces.cuh"
 #include "pointcloud/conv_cuda.h"
-#include "pointcloud/pieces.cuh"
 
 namespace gossamer::pointcloud {
 

@@ -12,10 +12,10 @@
 //
 // float32 is multiplied without tensor cores, 8 channels x 4 outputs a thread.
 #include "common/check.h"
+#include "common/pieces.cuh"
 #include "common/ptx.cuh"
 #include "common/run.cuh"
 #include "pointcloud/conv_cuda.h"
-#include "pointcloud/pieces.cuh"
 
 namespace gossamer::pointcloud {
 namespace {

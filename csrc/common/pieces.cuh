@@ -5,7 +5,7 @@
 #include "common/ptx.cuh"
 #include "common/run.cuh"
 
-namespace gossamer::pointcloud {
+namespace gossamer {
 
 template <int kPieces>  // of a row: 4, or a multiple of 8
 __device__ __forceinline__ int place_of(int row, int piece) {
@@ -45,4 +45,4 @@ bool in_pieces(const void* data, int64_t stride, int64_t channels) {
          channels % kEach == 0;
 }
 
-}  // namespace gossamer::pointcloud
+}  // namespace gossamer
