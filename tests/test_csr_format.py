@@ -208,8 +208,11 @@ def test_random_places_are_all_equally_likely() -> None:
     free = torch.ones(12, dtype=torch.bool)
     free[live] = False
     assert 100 < float(counts[free].min()) <= float(counts[free].max()) < 200  # 150 +- 11
-    few = random_places((1000, 1000), live, 300)
-    assert few.shape == few.unique(dim=1).shape == (2, 300)
+    for count in (0, 300, 8_000, 24_000, 39_996):
+        some = random_places((200, 200), live, count)
+        keys = some[0] * 200 + some[1]
+        assert keys.shape == keys.unique().shape == (count,)
+        assert not torch.isin(live, keys).any()
     assert random_places((3, 4), live, 8).shape == (2, 8)
     with pytest.raises(ValueError, match="9 of 8"):
         random_places((3, 4), live, 9)
@@ -253,3 +256,18 @@ def test_convert() -> None:
     assert "no figures for unstructured" in report["0"].reason
     with pytest.raises(ValueError, match="without a density"):
         convert(dense, Unstructured(), "magnitude")
+
+
+def test_a_state_is_loaded_by_swapping_too() -> None:
+    layer = SparseLinear(40, 30, pattern=Unstructured(0.3))
+    state = SparseLinear(40, 30, pattern=Unstructured(0.3)).state_dict()
+    layer(torch.randn(3, 40)).sum().backward()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, state[name])
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))

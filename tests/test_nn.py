@@ -95,6 +95,8 @@ def test_from_dense_keeps_flags_and_copies_the_bias() -> None:
     assert layer.bias is not linear.bias
     assert not layer.to_dense().weight.requires_grad
     assert not layer.pack().unpack().values.requires_grad
+    assert layer.pack().requires_grad_().unpack().values.requires_grad
+    assert not layer.pack().requires_grad_(False).unpack().values.requires_grad
 
 
 MISTAKES = {

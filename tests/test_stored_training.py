@@ -128,6 +128,12 @@ def test_rigl_pairs_what_belongs_to_one_call() -> None:
     assert made.steps == 1
     for keys, layer in zip(before, made.layers.values(), strict=True):
         assert torch.equal(keys, layer.weight.keys())
+    made.schedule.every = 2
+    made.steps = 2
+    made.step()  # no change is due
+    assert made.steps == 3
+    made.step()
+    assert made.steps == 3
     with pytest.raises(ValueError, match="by gradient of the state is False"):
         made.load_state_dict(sparsify.SET.stored(model, adam(model), end=9, every=1).state_dict())
 

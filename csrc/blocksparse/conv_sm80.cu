@@ -24,10 +24,11 @@
 // side by side in x, or not at multiples of 16 bytes, the same places are filled element by element
 // instead.
 #include "blocksparse/conv_cuda.h"
-#include "blocksparse/conv_store.cuh"
 #include "blocksparse/conv_tile.cuh"
 #include "common/check.h"
+#include "common/pieces.cuh"
 #include "common/ptx.cuh"
+#include "common/stored_run.cuh"
 
 namespace gossamer::blocksparse {
 namespace {
@@ -75,10 +76,6 @@ struct Args {
 
 // ---- a stage into shared memory -----------------------------------------------------------------
 
-__device__ __forceinline__ int place_of(int row, int piece) {
-  return row * kPieces + (piece ^ (row % 8));
-}
-
 // Threads by rows of 2, 4 or 8 pieces. Eight neighbouring threads write 128 bytes at once: rows are
 // dealt out so that theirs differ in the bits that the pieces leave to them.
 struct PieceOfThread {
@@ -91,10 +88,6 @@ struct PieceOfThread {
     step = threads / pieces;
   }
 };
-
-__device__ __forceinline__ int bytes_of(int channels, int piece) {
-  return 2 * min(max(channels - 8 * piece, 0), 8);
-}
 
 template <int kTile>
 class Loader {
@@ -144,32 +137,32 @@ class Loader {
         if (at_.sees(args_.layout, shared_.positions.data()[row])) inside_ |= bit;
       }
     }
-    const int bytes = bytes_of(at_.channels, mine_.piece);
+    const int bytes = bytes_of<2>(at_.channels, mine_.piece);
     const int64_t offset = at_.offset + 8 * mine_.piece;
     unsigned inside = bytes > 0 ? inside_ : 0;
 #pragma unroll 4
     for (int row = mine_.row; row < T::kPixels; row += mine_.step, inside >>= 1) {
       const int64_t from = inside & 1 ? shared_.offsets.data()[row] + offset : 0;
-      ptx::cp_async16(x + place_of(row, first + mine_.piece), args_.x + from,
+      ptx::cp_async16(x + place_of<kPieces>(row, first + mine_.piece), args_.x + from,
                       inside & 1 ? bytes : 0);
     }
   }
 
   __device__ void copy_weights(uint4* w, int first, int block) {
-    const int bytes = bytes_of(at_.channels, mine_.piece);
+    const int bytes = bytes_of<2>(at_.channels, mine_.piece);
     for (int row = mine_.row; row < T::kOutputs; row += mine_.step) {
       const int from = __shfl_sync(kAllLanes, block, row / kGranule);
       const int within = row & (args_.layout.padded_rows - 1);
       if (from < 0 || within >= args_.layout.rows) continue;
       const int64_t offset =
           (int64_t{from} * args_.layout.rows + within) * args_.layout.cols + 8 * mine_.piece;
-      ptx::cp_async16(w + place_of(row, first + mine_.piece),
+      ptx::cp_async16(w + place_of<kPieces>(row, first + mine_.piece),
                       args_.values + (bytes > 0 ? offset : 0), bytes);
     }
   }
 
   __device__ static void put(uint4* stage, int row, int first, int channel, uint16_t value) {
-    uint4* piece = stage + place_of(row, first + channel / 8);
+    uint4* piece = stage + place_of<kPieces>(row, first + channel / 8);
     reinterpret_cast<uint16_t*>(piece)[channel % 8] = value;
   }
 
@@ -225,15 +218,16 @@ __device__ __forceinline__ void store_pixels(const Args& args, const OutputTile&
                                              const float* sums, int64_t first_pixel,
                                              int first_output, int lane) {
   using Sizes = Tile<kTile>;
-  constexpr int kRuns = Sizes::kWarpOutputs / kRun;
+  constexpr int kRun = StoredRun<T>::kRun, kRuns = Sizes::kWarpOutputs / kRun;
   const int column = lane % kRuns * kRun;
-  const StoredRun<T> run(tile.run(args.layout, first_output + column, kRun, Sizes::kOutputs),
-                         args.bias, args.activation);
+  const auto there = tile.run(args.layout, first_output + column, kRun, Sizes::kOutputs);
+  const StoredRun<T> run(there.first, there.count, args.bias, args.activation);
   if (run.count == 0) return;
 #pragma unroll 1
   for (int row = lane / kRuns; row < Sizes::kWarpPixels; row += kWarp / kRuns) {
     if (first_pixel + row >= args.layout.pixels) return;
-    run.store(args.layout, args.out, first_pixel + row, sums + row * Sizes::kSumStride + column);
+    run.store(static_cast<T*>(args.out) + args.layout.out_offset(first_pixel + row),
+              sums + row * Sizes::kSumStride + column);
   }
 }
 

@@ -41,8 +41,8 @@
 
 #include "blocksparse/conv_cuda.h"
 #include "blocksparse/conv_sm90_producer.cuh"
-#include "blocksparse/conv_store.cuh"
 #include "common/check.h"
+#include "common/stored_run.cuh"
 
 namespace gossamer::blocksparse {
 namespace {
@@ -96,6 +96,7 @@ __device__ __forceinline__ void store(const float (&sum)[Granules<kSize>::kCount
                                       float* sums, const Args& args, const OutputTile& tile,
                                       int64_t first_pixel, int lane) {
   using G = Granules<kSize>;
+  constexpr int kRun = StoredRun<T>::kRun;
   const int column = lane % 4 * kRun, first_output = G::first(args.outputs) * kSize;
 #pragma unroll 1
   for (int first = 0; first < args.outputs / G::kHalves; first += kPassOutputs) {
@@ -112,12 +113,13 @@ __device__ __forceinline__ void store(const float (&sum)[Granules<kSize>::kCount
       }
     }
     __syncwarp();
-    const StoredRun<T> run(tile.run(args.layout, first_output + first + column, kRun, args.outputs),
-                           args.bias, args.activation);
+    const auto there = tile.run(args.layout, first_output + first + column, kRun, args.outputs);
+    const StoredRun<T> run(there.first, there.count, args.bias, args.activation);
 #pragma unroll 1
     for (int row = lane / 4; row < kWarpPixels && run.count > 0; row += 8) {
       if (first_pixel + row >= args.layout.pixels) break;
-      run.store(args.layout, args.out, first_pixel + row, sums + row * kSumStride + column);
+      run.store(static_cast<T*>(args.out) + args.layout.out_offset(first_pixel + row),
+                sums + row * kSumStride + column);
     }
     __syncwarp();
   }

@@ -19,6 +19,13 @@ class Scratch {
     return memory_.get();
   }
 
+  // Gives memory of more than so many bytes back: what only an unusual shape needs.
+  void release_above(int64_t bytes) {
+    if (size_ <= bytes) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
  private:
   struct Free {
     void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }

@@ -8,8 +8,8 @@
 //
 //   straight  A [row][inner]    B [column][inner]
 //   turned    A [inner][row]    B [inner][column]
-#include "common/activation.cuh"
 #include "common/pieces.cuh"
+#include "common/stored_run.cuh"
 
 namespace gossamer {
 
@@ -25,7 +25,6 @@ struct Lines {
 template <class T, int kRowTiles, int kColumnTiles>  // of 16 rows and of 8 columns
 struct WarpTile {
   static constexpr int kRows = 16 * kRowTiles, kColumns = 8 * kColumnTiles;
-  static constexpr int kRun = 8;                       // columns that a lane stores together
   static constexpr int kSumRows = 16;                  // that go through shared memory at once
   static constexpr int kSumStride = kColumns + 4;      // so that lanes write to different banks
   static constexpr int kSums = kSumRows * kSumStride;  // floats
@@ -100,35 +99,14 @@ struct WarpTile {
   static __device__ __forceinline__ void store_rows(const float* sums, const T* biases,
                                                     Activation activation, int columns, int lane,
                                                     const RowOf& row_of) {
-    constexpr int kRuns = kColumns / kRun;
-    const int column = lane % kRuns * kRun, count = min(columns - column, kRun);
-    if (count <= 0) return;
-    float bias[kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      bias[i] = biases != nullptr && i < count ? ptx::to_float(biases[column + i]) : 0.0f;
-    }
+    constexpr int kRun = StoredRun<T>::kRun, kRuns = kColumns / kRun;
+    const int column = lane % kRuns * kRun;
+    const StoredRun<T> run(column, min(columns - column, kRun), biases, activation);
+    if (run.count <= 0) return;
 #pragma unroll 1
     for (int row = lane / kRuns; row < kSumRows; row += kWarp / kRuns) {
       T* out = row_of(row);
-      if (out == nullptr) continue;
-      out += column;
-      float y[kRun];
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) y[i] = sums[row * kSumStride + column + i] + bias[i];
-      if (activation != Activation::kNone) {
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) y[i] = activate(y[i], activation);
-      }
-      if (count == kRun && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-        ptx::store16(out, {ptx::pack<T>(y[0], y[1]), ptx::pack<T>(y[2], y[3]),
-                           ptx::pack<T>(y[4], y[5]), ptx::pack<T>(y[6], y[7])});
-      } else {
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          if (i < count) out[i] = ptx::from_float<T>(y[i]);
-        }
-      }
+      if (out != nullptr) run.store(out, sums + row * kSumStride + column);
     }
   }
 };

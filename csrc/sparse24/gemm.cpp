@@ -45,6 +45,9 @@ XRows rows_at(const GemmArgs& args, int64_t row, int64_t rows) {
 // few_rows for itself (it stays in L2), by the team of many_rows together (it stays in L3).
 constexpr int64_t kConvertedBytes = 512 << 10, kConvertedTogetherBytes = 8 << 20;
 
+// What a thread of few_rows keeps of x: 28 rows of 150 000 float32. Wider layers are rare.
+constexpr int64_t kKeptBytes = 16 << 20;
+
 int64_t blocks_within(const Weight& w, int64_t bytes) {
   if (w.panels != nullptr) return w.blocks();
   return std::clamp<int64_t>(bytes / (4 * w.block_words()), 1, w.blocks());
@@ -79,6 +82,7 @@ void gemm_few_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& con
       unit.few_rows({panels, blocks, w.records(), x, config.tile, args.m,
                      epilogue_at(args, 0, block * kBlockN)});
     }
+    packed_x.release_above(kKeptBytes);
   });
 }
 

@@ -357,5 +357,8 @@ def test_ways_are_those_that_the_kernels_take() -> None:
     kernel = BlockSparse.from_dense(torch.ones(64, 64, 3, 3).bfloat16(), Block(16, 16))
     ways = blocksparse_ways((1, 64, 9, 9), kernel, channels_last=True, device=H200)
     assert [way[2:] for way in ways if way[0] == "wgmma"] == list(WGMMA_TILES[1:])
-    ways = blocksparse_ways((1, 64, 9, 9), kernel, device=H200)
+    # Channels that lie apart are laid side by side first, where they come in eights.
+    assert blocksparse_ways((1, 64, 9, 9), kernel, device=H200) == ways
+    kernel = BlockSparse.from_dense(torch.ones(64, 60, 3, 3).bfloat16(), Block(16, 16))
+    ways = blocksparse_ways((1, 60, 9, 9), kernel, device=H200)
     assert {way[0] for way in ways} == {"mma"}

@@ -8,6 +8,7 @@ from torch import Tensor
 from .csr import SparseCsr, from_keys
 
 _OP = "update_pattern"
+_CHUNK = 2**20  # numbers that are drawn at a time
 
 
 def update_pattern(
@@ -130,20 +131,36 @@ def random_places(
     free = shape[0] * shape[1] - live.shape[0]
     if not 0 <= count <= free:
         raise ValueError(f"random_places: {count} of {free} places that do not live")
-    if 4 * count >= free:
-        ranks = torch.randperm(free, generator=generator, device="cpu")[:count].sort().values
-    else:
-        ranks = torch.empty(0, dtype=torch.int64, device="cpu")
-        while ranks.shape[0] < count:
-            more = count - ranks.shape[0] + 16
-            drawn = torch.randint(free, (more,), generator=generator, device="cpu")
-            ranks = torch.cat([ranks, drawn]).unique()
-        extra = torch.randperm(ranks.shape[0], generator=generator, device="cpu")[count:]
-        kept = torch.ones(ranks.shape[0], dtype=torch.bool, device="cpu")
-        kept[extra] = False
-        ranks = ranks[kept]
-    ranks = ranks.to(live.device)
+    draw = _ranks_by_marks if 8 * count >= free else _ranks_by_sorting
+    ranks = draw(free, count, generator).to(live.device)
     # So many free places come before each live one.
     before = live - torch.arange(live.shape[0], device=live.device)
     keys = ranks + torch.searchsorted(before, ranks, right=True)
     return torch.stack([keys // shape[1], keys % shape[1]])
+
+
+# Never more are drawn than are missing, and what was drawn stays. No place is treated unlike
+# another, so the set that is there in the end is as likely as any other of its size.
+
+
+def _ranks_by_sorting(free: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """Increasing numbers below ``free``; memory of those that are drawn."""
+    ranks = torch.empty(0, dtype=torch.int64, device="cpu")
+    while (missing := count - ranks.shape[0]) > 0:
+        drawn = torch.randint(free, (missing,), generator=generator, device="cpu")
+        ranks = torch.cat([ranks, drawn]).unique()
+    return ranks
+
+
+def _ranks_by_marks(free: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """The same with a byte for each there is: of the smaller part, those drawn or those left."""
+    marks = torch.zeros(free, dtype=torch.bool, device="cpu")
+    missing = fewer = min(count, free - count)
+    while missing > 0:
+        for first in range(0, missing, _CHUNK):
+            size = (min(_CHUNK, missing - first),)
+            marks[torch.randint(free, size, generator=generator, device="cpu")] = True
+        missing = fewer - int(marks.count_nonzero())
+    if fewer < count:
+        marks.logical_not_()
+    return marks.nonzero()[:, 0]

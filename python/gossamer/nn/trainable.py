@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._cuda_module import obstacle
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, BlockSparse, BlockSparsePanels, SparseCsr
+from ..ops.csr_pattern import forget
 from .packable import PackableModule
 from .patterns import Panels, Pattern, PatternName, Portable
 
@@ -163,6 +164,11 @@ class TrainableModule(PackableModule):
         self._unpack()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As torch's; of a packed layer also of the Parameter ``values`` that unpacking makes."""
+        self._values_require_grad = requires_grad
+        return super().requires_grad_(requires_grad)
+
     @property
     def weight_requires_grad(self) -> bool:
         """Whether ``values`` is trained, or will be once unpacked."""
@@ -251,6 +257,8 @@ class TrainableModule(PackableModule):
     ) -> None:
         wants_panels = self._wants_panels()
         self._unpack()
+        for name in self._pattern.index_names:
+            forget(getattr(self, name))
         # Assigned, a weight may have another number of blocks; torch compares shapes all the same.
         if local_metadata.get("assign_to_params_buffers", False):
             for name in ("values", *self._pattern.index_names):

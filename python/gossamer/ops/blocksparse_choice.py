@@ -58,7 +58,8 @@ def blocksparse_choice(
     if isinstance(gpu, int):
         choose = on_cuda(_OP, choose)
     rest = (stride, padding, dilation, padding_mode, channels_last)
-    chosen: dict[str, Any] = choose(*_product(x_shape, weight, *rest), torch.get_num_threads(), gpu)
+    product = _product(x_shape, weight, *rest, gpu is not None)
+    chosen: dict[str, Any] = choose(*product, torch.get_num_threads(), gpu)
     return chosen
 
 
@@ -81,7 +82,7 @@ def blocksparse_ways(
     if isinstance(gpu, int):
         ways = on_cuda(_OP, ways)
     rest = (stride, padding, dilation, padding_mode, channels_last)
-    found: list[Way] = ways(*_product(x_shape, weight, *rest), 0 if gpu is None else gpu)
+    found: list[Way] = ways(*_product(x_shape, weight, *rest, True), 0 if gpu is None else gpu)
     return found
 
 
@@ -102,6 +103,7 @@ def _product(
     dilation: Sizes,
     padding_mode: str,
     channels_last: bool,
+    on_gpu: bool,
 ) -> tuple[Any, ...]:
     """What ``_C`` is told of it."""
     x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
@@ -110,6 +112,9 @@ def _product(
     conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
     geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
     last = is_channels_last(conv.x)
+    if on_gpu and weight.dtype.itemsize == 2:  # where the product turns x over first
+        in_runs = weight.shape[1] % 8 == 0 and weight.block.cols % 8 == 0
+        last = last or in_runs
     return (
         tuple(as_5d(conv.x, last).shape),
         tuple(as_5d(empty_result(_OP, conv.x, None, geometry), last).shape),

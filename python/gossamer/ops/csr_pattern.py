@@ -50,6 +50,11 @@ def known(op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Known:
     return found
 
 
+def forget(indices: Tensor) -> None:
+    """Keep nothing of these, not even a weak reference: torch swaps no tensor that has one."""
+    _known.pop(indices, None)
+
+
 def transposed(
     op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -130,12 +130,18 @@ class StoredDropGrow:
         return 1 - live / sum(weight.shape[0] * weight.shape[1] for weight in weights)
 
     def step(self) -> None:
-        """Count a step, and change the pattern if it is due; none whose gradient is not finite."""
-        given = [t for seen in self._seen.values() for t in (seen.x, seen.dy) if t is not None]
-        if not all(bool(t.isfinite().all()) for t in given):
+        """Count a step, and change the pattern if it is due.
+
+        A change by gradient waits for a step whose gradient is finite: the others are not counted.
+        """
+        if self.schedule.due(self.steps + 1) and not self._finite():
             return
         self.steps += 1
         self.schedule.update(self)  # type: ignore[arg-type]
+
+    def _finite(self) -> bool:
+        given = [t for seen in self._seen.values() for t in (seen.x, seen.dy) if t is not None]
+        return all(bool(t.isfinite().all()) for t in given)
 
     @torch.no_grad()
     def drop_and_grow(self, fraction: float) -> None:

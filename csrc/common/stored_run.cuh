@@ -1,22 +1,21 @@
 #pragma once
-// The end of a sum where the channels of a pixel lie side by side: a lane stores eight of them.
-#include "blocksparse/conv_tile.cuh"
+// The end of a sum where the channels of an output lie side by side: a lane stores eight of them.
 #include "common/activation.cuh"
 #include "common/ptx.cuh"
 
-namespace gossamer::blocksparse {
-
-constexpr int kRun = 8;  // outputs that a lane stores together
+namespace gossamer {
 
 template <class T>
 struct StoredRun {
+  static constexpr int kRun = 8;
+
   int64_t first;  // output channel
-  int count;      // that there are, of kRun
+  int count;      // that there are, of kRun; none if not positive
   float bias[kRun];
   Activation activation;
 
-  __device__ StoredRun(OutputTile::Run run, const void* biases, Activation activation_)
-      : first(run.first), count(run.count), activation(activation_) {
+  __device__ StoredRun(int64_t first_, int count_, const void* biases, Activation activation_)
+      : first(first_), count(count_), activation(activation_) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const bool there = biases != nullptr && i < count;
@@ -24,8 +23,8 @@ struct StoredRun {
     }
   }
 
-  __device__ void store(const ConvLayout& layout, void* to, int64_t pixel,
-                        const float* sums) const {
+  // `row` is the output's channel 0.
+  __device__ void store(T* row, const float* sums) const {
     float y[kRun];
 #pragma unroll
     for (int i = 0; i < kRun; ++i) y[i] = sums[i] + bias[i];
@@ -33,7 +32,7 @@ struct StoredRun {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) y[i] = activate(y[i], activation);
     }
-    T* out = static_cast<T*>(to) + layout.out_offset(pixel) + first;
+    T* out = row + first;
     if (count == kRun && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
       ptx::store16(out, {ptx::pack<T>(y[0], y[1]), ptx::pack<T>(y[2], y[3]),
                          ptx::pack<T>(y[4], y[5]), ptx::pack<T>(y[6], y[7])});
@@ -46,4 +45,4 @@ struct StoredRun {
   }
 };
 
-}  // namespace gossamer::blocksparse
+}  // namespace gossamer
