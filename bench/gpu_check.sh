@@ -3,18 +3,18 @@
 #
 #   bench/gpu_check.sh OUTDIR [--only PART[,PART...]] [--commit ID]
 #
-# parts, in this order: build info emulation golden tests memcheck racecheck bench blocks voxels
-#   codes
+# parts, in this order:
+#   build info emulation golden tests memcheck racecheck bench blocks voxels codes zeros
 #
 # OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, a record
-# bench-DTYPE.json for each dtype, bench.png, golden.npz, and of blocks, voxels and codes a log and a
-# record each. A part that fails or runs out of time does not stop the others.
+# bench-DTYPE.json for each dtype, bench.png, golden.npz, and of blocks, voxels, codes and zeros a log
+# and a record each. A part that fails or runs out of time does not stop the others.
 # Exit status: 0 if every part passed, 1 if one failed, 3 if none failed but some could not run
 # (no GPU, no compute-sanitizer). It needs no network: python3 has torch, the build tools and what
 # the extra "test" installs; with pytest-xdist the tests run side by side.
 set -u -o pipefail
 
-readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks voxels codes)
+readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks voxels codes zeros)
 readonly TOTAL=525   # seconds, of which the summary takes none
 readonly NOT_RUN=3   # the exit status of a part that found nothing to run on
 
@@ -139,24 +139,32 @@ part_codes() {
     --seconds $(($1 - 15)) --commit "$commit" --json "$out/codes.json"
 }
 
+part_zeros() {
+  [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
+  python3 bench/run.py --device cuda --feature actsparse --dtype bf16 --quick \
+    --seconds $(($1 - 15)) --commit "$commit" --json "$out/zeros.json"
+}
+
 # ---- running them --------------------------------------------------------------------------------
 
 # Seconds a part may take, and what has to be left for those after it.
 limit_of() {
   case $1 in
     build) echo 240 ;; info) echo 40 ;; emulation) echo 100 ;; golden) echo 80 ;;
-    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks | voxels | codes) echo 75 ;;
+    tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;; blocks | voxels | codes | zeros) echo 75 ;;
   esac
 }
 reserve_after() {
   case $1 in
-    build) echo 330 ;; info) echo 320 ;; emulation) echo 290 ;; golden) echo 275 ;;
-    tests) echo 245 ;; memcheck) echo 225 ;; racecheck) echo 205 ;; bench) echo 130 ;;
-    blocks) echo 85 ;; voxels) echo 40 ;; codes) echo 0 ;;
+    build) echo 360 ;; info) echo 350 ;; emulation) echo 320 ;; golden) echo 305 ;;
+    tests) echo 275 ;; memcheck) echo 255 ;; racecheck) echo 235 ;; bench) echo 165 ;;
+    blocks) echo 120 ;; voxels) echo 80 ;; codes) echo 40 ;; zeros) echo 0 ;;
   esac
 }
 log_of() {
-  case $1 in build | bench | blocks | voxels | codes) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;; esac
+  case $1 in
+    build | bench | blocks | voxels | codes | zeros) echo "$out/$1.log" ;; *) echo "$out/checks.log" ;;
+  esac
 }
 
 declare -A verdict took detail
@@ -187,16 +195,13 @@ summarise() {
       echo
       sed -n '/^Blocks, times faster/,$p' "$out/blocks.log"
     fi
-    if [ -f "$out/voxels.log" ]; then
+    local part
+    for part in voxels codes zeros; do
+      [ -f "$out/$part.log" ] || continue
       printf '\n```\n'
-      sed -n '/^pointcloud /,$p' "$out/voxels.log"
+      sed -nE '/^(pointcloud|codes|zero inputs,) /,$p' "$out/$part.log"
       echo '```'
-    fi
-    if [ -f "$out/codes.log" ]; then
-      printf '\n```\n'
-      sed -n '/^codes /,$p' "$out/codes.log"
-      echo '```'
-    fi
+    done
   } >"$out/summary.md"
 }
 
@@ -204,7 +209,7 @@ run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
   case $part in
-    build | bench | blocks | voxels | codes) rm -f "$out/$part".* "$out/$part"-*.json ;;
+    build | bench | blocks | voxels | codes | zeros) rm -f "$out/$part".* "$out/$part"-*.json ;;
     golden) rm -f "$out/golden.npz" ;;
   esac
   limit=$(limit_of "$part")

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "actsparse/cuda_kernels.h"
 #include "actsparse/topk_cuda_kernels.h"
 #include "blocksparse/cuda_kernels.h"
 #include "common/device.cuh"
@@ -74,6 +75,7 @@ const CudaModule kModule = {
     capture,
     relax_capture,
     read,
+    actsparse::cuda_kernel_table(),
     blocksparse::cuda_kernel_table(),
     pointcloud::cuda_kernel_table(),
     sparse24::cuda_kernel_table(),
