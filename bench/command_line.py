@@ -68,9 +68,8 @@ def choices_of(device: str) -> Choices:
     quick, default = ("sparse24", "blocksparse"), gpu.DEFAULT_DTYPES
     layers, rows = (gpu.SHAPES, CONV_SHAPES, EXPERT_SHAPES), (gpu.ROWS, gpu.QUICK_ROWS)
     names, blocks = (tuple(gpu.DTYPES), default, default), (gpu.BLOCKS, gpu.QUICK_BLOCKS)
-    return Choices(
-        (*quick, "grouped", "pointcloud", "codes"), quick, *layers, *rows, *names, *blocks
-    )
+    features = (*quick, "grouped", "pointcloud", "codes", "actsparse")
+    return Choices(features, quick, *layers, *rows, *names, *blocks)
 
 
 @dataclass(frozen=True)

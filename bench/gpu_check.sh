@@ -4,17 +4,19 @@
 #   bench/gpu_check.sh OUTDIR [--only PART[,PART...]] [--commit ID]
 #
 # parts, in this order:
-#   build info emulation golden tests memcheck racecheck bench blocks experts voxels codes
+#   build info emulation golden tests memcheck racecheck bench blocks experts voxels codes zeros
 #
 # OUTDIR gets summary.md (rewritten after each part), build.log, checks.log, bench.log, a record
-# bench-DTYPE.json for each dtype, bench.png, NAME.log and NAME.json of blocks, experts, voxels and
-# codes, and golden.npz. A part that fails or runs out of time does not stop the others.
+# bench-DTYPE.json for each dtype, bench.png, NAME.log and NAME.json of blocks, experts, voxels, codes
+# and zeros, and golden.npz. A part that fails or runs out of time does not stop the others.
 # Exit status: 0 if every part passed, 1 if one failed, 3 if none failed but some could not run
 # (no GPU, no compute-sanitizer). It needs no network: python3 has torch, the build tools and what
 # the extra "test" installs; with pytest-xdist the tests run side by side.
 set -u -o pipefail
 
-readonly PARTS=(build info emulation golden tests memcheck racecheck bench blocks experts voxels codes)
+readonly PARTS=(
+  build info emulation golden tests memcheck racecheck bench blocks experts voxels codes zeros
+)
 readonly TOTAL=525   # seconds, of which the summary takes none
 readonly NOT_RUN=3   # the exit status of a part that found nothing to run on
 
@@ -145,6 +147,12 @@ part_codes() {
     --seconds $(($1 - 15)) --commit "$commit" --json "$out/codes.json"
 }
 
+part_zeros() {
+  [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
+  python3 bench/run.py --device cuda --feature actsparse --dtype bf16 --quick \
+    --seconds $(($1 - 15)) --commit "$commit" --json "$out/zeros.json"
+}
+
 # ---- running them --------------------------------------------------------------------------------
 
 # Seconds a part may take, and what has to be left for those after it.
@@ -152,19 +160,19 @@ limit_of() {
   case $1 in
     build) echo 240 ;; info) echo 40 ;; emulation) echo 100 ;; golden) echo 80 ;;
     tests) echo 120 ;; memcheck | racecheck) echo 60 ;; bench) echo 180 ;;
-    blocks | voxels | codes) echo 75 ;; experts) echo 45 ;;
+    blocks | voxels | codes | zeros) echo 75 ;; experts) echo 45 ;;
   esac
 }
 reserve_after() {
   case $1 in
-    build) echo 365 ;; info) echo 355 ;; emulation) echo 325 ;; golden) echo 310 ;;
-    tests) echo 280 ;; memcheck) echo 260 ;; racecheck) echo 240 ;; bench) echo 165 ;;
-    blocks) echo 120 ;; experts) echo 85 ;; voxels) echo 40 ;; codes) echo 0 ;;
+    build) echo 395 ;; info) echo 385 ;; emulation) echo 355 ;; golden) echo 340 ;;
+    tests) echo 310 ;; memcheck) echo 290 ;; racecheck) echo 270 ;; bench) echo 200 ;;
+    blocks) echo 155 ;; experts) echo 120 ;; voxels) echo 80 ;; codes) echo 40 ;; zeros) echo 0 ;;
   esac
 }
 log_of() {
   case $1 in
-    build | bench | blocks | experts | voxels | codes) echo "$out/$1.log" ;;
+    build | bench | blocks | experts | voxels | codes | zeros) echo "$out/$1.log" ;;
     *) echo "$out/checks.log" ;;
   esac
 }
@@ -198,10 +206,11 @@ summarise() {
       echo
       sed -n '/^Blocks, times faster/,$p' "$out/blocks.log"
     fi
-    for part in experts voxels codes; do
+    local part
+    for part in experts voxels codes zeros; do
       [ -f "$out/$part.log" ] || continue
       printf '\n```\n'
-      sed -n '/^\(experts\|pointcloud\|codes\) /,$p' "$out/$part.log"
+      sed -nE '/^(experts|pointcloud|codes|zero inputs,) /,$p' "$out/$part.log"
       echo '```'
     done
   } >"$out/summary.md"
@@ -211,7 +220,7 @@ run_part() {
   local part=$1 log status=0 begin=$SECONDS limit left
   log=$(log_of "$part")
   case $part in
-    build | bench | blocks | experts | voxels | codes) rm -f "$out/$part".* "$out/$part"-*.json ;;
+    build | bench | blocks | experts | voxels | codes | zeros) rm -f "$out/$part".* "$out/$part"-*.json ;;
     golden) rm -f "$out/golden.npz" ;;
   esac
   limit=$(limit_of "$part")

@@ -11,11 +11,13 @@ from itertools import groupby
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import bench_actsparse_cuda
 import bench_blocksparse_cuda
 import bench_codes_cuda
 import bench_grouped_cuda
 import bench_pointcloud_cuda
 import torch
+from bench_actsparse_cuda import CudaActiveCase, CudaActivePlan, active_table
 from bench_blocksparse_cuda import CudaBlockPlan
 from bench_codes_cuda import CudaCodeCase, CudaCodePlan, code_table
 from bench_grouped_cuda import CudaGroupedCase, CudaGroupedPlan, grouped_table
@@ -26,6 +28,7 @@ from cuda_machine import GpuLimits, Sensors, describe_gpu, gpu_name, measure_lim
 from cuda_record import CudaCase, goals
 from cuda_report import cases_table, machine_text, summary_text
 from cuda_shapes import (
+    ACTIVE_GPU_MODEL,
     BLOCK_DENSITIES,
     BLOCK_DTYPES,
     BLOCK_IMAGES,
@@ -163,6 +166,37 @@ def print_grouped_cases(cases: Iterable[CudaGroupedCase], out: Any = None) -> li
     return every
 
 
+def active_plan_of(options: Options) -> CudaActivePlan:
+    """The cases of zero inputs: Llama-3-8B's layers, what goals speak of first."""
+    shapes: Sequence[LinearShape] = options.shapes
+    if not options.shapes_given:
+        shapes = [shape for shape in shapes if shape.model == ACTIVE_GPU_MODEL]
+        shapes = sorted(shapes, key=lambda shape: -shape.in_features)
+    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
+    seconds = options.seconds or math.inf
+    given: dict[str, Any] = {"rows": options.rows} if options.rows_given else {}
+    if not options.quick:
+        return CudaActivePlan(dtypes, shapes, rounds=FULL_ROUNDS, most_seconds=seconds, **given)
+    given = {"rows": (1, 4, 8, 16), "sparsities": (0.0, 0.5, 0.9)} | given
+    rest: dict[str, Any] = {
+        "rounds": QUICK_ROUNDS,
+        "most_seconds": options.seconds or QUICK_SECONDS,
+    }
+    return CudaActivePlan(dtypes[:1], shapes, **given, **rest)
+
+
+def print_active_cases(
+    cases: Iterable[CudaActiveCase], limits: GpuLimits, out: Any = None
+) -> list[CudaActiveCase]:
+    """Each layer's table as soon as its last case is there; all the cases."""
+    every = []
+    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
+        mine = list(group)
+        print(active_table(mine, limits.dram), file=out or sys.stdout, flush=True)
+        every += mine
+    return every
+
+
 def print_voxel_cases(cases: Iterable[CudaVoxelCase], out: Any = None) -> list[CudaVoxelCase]:
     """Each shape's table as soon as its last case is there; all the cases."""
     every = []
@@ -241,14 +275,20 @@ def main(options: Options, arguments: Sequence[str]) -> int:
         left = code_plan.most_seconds - (perf_counter() - begin)
         found = bench_codes_cuda.run(replace(code_plan, most_seconds=left), bench)
         codes = print_code_cases(found)
+    active: list[CudaActiveCase] = []
+    if "actsparse" in options.features:
+        active_plan = active_plan_of(options)
+        left = active_plan.most_seconds - (perf_counter() - begin)
+        plans = replace(active_plan, most_seconds=left)
+        active = print_active_cases(bench_actsparse_cuda.run(plans, bench), limits)
+    others = (*blocks, *experts, *voxels, *codes, *active)
     if cases:
         print(summary_text(cases))
     if blocks:
         print(block_summary(blocks))
-    keep(options, arguments, gpu, limits, cases, (*blocks, *experts, *voxels, *codes))
+    keep(options, arguments, gpu, limits, cases, others)
     print(f"took {perf_counter() - begin:.0f} s")
-    passed = all(case.passed for case in (*cases, *blocks, *experts, *voxels, *codes))
-    return 0 if passed else 1
+    return 0 if all(case.passed for case in (*cases, *others)) else 1
 
 
 def keep(

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "actsparse/cuda_kernels.h"
 #include "actsparse/topk_cuda_kernels.h"
 #include "blocksparse/cuda_kernels.h"
 #include "common/device.cuh"
@@ -75,6 +76,7 @@ const CudaModule kModule = {
     capture,
     relax_capture,
     read,
+    actsparse::cuda_kernel_table(),
     blocksparse::cuda_kernel_table(),
     grouped::cuda_kernel_table(),
     pointcloud::cuda_kernel_table(),

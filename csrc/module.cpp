@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   gossamer::bind_cuda(m, gossamer::build_of_cuda());
   gossamer::actsparse::bind(m);
+  gossamer::actsparse::bind_cuda(m);
   gossamer::actsparse::spikes::bind(m);
   gossamer::actsparse::topk::bind(m);
   gossamer::actsparse::topk::bind_cuda(m);

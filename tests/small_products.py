@@ -145,6 +145,27 @@ def largest_error_of_experts(dtype: torch.dtype) -> float:
     return worst
 
 
+def largest_error_of_zeros(dtype: torch.dtype) -> float:
+    """Each tile of tokens, one and several splits, aligned weights and others; spikes."""
+    worst = 0.0
+    for m, n, k in ((1, 600, 3000), (1, 33, 70), (4, 264, 900), (16, 264, 500), (3, 8, 9)):
+        x, weight = torch.randn(m, k).relu().to("cuda", dtype), torch.randn(k, n).to("cuda", dtype)
+        spikes = x != 0
+        packed = gossamer.spike_linear(gossamer.pack_spikes(spikes), weight)
+        for y, given in ((gossamer.actsparse_linear(x, weight), x), (packed, spikes)):
+            want = given.cpu().double() @ weight.cpu().double()
+            error = (y.cpu().double() - want).abs().max() / want.abs().max()
+            worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    for m, n, k in ((1, 700, 600), (4, 90, 1000), (7, 33, 64), (1, 33, 45)):
+        x, weight = torch.randn(m, k).to("cuda", dtype), torch.randn(n, k).to("cuda", dtype)
+        wanted = torch.rand(m, n, device="cuda") < 0.3
+        y = gossamer.actsparse_outputs(x, weight, wanted).cpu().double()
+        want = torch.where(wanted.cpu(), x.cpu().double() @ weight.cpu().double().t(), 0)
+        error = (y - want).abs().max() / want.abs().max()
+        worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
+
+
 def largest_error(dtype: torch.dtype) -> float:
     """Over the shapes, of the largest entry."""
     worst = 0.0
@@ -178,6 +199,9 @@ def main() -> int:
     for dtype, allowed in DTYPES.items():
         error = largest_error_of_blocks(dtype)
         print(f"{dtype} blocks: largest error {error:.1e}, allowed {allowed:.0e}")
+        wrong += not error <= allowed
+        error = largest_error_of_zeros(dtype)
+        print(f"{dtype} zero inputs: largest error {error:.1e}, allowed {allowed:.0e}")
         wrong += not error <= allowed
         error = largest_error_of_voxels(dtype)
         print(f"{dtype} voxels: largest error {error:.1e}, allowed {allowed:.0e}")

@@ -9,7 +9,7 @@ import torch
 from actsparse_cases import CASES, ActiveCase, LinearOracle, OutputsOracle, draw_cases
 from cases import ACTSPARSE_TARGETS, DTYPES
 from gossamer import _C, actsparse_linear, actsparse_outputs
-from gossamer.ops import actsparse
+from gossamer.ops import actsparse, actsparse_cuda
 from gossamer.ops.actsparse_outputs import _native_cuda as outputs_native_cuda
 from torch import Tensor
 
@@ -182,7 +182,10 @@ def test_outputs_of_indices() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_product_that_a_gpu_runs(dtype: torch.dtype) -> None:
+def test_product_that_a_gpu_without_kernels_runs(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actsparse_cuda, "has_kernels", lambda device: False)
     x, weight, bias = ActiveCase(5, 21, 33, "some").operands(dtype)
     y = actsparse._native_cuda(x, weight, bias, 0.3, "relu")
     LinearOracle(x, weight, bias, 0.3, "relu").check(y)

@@ -62,5 +62,6 @@ void outputs_serial(const OutputsArgs& args);  // the readable definition
 const char* kernel_target(DType dtype);
 
 void bind(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);  // what a GPU computes
 
 }  // namespace gossamer::actsparse

@@ -2,10 +2,8 @@
 // once.
 #include <pybind11/stl.h>
 
-#include <cmath>
-
 #include "actsparse/actsparse.h"
-#include "common/border.h"
+#include "actsparse/border_rows.h"
 #include "common/py_tensor.h"
 
 namespace py = pybind11;
@@ -13,48 +11,9 @@ namespace py = pybind11;
 namespace gossamer::actsparse {
 namespace {
 
-void check_rows(const char* op, const char* what, const TensorView& t) {
-  // The stride of a dimension nobody walks along may be anything.
-  GOSSAMER_CHECK(t.strides[1] == 1 || t.shape[1] <= 1 || t.shape[0] == 0, op, ": ", what,
-                 " has strides [", t.strides[0], ", ", t.strides[1],
-                 "], its columns must be contiguous");
-}
-
-// x [m, k], out [m, n] and weight [rows, columns], all of one dtype on the CPU.
-void check_operands(const char* op, const TensorView& out, const TensorView& x,
-                    const TensorView& weight) {
-  check_matrix(op, "x", x);
-  check_matrix(op, "weight", weight);
-  check_matrix(op, "out", out);
-  check_weight_dtype(op, "x", x);
-  check_device(op, "weight", weight, "x", x);
-  check_device(op, "out", out, "x", x);
+void check_on_cpu(const char* op, const TensorView& x) {
   GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
                  ", this is the CPU's product");
-  check_dtype(op, "weight", weight, x.dtype);
-  check_dtype(op, "out", out, x.dtype);
-  check_rows(op, "x", x);
-  check_rows(op, "weight", weight);
-  check_contiguous(op, "out", out);
-}
-
-// As torch compares: in the dtype of x.
-double checked_threshold(const char* op, double threshold, DType dtype) {
-  double rounded = threshold;
-  if (dtype == DType::kFloat32) rounded = static_cast<float>(threshold);
-  if (dtype == DType::kBFloat16) {
-    BFloat16 small;
-    round_to(static_cast<float>(threshold), small);
-    rounded = to_float(small);
-  }
-  if (dtype == DType::kFloat16) {
-    Float16 small;
-    round_to(static_cast<float>(threshold), small);
-    rounded = to_float(small);
-  }
-  GOSSAMER_CHECK(threshold >= 0 && std::isfinite(rounded), op, ": threshold is ", threshold,
-                 ", expected 0 or more, and finite in ", name(dtype));
-  return rounded;
 }
 
 bool bind_linear(const TensorView& out, const TensorView& x, const TensorView& weight,
@@ -62,6 +21,7 @@ bool bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
                  const std::string& activation, int threads) {
   constexpr const char* op = "actsparse_linear";
   check_operands(op, out, x, weight);
+  check_on_cpu(op, x);
   const int64_t m = x.shape[0], k = weight.shape[0], n = weight.shape[1];
   check_shape(op, "x", x, m, k);
   check_shape(op, "out", out, m, n);
@@ -76,6 +36,7 @@ bool bind_outputs(const TensorView& out, const TensorView& x, const TensorView& 
                   const std::string& activation, int threads) {
   constexpr const char* op = "actsparse_outputs";
   check_operands(op, out, x, weight);
+  check_on_cpu(op, x);
   const int64_t m = x.shape[0], n = weight.shape[0], k = weight.shape[1];
   check_shape(op, "x", x, m, k);
   check_shape(op, "out", out, m, n);

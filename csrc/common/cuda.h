@@ -6,6 +6,9 @@
 
 namespace gossamer {
 
+namespace actsparse {
+struct CudaKernels;
+}
 namespace actsparse::topk {
 struct CudaKernels;
 }
@@ -47,6 +50,7 @@ struct CudaModule {
   void (*relax_capture)();
   // Waits for what the stream has been given so far.
   void (*read)(void* host, const void* device, size_t bytes, CudaStream stream);
+  const actsparse::CudaKernels* actsparse;
   const blocksparse::CudaKernels* blocksparse;
   const grouped::CudaKernels* grouped;
   const pointcloud::CudaKernels* pointcloud;

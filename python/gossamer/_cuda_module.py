@@ -71,6 +71,7 @@ def wrong_results(device: torch.device) -> str | None:
     asked once, in whole numbers whose sums are exact.
     """
     from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
+    from .ops.actsparse import actsparse_linear
     from .ops.blocksparse import blocksparse_by_way, blocksparse_conv
     from .ops.blocksparse_choice import blocksparse_ways
     from .ops.cuda_workspace import aligned_rows, chosen_config
@@ -131,6 +132,13 @@ def wrong_results(device: torch.device) -> str | None:
             expected = (x @ matrix.t()).to(dtype)
             if not all(torch.equal(y.cpu(), expected) for y in found):
                 wrong.append(f"{dtype} of blocks, linear")
+            matrix = integers(300, 48)
+            for rows in (1, 4, 16):
+                x = integers(rows, 300)
+                x[integers(rows, 300) > 0] = 0
+                y = actsparse_linear(x.to(device, dtype), matrix.to(device, dtype))
+                if not torch.equal(y.cpu(), (x @ matrix).to(dtype)):
+                    wrong.append(f"{dtype} of zero inputs, {rows} rows")
             x, kernel = integers(1, 24, 7, 6, 5), integers(40, 24, 3, 3, 3)
             expected = F.conv3d(x, kernel, padding=1).to(dtype)
             voxels = torch.ones_like(x[:, 0]).nonzero().int()  # all of them, so as dense as can be

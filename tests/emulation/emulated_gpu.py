@@ -6,6 +6,7 @@ kernels says so, and ``as_on_a_gpu`` makes Python do the same.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from emulator import CSRC, HERE, KernelLibrary
 from gossamer import _C
 from gossamer.formats import sparse24 as sparse24_format
 from gossamer.ops import (
+    actsparse,
+    actsparse_cuda,
     blocksparse,
     cuda_workspace,
     grouped,
@@ -24,6 +27,7 @@ from gossamer.ops import (
     sparse24,
     sparse24_layout,
     sparse24_quantized,
+    spikes,
     topk,
     topk_gradient,
 )
@@ -52,6 +56,13 @@ class Gpu:
         kernel = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.library.call("kernel_that_ran", kernel)
         return int(kernel)
+
+    @property
+    def launches(self) -> int:
+        """Of products that skip zero activations, so far."""
+        count = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.library.call("launches", count)
+        return int(count)
 
 
 @contextmanager
@@ -87,6 +98,14 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(grouped_gradient, "_input", grouped_gradient._input_native_cuda)
     monkeypatch.setattr(grouped_gradient, "_weight", grouped_gradient._weight_native_cuda)
     monkeypatch.setattr(native, "_on_gpu", lambda coords: True)
+    # In gossamer.ops its name is that of the function.
+    outputs = importlib.import_module("gossamer.ops.actsparse_outputs")
+    for module in (actsparse, outputs, spikes):
+        monkeypatch.setattr(module, "calls_cpu_kernel", lambda *tensors: False)
+    monkeypatch.setattr(actsparse_cuda, "has_kernels", lambda device: True)
+    monkeypatch.setattr(actsparse, "_op", actsparse._native_cuda)
+    monkeypatch.setattr(outputs, "_op", outputs._native_cuda)
+    monkeypatch.setattr(spikes, "_linear", spikes._linear_cuda)
     monkeypatch.setattr(cuda_workspace, "_counters", {})
     cuda_workspace._workspace_bytes.cache_clear()
     grouped_cuda._kernel.cache_clear()

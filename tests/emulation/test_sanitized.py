@@ -51,6 +51,10 @@ TESTS = (
     "test_voxel_conv_cuda.py::test_gradient_matches_plain_torch",
     "test_voxel_conv_cuda.py::test_memory_of_any_alignment",
     "test_voxel_conv_cuda.py::test_tables_that_nobody_checked_stay_in_memory",
+    "test_actsparse_cuda.py::test_matches_plain_torch",
+    "test_actsparse_cuda.py::test_memory_of_any_alignment",
+    "test_actsparse_cuda.py::test_spikes",
+    "test_actsparse_cuda.py::test_wanted_outputs",
     "test_topk_cuda.py",
 )
 

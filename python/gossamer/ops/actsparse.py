@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, is_recorded, library
+from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
+from .actsparse_cuda import has_rows_kernel, rows_workspace
 from .actsparse_gradient import Linear, active, check_threshold, masked
 from .operands import (
     activation_of,
@@ -109,7 +110,13 @@ def actsparse_linear(
     -----
     With a threshold of 0 the function is that of ``torch.nn.Linear``, and so is its gradient, also
     where x is 0. With a larger one it jumps at the threshold; its gradient is 0 for inactive
-    inputs. On a GPU it is torch's dense product of the masked x.
+    inputs.
+
+    On a GPU up to 16 rows (one, where rows of the weight do not begin at multiples of 16 bytes)
+    are summed by a kernel of its own (its sums take an order that depends on
+    which inputs any token of the call has active, and are the same in every run); more rows, whose
+    zeros nobody can count without waiting for the GPU, and float64 are torch's dense product of the
+    masked x.
 
     References
     ----------
@@ -165,8 +172,20 @@ def _native(
 def _native_cuda(
     x: Tensor, weight_kn: Tensor, bias: Tensor | None, threshold: float, activation: str
 ) -> Tensor:
-    _fake(x, weight_kn, bias, threshold, activation)  # for its checks
-    return _dense(x, weight_kn, bias, threshold, activation)
+    out = _fake(x, weight_kn, bias, threshold, activation)
+    rows = as_rows(x, x.dim())
+    if not has_rows_kernel(rows.shape[0], weight_kn):
+        return _dense(x, weight_kn, bias, threshold, activation)
+    _C.actsparse_linear_cuda(
+        as_rows(out, out.dim()),
+        rows if rows.stride(1) == 1 else rows.contiguous(),
+        weight_kn,
+        None if bias is None else bias.contiguous(),
+        threshold,
+        activation,
+        *rows_workspace(rows.shape[0], weight_kn),
+    )
+    return out
 
 
 def _dense(
@@ -203,6 +222,8 @@ def _autograd(
         return y if activate is None else activate(y)
     if calls_cpu_kernel(x, weight_kn, bias):
         return _native(x, weight_kn, bias, threshold, activation)
+    if calls_cuda_kernel(x, weight_kn, bias):
+        return _native_cuda(x, weight_kn, bias, threshold, activation)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, weight_kn, bias, threshold, activation)
 

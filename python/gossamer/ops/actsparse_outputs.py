@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, is_recorded, library
+from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
+from .actsparse_cuda import has_outputs_kernel
 from .actsparse_gradient import Outputs, active, check_threshold
 from .operands import (
     activation_of,
@@ -78,7 +79,8 @@ def actsparse_outputs(
     -----
     The sums are computed row by row of the weight, each for the tokens that want it. Where a dense
     product takes less time, because there are several tokens that want much, that is computed and
-    masked instead. No gradient flows to ``wanted``.
+    masked instead. On a GPU that is so above 8 tokens (above one, where rows of x and the weight do
+    not begin at multiples of 16 bytes), and of float64. No gradient flows to ``wanted``.
 
     Examples
     --------
@@ -154,8 +156,20 @@ def _native(
 def _native_cuda(
     x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
-    _fake(x, weight, wanted, bias, activation)  # for its checks
-    return _dense(x, weight, wanted, bias, activation)
+    out = _fake(x, weight, wanted, bias, activation)
+    rows = as_rows(x, x.dim())
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    if not has_outputs_kernel(rows, weight):
+        return _dense(x, weight, wanted, bias, activation)
+    _C.actsparse_outputs_cuda(
+        as_rows(out, out.dim()),
+        rows,
+        weight,
+        as_rows(wanted, wanted.dim()).contiguous().view(torch.uint8),
+        None if bias is None else bias.contiguous(),
+        activation,
+    )
+    return out
 
 
 def _dense(
@@ -198,6 +212,8 @@ def _autograd(
         return y if activate is None else activate(y)
     if calls_cpu_kernel(x, weight, wanted, bias):
         return _native(x, weight, wanted, bias, activation)
+    if calls_cuda_kernel(x, weight, wanted, bias):
+        return _native_cuda(x, weight, wanted, bias, activation)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, weight, wanted, bias, activation)
 

@@ -32,10 +32,14 @@ def workspace(
     if rows == 0:
         return None, None
     device = x.get_device()
-    nbytes = _workspace_bytes(rows, out_features, in_features, dtype, device)
+    return workspace_of(x, _workspace_bytes(rows, out_features, in_features, dtype, device))
+
+
+def workspace_of(x: Tensor, nbytes: int) -> tuple[Tensor | None, Tensor | None]:
+    """The same of so many bytes, for up to ``_C.cuda_counters`` tiles; (None, None) of none."""
     if nbytes == 0:
         return None, None
-    place = (device, *_C.cuda_stream(x))
+    place = (x.get_device(), *_C.cuda_stream(x))
     counters = _counters.get(place)
     if counters is None:
         counters = _counters[place] = _outside_pools(x.device).zero_()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _C
 from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import wide_matmul
+from .actsparse_cuda import has_rows_kernel, rows_workspace
 from .operands import (
     apply_function,
     as_rows,
@@ -93,7 +94,8 @@ def spike_linear(spikes: Tensor, weight_kn: Tensor, bias: Tensor | None = None) 
     Notes
     -----
     The gradients are those of the dense product: to floating spikes too, for a surrogate gradient
-    behind them. What is kept for the gradient is the bits. On a GPU the product is torch's.
+    behind them. What is kept for the gradient is the bits. On a GPU up to 16 tokens are summed by
+    the kernel of ``actsparse_linear``, more are torch's product.
 
     References
     ----------
@@ -187,7 +189,12 @@ def _unpacked_native(x: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _linear_cuda(bits: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:
-    _linear_fake(bits, weight_kn, bias)
+    y = _linear_fake(bits, weight_kn, bias)
+    if has_rows_kernel(len(bits), weight_kn):
+        added = None if bias is None else bias.contiguous()
+        workspace = rows_workspace(len(bits), weight_kn)
+        _C.spike_linear_cuda(y, bits.contiguous(), weight_kn, added, *workspace)
+        return y
     y = wide_matmul(unpack_spikes(bits, weight_kn.shape[0], weight_kn.dtype), weight_kn)
     return (y if bias is None else y + bias).to(weight_kn.dtype)
 

@@ -1,5 +1,6 @@
 // The tables that the CUDA module hands to _C, with emulated kernels: what _C then does with
 // tensors in host memory is what it does with a GPU's.
+#include "actsparse/linear_cuda.h"
 #include "actsparse/topk_launch.h"
 #include "blocksparse/conv_cuda.h"
 #include "blocksparse/pack_cuda.h"
@@ -17,10 +18,28 @@ namespace {
 CudaDevice described;
 uint64_t capture_id = 0;
 int last_kernel = -1;
+int64_t active_launches = 0;  // of products that skip zero activations
 
 cudaStream_t stream_of(CudaStream stream) { return static_cast<cudaStream_t>(stream.stream); }
 
 }  // namespace
+
+namespace actsparse {
+namespace {
+
+constexpr CudaKernels kKernels = {
+    [](const CudaLinearArgs& args, CudaStream stream) {
+      ++active_launches;
+      linear_cuda(args, stream_of(stream));
+    },
+    [](const CudaOutputsArgs& args, CudaStream stream) {
+      ++active_launches;
+      outputs_cuda(args, stream_of(stream));
+    },
+};
+
+}  // namespace
+}  // namespace actsparse
 
 namespace actsparse::topk {
 namespace {
@@ -136,6 +155,7 @@ constexpr CudaModule kModule = {
     [](void* host, const void* from, size_t bytes, CudaStream stream) {
       copy_to_host(host, from, bytes, stream_of(stream));
     },
+    &actsparse::kKernels,
     &blocksparse::kKernels,
     &grouped::kKernels,
     &pointcloud::kKernels,
@@ -160,4 +180,8 @@ GOSSAMER_EXPORT int describe_device(int64_t capability, int64_t multiprocessors,
 
 GOSSAMER_EXPORT int kernel_that_ran(int64_t* kernel, char* text, int64_t text_bytes) {
   return gossamer::report(text, text_bytes, [&] { *kernel = gossamer::last_kernel; });
+}
+
+GOSSAMER_EXPORT int launches(int64_t* count, char* text, int64_t text_bytes) {
+  return gossamer::report(text, text_bytes, [&] { *count = gossamer::active_launches; });
 }
