@@ -60,7 +60,8 @@ def read_sentences() -> list[str]:
 def make_batches(tokenizer: Callable[..., Any], sentences: Sequence[str], size: int) -> list[Batch]:
     """Token batches of ``size`` sentences, of similar length together so that little is padded."""
     # By tokens: by characters a third of what is multiplied would be padding.
-    ordered = sorted(sentences, key=lambda sentence: len(tokenizer(sentence)["input_ids"]))
+    lengths = map(len, tokenizer(sentences)["input_ids"])
+    ordered = [s for _, s in sorted(zip(lengths, sentences, strict=True))]
     return [
         dict(tokenizer(ordered[i : i + size], padding=True, return_tensors="pt"))
         for i in range(0, len(ordered), size)

@@ -158,8 +158,10 @@ def test_sentences_are_varied() -> None:
 
 
 def test_batches_hold_every_sentence_with_little_padding() -> None:
-    def tokenizer(batch: list[str], **_: object) -> dict[str, torch.Tensor]:
+    def tokenizer(batch: list[str], **options: object) -> dict[str, object]:
         lengths = torch.tensor([len(sentence) for sentence in batch])
+        if not options:
+            return {"input_ids": [[1] * length for length in lengths.tolist()]}
         return {"attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
 
     sentences = ["a" * length for length in (9, 1, 8, 2, 7)]

@@ -11,20 +11,25 @@ using namespace gossamer;
 
 constexpr CudaDevice kDevice{80, 4, 227 << 10, 50 << 20};
 
-constexpr pointcloud::CudaKernels kMaps = {
-    .number = [](const auto& window, const auto& rows, bool walkers,
-                 CudaStream) { pointcloud::number_rows(window, rows, walkers, nullptr); },
-    .search = [](const auto& args, CudaStream) { pointcloud::search_pairs(args, nullptr); },
-    .outputs = [](const auto& args, CudaStream) { pointcloud::find_outputs(args, nullptr); },
-    .cells = [](const auto& args, CudaStream) { pointcloud::cells_of_keys(args, nullptr); },
-};
+const pointcloud::CudaKernels kMaps = [] {
+  pointcloud::CudaKernels maps{};
+  maps.number = [](const auto& window, const auto& rows, bool walkers, CudaStream) {
+    pointcloud::number_rows(window, rows, walkers, nullptr);
+  };
+  maps.search = [](const auto& args, CudaStream) { pointcloud::search_pairs(args, nullptr); };
+  maps.outputs = [](const auto& args, CudaStream) { pointcloud::find_outputs(args, nullptr); };
+  maps.cells = [](const auto& args, CudaStream) { pointcloud::cells_of_keys(args, nullptr); };
+  return maps;
+}();
 
-constexpr CudaModule kModule = {
-    .build = build_of_cuda(),
-    .host_memory = true,
-    .device = [](int) { return kDevice; },
-    .pointcloud = &kMaps,
-};
+const CudaModule kModule = [] {
+  CudaModule module{};
+  module.build = build_of_cuda();
+  module.host_memory = true;
+  module.device = [](int) { return kDevice; };
+  module.pointcloud = &kMaps;
+  return module;
+}();
 
 }  // namespace
 
