@@ -165,7 +165,7 @@ limit_of() {
 }
 reserve_after() {
   case $1 in
-    build) echo 395 ;; info) echo 385 ;; emulation) echo 355 ;; golden) echo 340 ;;
+    build) echo 300 ;; info) echo 385 ;; emulation) echo 355 ;; golden) echo 340 ;;
     tests) echo 310 ;; memcheck) echo 290 ;; racecheck) echo 270 ;; bench) echo 200 ;;
     blocks) echo 155 ;; experts) echo 120 ;; voxels) echo 80 ;; codes) echo 40 ;; zeros) echo 0 ;;
   esac

@@ -108,9 +108,8 @@ def distil(
     told: Callable[[str], None],
 ) -> STE:
     """Train the student by the 2:4 kernels until the time is spent; the teacher's counts, too."""
-    # The embeddings, half of all parameters, are the teacher's.
-    trained = [p for name, p in student.named_parameters() if name.startswith("encoder")]
-    optimizer = torch.optim.Adam(trained, rate)
+    student.embeddings.requires_grad_(False)  # half of all parameters: they stay the teacher's
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], rate)
     sparsifier = STE(student, optimizer, refresh=4, include="encoder")
     order, step, begin = random.Random(SEED), 0, time.process_time()
     queue: list[int] = []

@@ -56,6 +56,11 @@ QUICK_SECONDS = 140.0  # with probes; after it only the case that has begun, and
 FULL_ROUNDS = Rounds(budget=0.6, least=11, most=41)
 
 
+def seconds_of(options: Options, otherwise: float) -> float:
+    """How long to begin new cases; given as 0, none."""
+    return otherwise if options.seconds is None else options.seconds
+
+
 def plan_of(options: Options) -> CudaPlan:
     """The cases in order: those of bf16, which the goals speak of, come first."""
     cases = [
@@ -65,9 +70,9 @@ def plan_of(options: Options) -> CudaPlan:
     ]
     if options.quick:
         return CudaPlan(
-            cases, QUICK_ROUNDS, QUICK_SWEEP_SECONDS, 1, options.seconds or QUICK_SECONDS
+            cases, QUICK_ROUNDS, QUICK_SWEEP_SECONDS, 1, seconds_of(options, QUICK_SECONDS)
         )
-    return CudaPlan(cases, FULL_ROUNDS, most_seconds=options.seconds or math.inf)
+    return CudaPlan(cases, FULL_ROUNDS, most_seconds=seconds_of(options, math.inf))
 
 
 def _problems(options: Options, first: bool) -> list[tuple[LinearShape, int]]:
@@ -101,8 +106,8 @@ def block_plan_of(options: Options) -> CudaBlockPlan:
     problems = [(dtype, shape, count) for dtype in dtypes for shape, count in shapes]
     if options.quick:
         how: tuple[Any, ...] = (QUICK_BLOCK_DENSITIES, QUICK_ROUNDS)
-        return CudaBlockPlan(problems, options.blocks, *how, options.seconds or QUICK_SECONDS)
-    seconds = options.seconds or math.inf
+        return CudaBlockPlan(problems, options.blocks, *how, seconds_of(options, QUICK_SECONDS))
+    seconds = seconds_of(options, math.inf)
     return CudaBlockPlan(problems, options.blocks, BLOCK_DENSITIES, FULL_ROUNDS, seconds)
 
 
@@ -111,11 +116,11 @@ def grouped_plan_of(options: Options) -> CudaGroupedPlan:
     dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
     tokens = options.tokens if options.rows_given else (*options.tokens, *MANY_TOKENS)
     if not options.quick:
-        seconds = options.seconds or math.inf
+        seconds = seconds_of(options, math.inf)
         return CudaGroupedPlan(
             options.expert_shapes, tokens, dtypes, rounds=FULL_ROUNDS, most_seconds=seconds
         )
-    seconds = options.seconds or QUICK_SECONDS
+    seconds = seconds_of(options, QUICK_SECONDS)
     how: dict[str, Any] = {"rounds": QUICK_ROUNDS, "most_seconds": seconds}
     return CudaGroupedPlan(options.expert_shapes, tokens, dtypes[:1], ("zipf",), **how)
 
@@ -123,12 +128,12 @@ def grouped_plan_of(options: Options) -> CudaGroupedPlan:
 def voxel_plan_of(options: Options) -> CudaVoxelPlan:
     """The cases of point clouds: a network, then its layers."""
     dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
-    seconds = options.seconds or math.inf
+    seconds = seconds_of(options, math.inf)
     if not options.quick:
         return CudaVoxelPlan(options.scan, dtypes, rounds=FULL_ROUNDS, most_seconds=seconds)
     rest: dict[str, Any] = {
         "rounds": QUICK_ROUNDS,
-        "most_seconds": options.seconds or QUICK_SECONDS,
+        "most_seconds": seconds_of(options, QUICK_SECONDS),
     }
     return CudaVoxelPlan(options.scan, dtypes[:1], channels=(32, 64, 128), **rest)
 
@@ -136,12 +141,12 @@ def voxel_plan_of(options: Options) -> CudaVoxelPlan:
 def code_plan_of(options: Options) -> CudaCodePlan:
     """The cases of k-sparse codes."""
     dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
-    seconds = options.seconds or math.inf
+    seconds = seconds_of(options, math.inf)
     if not options.quick:
         return CudaCodePlan(dtypes, rounds=FULL_ROUNDS, most_seconds=seconds)
     rest: dict[str, Any] = {
         "rounds": QUICK_ROUNDS,
-        "most_seconds": options.seconds or QUICK_SECONDS,
+        "most_seconds": seconds_of(options, QUICK_SECONDS),
     }
     return CudaCodePlan(dtypes[:1], tokens=(16, 4096), ks=(32, 256), **rest)
 
@@ -173,14 +178,14 @@ def active_plan_of(options: Options) -> CudaActivePlan:
         shapes = [shape for shape in shapes if shape.model == ACTIVE_GPU_MODEL]
         shapes = sorted(shapes, key=lambda shape: -shape.in_features)
     dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
-    seconds = options.seconds or math.inf
+    seconds = seconds_of(options, math.inf)
     given: dict[str, Any] = {"rows": options.rows} if options.rows_given else {}
     if not options.quick:
         return CudaActivePlan(dtypes, shapes, rounds=FULL_ROUNDS, most_seconds=seconds, **given)
     given = {"rows": (1, 4, 8, 16), "sparsities": (0.0, 0.5, 0.9)} | given
     rest: dict[str, Any] = {
         "rounds": QUICK_ROUNDS,
-        "most_seconds": options.seconds or QUICK_SECONDS,
+        "most_seconds": seconds_of(options, QUICK_SECONDS),
     }
     return CudaActivePlan(dtypes[:1], shapes, **given, **rest)
 

@@ -43,12 +43,12 @@ class Bottleneck(nn.Module):
 
 def same(model: nn.Module, x: Tensor, *names: tuple[str, str]) -> nn.Module:
     """What is fused, with unchanged answers and state."""
-    expected, keys = model(x), sorted(model.state_dict())
+    expected, keys = model(x), list(model.state_dict())
     report = gossamer.fuse_activations(model)
     assert report.fused == names
     assert len(report) == len(names)
     torch.testing.assert_close(report.model(x), expected)
-    assert sorted(report.model.state_dict()) == keys
+    assert list(report.model.state_dict()) == keys
     return report.model
 
 
@@ -145,20 +145,58 @@ def test_residuals_wherever_they_come_from() -> None:
             x = self.blocks(x)
             x = F.silu(torch.add(self.norm(self.convs[0](x)), self.convs[1](x)))
             x = F.gelu(x + self.convs[2](x))
-            x = F.relu(self.convs[3](x) + self.bias)  # would be broadcast
-            x = F.relu(x.mean((2, 3), keepdim=True) + self.convs[4](x))  # and this
+            x = F.relu(self.convs[3](x) + self.bias)
+            x = F.relu(x.mean((2, 3), keepdim=True) + self.convs[4](x))  # torch broadcasts it
             y = self.convs[5](x)
             x.mul_(2)  # conv 5 sees what was before
             return F.relu(x + y)
 
     names = [(f"blocks.{i}.{name}", act) for i in range(2) for name, act in
              (("conv1", "relu"), ("conv2", "add, relu"))]  # fmt: skip
-    names += [("convs.0", "add, silu"), ("convs.2", "add, gelu")]
+    names += [("convs.0", "add, silu"), ("convs.2", "add, gelu"), ("convs.4", "add, relu")]
     model, x = Net().eval(), torch.randn(2, 8, 5, 5)
     fused = same(model, x, *names)
     expected = fused(x).detach()
     with torch.no_grad():  # what adds is the kernel
         torch.testing.assert_close(fused(x), expected)
+
+
+class Added(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv2(self.conv1(x)) + x)
+
+
+def test_a_wider_residual_is_added_as_torch_does() -> None:
+    model, x = Added().eval(), torch.randn(1, 8, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        fused = gossamer.fuse_activations(model).model
+        assert fused(x).dtype == expected.dtype == torch.float32
+        assert torch.equal(fused(x), expected)
+
+
+class Doubled(SparseConv2d):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(2 * x)
+
+
+class Scale(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class Overwritten(Bottleneck):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale()  # nobody looks into it
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(x)
+        return F.relu(y + self.scale(x))
+
+
+def overridden() -> nn.Module:
+    return nn.Sequential(Doubled(8, 8, 3, pattern="2:4"), nn.ReLU())
 
 
 class UsedTwice(Bottleneck):
@@ -193,10 +231,15 @@ def dense() -> nn.Module:
     return nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
 
 
-@pytest.mark.parametrize("make", [UsedTwice, CalledTwice, hooked, hooked_activation, shared, dense])
+WHAT_STAYS = [UsedTwice, CalledTwice, Overwritten, overridden, hooked, hooked_activation, shared]
+
+
+@pytest.mark.parametrize("make", [*WHAT_STAYS, dense])
 def test_what_stays(make: type[nn.Module]) -> None:
     model = make().eval()
-    assert same(model, torch.randn(1, 8, 5, 5)) is model
+    x = torch.randn(1, 8, 5, 5)
+    assert gossamer.fuse_activations(model).model is model
+    model(x)
 
 
 def test_mistakes() -> None:

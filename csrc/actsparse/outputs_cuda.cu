@@ -49,7 +49,9 @@ struct Piece {
       const int64_t at =
           min((step * kWarp + threadIdx.x % kWarp) * 16, k * int64_t{sizeof(T)} - 16);
       const uint4 bytes = ptx::load_nc16_hint(row + at, ptx::l2_evict_first());
-      run = *reinterpret_cast<const Run<T, kElements>*>(&bytes);
+      // Past the end the zeros of x must not meet an infinity.
+      const bool inside = (step * kWarp + threadIdx.x % kWarp) * kElements < k;
+      run = inside ? *reinterpret_cast<const Run<T, kElements>*>(&bytes) : Run<T, kElements>{};
     } else {
       load_x(row, step, k);
     }

@@ -67,8 +67,8 @@ def has_kernels(device: torch.device) -> bool:
 def wrong_results(device: torch.device) -> str | None:
     """Which kernels answer a small product wrongly on this device, if any.
 
-    Nobody has every GPU, and wrong numbers are worse than none: so each floating-point kernel is
-    asked once, in whole numbers whose sums are exact.
+    Nobody has every GPU, and wrong numbers are worse than none: so the floating-point kernels of
+    each feature's forward pass are asked once, in whole numbers whose sums are exact.
     """
     from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
     from .ops.actsparse import actsparse_linear

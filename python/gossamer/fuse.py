@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +26,6 @@ _FUNCTIONS = {
     F.gelu: "gelu",
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
-_FULL = (
-    SparseConv,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-)
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
@@ -109,10 +96,10 @@ def fuse_activations(model: nn.Module) -> FusionReport:
     traced, stays, and each part of it is read by itself and taken to be called as a whole. An
     activation stays where the layer's output is used elsewhere too, where the layer is called
     twice or is shared, or where one of the two has hooks; with a residual also where
-    something is written to in place between the layer and the addition, or where the other operand
-    is not seen to be a whole image, which is not broadcast: what a convolution, pooling,
-    normalisation or activation gives, or an input of the traced part that the layer's own input
-    comes from. The model is changed at the very end: an error leaves it as it was.
+    something may be written to in place between the layer and the addition. What turns out not to
+    have the result's shape and dtype when the model runs is added as ``conv(x) + y`` does, by
+    torch, also where the model added in place. The model is changed at the very end: an error
+    leaves it as it was.
 
     Parameters
     ----------
@@ -199,6 +186,8 @@ def _fusions(module: nn.Module, graph: fx.Graph, obstacles: Obstacles) -> Iterat
             continue
         if len(obstacles.holders(layer)) != 1 or hooks_of(layer) or "forward" in layer.__dict__:
             continue
+        if type(layer).forward not in (SparseConv.forward, SparseLinear.forward):
+            continue
         follower, output = _only_user(module, node)
         addition = None
         if follower is not None and _adds_residual(module, node, output, follower):
@@ -234,7 +223,7 @@ def _adds_residual(module: nn.Module, call: fx.Node, output: fx.Node, addition: 
         return False
     first, second = addition.args
     residual = second if first is output else first
-    if residual is output or not _is_full(module, residual, call):
+    if residual is output or not isinstance(residual, fx.Node) or residual.op == "get_attr":
         return False
     if addition.target in (operator.iadd, "add_") and first is not output:
         return False  # others may read what it writes to
@@ -247,39 +236,23 @@ def _adds_residual(module: nn.Module, call: fx.Node, output: fx.Node, addition: 
     return True
 
 
-def _is_full(module: nn.Module, node: object, call: fx.Node) -> bool:
-    """Whether a node is what residuals are, and not something of fewer numbers to broadcast.
-
-    That is, what a convolution, pooling, normalisation or activation gives, another such sum, or
-    an input that the layer's own input comes from.
-    """
-    if not isinstance(node, fx.Node):
-        return False
-    if node.op == "placeholder":
-        seen, front = set(), [call]
-        while front:
-            above = front.pop()
-            new = [n for n in above.all_input_nodes if n not in seen]
-            seen.update(new)
-            front += new
-        return node in seen
-    if node.op == "call_module":
-        called = module.get_submodule(str(node.target))
-        if isinstance(called, nn.Identity):
-            return _is_full(module, node.args[0], call)
-        return isinstance(called, _FULL) or type(called) in _MODULES
-    return node.target in _ADDITIONS or node.target in _FUNCTIONS or node.target in _METHODS
-
-
 def _writes(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node may write to what it is given."""
     if node.kwargs.get("inplace") or "out" in node.kwargs or True in node.args:
         return True
     if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+        called = module.get_submodule(str(node.target))
+        known = type(called).__module__.startswith(("torch.", "gossamer."))
+        return not known or bool(getattr(called, "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    return node.target in _IN_PLACE or getattr(node.target, "__name__", "").endswith("_")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    known = isinstance(node.target, BuiltinFunctionType) or (
+        str(getattr(node.target, "__module__", "")).startswith(("torch.", "gossamer."))
+    )
+    return not known or node.target in _IN_PLACE or name.endswith("_")
 
 
 def _activation_of(module: nn.Module, node: fx.Node) -> str | None:
@@ -313,6 +286,19 @@ def _move_into(graph: fx.Graph, call: fx.Node, output: fx.Node, addition: fx.Nod
     graph.erase_node(call)
 
 
+def _take_order(made: nn.Module, given: nn.Module) -> None:
+    """Register what a GraphModule has in the order of its module, not in that of the calls."""
+    for held in ("_parameters", "_buffers", "_modules"):
+        ours = getattr(made, held)
+        for name in getattr(given, held):
+            if name in ours:
+                ours[name] = ours.pop(name)
+    for name, child in made._modules.items():
+        twin = given._modules.get(name)
+        if child is not None and twin is not None and child is not twin:
+            _take_order(child, twin)
+
+
 def _graph_module(part: _Part) -> fx.GraphModule:
     for fusion in part.fusions:
         if fusion.addition is not None:
@@ -323,6 +309,7 @@ def _graph_module(part: _Part) -> fx.GraphModule:
         if isinstance(node.type, str):  # an annotation, which a pickle would look up as a class
             node.type = None
     made = fx.GraphModule(part.module, part.graph, type(part.module).__name__)
+    _take_order(made, part.module)
     for name, value in part.module.__dict__.items():
         if not name.startswith("_"):
             made.__dict__.setdefault(name, value)

@@ -213,8 +213,9 @@ def blocksparse_conv(
 
     ``padding`` is what goes before and after x along each axis. Sums, bias and residual are added
     in float32 (or the dtype, if that is wider), and what the activation makes of them is rounded
-    once; ``sparse24_conv`` takes a residual the same way. A NaN or an infinity in x goes
-    through every position of a live block, zeros included, and never through the others.
+    once; ``sparse24_conv`` takes a residual the same way. (Where a gradient is wanted, on a GPU and
+    where torch's convolution is chosen, torch adds it to the rounded sum.) A NaN or an infinity in
+    x goes through every position of a live block, zeros included, and never through the others.
     """
     around = [size for both in reversed(padding) for size in both]
     if around:

@@ -47,7 +47,21 @@ def test_which_products_are_the_kernels(gpu: Gpu) -> None:
     actsparse_linear(x, weight)
     actsparse_linear(x[:1].double(), weight.double())
     actsparse_linear(x[:1], weight.t().contiguous().t())  # would have to be copied
+    for none in (x[:0], x[:0].double()):
+        assert actsparse_linear(none, weight.to(none.dtype)).shape == (0, 33)
+        assert actsparse_linear(none, weight.to(none.dtype).t().contiguous().t()).shape == (0, 33)
+        wanted = torch.ones(0, 64, dtype=torch.bool)
+        y = actsparse_outputs(none.new_empty(0, 33), weight.to(none.dtype), wanted)
+        assert y.shape == (0, 64)
     assert gpu.launches == before
+
+
+def test_infinities_at_the_end_of_a_wanted_row(gpu: Gpu) -> None:
+    for dtype in DTYPES:
+        x, weight = torch.ones(2, 40, dtype=dtype), torch.ones(8, 40, dtype=dtype)
+        weight[3, -1], weight[5, -2] = float("inf"), -float("inf")
+        y = actsparse_outputs(x, weight, torch.ones(2, 8, dtype=torch.bool))
+        assert torch.equal(y, weight.sum(-1).expand(2, 8))
 
 
 def test_strides_and_dimensions(gpu: Gpu) -> None:

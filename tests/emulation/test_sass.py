@@ -94,7 +94,8 @@ class Kernels:
         cubin = self._of_the_module(source, architecture)
         if cubin is None:
             cubin = self.folder / f"{source.parent.name}_{source.stem}_{architecture}.cubin"
-            gencode = f"arch=compute_{architecture},code=sm_{architecture}"
+            source_of = {"90": "80"}.get(architecture, architecture)  # as in csrc/CMakeLists.txt
+            gencode = f"arch=compute_{source_of},code=sm_{architecture}"
             # Where the module is built in CI, a spilled register is an error, too.
             flags = ("-std=c++17", "-Xptxas=-warn-spills,-Werror", "-gencode", gencode, "-cubin")
             run_nvcc(*flags, "-o", str(cubin), str(source))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..formats import Block
 from ..ops.blocksparse import blocksparse_conv_tensors
 from ..ops.conv_geometry import PADDING_MODES, Sizes, padding_of, per_axis
+from ..ops.operands import activation_of, autocast_dtype
 from ..ops.sparse24_conv import sparse24_conv_tensors
 from .patterns import PatternName, pattern_of
 from .trainable import TrainableModule
@@ -195,14 +196,35 @@ class SparseConv(TrainableModule):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``input`` [batch, C_in, *extents] -> [batch, C_out, *extents]; either without batch.
 
-        ``residual``, of the result's shape, is added before the activation: ``relu(conv(x) + y)``
-        in one pass.
+        ``residual`` is added before the activation, ``relu(conv(x) + y)``: where it has the
+        result's shape and dtype by the operation (in one pass where that has a kernel for it),
+        anything else as torch adds it.
 
         Raises
         ------
         RuntimeError
             If a packed layer runs in training mode with gradients enabled.
         """
+        activation = self.activation or "none"
+        if residual is None or self._is_of_result(residual, input):
+            return self._convolve(input, residual, activation)
+        y = self._convolve(input, None, "none") + residual
+        activate = activation_of(type(self).__name__, activation)
+        return y if activate is None else activate(y)
+
+    def _is_of_result(self, residual: Tensor, input: Tensor) -> bool:
+        """Whether it has the shape and dtype of the convolution of ``input``."""
+        if residual.dtype != (autocast_dtype(input) or input.dtype):
+            return False
+        axes = len(self.kernel_size)
+        extents = input.shape[-axes:]
+        if self.padding != "same":
+            padding = (0,) * axes if isinstance(self.padding, str) else self.padding
+            sizes = zip(extents, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+            extents = torch.Size((e + 2 * p - d * (k - 1) - 1) // s + 1 for e, k, s, p, d in sizes)
+        return residual.shape == (*input.shape[: -axes - 1], self.out_channels, *extents)
+
+    def _convolve(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         bias, shape = self.bias, self._pattern.shape
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.padding_mode)
         kind = (bias, shape, self.groups)
@@ -211,7 +233,6 @@ class SparseConv(TrainableModule):
             self._refuse_training()
             stored = self.panels  # type: ignore[assignment]
         assert stored is not None
-        activation = self.activation or "none"
         if isinstance(self.pattern, Block):
             blocks = (stored, self.crow_indices, self.col_indices)
             rest = (*kind, *geometry, activation, self.pattern.cols if packed else 0, residual)

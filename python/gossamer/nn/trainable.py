@@ -165,7 +165,11 @@ class TrainableModule(PackableModule):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As torch's; of a packed layer also of the Parameter ``values`` that unpacking makes."""
+        """As torch's; of a packed layer also of the Parameter ``values`` that unpacking makes.
+
+        A module that holds this layer sets the Parameters that there are, as torch's modules do:
+        freeze it before packing, or the layers one by one.
+        """
         self._values_require_grad = requires_grad
         return super().requires_grad_(requires_grad)
 

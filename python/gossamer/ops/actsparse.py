@@ -69,9 +69,9 @@ def actsparse_linear(
     a dense product of the masked x takes less time (tens of tokens, or thousands), that is computed
     instead.
 
-    In the kernels a token's result depends on that token alone, to the bit: not on the others, nor
-    on the number of threads. Weights are expected to be finite: the dense product multiplies those
-    of inactive inputs by zero.
+    In the CPU's kernels a token's result depends on that token alone, to the bit: not on the
+    others, nor on the number of threads. Weights are expected to be finite: the dense product
+    multiplies those of inactive inputs by zero.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def actsparse_linear(
     weight_kn : Tensor
         [K, N] in the dtype of ``x``: float32, bfloat16, float16, or float64 (serial kernel). It is
         the transpose of ``torch.nn.Linear.weight``. If its columns do not lie next to each other,
-        as in ``linear.weight.t()``, every call copies it.
+        as in ``linear.weight.t()``, every call copies it (on a GPU it multiplies densely).
     bias : Tensor, optional
         [N] in the dtype of ``x``.
     threshold : float
@@ -113,10 +113,9 @@ def actsparse_linear(
     inputs.
 
     On a GPU up to 16 rows (one, where rows of the weight do not begin at multiples of 16 bytes)
-    are summed by a kernel of its own (its sums take an order that depends on
-    which inputs any token of the call has active, and are the same in every run); more rows, whose
-    zeros nobody can count without waiting for the GPU, and float64 are torch's dense product of the
-    masked x.
+    are summed by a kernel of its own. Its sums take an order that depends on which inputs any token
+    of the call has active, and are the same in every run. More rows, whose zeros nobody can count
+    without waiting for the GPU, and float64 are torch's dense product of the masked x.
 
     References
     ----------

@@ -71,9 +71,9 @@ def blocksparse_linear(
     Returns
     -------
     Tensor
-        [..., N] in the dtype of ``x``, contiguous. Under autocast x, weight and bias are cast to
-        autocast's dtype first, as ``torch.nn.functional.linear`` does; panels are read in their
-        own dtype and the result is returned in autocast's.
+        [..., N] in the dtype of ``x``, contiguous. Under autocast x, weight, bias and residual are
+        cast to autocast's dtype first, as by ``torch.nn.functional.linear``; panels are read in
+        their own dtype and the result is returned in autocast's.
 
     Raises
     ------
@@ -162,8 +162,8 @@ def blocksparse_conv(
     -------
     Tensor
         [batch, C_out, *extents] in the dtype and the memory format (contiguous or channels-last)
-        of ``x``. Under autocast x, weight and bias are cast to autocast's dtype first; panels are
-        read in their own dtype and the result is returned in autocast's.
+        of ``x``. Under autocast x, weight, bias and residual are cast to autocast's dtype first;
+        panels are read in their own dtype and the result is returned in autocast's.
 
     Raises
     ------

@@ -42,7 +42,12 @@ def workspace_of(x: Tensor, nbytes: int) -> tuple[Tensor | None, Tensor | None]:
     place = (x.get_device(), *_C.cuda_stream(x))
     counters = _counters.get(place)
     if counters is None:
-        counters = _counters[place] = _outside_pools(x.device).zero_()
+        counters = _outside_pools(x.device)
+        if x.is_cuda and not torch.cuda.is_current_stream_capturing():
+            # What had this memory before may still be writing to it, on the default stream.
+            default = torch.cuda.default_stream(x.device)
+            torch.cuda.current_stream(x.device).wait_stream(default)
+        _counters[place] = counters.zero_()
     return torch.empty(nbytes, dtype=torch.uint8, device=x.device), counters
 
 

@@ -43,7 +43,8 @@ def grouped_linear(
     up to ``offsets[e]`` of x. It reads the weights of each expert that has a token once, shares
     them out over the threads by the work they are, and needs no padding of the groups. A token's
     result depends on that token alone, to the bit: not on how many others its expert has, nor on
-    the number of threads. So a NaN or an infinity in one token reaches no other.
+    the number of threads (on a GPU as the notes say). So a NaN or an infinity in one token reaches
+    no other.
 
     The same block-diagonal product is a grouped 1x1 convolution with a constant number of channels
     a group (E2GC): G groups of C channels over P pixels are G experts of P tokens, ``x`` being

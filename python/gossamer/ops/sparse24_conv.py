@@ -73,14 +73,15 @@ def sparse24_conv(
         The [C_out, C_in / groups, *kernel size] weight; the groups are its own. Gradients flow to
         ``Sparse24Conv.values``, and to nothing in the pairs.
     bias, stride, padding, dilation, padding_mode, activation, residual
-        As for ``blocksparse_conv``.
+        As for ``blocksparse_conv``; to torch's convolution, where that is chosen, torch adds the
+        residual, too.
 
     Returns
     -------
     Tensor
         [batch, C_out, *extents] in the dtype and the memory format (contiguous or channels-last)
-        of ``x``. Under autocast x, weight and bias are cast to autocast's dtype first; pairs are
-        read in their own dtype and the result is returned in autocast's.
+        of ``x``. Under autocast x, weight, bias and residual are cast to autocast's dtype first;
+        pairs are read in their own dtype and the result is returned in autocast's.
 
     Raises
     ------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._library import calls_cpu_kernel, is_recorded, library
+from .._library import TAGS_NOT_CAPTURED, calls_cpu_kernel, is_recorded, library
 from .._wide import wide_matmul
 from .actsparse_cuda import has_rows_kernel, rows_workspace
 from .operands import (
@@ -52,7 +52,11 @@ def pack_spikes(x: Tensor) -> Tensor:
     if x.dim() == 0:
         raise ValueError(f"{_PACK}: x is 0-d, it needs at least one dimension")
     x = x.detach()
-    bits: Tensor = _pack(as_rows(x.view(torch.uint8) if x.dtype == torch.bool else x, x.dim()))
+    rows = as_rows(x, x.dim())
+    if x.dtype == torch.bool and x.is_cuda and not is_recorded():
+        bits = _bits(rows)  # zeros and ones: nothing to wait for
+    else:
+        bits = _pack(rows.view(torch.uint8) if x.dtype == torch.bool else rows)
     return bits.view(*x.shape[:-1], bits.shape[-1])
 
 
@@ -88,14 +92,15 @@ def spike_linear(spikes: Tensor, weight_kn: Tensor, bias: Tensor | None = None) 
     TypeError
         If dtypes differ or have no kernel.
     ValueError
-        If shapes or devices do not match, a spike is neither 0 nor 1, or a bit is set past the
-        last feature.
+        If shapes or devices do not match, a spike is neither 0 nor 1, or, on a CPU, a bit is set
+        past the last feature (a GPU leaves it out).
 
     Notes
     -----
     The gradients are those of the dense product: to floating spikes too, for a surrogate gradient
-    behind them. What is kept for the gradient is the bits. On a GPU up to 16 tokens are summed by
-    the kernel of ``actsparse_linear``, more are torch's product.
+    behind them. What is kept for the gradient is the bits. On a GPU as many tokens as those of
+    ``actsparse_linear`` are summed by its kernel, more are torch's product; floating spikes wait
+    for the GPU to say that they are zeros and ones, bits and bool do not.
 
     References
     ----------
@@ -140,14 +145,14 @@ def spike_linear(spikes: Tensor, weight_kn: Tensor, bias: Tensor | None = None) 
     return y.view(*spikes.shape[:-1], y.shape[1])
 
 
-library.define("pack_spikes(Tensor x) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+library.define("pack_spikes(Tensor x) -> Tensor", tags=TAGS_NOT_CAPTURED)
 library.define(
     "spike_linear(Tensor bits, Tensor weight_kn, Tensor? bias) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 library.define(  # of spikes in floating point, for their gradient under torch.compile
     "spike_linear_unpacked(Tensor x, Tensor weight_kn, Tensor? bias) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS_NOT_CAPTURED,
 )
 _pack = torch.ops.gossamer.pack_spikes.default
 _linear = torch.ops.gossamer.spike_linear.default
@@ -165,8 +170,14 @@ def _pack_native(x: Tensor) -> Tensor:
 
 
 def _pack_cuda(x: Tensor) -> Tensor:
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise TypeError(f"{_PACK}: x is {x.dtype}, which has no kernel")
     if bool(((x != 0) & (x != 1)).any()):
         raise ValueError(f"{_PACK}: an entry of x is neither 0 nor 1")
+    return _bits(x)
+
+
+def _bits(x: Tensor) -> Tensor:
     ones = torch.nn.functional.pad(x.to(torch.uint8), (0, -x.shape[1] % 8))
     places = torch.arange(8, device=x.device, dtype=torch.uint8)
     return (ones.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)

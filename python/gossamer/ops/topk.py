@@ -71,7 +71,7 @@ def topk_decode(
     ValueError
         If shapes or devices do not match, or an index is outside 0 to width - 1, which is found
         before any row is read. On a GPU, which would have to wait to say so, what such an index
-        takes part in is NaN.
+        takes part in is NaN (in float64, which has no kernels there, torch's device assertion).
 
     Notes
     -----
@@ -307,6 +307,7 @@ def _encode_cuda(
             # torch may give back a transposed product.
             dense = F.linear(x[some], weight, bias).contiguous()
             _C.topk_select_cuda(values[some], indices[some], dense, relu)
+            del dense  # before those of the next tokens exist
         return codes
     dense = F.linear(x, weight, bias)
     values, indices = dense.sort(dim=-1, descending=True, stable=True)

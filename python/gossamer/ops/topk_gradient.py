@@ -100,6 +100,7 @@ def _weight_cuda(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Ten
         _C.topk_weight_cuda(weight, *codes, rows_of(dy), begins, order)
         return weight
     tokens, share = order // indices.shape[1], values.flatten()[order]
+    share = torch.where(rows < width, share, 0)  # the last bag ends where all pairs do
     return F.embedding_bag(tokens, dy, begins[:-1], mode="sum", per_sample_weights=share)
 
 

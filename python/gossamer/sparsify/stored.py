@@ -132,7 +132,8 @@ class StoredDropGrow:
     def step(self) -> None:
         """Count a step, and change the pattern if it is due.
 
-        A change by gradient waits for a step whose gradient is finite: the others are not counted.
+        A change by gradient waits for a step whose gradient is finite: where one is due and it is
+        not, the step is not counted.
         """
         if self.schedule.due(self.steps + 1) and not self._finite():
             return
