@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_blocksparse_cuda import timed
 from bench_sparse24_cuda import Bench, check
+from cuda_cases import run_each, timed
 from cuda_machine import GpuLimits
 from cuda_record import CudaCase
-from cuda_report import table
+from cuda_report import group_table
 from cuda_rivals import DENSE, Rivals, clones
 from cuda_shapes import DTYPES
-from cuda_timing import Contender, Rounds, copies_for, first_line
+from cuda_timing import Contender, Rounds, copies_for
 from gossamer import _C, actsparse_linear
 from record import OURS
 from shapes import ACTIVE_ROWS, SPARSITIES, LinearShape
@@ -162,33 +162,11 @@ def run(
     plan: CudaActivePlan, bench: Bench, clock: Callable[[], float] = perf_counter
 ) -> Iterator[CudaActiveCase]:
     """All cases of the plan in its order; those after ``most_seconds`` come out as left out."""
-    begin = clock()
-    with torch.no_grad():
-        for case in plan.cases():
-            if clock() - begin > plan.most_seconds:
-                yield dataclasses.replace(case, unavailable="left out: no time")
-                continue
-            try:
-                found = run_case(case, plan.rounds, bench)
-            except Exception as error:  # so that the record of the others is written
-                failed = {"unavailable": first_line(error), "failed": True}
-                found = dataclasses.replace(case, **failed)
-            yield found
+    each = partial(run_case, rounds=plan.rounds, bench=bench)
+    return run_each(plan.cases(), each, plan.most_seconds, clock)
 
 
 def active_table(cases: Sequence[CudaActiveCase], dram: float) -> str:
     """The cases of one layer and dtype; below, what is missing and why."""
-    first, timed_cases = cases[0], [case for case in cases if case.timings]
-    lines = [f"zero inputs, {first.dtype} {first.shape}"]
-    if timed_cases:
-        lines.append(table(COLUMNS, (case.row(dram) for case in timed_cases)))
-    for case in cases:
-        if not case.timings:
-            word = "FAILED" if case.failed else "not available"
-            lines.append(f"  {case.name} {word}: {case.unavailable}")
-    reasons = {
-        (name, why): None
-        for case in timed_cases
-        for name, why in {**case.missing, **case.not_graphs}.items()
-    }
-    return "\n".join([*lines, *(f"  {name}: {why}" for name, why in reasons)]) + "\n"
+    head = f"zero inputs, {cases[0].dtype} {cases[0].shape}"
+    return group_table(head, COLUMNS, cases, lambda case: case.row(dram))

@@ -8,26 +8,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from bench_sparse24_cuda import RIVALS_SLACK, Bench, check, cloned
+from bench_sparse24_cuda import Bench, check, cloned
 from cuda_block_case import BSR, CudaBlockCase
-from cuda_record import CudaCase
-from cuda_rivals import DENSE, WRONG, Rivals, clones
+from cuda_cases import run_each, timed
+from cuda_rivals import DENSE, Rivals, clones
 from cuda_shapes import DTYPES
-from cuda_timing import Contender, Rounds, copies_for, first_line, measure, repeats_for
+from cuda_timing import Contender, Rounds, copies_for
 from gossamer import Block, blocksparse_conv, blocksparse_linear
 from gossamer.formats import BlockSparse
 from gossamer.ops.blocksparse_choice import blocksparse_choice
 from gossamer.prune import magnitude_blocks
-from record import OURS, Check
+from record import OURS
 from shapes import ConvShape, Shape
 from torch import Tensor
 
 CUDNN_LAST = "cuDNN channels_last"
-AnyCase = TypeVar("AnyCase", bound=CudaCase)
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,11 @@ class CudaBlockPlan:
     rounds: Rounds = field(default_factory=Rounds)
     most_seconds: float = math.inf
 
-    def cases(self) -> Iterator[tuple[str, Shape, int, tuple[int, int], float]]:
+    def cases(self) -> Iterator[CudaBlockCase]:
         for dtype, shape, rows in self.problems:
             for block in self.blocks:
                 for density in self.densities:
-                    yield dtype, shape, rows, block, density
+                    yield CudaBlockCase(shape, dtype, rows, 0, block=block, density=density)
 
 
 @dataclass(frozen=True)
@@ -188,66 +186,14 @@ def run_case(case: CudaBlockCase, plan: CudaBlockPlan, bench: Bench) -> CudaBloc
     return timed(case, rivals, lambda y: check(y, expected, dtype), plan.rounds, bench)
 
 
-def timed(
-    case: AnyCase,
-    rivals: Rivals,
-    right: Callable[[Tensor], Check],
-    rounds: Rounds,
-    bench: Bench,
-    floor: float = 0.0,
-) -> AnyCase:
-    """The case with the times of all rivals that answer right when replayed.
-
-    No call is expected to take less than ``floor`` seconds: a graph holds calls by that.
-    """
-    replays: dict[str, Any] = {}
-    before = bench.sensors()
-    with bench.stopwatch() as stopwatch:
-        for contender in rivals.contenders:
-            least = max(floor, case.dense_limit if contender.family == DENSE else case.limit)
-            try:
-                replay = stopwatch.prepare(contender, repeats_for(len(contender.calls), least))
-                stopwatch.seconds([(replay, 1)])
-                answer = right(contender.answer(replay.last))
-            except Exception as error:
-                rivals.missing[contender.name] = first_line(error)
-                continue
-            if contender.name == OURS:  # the call by itself may be right, and its replay not
-                case = case if answer.passed else dataclasses.replace(case, check=answer)
-            elif not answer.worst <= RIVALS_SLACK:
-                rivals.missing[contender.name] = WRONG
-                continue
-            replays[contender.name] = replay
-        if OURS not in replays:
-            return dataclasses.replace(case, unavailable=rivals.missing[OURS], failed=True)
-        timings = measure(replays, stopwatch, rounds)
-    families = {c.name: c.family for c in rivals.contenders}
-    return dataclasses.replace(
-        case, timings=timings, families={name: families[name] for name in timings},
-        not_graphs={name: r.eager for name, r in replays.items() if r.eager},
-        missing=rivals.missing, sensors={"before": before, "after": bench.sensors()},
-    )  # fmt: skip
-
-
 def run(
     plan: CudaBlockPlan, bench: Bench, clock: Callable[[], float] = perf_counter
 ) -> Iterator[CudaBlockCase]:
     """All cases of the plan in its order; those after ``most_seconds`` come out as left out."""
-    begin = clock()
     tuned = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True  # dense gets the best algorithm that cuDNN has
     try:
-        with torch.no_grad():
-            for dtype, shape, rows, block, density in plan.cases():
-                case = CudaBlockCase(shape, dtype, rows, 0, block=block, density=density)
-                if clock() - begin > plan.most_seconds:
-                    yield dataclasses.replace(case, unavailable="left out: no time")
-                    continue
-                try:
-                    case = run_case(case, plan, bench)
-                except Exception as error:  # so that the record of the others is written
-                    failed = {"unavailable": first_line(error), "failed": True}
-                    case = dataclasses.replace(case, **failed)
-                yield case
+        each = partial(run_case, plan=plan, bench=bench)
+        yield from run_each(plan.cases(), each, plan.most_seconds, clock)
     finally:
         torch.backends.cudnn.benchmark = tuned

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_blocksparse_cuda import timed
 from bench_sparse24_cuda import Bench, check
+from cuda_cases import run_each, timed
 from cuda_record import CudaCase
-from cuda_report import table
+from cuda_report import group_table
 from cuda_rivals import DENSE, Rivals, clones
 from cuda_shapes import DTYPES
-from cuda_timing import Contender, Rounds, copies_for, first_line
+from cuda_timing import Contender, Rounds, copies_for
 from gossamer import _C, topk_decode
 from record import OURS
 from shapes import CODE_KS, CODE_SHAPES, CODE_TOKENS, CodeShape
@@ -181,29 +181,10 @@ def run(
     plan: CudaCodePlan, bench: Bench, clock: Callable[[], float] = perf_counter
 ) -> Iterator[CudaCodeCase]:
     """All cases of the plan in its order; those after ``most_seconds`` come out as left out."""
-    begin = clock()
-    with torch.no_grad():
-        for case in plan.cases():
-            if clock() - begin > plan.most_seconds:
-                yield dataclasses.replace(case, unavailable="left out: no time")
-                continue
-            try:
-                found = run_case(case, plan.rounds, bench)
-            except Exception as error:  # so that the record of the others is written
-                failed = {"unavailable": first_line(error), "failed": True}
-                found = dataclasses.replace(case, **failed)
-            yield found
+    each = partial(run_case, rounds=plan.rounds, bench=bench)
+    return run_each(plan.cases(), each, plan.most_seconds, clock)
 
 
 def code_table(cases: Sequence[CudaCodeCase]) -> str:
     """The cases of one shape and dtype; below, what is missing and why."""
-    first, timed = cases[0], [case for case in cases if case.timings]
-    lines = [f"codes {first.dtype} {first.shape}"]
-    if timed:
-        lines.append(table(COLUMNS, (case.row() for case in timed)))
-    for case in cases:
-        if not case.timings:
-            word = "FAILED" if case.failed else "not available"
-            lines.append(f"  {case.name} {word}: {case.unavailable}")
-    reasons = {(n, why): None for case in timed for n, why in case.missing.items()}
-    return "\n".join([*lines, *(f"  {name}: {why}" for name, why in reasons)]) + "\n"
+    return group_table(f"codes {cases[0].dtype} {cases[0].shape}", COLUMNS, cases)

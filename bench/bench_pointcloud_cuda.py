@@ -19,14 +19,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from bench_blocksparse_cuda import timed
 from bench_pointcloud import PLAIN, SHAPES, VoxelShape, coordinates_of, map_of, plain_map
 from bench_sparse24_cuda import Bench, check
+from cuda_cases import run_each, timed
 from cuda_record import CudaCase
-from cuda_report import table
+from cuda_report import group_table
 from cuda_rivals import DENSE, Rivals, clones
 from cuda_shapes import DTYPES
-from cuda_timing import Contender, Rounds, copies_for, first_line
+from cuda_timing import Contender, Rounds, copies_for
 from gossamer import _C, fold_batchnorm, reference
 from gossamer import pointcloud as pc
 from gossamer.ops import pointcloud as ops
@@ -258,37 +258,17 @@ def run(
     plan: CudaVoxelPlan, bench: Bench, clock: Callable[[], float] = perf_counter
 ) -> Iterator[CudaVoxelCase]:
     """All cases of the plan in its order; those after ``most_seconds`` come out as left out."""
-    begin = clock()
     coords, maps = coordinates_of(plan.scan).to(bench.device), dict[str, pc.KernelMap]()
-    with torch.no_grad():
-        for case in plan.cases():
-            if clock() - begin > plan.most_seconds:
-                yield dataclasses.replace(case, unavailable="left out: no time")
-                continue
-            try:
-                found = run_case(case, coords, maps, plan.rounds, bench)
-            except Exception as error:  # so that the record of the others is written
-                failed = {"unavailable": first_line(error), "failed": True}
-                found = dataclasses.replace(case, **failed)
-            yield found
+    each = partial(run_case, coords=coords, maps=maps, rounds=plan.rounds, bench=bench)
+    return run_each(plan.cases(), each, plan.most_seconds, clock)
 
 
 def voxel_table(cases: Sequence[CudaVoxelCase]) -> str:
     """The cases of one shape and dtype; below, what is missing and why."""
-    first, timed = cases[0], [case for case in cases if case.timings]
-    lines = [f"pointcloud {first.dtype} {first.shape}, {first.rows} voxels, {first.pairs} pairs"]
-    if timed:
-        lines.append(table(COLUMNS, (case.row() for case in timed)))
-    for case in cases:
-        if not case.timings:
-            word = "FAILED" if case.failed else "not available"
-            lines.append(f"  {case.name} {word}: {case.unavailable}")
-        if case.eager:
-            eager = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in case.eager.items())
-            lines.append(f"  eager: {eager}")
-    reasons = {
-        (name, why): None
-        for case in timed
-        for name, why in {**case.missing, **case.not_graphs}.items()
-    }
-    return "\n".join([*lines, *(f"  {name}: {why}" for name, why in reasons)]) + "\n"
+    first = cases[0]
+    head = f"pointcloud {first.dtype} {first.shape}, {first.rows} voxels, {first.pairs} pairs"
+    eager = [
+        ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in case.eager.items())
+        for case in cases
+    ]
+    return group_table(head, COLUMNS, cases, notes=[f"eager: {times}" for times in eager if times])

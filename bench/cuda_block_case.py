@@ -9,7 +9,7 @@ from typing import Any
 
 from cuda_machine import GpuLimits
 from cuda_record import CudaCase
-from cuda_report import table
+from cuda_report import group_table
 from cuda_rivals import DENSE
 from timing import geometric_mean
 
@@ -80,21 +80,9 @@ class CudaBlockCase(CudaCase):
 
 def block_table(cases: Sequence[CudaBlockCase]) -> str:
     """The cases of one shape, dtype and number of rows; below, what is missing and why."""
-    first, timed = cases[0], [case for case in cases if case.timings]
-    lines = [f"blocksparse {first.dtype} {first.shape}, {first.rows} rows or images"]
-    if timed:
-        lines.append(table(COLUMNS, (case.row() for case in timed)))
-    for case in cases:
-        if not case.timings:
-            word = "FAILED" if case.failed else "not available"
-            lines.append(f"  {case.name} {word}: {case.unavailable}")
-    reasons = {
-        (name, why): None
-        for case in timed
-        for name, why in {**case.missing, **case.not_graphs}.items()
-    }
-    lines += [f"  {name}: {why}" for name, why in reasons]
-    return "\n".join(lines) + "\n"
+    first = cases[0]
+    head = f"blocksparse {first.dtype} {first.shape}, {first.rows} rows or images"
+    return group_table(head, COLUMNS, cases)
 
 
 def block_summary(cases: Sequence[CudaBlockCase]) -> str:

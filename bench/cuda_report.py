@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from cuda_machine import GpuLimits
 from cuda_record import CudaCase, goals
 from cuda_rivals import CUSPARSELT, DENSE
 from timing import Ratio
+
+AnyCase = TypeVar("AnyCase", bound=CudaCase)
 
 COLUMNS = (
     "rows", "ours us", "spread", "dense us", "best dense", "vs dense", "(quartiles)", "cslt us",
@@ -79,6 +81,29 @@ def cases_table(cases: Sequence[CudaCase], limits: GpuLimits) -> str:
     }
     lines += [f"  {name}: {why}" for name, why in reasons]
     return "\n".join(lines) + "\n"
+
+
+def group_table(
+    head: str,
+    columns: Sequence[str],
+    cases: Sequence[AnyCase],
+    row: Callable[[AnyCase], list[str]] = lambda case: case.row(),
+    notes: Iterable[str] = (),
+) -> str:
+    """Cases that belong together under a head; below, what is missing and why."""
+    timed = [case for case in cases if case.timings]
+    lines = [table(columns, map(row, timed))] if timed else []
+    for case in cases:
+        if not case.timings:
+            word = "FAILED" if case.failed else "not available"
+            lines.append(f"  {case.name} {word}: {case.unavailable}")
+    reasons = {
+        (name, why): None
+        for case in timed
+        for name, why in {**case.missing, **case.not_graphs}.items()
+    }
+    lines += [f"  {note}" for note in (*notes, *(f"{name}: {why}" for name, why in reasons))]
+    return "\n".join([head, *lines]) + "\n"
 
 
 def machine_text(gpu: dict[str, Any], versions: dict[str, str], limits: GpuLimits) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import bench_actsparse_cuda
 import bench_blocksparse_cuda
@@ -17,11 +17,11 @@ import bench_codes_cuda
 import bench_grouped_cuda
 import bench_pointcloud_cuda
 import torch
-from bench_actsparse_cuda import CudaActiveCase, CudaActivePlan, active_table
+from bench_actsparse_cuda import CudaActivePlan, active_table
 from bench_blocksparse_cuda import CudaBlockPlan
-from bench_codes_cuda import CudaCodeCase, CudaCodePlan, code_table
-from bench_grouped_cuda import CudaGroupedCase, CudaGroupedPlan, grouped_table
-from bench_pointcloud_cuda import CudaVoxelCase, CudaVoxelPlan, voxel_table
+from bench_codes_cuda import CudaCodePlan, code_table
+from bench_grouped_cuda import CudaGroupedPlan, grouped_table
+from bench_pointcloud_cuda import CudaVoxelPlan, voxel_table
 from bench_sparse24_cuda import Bench, CudaPlan, run
 from cuda_block_case import CudaBlockCase, block_summary, block_table
 from cuda_machine import GpuLimits, Sensors, describe_gpu, gpu_name, measure_limits
@@ -49,6 +49,8 @@ from shapes import GOAL_MODEL, LinearShape, Shape
 if TYPE_CHECKING:
     from command_line import Options
 
+AnyCase = TypeVar("AnyCase", bound=CudaCase)
+
 QUICK_ROUNDS = Rounds(budget=0.2, least=7, most=21)
 QUICK_SWEEP_SECONDS = 0.7
 MANY_TOKENS = (256, 1024)  # an expert
@@ -56,9 +58,19 @@ QUICK_SECONDS = 140.0  # with probes; after it only the case that has begun, and
 FULL_ROUNDS = Rounds(budget=0.6, least=11, most=41)
 
 
-def seconds_of(options: Options, otherwise: float) -> float:
-    """How long to begin new cases; given as 0, none."""
-    return otherwise if options.seconds is None else options.seconds
+def effort_of(options: Options) -> dict[str, Any]:
+    """Rounds, and how long to begin new cases; given as 0, none are."""
+    rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (FULL_ROUNDS, math.inf)
+    return {
+        "rounds": rounds,
+        "most_seconds": seconds if options.seconds is None else options.seconds,
+    }
+
+
+def dtypes_of(options: Options) -> list[str]:
+    """Of the features that have kernels for those of blocks; in haste the first."""
+    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
+    return dtypes[:1] if options.quick else dtypes
 
 
 def plan_of(options: Options) -> CudaPlan:
@@ -68,11 +80,10 @@ def plan_of(options: Options) -> CudaPlan:
         for dtype in options.dtypes
         for shape, rows in _problems(options, first=dtype == options.dtypes[0])
     ]
+    haste: dict[str, Any] = {}
     if options.quick:
-        return CudaPlan(
-            cases, QUICK_ROUNDS, QUICK_SWEEP_SECONDS, 1, seconds_of(options, QUICK_SECONDS)
-        )
-    return CudaPlan(cases, FULL_ROUNDS, most_seconds=seconds_of(options, math.inf))
+        haste = {"sweep_seconds": QUICK_SWEEP_SECONDS, "csr_rows": 1}
+    return CudaPlan(cases, **haste, **effort_of(options))
 
 
 def _problems(options: Options, first: bool) -> list[tuple[LinearShape, int]]:
@@ -101,74 +112,29 @@ def block_plan_of(options: Options) -> CudaBlockPlan:
         *((shape, count) for shape in convs for count in images),
         *((shape, count) for shape in linear for count in rows),
     ]
-    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
-    dtypes = dtypes[:1] if options.quick else dtypes
-    problems = [(dtype, shape, count) for dtype in dtypes for shape, count in shapes]
-    if options.quick:
-        how: tuple[Any, ...] = (QUICK_BLOCK_DENSITIES, QUICK_ROUNDS)
-        return CudaBlockPlan(problems, options.blocks, *how, seconds_of(options, QUICK_SECONDS))
-    seconds = seconds_of(options, math.inf)
-    return CudaBlockPlan(problems, options.blocks, BLOCK_DENSITIES, FULL_ROUNDS, seconds)
+    problems = [(dtype, shape, count) for dtype in dtypes_of(options) for shape, count in shapes]
+    densities = QUICK_BLOCK_DENSITIES if options.quick else BLOCK_DENSITIES
+    return CudaBlockPlan(problems, options.blocks, densities, **effort_of(options))
 
 
 def grouped_plan_of(options: Options) -> CudaGroupedPlan:
     """The cases of experts: the CPU's, and numbers of tokens that keep tensor cores busy."""
-    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
     tokens = options.tokens if options.rows_given else (*options.tokens, *MANY_TOKENS)
-    if not options.quick:
-        seconds = seconds_of(options, math.inf)
-        return CudaGroupedPlan(
-            options.expert_shapes, tokens, dtypes, rounds=FULL_ROUNDS, most_seconds=seconds
-        )
-    seconds = seconds_of(options, QUICK_SECONDS)
-    how: dict[str, Any] = {"rounds": QUICK_ROUNDS, "most_seconds": seconds}
-    return CudaGroupedPlan(options.expert_shapes, tokens, dtypes[:1], ("zipf",), **how)
+    haste: dict[str, Any] = {"loads": ("zipf",)} if options.quick else {}
+    how = haste | effort_of(options)
+    return CudaGroupedPlan(options.expert_shapes, tokens, dtypes_of(options), **how)
 
 
 def voxel_plan_of(options: Options) -> CudaVoxelPlan:
     """The cases of point clouds: a network, then its layers."""
-    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
-    seconds = seconds_of(options, math.inf)
-    if not options.quick:
-        return CudaVoxelPlan(options.scan, dtypes, rounds=FULL_ROUNDS, most_seconds=seconds)
-    rest: dict[str, Any] = {
-        "rounds": QUICK_ROUNDS,
-        "most_seconds": seconds_of(options, QUICK_SECONDS),
-    }
-    return CudaVoxelPlan(options.scan, dtypes[:1], channels=(32, 64, 128), **rest)
+    haste: dict[str, Any] = {"channels": (32, 64, 128)} if options.quick else {}
+    return CudaVoxelPlan(options.scan, dtypes_of(options), **haste, **effort_of(options))
 
 
 def code_plan_of(options: Options) -> CudaCodePlan:
     """The cases of k-sparse codes."""
-    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
-    seconds = seconds_of(options, math.inf)
-    if not options.quick:
-        return CudaCodePlan(dtypes, rounds=FULL_ROUNDS, most_seconds=seconds)
-    rest: dict[str, Any] = {
-        "rounds": QUICK_ROUNDS,
-        "most_seconds": seconds_of(options, QUICK_SECONDS),
-    }
-    return CudaCodePlan(dtypes[:1], tokens=(16, 4096), ks=(32, 256), **rest)
-
-
-def print_code_cases(cases: Iterable[CudaCodeCase], out: Any = None) -> list[CudaCodeCase]:
-    """Each dictionary's table as soon as its last case is there; all the cases."""
-    every = []
-    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
-        mine = list(group)
-        print(code_table(mine), file=out or sys.stdout, flush=True)
-        every += mine
-    return every
-
-
-def print_grouped_cases(cases: Iterable[CudaGroupedCase], out: Any = None) -> list[CudaGroupedCase]:
-    """Each shape's table as soon as its last case is there; all the cases."""
-    every = []
-    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
-        mine = list(group)
-        print(grouped_table(mine), file=out or sys.stdout, flush=True)
-        every += mine
-    return every
+    haste: dict[str, Any] = {"tokens": (16, 4096), "ks": (32, 256)} if options.quick else {}
+    return CudaCodePlan(dtypes_of(options), **haste, **effort_of(options))
 
 
 def active_plan_of(options: Options) -> CudaActivePlan:
@@ -177,58 +143,25 @@ def active_plan_of(options: Options) -> CudaActivePlan:
     if not options.shapes_given:
         shapes = [shape for shape in shapes if shape.model == ACTIVE_GPU_MODEL]
         shapes = sorted(shapes, key=lambda shape: -shape.in_features)
-    dtypes = [dtype for dtype in options.dtypes if dtype in BLOCK_DTYPES]
-    seconds = seconds_of(options, math.inf)
-    given: dict[str, Any] = {"rows": options.rows} if options.rows_given else {}
-    if not options.quick:
-        return CudaActivePlan(dtypes, shapes, rounds=FULL_ROUNDS, most_seconds=seconds, **given)
-    given = {"rows": (1, 4, 8, 16), "sparsities": (0.0, 0.5, 0.9)} | given
-    rest: dict[str, Any] = {
-        "rounds": QUICK_ROUNDS,
-        "most_seconds": seconds_of(options, QUICK_SECONDS),
-    }
-    return CudaActivePlan(dtypes[:1], shapes, **given, **rest)
+    how: dict[str, Any] = effort_of(options)
+    if options.quick:
+        how |= {"rows": (1, 4, 8, 16), "sparsities": (0.0, 0.5, 0.9)}
+    if options.rows_given:
+        how["rows"] = options.rows
+    return CudaActivePlan(dtypes_of(options), shapes, **how)
 
 
-def print_active_cases(
-    cases: Iterable[CudaActiveCase], limits: GpuLimits, out: Any = None
-) -> list[CudaActiveCase]:
-    """Each layer's table as soon as its last case is there; all the cases."""
+def print_tables(
+    cases: Iterable[AnyCase],
+    table_of: Callable[[list[AnyCase]], str],
+    key: Callable[[AnyCase], object] = lambda case: (case.dtype, case.shape),
+) -> list[AnyCase]:
+    """The table of the cases of one key as soon as the last of them is there; all the cases."""
     every = []
-    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
+    for _, group in groupby(cases, key=key):
         mine = list(group)
-        print(active_table(mine, limits.dram), file=out or sys.stdout, flush=True)
+        print(table_of(mine), flush=True)
         every += mine
-    return every
-
-
-def print_voxel_cases(cases: Iterable[CudaVoxelCase], out: Any = None) -> list[CudaVoxelCase]:
-    """Each shape's table as soon as its last case is there; all the cases."""
-    every = []
-    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
-        mine = list(group)
-        print(voxel_table(mine), file=out or sys.stdout, flush=True)
-        every += mine
-    return every
-
-
-def print_block_cases(cases: Iterable[CudaBlockCase], out: Any = None) -> list[CudaBlockCase]:
-    """Each layer's table as soon as its last case is there; all the cases."""
-    every = []
-    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape, case.rows)):
-        mine = list(group)
-        print(block_table(mine), file=out or sys.stdout, flush=True)
-        every += mine
-    return every
-
-
-def print_cases(cases: Iterable[CudaCase], limits: GpuLimits, out: Any = None) -> list[CudaCase]:
-    """Each shape's table as soon as its last case is there; all the cases."""
-    every = []
-    for _, group in groupby(cases, key=lambda case: (case.dtype, case.shape)):
-        table = list(group)
-        print(cases_table(table, limits), file=out or sys.stdout, flush=True)
-        every += table
     return every
 
 
@@ -249,43 +182,28 @@ def main(options: Options, arguments: Sequence[str]) -> int:
         Sensors(device.index),
         partial(torch.cuda.synchronize, device),
     )
-    cases: list[CudaCase] = []
-    blocks: list[CudaBlockCase] = []
-    if "sparse24" in options.features:
+
+    def cases_of(
+        feature: str, plan_of: Any, run: Any, table_of: Callable[[Any], str], **key: Any
+    ) -> list[Any]:
+        if feature not in options.features:
+            return []
         plan = plan_of(options)
         plan = replace(plan, most_seconds=plan.most_seconds - (perf_counter() - begin))
-        cases = print_cases(run(plan, bench), limits)
-    if "blocksparse" in options.features:
-        block_plan = block_plan_of(options)
-        left = block_plan.most_seconds - (perf_counter() - begin)
-        found = bench_blocksparse_cuda.run(replace(block_plan, most_seconds=left), bench)
-        blocks = print_block_cases(found)
-    experts: list[CudaGroupedCase] = []
-    if "grouped" in options.features:
-        grouped_plan = grouped_plan_of(options)
-        left = grouped_plan.most_seconds - (perf_counter() - begin)
-        experts = print_grouped_cases(
-            bench_grouped_cuda.run(replace(grouped_plan, most_seconds=left), bench)
-        )
-    voxels: list[CudaVoxelCase] = []
-    if "pointcloud" in options.features:
-        voxel_plan = voxel_plan_of(options)
-        left = voxel_plan.most_seconds - (perf_counter() - begin)
-        voxels = print_voxel_cases(
-            bench_pointcloud_cuda.run(replace(voxel_plan, most_seconds=left), bench)
-        )
-    codes: list[CudaCodeCase] = []
-    if "codes" in options.features:
-        code_plan = code_plan_of(options)
-        left = code_plan.most_seconds - (perf_counter() - begin)
-        found = bench_codes_cuda.run(replace(code_plan, most_seconds=left), bench)
-        codes = print_code_cases(found)
-    active: list[CudaActiveCase] = []
-    if "actsparse" in options.features:
-        active_plan = active_plan_of(options)
-        left = active_plan.most_seconds - (perf_counter() - begin)
-        plans = replace(active_plan, most_seconds=left)
-        active = print_active_cases(bench_actsparse_cuda.run(plans, bench), limits)
+        return print_tables(run(plan, bench), table_of, **key)
+
+    cases: list[CudaCase] = cases_of("sparse24", plan_of, run, partial(cases_table, limits=limits))
+    blocks: list[CudaBlockCase] = cases_of(
+        "blocksparse", block_plan_of, bench_blocksparse_cuda.run, block_table,
+        key=lambda case: (case.dtype, case.shape, case.rows),
+    )  # fmt: skip
+    experts = cases_of("grouped", grouped_plan_of, bench_grouped_cuda.run, grouped_table)
+    voxels = cases_of("pointcloud", voxel_plan_of, bench_pointcloud_cuda.run, voxel_table)
+    codes = cases_of("codes", code_plan_of, bench_codes_cuda.run, code_table)
+    active = cases_of(
+        "actsparse", active_plan_of, bench_actsparse_cuda.run,
+        partial(active_table, dram=limits.dram),
+    )  # fmt: skip
     others = (*blocks, *experts, *voxels, *codes, *active)
     if cases:
         print(summary_text(cases))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bench_actsparse_cuda
@@ -38,7 +39,8 @@ def test_layers_are_checked_compared_and_kept(
         assert (case.read == 1) == (case.sparsity == 0)
         assert case.nbytes < case.dense_bytes or case.sparsity == 0
     absent = replace(cases[0], timings={}, unavailable="left out: no time", check=None)
-    run_cuda.print_active_cases([*cases, absent], LIMITS)
+    table = partial(bench_actsparse_cuda.active_table, dram=LIMITS.dram)
+    run_cuda.print_tables([*cases, absent], table)
     assert "left out: no time" in capsys.readouterr().out
     arguments = ["--device", "cuda", "--commit", "abcdef0123", "--json", str(tmp_path / "r.json")]
     run_cuda.keep(run.parse(arguments), arguments, {"name": "NVIDIA H200"}, LIMITS, [], cases)

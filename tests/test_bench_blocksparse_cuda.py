@@ -15,7 +15,7 @@ import run_cuda
 import torch
 import tune_blocks_cuda
 from bench_blocksparse_cuda import CUDNN_LAST, CudaBlockPlan
-from cuda_block_case import CudaBlockCase, block_summary
+from cuda_block_case import CudaBlockCase, block_summary, block_table
 from cuda_rivals import DENSE, WRONG
 from gossamer import Block, blocksparse_conv
 from gossamer.formats import BlockSparse
@@ -74,7 +74,7 @@ def test_a_wrong_answer_fails_the_case_and_drops_a_rival(monkeypatch: pytest.Mon
 
 
 def test_a_fault_is_kept_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object) -> CudaBlockCase:
+    def broken(*args: object, **more: object) -> CudaBlockCase:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(bench_blocksparse_cuda, "run_case", broken)
@@ -91,7 +91,7 @@ def test_a_fault_is_kept_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -
 def test_tables_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = list(bench_blocksparse_cuda.run(replace(PLAN, densities=[0.5, 0.25]), bench()))
     absent = replace(cases[0], timings={}, unavailable="left out: no time", check=None)
-    assert run_cuda.print_block_cases([*cases, absent]) == [*cases, absent]
+    assert run_cuda.print_tables([*cases, absent], block_table) == [*cases, absent]
     printed = capsys.readouterr().out
     assert "16x16" in printed
     assert "left out: no time" in printed

@@ -35,7 +35,7 @@ def test_jobs_are_checked_compared_and_kept(
         assert case.passed, case
         assert case.against(DENSE).median == pytest.approx(ratio)  # type: ignore[union-attr]
     absent = replace(cases[0], timings={}, unavailable="left out: no time", check=None)
-    run_cuda.print_code_cases([*cases, absent])
+    run_cuda.print_tables([*cases, absent], bench_codes_cuda.code_table)
     printed = capsys.readouterr().out
     assert "codes bf16 tiny 90x24" in printed
     assert "left out: no time" in printed

@@ -366,7 +366,8 @@ def test_case_that_breaks_down_does_not_end_the_run(monkeypatch: pytest.MonkeyPa
 def test_tables_come_shape_by_shape(capsys: pytest.CaptureFixture[str]) -> None:
     other = LinearShape("tiny.down", 64, 32)
     cases = [case(1, 1e-6, 2e-6), case(2, 1e-6, 2e-6), case(1, 1e-6, 2e-6, other)]
-    assert run_cuda.print_cases(iter(cases), LIMITS) == cases
+    table = partial(cases_table, limits=LIMITS)
+    assert run_cuda.print_tables(iter(cases), table) == cases
     out = capsys.readouterr().out
     assert out.count("sparse24 bf16 tiny.") == 2
     assert out.count("2.00x") == 3

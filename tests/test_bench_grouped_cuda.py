@@ -44,7 +44,7 @@ def test_cases_are_checked_compared_and_kept(
         assert case.flops == (3 if "back" in case.job else 1) * 2 * case.rows * 24 * 32
         assert case.active == 4 or case.load == "zipf"
     absent = replace(cases[0], timings={}, unavailable="left out: no time", check=None)
-    run_cuda.print_grouped_cases([*cases, absent])
+    run_cuda.print_tables([*cases, absent], bench_grouped_cuda.grouped_table)
     printed = capsys.readouterr().out
     assert "forward+backward" in printed
     assert "left out: no time" in printed

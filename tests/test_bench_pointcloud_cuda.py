@@ -48,7 +48,7 @@ def test_layers_are_checked_compared_and_kept(
         assert case.flops == (3 if "back" in case.job else 1) * 2 * case.pairs * 64
     assert "No module" in cases[0].missing["TorchSparse"]
     absent = replace(cases[0], timings={}, unavailable="left out: no time", check=None)
-    run_cuda.print_voxel_cases([*cases, absent])
+    run_cuda.print_tables([*cases, absent], bench_pointcloud_cuda.voxel_table)
     printed = capsys.readouterr().out
     assert "forward+backward" in printed
     assert "left out: no time" in printed
