@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, bits
+from gossamer import reference
 from gossamer.ops import quantize_rows
 from torch.autograd import forward_ad
 
@@ -68,6 +69,20 @@ def test_extreme_magnitudes(to: torch.dtype) -> None:
     error = (x.double() - q.double() * scale.double().unsqueeze(-1)).abs()
     assert bool((error <= scale.double().unsqueeze(-1) * (0.5 + 2**-15)).all())
     assert q[1].float().tolist() == [LARGEST[to], -LARGEST[to]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("to", ROW_DTYPES, ids=str)
+def test_bits_are_those_of_plain_torch(to: torch.dtype, dtype: torch.dtype) -> None:
+    kind, rows = (torch.int32, 40) if dtype == torch.float32 else (torch.int16, 40)
+    limit = 2 ** (8 * kind.itemsize - 1)
+    x = torch.randint(-limit, limit, (rows, 501)).to(kind).view(dtype)  # any exponents, and NaN
+    near = torch.randn(rows, 501).to(dtype) * torch.logspace(-12, 0, 501).to(dtype)
+    for given in (x.where(x.abs() < 1e30, 1.0), x, near, torch.zeros(2, 3).to(dtype)):
+        q, scale = quantize_rows(given, to)
+        expected, expected_scale = reference.quantize_rows(given, to)
+        assert torch.equal(bits(q), bits(expected))
+        assert torch.equal(scale.nan_to_num(nan=-1.0), expected_scale.nan_to_num(nan=-1.0))
 
 
 def test_any_strides() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import VALUE_TYPES, dense_24, quantized_24, sparse_24
+from cases import VALUE_TYPES, bits, dense_24, quantized_24, sparse_24
 from gossamer import reference
 from gossamer.formats import Sparse24, Sparse24Quantized, Sparse24QuantizedPanels
 from gossamer.prune import magnitude_24
@@ -319,12 +319,12 @@ def test_constructor_refuses_8_bit_groups() -> None:
         Sparse24Quantized(quantized.values, quantized.indices, scales, (6, 12), 4)
 
 
-WORDS = torch.zeros(2, 1, 640, dtype=torch.int32)
+WORDS = torch.zeros(2, 1, 5, 16, dtype=torch.int32)
 WRONG_PANELS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "dtype of panels": (TypeError, "panels are torch.int64", {"panels": WORDS.long()}),
     "dtype of scales": (TypeError, "scales torch.float64", {"scales": torch.ones(20, 1).double()}),
-    "words of int4": (ValueError, r"\[2, 1, 640\].*\[2, 1, 384\]", {"value_type": "int4"}),
-    "shape of panels": (ValueError, r"\[1, 1, 640\]", {"panels": WORDS[:1]}),
+    "words of int4": (ValueError, r"\[2, 1, 5, 16\].*\[2, 1, 3, 16\]", {"value_type": "int4"}),
+    "shape of panels": (ValueError, r"\[1, 1, 5, 16\]", {"panels": WORDS[:1]}),
     "shape of scales": (ValueError, r"\[20, 2\]", {"scales": torch.ones(20, 2)}),
     "value type": (ValueError, "'int2'", {"value_type": "int2"}),
     "group": (ValueError, "groups of 4 of 12", {"group": 4}),
@@ -346,9 +346,19 @@ def test_panels_refuse_what_does_not_fit(case: str) -> None:
 
 
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
-def test_the_cpu_has_no_panels(value_type: str) -> None:
-    with pytest.raises(TypeError, match=r"no panels for \w+; .* on a GPU also int8"):
-        Sparse24QuantizedPanels.from_quantized(quantized_24(20, 12, value_type))
+def test_panels_hold_the_weight_exactly(value_type: str) -> None:
+    for n, k in ((1, 1), (16, 32), (20, 12), (33, 75)):
+        weight = quantized_24(n, k, value_type)
+        panels = Sparse24QuantizedPanels.from_quantized(weight)
+        back = panels.to_quantized()
+        assert torch.equal(bits(back.values), bits(weight.values))
+        assert torch.equal(back.indices, weight.indices)
+        assert (back.shape, back.group, panels.value_type) == (
+            weight.shape,
+            weight.group,
+            value_type,
+        )
+        assert torch.equal(panels.to_dense(), weight.to_dense())
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 16, 1), (6.0, 16.0)], ids=str)

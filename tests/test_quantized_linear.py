@@ -15,12 +15,60 @@ from cases import (
     quantized_24,
 )
 from gossamer import reference, sparse24_linear_quantized
-from gossamer.formats import Sparse24, Sparse24Quantized
+from gossamer.formats import Sparse24, Sparse24Quantized, Sparse24QuantizedPanels
 from gossamer.ops import quantize_rows
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 EIGHT_BITS = ("int8", "float8_e4m3fn")
 KINDS = [(value_type, None) for value_type in VALUE_TYPES] + [("int4", 4), ("int4", 32)]
+
+
+def both_forms(
+    weight: Sparse24Quantized,
+) -> tuple[Sparse24Quantized, Sparse24QuantizedPanels]:
+    return weight, Sparse24QuantizedPanels.from_quantized(weight)
+
+
+# Beside the tiles of every kernel: 1, 2, 3, 4, 6, 8, 12 and 16 rows, of float32 many from 15, 29,
+# 33 or 57 rows on, of AMX 16 to 64.
+ROWS = (*range(1, 18), 24, 28, 29, 33, 56, 57, 64, 65, 81)
+
+
+@pytest.mark.parametrize(
+    ("value_type", "group"), [*KINDS, ("int4", 12), ("int4", 64), ("int4", 96)]
+)
+def test_any_number_of_rows(cpu_target: str, value_type: str, group: int | None) -> None:
+    weight, bias = quantized_24(37, 203, value_type, group), torch.randn(37)
+    for number, m in enumerate(ROWS):
+        dtype = DTYPES[number % 3]
+        x = torch.randn(m, 203).to(dtype)
+        oracle = QuantizedOracle(x, weight, bias.to(dtype), "silu")
+        for form in both_forms(weight):
+            oracle.check(sparse24_linear_quantized(x, form, bias.to(dtype), "silu"))
+
+
+def test_int8_sums_are_exact_at_the_ends_of_the_range(cpu_target: str) -> None:
+    n, k = 33, 4100
+    values = torch.tensor([-128, 127])[torch.randint(0, 2, (n, k // 2))].to(torch.int8)
+    weight = quantized_24(n, k, "int8")
+    weight = Sparse24Quantized(values, weight.indices, torch.ones(n, 1), weight.shape, weight.group)
+    for m in (1, 7, 40):
+        x = torch.tensor([-128, -128, 127])[torch.randint(0, 3, (m, k))].to(torch.int8)
+        sums = x.double() @ weight.to_dense(torch.float64).t()
+        for form in both_forms(weight):
+            y = sparse24_linear_quantized(x, form, x_scale=torch.ones(m), out_dtype=torch.float32)
+            assert torch.equal(y, sums.float())
+
+
+def test_panels_of_a_wide_layer_with_threads_to_spare(threads: int) -> None:
+    # Fewer blocks of outputs than threads: rows are shared out; and a weight in several chunks.
+    torch.set_num_threads(5)
+    for value_type in VALUE_TYPES:
+        for m, n, k in ((70, 20, 64), (3, 300, 12_000)):
+            weight, x = quantized_24(n, k, value_type), torch.randn(m, k)
+            oracle = QuantizedOracle(x, weight)
+            for form in both_forms(weight):
+                oracle.check(sparse24_linear_quantized(x, form))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -37,7 +85,7 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_sums_are_exact(shape: tuple[int, int, int]) -> None:
+def test_int8_sums_are_exact(cpu_target: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     weight = quantized_24(n, k, "int8")
     x, ones = torch.randint(-127, 128, (m, k)).to(torch.int8), torch.ones(n, 1)
@@ -48,19 +96,22 @@ def test_int8_sums_are_exact(shape: tuple[int, int, int]) -> None:
     assert torch.equal(y, sums.double().float())
 
 
-def test_int8_sums_may_pass_32_bits() -> None:
+def test_int8_sums_may_pass_32_bits(cpu_target: str) -> None:
     k = 300_000
     values = torch.full((1, k // 2), 127, dtype=torch.int8)
     indices = torch.full((1, k // 8), 0x44, dtype=torch.uint8)
     weight = Sparse24Quantized(values, indices, torch.ones(1, 1), (1, k), k)
     x = torch.full((1, k), -127, dtype=torch.int8)
-    y = sparse24_linear_quantized(x, weight, x_scale=torch.ones(1), out_dtype=torch.float32)
-    assert y.item() == torch.tensor(-(127.0**2) * k / 2).item()
+    for form in both_forms(weight):
+        y = sparse24_linear_quantized(x, form, x_scale=torch.ones(1), out_dtype=torch.float32)
+        assert y.item() == torch.tensor(-(127.0**2) * k / 2).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int4_whole_numbers_are_exact(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_int4_whole_numbers_are_exact(
+    cpu_target: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     m, n, k = shape
     weight = quantized_24(n, k, "int4", 8)
     scales = 2.0 ** torch.randint(-1, 2, weight.scales.shape)
@@ -70,7 +121,7 @@ def test_int4_whole_numbers_are_exact(dtype: torch.dtype, shape: tuple[int, int,
     assert torch.equal(sparse24_linear_quantized(x, weight, bias), expected)
 
 
-def test_every_float8_number_is_read_right() -> None:
+def test_every_float8_number_is_read_right(cpu_target: str) -> None:
     codes = torch.arange(256).to(torch.uint8)
     numbers = codes.view(torch.float8_e4m3fn)
     one = Sparse24Quantized.from_sparse24(
@@ -89,9 +140,14 @@ def test_every_float8_number_is_read_right() -> None:
     x = torch.ones(1, 4).to(torch.float8_e4m3fn)
     y = sparse24_linear_quantized(x, weight, x_scale=torch.ones(1), out_dtype=torch.float32)
     assert torch.equal(y[0], finite.view(torch.float8_e4m3fn).float())
+    for rows in (1, 70):
+        x = torch.ones(rows, 4).to(torch.float8_e4m3fn)
+        values[7] = torch.tensor([torch.nan]).to(torch.float8_e4m3fn)
+        y = sparse24_linear_quantized(x, weight, x_scale=torch.ones(rows), out_dtype=torch.float32)
+        assert torch.equal(y.isnan().sum(1), torch.ones(rows).long())
 
 
-def test_every_4_bit_number_is_read_right() -> None:
+def test_every_4_bit_number_is_read_right(cpu_target: str) -> None:
     pairs = torch.arange(256).to(torch.uint8)[:, None]
     indices = torch.full((256, 1), 0x08, dtype=torch.uint8)  # columns 0 and 2
     weight = Sparse24Quantized(pairs, indices, torch.ones(256, 1), (256, 3), 3)
@@ -136,7 +192,7 @@ def test_activation_matches_reference(value_type: str, dtype: torch.dtype, activ
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("value_type", EIGHT_BITS)
 def test_rows_that_are_not_finite_give_nan(
-    value_type: str, bad: float, activation: str | None
+    cpu_target: str, value_type: str, bad: float, activation: str | None
 ) -> None:
     weight, x, bias = quantized_24(19, 30, value_type), torch.randn(4, 30), torch.randn(19)
     expected = sparse24_linear_quantized(x, weight, bias, activation)
@@ -151,7 +207,7 @@ def test_rows_that_are_not_finite_give_nan(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_non_finite_x_goes_through_stored_int4_positions_only(
-    dtype: torch.dtype, in_features: int, bad: float
+    cpu_target: str, dtype: torch.dtype, in_features: int, bad: float
 ) -> None:
     weight = quantized_24(19, in_features, "int4", 8)
     for column in range(0, in_features, max(1, in_features // 7)):
@@ -162,7 +218,7 @@ def test_non_finite_x_goes_through_stored_int4_positions_only(
 
 @pytest.mark.parametrize("in_features", [1, 3, 5, 31, 33])
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
-def test_hostile_indices_lead_nowhere(value_type: str, in_features: int) -> None:
+def test_hostile_indices_lead_nowhere(cpu_target: str, value_type: str, in_features: int) -> None:
     weight = quantized_24(18, in_features, value_type)
     indices = torch.randint(0, 256, weight.indices.shape, dtype=torch.uint8)
     values = torch.randint(0, 256, weight.values.shape, dtype=torch.uint8)

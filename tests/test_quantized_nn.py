@@ -40,6 +40,8 @@ def test_stands_for_the_layer_it_was_made_of(
         source.pack()
     layer = SparseLinearQuantized.from_sparse(source, value_type)
     assert source.packed == packed
+    assert layer.packed
+    layer.unpack()
     assert torch.equal(bits(layer.values), bits(expected.values))
     assert torch.equal(layer.scales, expected.scales)
     assert (layer.dtype, layer.value_type, layer.group) == (dtype, value_type, expected.group)
@@ -85,7 +87,8 @@ def test_fresh_layers_are_valid_and_zero() -> None:
     for value_type in VALUE_TYPES:
         for in_features in (1, 3, 4, 7, 8, 9, K):
             layer = SparseLinearQuantized(in_features, N, value_type=value_type)
-            assert not layer.weight.validate().to_dense().any()
+            assert not layer.weight.to_dense().any()
+            layer.unpack().weight.validate()
             assert not layer(torch.randn(2, in_features)).any()
             assert layer.format.tolist() == layer.state_dict()["format"].tolist()
     assert SparseLinearQuantized(K, N).value_type == "int8"
@@ -127,7 +130,7 @@ def test_mistakes_are_errors_with_values(case: str) -> None:
 
 
 def test_repr() -> None:
-    assert repr(SparseLinearQuantized(64, 32)) == (
+    assert repr(SparseLinearQuantized(64, 32).unpack()) == (
         "SparseLinearQuantized(in_features=64, out_features=32, bias=True, value_type=int8, "
         "group=64)"
     )
@@ -150,7 +153,7 @@ def test_dtype_moves_change_the_bias_alone(dtype: torch.dtype, bias: bool) -> No
         layer.float().type(dtype)
         assert layer.dtype == dtype
         assert layer.format.dtype == torch.int64
-        layer.weight.validate()
+        layer.unpack().weight.validate()
 
 
 def test_moves_that_change_nothing_keep_the_tensors(layer: SparseLinearQuantized) -> None:
@@ -181,14 +184,27 @@ def test_meta_moves_and_construction(layer: SparseLinearQuantized) -> None:
     assert all(t.is_meta for t in meta.buffers())
 
 
-def test_the_cpu_reads_the_portable_form(layer: SparseLinearQuantized) -> None:
+def test_layers_are_packed_unless_told_otherwise(layer: SparseLinearQuantized) -> None:
     x = torch.randn(2, K)
-    expected, before = layer(x), [t.data_ptr() for t in layer.buffers()]
-    assert layer.pack() is layer.unpack() is layer.pack()
+    expected, state = layer(x), layer.state_dict()
+    assert layer.packed
+    assert (layer.values, layer.indices) == (None, None)
+    assert layer.unpack() is layer
     assert not layer.packed
     assert layer.panels is None
-    assert [t.data_ptr() for t in layer.buffers()] == before
     assert torch.equal(layer(x), expected)
+    assert all(torch.equal(bits(layer.state_dict()[key]), bits(t)) for key, t in state.items())
+    layer.bfloat16().float().load_state_dict(state)  # what was asked for lasts
+    assert not layer.packed
+    assert layer.pack() is layer
+    assert layer.packed
+    assert torch.equal(layer(x), expected)
+
+
+def test_the_serial_kernel_reads_the_portable_form(serial_target: str) -> None:
+    layer = gossamer.quantize(sparse_layer())
+    assert not layer.packed
+    assert layer(torch.randn(2, K)).isfinite().all()
 
 
 def test_deep_copies_and_pickles(layer: SparseLinearQuantized) -> None:
@@ -208,6 +224,7 @@ def test_deep_copies_and_pickles(layer: SparseLinearQuantized) -> None:
 
 
 def test_pickles_are_validated(layer: SparseLinearQuantized) -> None:
+    layer.unpack()
     layer.indices[3, 0] = 0
     with pytest.raises(ValueError, match="row 3, group 0"):
         pickle.loads(pickle.dumps(layer))

@@ -20,9 +20,7 @@ from torch.autograd import forward_ad
 KINDS = [(value_type, None) for value_type in VALUE_TYPES] + [("int4", 4), ("int4", 32)]
 op = torch.ops.gossamer.sparse24_linear_quantized
 INT8, FLOAT8, INT4 = (quantized_24(6, 12, value_type) for value_type in VALUE_TYPES)
-PACKED = Sparse24QuantizedPanels(
-    torch.zeros(1, 1, 640).int(), INT8.scales, INT8.shape, INT8.group, "int8"
-)
+PACKED = Sparse24QuantizedPanels.from_quantized(INT8)
 X, Q, ONES = torch.ones(3, 12), torch.ones(3, 12).to(torch.int8), torch.ones(3)
 F32 = torch.float32
 
@@ -66,7 +64,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Any]] = {
     "length of bias": (ValueError, r"\[5\].*\[6\]", run(X, INT4, torch.ones(5))),
     "activation": (ValueError, "tanh", run(X, INT8, activation="tanh")),
     "dense weight": (TypeError, "Tensor.*Sparse24Quantized", run(X, torch.ones(6, 12))),
-    "panels": (ValueError, "panels are read on a GPU only", run(X, PACKED)),
+    "panels of another device": (ValueError, "meta.*cpu", run(X.to("meta"), PACKED)),
     "unquantised weight": (TypeError, "Sparse24,.*from_sparse24", run(X, sparse_24(6, 12))),
     "device of x": (ValueError, "meta.*cpu", run(X.to("meta"), INT8)),
     "device of the weight": (ValueError, "cpu.*meta", run(X, INT8.to("meta"))),
@@ -92,8 +90,9 @@ def border(**changes: Any) -> None:
         "out": torch.zeros(3, 6),
         "x": Q,
         "x_scale": ONES,
-        "values": INT8.values,
+        "weight": INT8.values,
         "indices": INT8.indices,
+        "value_dtype": "int8",
         "scales": INT8.scales,
         "bias": None,
         "group": 12,
@@ -107,14 +106,24 @@ def border(**changes: Any) -> None:
         assert not out.any()  # untouched
 
 
-HALF = {"values": INT4.values, "x": X, "x_scale": None}
+HALF = {"weight": INT4.values, "value_dtype": "uint8", "x": X, "x_scale": None}
 BORDER: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "values of another type": (TypeError, "int32", {"values": INT8.values.int()}),
-    "few values": (ValueError, r"values.*\[6, 6\]", {"values": INT8.values[:, :5].contiguous()}),
+    "values of another type": (TypeError, "int32", {"weight": INT8.values.int()}),
+    "few values": (ValueError, r"values.*\[6, 6\]", {"weight": INT8.values[:, :5].contiguous()}),
     "few indices": (
         ValueError,
         r"indices.*\[6, 2\]",
         {"indices": INT8.indices[:, :1].contiguous()},
+    ),
+    "panels of another shape": (
+        ValueError,
+        r"panels have shape \[1, 1, 4, 16\], expected \[1, 1, 5, 16\]",
+        {"weight": PACKED.panels[:, :, :4].contiguous(), "indices": None},
+    ),
+    "panels of another type": (
+        ValueError,
+        r"\[1, 1, 5, 16\], expected \[1, 1, 3, 16\]",
+        {"weight": PACKED.panels, "indices": None, "value_dtype": "uint8", "x_scale": None},
     ),
     "few scales": (ValueError, r"scales.*\[6, 1\]", {"scales": INT8.scales[:4]}),
     "wide scales": (TypeError, "float64", {"scales": INT8.scales.double()}),

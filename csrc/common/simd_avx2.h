@@ -47,6 +47,10 @@ struct Simd : SimdOffsets {
   static I shift_left(I a) {
     return _mm256_slli_epi32(a, N);
   }
+  template <int Which>
+  static F four_bit(I a) {
+    return to_float(_mm256_srai_epi32(shift_left<28 - 4 * Which>(a), 28));
+  }
   static uint32_t above(I a, I b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(as_float(_mm256_cmpgt_epi32(a, b))));
   }
@@ -88,6 +92,17 @@ struct Simd : SimdOffsets {
     return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
   }
   static F pick(F four, I index) { return _mm256_permutevar_ps(four, index); }
+
+  static I broadcast16(const void* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static I shuffle_bytes(I a, I control) { return _mm256_shuffle_epi8(a, control); }
+  template <int N>
+  static I shift_right_signed16(I a) {
+    return _mm256_srai_epi16(a, N);
+  }
+  static I multiply16(I a, I b) { return _mm256_mullo_epi16(a, b); }
+  static I dot16(I a, I b) { return _mm256_madd_epi16(a, b); }
 
   static F low(I pair, BFloat16) { return as_float(_mm256_slli_epi32(pair, 16)); }
   static F high(I pair, BFloat16) { return as_float(and_(pair, set1(0xffff0000u))); }

@@ -50,6 +50,12 @@ struct Simd : SimdOffsets {
   static I shift_left(I a) {
     return _mm512_slli_epi32(a, N);
   }
+  // The number in the Which'th four bits of each lane, in two's complement.
+  template <int Which>
+  static F four_bit(I a) {
+    const F numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm512_permutexvar_ps(shift_right<4 * Which>(a), numbers);
+  }
   static uint32_t above(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }  // signed, a bit a lane
   static I half(I a) { return _mm512_srai_epi32(a, 1); }  // of signed lanes, towards minus infinity
   static I round(F a) { return _mm512_cvtps_epi32(a); }
@@ -84,6 +90,20 @@ struct Simd : SimdOffsets {
   // low bits.
   static F broadcast4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
   static F pick(F four, I index) { return _mm512_permutevar_ps(four, index); }
+
+  // Sixteen bytes in every 128 bits, or eight in every 64, and what the control's bytes name of the
+  // 128 bits that each lies in.
+  static I broadcast16(const void* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static I shuffle_bytes(I a, I control) { return _mm512_shuffle_epi8(a, control); }
+  // 16-bit numbers, a pair a lane.
+  template <int N>
+  static I shift_right_signed16(I a) {
+    return _mm512_srai_epi16(a, N);
+  }
+  static I multiply16(I a, I b) { return _mm512_mullo_epi16(a, b); }
+  static I dot16(I a, I b) { return _mm512_madd_epi16(a, b); }
 
   // The low and the high 16-bit float of each lane.
   static F low(I pair, BFloat16) { return as_float(_mm512_slli_epi32(pair, 16)); }

@@ -22,10 +22,11 @@ constexpr const char* kNames[] = {"serial", "avx2", "avx512", "avx512_bf16", "am
 // only.
 bool may_use_amx() {
 #if defined(GOSSAMER_AMX) && defined(__linux__)
-  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, edx
+  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;  // of leaf 7, edx
+  constexpr unsigned kAll = kBF16 | kTile | kInt8;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  if ((edx & kBF16) == 0 || (edx & kTile) == 0) return false;
+  if ((edx & kAll) != kAll) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -41,7 +42,8 @@ Target detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+  // All that have the one have the other.
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     return may_use_amx() ? Target::kAMXBF16 : Target::kAVX512BF16;
   }
   if (avx512) return Target::kAVX512;

@@ -46,12 +46,12 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
   return stored(op, values, indices, n, k);
 }
 
-DType panel_dtype(const std::string& dtype, bool gpu) {
+DType panel_dtype(const std::string& dtype, bool or_quantized) {
   const DType t = dlpack::dtype_from_name(dtype);
-  if (t == DType::kFloat64 || !(is_weight_dtype(t) || (gpu && is_quantized_dtype(t)))) {
+  if (t == DType::kFloat64 || !(is_weight_dtype(t) || (or_quantized && is_quantized_dtype(t)))) {
     throw py::type_error("Sparse24Panels: no panels for " + dtype +
-                         "; float32, bfloat16 and float16 have them, on a GPU also int8, "
-                         "float8_e4m3fn and uint8 (int4)");
+                         "; float32, bfloat16 and float16 have them, and the values of "
+                         "Sparse24Quantized");
   }
   return t;
 }
@@ -147,11 +147,10 @@ void bind_to_panels(const TensorView& values, const TensorView& indices, int64_t
   constexpr const char* op = "sparse24_to_panels";
   check_matrix(op, "values", values);
   check_device(op, "panels", out, "values", values);
-  const bool gpu = on_gpu(values);
-  const DType dtype = panel_dtype(name(values.dtype), gpu);
+  const DType dtype = panel_dtype(name(values.dtype), true);
   const Weight w = stored(op, values, indices, values.shape[0], in_features);
   panels(op, out, dtype, w.n, w.k);
-  if (gpu) {
+  if (on_gpu(values)) {
     return cuda_kernels(op, values).to_panels(w, out.as<uint32_t>(), stream_of(values));
   }
   const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
@@ -165,11 +164,10 @@ void bind_from_panels(const TensorView& in, const TensorView& values, const Tens
   constexpr const char* op = "sparse24_from_panels";
   check_matrix(op, "values", values);
   check_device(op, "values", values, "panels", in);
-  const bool gpu = on_gpu(in);
-  const DType dtype = panel_dtype(name(values.dtype), gpu);
+  const DType dtype = panel_dtype(name(values.dtype), true);
   const Weight shape = stored(op, values, indices, values.shape[0], in_features);
   const Weight w = panels(op, in, dtype, shape.n, shape.k);
-  if (gpu) {
+  if (on_gpu(in)) {
     return cuda_kernels(op, in).from_panels(w, values.data, indices.as<uint8_t>(), stream_of(in));
   }
   const int team = threads_for_bytes(threads, 4 * w.blocks() * w.block_words());
@@ -251,7 +249,7 @@ void bind(py::module_& m) {
   m.def(
       "sparse24_panels_shape",
       [](int64_t n, int64_t k, const std::string& dtype, bool cuda) {
-        return panels_shape(cuda, n, k, panel_dtype(dtype, cuda));
+        return panels_shape(cuda, n, k, panel_dtype(dtype, true));
       },
       py::arg("out_features"), py::arg("in_features"), py::arg("dtype"), py::arg("cuda") = false);
   m.def("sparse24_to_panels", &bind_to_panels, py::arg("values"), py::arg("indices"),

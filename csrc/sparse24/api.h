@@ -24,8 +24,8 @@ Weight portable(const char* op, const TensorView& values, const TensorView& indi
 // The weight [n, k] in the layout of the device that its panels are on.
 Weight panels(const char* op, const TensorView& t, DType dtype, int64_t n, int64_t k);
 std::vector<int64_t> panels_shape(bool on_gpu, int64_t n, int64_t k, DType dtype);
-// TypeError where there are no panels of it: of quantised values there are on a GPU only.
-DType panel_dtype(const std::string& dtype, bool on_gpu = false);
+// TypeError where there are no panels of it.
+DType panel_dtype(const std::string& dtype, bool or_quantized = false);
 
 // The kernels for the tensor's GPU; ValueError where there are none.
 const CudaKernels& cuda_kernels(const char* op, const TensorView& t);

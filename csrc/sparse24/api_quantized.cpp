@@ -36,6 +36,13 @@ void check_value_dtype(DType t) {
   }
 }
 
+QuantizedWeight quantized_panels(const TensorView& t, DType dtype, const TensorView& scales,
+                                 int64_t n, int64_t k, int64_t group) {
+  check_device(kOp, "scales", scales, "the weight", t);
+  const float* scale = scales_of(scales, dtype, n, k, group);
+  return {dtype, n, k, group, nullptr, nullptr, panels(kOp, t, dtype, n, k).panels, scale};
+}
+
 QuantizedWeight quantized(const TensorView& values, const TensorView& indices,
                           const TensorView& scales, int64_t n, int64_t k, int64_t group) {
   check_matrix(kOp, "values", values);
@@ -45,8 +52,8 @@ QuantizedWeight quantized(const TensorView& values, const TensorView& indices,
   check_device(kOp, "indices", indices, "values", values);
   check_device(kOp, "scales", scales, "values", values);
   const float* scale = scales_of(scales, values.dtype, n, k, group);
-  const QuantizedWeight w{values.dtype, n, k, group, values.data, indices.as<const uint8_t>(),
-                          scale};
+  const QuantizedWeight w{values.dtype, n,    k, group, values.data, indices.as<const uint8_t>(),
+                          nullptr,      scale};
   check_shape(kOp, "values", values, n, w.value_columns());
   check_shape(kOp, "indices", indices, n, w.index_bytes());
   check_contiguous(kOp, "values", values);
@@ -76,18 +83,20 @@ void check_out(const TensorView& out, int64_t m, int64_t n) {
 }
 
 void bind_linear_quantized(const TensorView& out, const TensorView& x,
-                           const std::optional<TensorView>& x_scale, const TensorView& values,
-                           const TensorView& indices, const TensorView& scales,
-                           const std::optional<TensorView>& bias, int64_t group,
-                           const std::string& activation, int threads) {
+                           const std::optional<TensorView>& x_scale, const TensorView& weight,
+                           const std::optional<TensorView>& indices, const std::string& value_dtype,
+                           const TensorView& scales, const std::optional<TensorView>& bias,
+                           int64_t group, const std::string& activation, int threads) {
   check_matrix(kOp, "x", x);
   check_matrix(kOp, "out", out);
   GOSSAMER_CHECK(x.device == Device::kCPU, kOp, ": x is on ", device_text(x),
                  ", this is the CPU's product");
   check_device(kOp, "out", out, "x", x);
-  check_device(kOp, "values", values, "x", x);
+  check_device(kOp, "the weight", weight, "x", x);
   const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
-  const QuantizedWeight w = quantized(values, indices, scales, n, k, group);
+  const QuantizedWeight w =
+      indices ? quantized(weight, *indices, scales, n, k, group)
+              : quantized_panels(weight, panel_dtype(value_dtype, true), scales, n, k, group);
   if (w.four_bit() ? !is_floating(x.dtype) : x.dtype != w.dtype) {
     throw py::type_error(std::string(kOp) + ": x is " + name(x.dtype) + ", expected " +
                          (w.four_bit() ? "float32, bfloat16 or float16" : name(w.dtype)));
@@ -96,9 +105,34 @@ void bind_linear_quantized(const TensorView& out, const TensorView& x,
                  " apart, expected 1");
   const float* x_scales = x_scales_of(x_scale, w.dtype, x);
   check_out(out, m, n);
-  gemm_quantized_serial({w, m, x.dtype, x.data, x.strides[0], x_scales, out.dtype,
-                         bias_of(kOp, bias, n, out.dtype, x), activation_of(kOp, activation),
-                         out.data, threads});
+  gemm_quantized({w, m, x.dtype, x.data, x.strides[0], x_scales, out.dtype,
+                  bias_of(kOp, bias, n, out.dtype, x), activation_of(kOp, activation), out.data,
+                  threads});
+}
+
+void bind_quantize_rows(const TensorView& x, const TensorView& numbers, const TensorView& scales,
+                        int threads) {
+  constexpr const char* op = "quantize_rows";
+  check_matrix(op, "x", x);
+  GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
+                 ", this is the CPU's kernel");
+  if (!is_floating(x.dtype)) {
+    throw py::type_error(std::string(op) + ": x is " + name(x.dtype) +
+                         ", expected float32, bfloat16 or float16");
+  }
+  if (numbers.dtype != DType::kInt8 && numbers.dtype != DType::kE4M3) {
+    throw py::type_error(std::string(op) + ": numbers are " + name(numbers.dtype) +
+                         ", expected int8 or float8_e4m3fn");
+  }
+  check_dtype(op, "scales", scales, DType::kFloat32);
+  check_vector(op, "scales", scales, x.shape[0]);
+  check_shape(op, "numbers", numbers, x.shape[0], x.shape[1]);
+  for (const auto& [what, t] : {std::pair{"x", &x}, {"numbers", &numbers}, {"scales", &scales}}) {
+    check_contiguous(op, what, *t);
+    check_device(op, what, *t, "x", x);
+  }
+  quantize_rows({x.shape[0], x.shape[1], x.dtype, x.data, numbers.dtype, numbers.data,
+                 scales.as<float>(), threads});
 }
 
 // ---- on a GPU -----------------------------------------------------------------------------------
@@ -164,9 +198,11 @@ void bind_linear_quantized_cuda(const TensorView& out, const TensorView& x,
 
 void bind_quantized(py::module_& m) {
   m.def("sparse24_linear_quantized", &bind_linear_quantized, py::arg("out"), py::arg("x"),
-        py::arg("x_scale"), py::arg("values"), py::arg("indices"), py::arg("scales"),
-        py::arg("bias"), py::arg("group"), py::arg("activation"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("x_scale"), py::arg("weight"), py::arg("indices"), py::arg("value_dtype"),
+        py::arg("scales"), py::arg("bias"), py::arg("group"), py::arg("activation"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("quantize_rows", &bind_quantize_rows, py::arg("x"), py::arg("numbers"), py::arg("scales"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("sparse24_linear_quantized_cuda", &bind_linear_quantized_cuda, py::arg("out"), py::arg("x"),
         py::arg("x_scale"), py::arg("panels"), py::arg("value_dtype"), py::arg("scales"),
         py::arg("bias"), py::arg("group"), py::arg("activation"), py::arg("workspace"),

@@ -255,7 +255,7 @@ void validate(const Weight& w, int threads) {
 // A row of the portable format is, per record, one index word and value_words() value words; the
 // panel holds those of 16 rows side by side.
 void to_panels(const Weight& w, int64_t begin, int64_t end, uint32_t* panels) {
-  const int64_t value_bytes = 2 * w.groups() * size_of(w.dtype), words = w.value_words();
+  const int64_t value_bytes = w.value_columns() * size_of(w.dtype), words = w.value_words();
   std::memset(panels, 0, sizeof(uint32_t) * (end - begin) * w.block_words());
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t record = 0; record < w.records(); ++record, panels += w.record_words()) {
@@ -276,7 +276,7 @@ void to_panels(const Weight& w, int64_t begin, int64_t end, uint32_t* panels) {
 }
 
 void from_panels(const Weight& w, int64_t begin, int64_t end, void* values, uint8_t* indices) {
-  const int64_t value_bytes = 2 * w.groups() * size_of(w.dtype), words = w.value_words();
+  const int64_t value_bytes = w.value_columns() * size_of(w.dtype), words = w.value_words();
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t record = 0; record < w.records(); ++record) {
       const uint32_t* panels = w.panels + block * w.block_words() + record * w.record_words();

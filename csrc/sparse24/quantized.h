@@ -21,8 +21,9 @@ namespace gossamer::sparse24 {
 struct QuantizedWeight {
   DType dtype;  // kInt8, kE4M3, or kUInt8 for pairs of 4-bit numbers
   int64_t n, k, group;
-  const void* values;
-  const uint8_t* indices;
+  const void* values;      // portable form,
+  const uint8_t* indices;  // or null and
+  const uint32_t* panels;  // the panels (sparse24.h)
   const float* scales;
 
   bool four_bit() const { return dtype == DType::kUInt8; }
@@ -47,7 +48,20 @@ struct QuantizedGemmArgs {
   int threads;
 };
 
+void gemm_quantized(const QuantizedGemmArgs& args);         // chooses target and kernel
 void gemm_quantized_serial(const QuantizedGemmArgs& args);  // the definition
+
+struct QuantizeRowsArgs {
+  int64_t m, k;
+  DType x_dtype;       // float32, bfloat16 or float16
+  const void* x;       // [m, k], row-major
+  DType number_dtype;  // int8 or float8_e4m3fn
+  void* numbers;       // [m, k]
+  float* scales;       // [m]
+  int threads;
+};
+// What ops.quantize_rows says.
+void quantize_rows(const QuantizeRowsArgs& args);
 
 void bind_quantized(pybind11::module_& m);
 

@@ -15,11 +15,13 @@
 //   word row 0      the 8 nibbles of each row's 8 groups     | lane 0 | lane 1 | ... | lane 15 |
 //   word rows 1..   float32: kept value p of each row, p = 2*group + slot (16 word rows)
 //                   16-bit:  the pair of group g, slot 0 in the low half  (8 word rows)
+//                   8-bit:   the pairs of two groups                      (4 word rows)
+//                   4-bit:   the pairs of four groups                     (2 word rows)
 //
 // Records of one block of 16 rows follow each other along K, blocks follow along N; N and K are
 // padded with zeros. float64 has no panels. Indices that validate() would refuse never lead outside
-// memory; what they multiply is unspecified. 17/32 (float32) and 9/16 (16-bit) of the dense bytes,
-// read front to back.
+// memory; what they multiply is unspecified. Of the bytes of a dense weight of the same type 17/32
+// (float32) and 9/16 (16-bit), of a float32 one 5/32 (8-bit) and 3/32 (4-bit), read front to back.
 #include <cstdint>
 
 #include "common/activation.h"
@@ -36,7 +38,7 @@ constexpr int kRecordK = 32;
 constexpr int kRecordGroups = kRecordK / 4;
 
 struct Weight {
-  DType dtype;  // on a GPU also int8, float8_e4m3fn, and uint8 for pairs of 4-bit numbers
+  DType dtype;  // also int8, float8_e4m3fn, and uint8 for pairs of 4-bit numbers (quantized.h)
   int64_t n, k;
   const void* values;      // portable form,
   const uint8_t* indices;  // or null and
@@ -47,8 +49,9 @@ struct Weight {
   int64_t value_columns() const { return dtype == DType::kUInt8 ? groups() : 2 * groups(); }
   int64_t blocks() const { return (n + kBlockN - 1) / kBlockN; }
   int64_t records() const { return (k + kRecordK - 1) / kRecordK; }  // of one block
-  int64_t value_words() const {
-    return dtype == DType::kFloat32 ? 2 * kRecordGroups : kRecordGroups;
+  int64_t value_words() const {                                      // of a row in a record
+    const int64_t slots = dtype == DType::kUInt8 ? kRecordGroups : 2 * kRecordGroups;
+    return slots * size_of(dtype) / 4;
   }
   int64_t record_words() const { return (1 + value_words()) * kBlockN; }
   int64_t block_words() const { return records() * record_words(); }

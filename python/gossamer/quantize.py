@@ -16,8 +16,8 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
     """Replace ``gossamer.nn.SparseLinear`` by ``SparseLinearQuantized``, for inference.
 
     Rounding changes a model's answers; nothing is calibrated or retrained. A layer is rounded on
-    its own, so the result does not depend on the machine or on what else is in the model. On a GPU
-    it is then held in the layout that the kernels read (``SparseLinearQuantized.pack``).
+    its own, so the result does not depend on the machine or on what else is in the model. It is
+    then held in the layout that the kernels read (``SparseLinearQuantized.pack``).
 
     Parameters
     ----------

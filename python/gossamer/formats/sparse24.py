@@ -33,7 +33,7 @@ def sparse24_panels_shape(
         value_bits = 4 if dtype == torch.uint8 else 8 * dtype.itemsize
         words = 16 * 128 * value_bits // 32 + 128
         return (out_features + 15) // 16, (in_features + 255) // 256, words
-    word_rows = 1 + 16 * dtype.itemsize // 4
+    word_rows = 1 + (8 if dtype == torch.uint8 else 16) * dtype.itemsize // 4
     return (out_features + 15) // 16, (in_features + 31) // 32, word_rows, 16
 
 

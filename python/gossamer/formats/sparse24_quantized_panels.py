@@ -1,4 +1,4 @@
-"""The layout of an 8-bit or 4-bit 2:4 weight that the kernels of a GPU read."""
+"""The layout of an 8-bit or 4-bit 2:4 weight that the kernels read."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from .stored import StoredWeight
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sparse24QuantizedPanels(StoredWeight):
-    """The private layout of a ``Sparse24Quantized`` on a GPU.
+    """The private layout of a ``Sparse24Quantized``, which depends on the device.
 
-    Values and indices lie as the operands of the GPU's sparse matrix products: a record covers 16
-    rows x 256 columns, values before metadata (``csrc/sparse24/cuda.h``). The CPU has no such
-    layout, it reads the portable form.
+    On the CPU a record covers 16 rows x 32 columns: a line of index nibbles and the values of all
+    rows side by side (``csrc/sparse24/sparse24.h``). On a GPU values and indices lie as the
+    operands of its sparse matrix products: a record covers 16 rows x 256 columns, values before
+    metadata (``csrc/sparse24/cuda.h``).
 
     Parameters
     ----------
     panels : Tensor
-        int32 [ceil(N / 16), ceil(K / 256), 640]; of int4 values 384 words a record.
+        int32; on the CPU [ceil(N / 16), ceil(K / 32), 5, 16], of int4 values 3 lines a record; on
+        a GPU [ceil(N / 16), ceil(K / 256), 640], of int4 values 384 words a record.
     scales : Tensor
         float32 [N, ceil(K / group)], as in ``Sparse24Quantized``.
     shape : tuple of int
         (N, K), both at least 1.
     group : int
-        The columns of W that share a scale: K, or for int4 a multiple of 4 below K (of which there
-        are products for those that 32 divides).
+        The columns of W that share a scale: K, or for int4 a multiple of 4 below K (of which a GPU
+        has products for those that 32 divides).
     value_type : {"int8", "float8_e4m3fn", "int4"}
         What the panels hold.
 
@@ -65,7 +67,7 @@ class Sparse24QuantizedPanels(StoredWeight):
                 f"expected at most {self.in_features}"
             )
         shapes = (
-            sparse24_panels_shape(*self.shape, self.storage, torch.device("cuda")),
+            sparse24_panels_shape(*self.shape, self.storage, panels.device),
             sparse24_quantized_shapes(self.value_type, self.shape, self.group)[2],
         )
         if (panels.shape, scales.shape) != shapes:
@@ -82,13 +84,7 @@ class Sparse24QuantizedPanels(StoredWeight):
 
     @classmethod
     def from_quantized(cls, weight: Sparse24Quantized) -> Sparse24QuantizedPanels:
-        """The same weight as panels, beside the same scales.
-
-        Raises
-        ------
-        TypeError
-            If the weight is not on a GPU, where alone such panels are read.
-        """
+        """The same weight as panels of the device it is on, beside the same scales."""
         panels = torch.ops.gossamer.sparse24_to_panels(
             weight.values, weight.indices, weight.in_features
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import _C
 from .._cuda_module import obstacle
 from ..formats import Sparse24, Sparse24Quantized, Sparse24QuantizedPanels
 from ..formats.sparse24_quantized import resolve_group, sparse24_quantized_shapes, value_type_of
@@ -31,11 +32,10 @@ class SparseLinearQuantized(PackableModule):
 
     ``SparseLinearQuantized.from_sparse`` or ``gossamer.quantize`` makes one of a trained layer; a
     fresh one has the weight 0, to load a checkpoint into. Nothing of it is trained: all tensors
-    are buffers. On a GPU the weight is held as ``panels``, the layout that its kernels read, unless
-    ``unpack()`` said otherwise; the CPU reads the open format
-    (``gossamer.formats.Sparse24Quantized``). A ``state_dict``, a pickle and a deep copy hold the
-    open format on either, and what comes in is validated first. Moves to another dtype change the
-    bias alone.
+    are buffers. The weight is held as ``panels``, the layout that the kernels of its device read,
+    unless ``unpack()`` said otherwise or there are no such kernels. A ``state_dict``, a pickle and
+    a deep copy hold the open format (``gossamer.formats.Sparse24Quantized``) in any case, and what
+    comes in is validated first. Moves to another dtype change the bias alone.
 
     Parameters
     ----------
@@ -189,8 +189,8 @@ class SparseLinearQuantized(PackableModule):
     def pack(self) -> Self:
         """Hold the weight in the layout that its device reads fastest, from here on.
 
-        On a GPU those are the panels, which a layer holds there anyway unless ``unpack()`` was
-        called. On the CPU it is the portable form: nothing changes until a move to a GPU.
+        Those are the panels, which a layer holds anyway unless ``unpack()`` was called. Where there
+        are none, as on a CPU with the serial kernel alone, nothing changes until a move.
 
         Returns
         -------
@@ -203,8 +203,7 @@ class SparseLinearQuantized(PackableModule):
     def unpack(self) -> Self:
         """Hold ``values`` and ``indices``, on any device, until ``pack()`` is called.
 
-        A GPU turns them into panels at each call, which takes longer than the product of a few
-        rows.
+        They are turned into panels at each call, which takes longer than the product of a few rows.
 
         Returns
         -------
@@ -275,6 +274,8 @@ class SparseLinearQuantized(PackableModule):
 
     def _can_pack(self) -> bool:
         device = self.scales.device
+        if device.type == "cpu":
+            return _C.target() != "serial"
         return device.type == "cuda" and obstacle(device) is None
 
     def _wants_panels(self) -> bool:

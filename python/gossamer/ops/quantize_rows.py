@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import reference
+from .. import _C, reference
 from .._library import library
 
 ROW_DTYPES = (torch.int8, torch.float8_e4m3fn)
@@ -66,7 +66,20 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _native(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows_native(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The op's CPU kernel."""
+    numbers, scales = _fake(x, dtype)
+    features = x.shape[-1]
+    _C.quantize_rows(
+        x.contiguous().view(-1, features),
+        numbers.view(-1, features),
+        scales.view(-1),
+        torch.get_num_threads(),
+    )
+    return numbers, scales
+
+
+def _native_cuda(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     _check(x, dtype)
     return reference.quantize_rows(x.contiguous(), dtype)
 
@@ -101,7 +114,7 @@ def _autograd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return q, scale
 
 
-library.impl("quantize_rows", _native, "CPU")
-library.impl("quantize_rows", _native, "CUDA")
+library.impl("quantize_rows", quantize_rows_native, "CPU")
+library.impl("quantize_rows", _native_cuda, "CUDA")
 library.impl("quantize_rows", _autograd, "Autograd")
 torch.library.register_fake("gossamer::quantize_rows", _fake, lib=library)

@@ -7,15 +7,17 @@ C++.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _C
 from .._cuda_module import on_cuda
-from .._library import library
+from .._library import calls_cpu_kernel, is_recorded, library
 from ..formats import Sparse24Quantized, Sparse24QuantizedPanels
 from .cuda_workspace import aligned_rows, workspace
-from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only
+from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only, quantize_rows_native
 
 _OP = "sparse24_linear_quantized"
 _ACTIVATIONS = ("none", "relu", "gelu", "silu")
@@ -42,11 +44,12 @@ def sparse24_linear_quantized(
     A weight of int4 is widened instead: ``x`` stays as it is, and sums run in float32 over the
     stored slots only.
 
-    A GPU reads ``Sparse24QuantizedPanels``; a portable weight is turned into them at each call,
-    which takes longer than the product of a few rows. It needs compute capability 8.0, for
-    float8_e4m3fn 8.9, 9.0 or 12.x, of whose sums tensor cores may keep as few as 14 bits; int4
-    wants x in bfloat16 or float16 there and groups of a multiple of 32 columns, int8 at most 2^18
-    columns.
+    Kernels read ``Sparse24QuantizedPanels`` of their device; a portable weight is turned into them
+    at each call, which takes longer than the product of a few rows. On a CPU int8 products run in
+    int8 (with VNNI where the processor has it), the others in float32; more than 2^18 columns of
+    int8 go by the serial kernel. A GPU needs compute capability 8.0, for float8_e4m3fn 8.9, 9.0 or
+    12.x, of whose sums tensor cores may keep as few as 14 bits; int4 wants x in bfloat16 or float16
+    there and groups of a multiple of 32 columns, int8 at most 2^18 columns.
 
     Parameters
     ----------
@@ -54,7 +57,7 @@ def sparse24_linear_quantized(
         [..., K] float32, bfloat16 or float16, of any strides; leading dimensions may be empty. Or
         for a weight of int8 or float8_e4m3fn, in that type already and with ``x_scale``.
     weight : Sparse24Quantized or Sparse24QuantizedPanels
-        The [N, K] weight; panels with an x on a GPU only.
+        The [N, K] weight, on the device of x.
     bias : Tensor, optional
         [N] in the dtype of the result.
     activation : {None, "relu", "gelu", "silu"}
@@ -134,7 +137,9 @@ def sparse24_linear_quantized_tensors(
         bias = bias.to(out_dtype)
     out_features, in_features = shape
     weight, sizes = (stored, indices, scales, value_dtype), (in_features, out_features, group)
-    y: Tensor = _linear(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
+    # Eager code skips the dispatcher's Python call of the autograd kernel.
+    call = _linear if is_recorded() else _autograd
+    y: Tensor = call(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
     return y
 
 
@@ -215,8 +220,6 @@ def _native(
 ) -> Tensor:
     weight, sizes = (values, indices, scales, value_dtype), (in_features, out_features)
     check_operands(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
-    if indices is None:
-        raise ValueError(f"{_OP}: panels are read on a GPU only, the CPU reads the portable form")
     rows, row_scales = _rows(x, x_scale, in_features, value_dtype)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -226,7 +229,8 @@ def _native(
         rows,
         row_scales,
         values.contiguous(),
-        indices.contiguous(),
+        None if indices is None else indices.contiguous(),
+        str(value_dtype),
         scales.contiguous(),
         None if bias is None else bias.contiguous(),
         group,
@@ -282,7 +286,8 @@ def _rows(
         return rows, None
     if x_scale is not None:
         return rows, x_scale.reshape(-1).contiguous()
-    q, scale = _quantize_rows(rows, value_dtype)
+    quantize = quantize_rows_native if calls_cpu_kernel(rows) else _quantize_rows
+    q, scale = quantize(rows, value_dtype)
     return q, scale
 
 
@@ -313,9 +318,11 @@ def _autograd(
     scales: Tensor,
     value_dtype: torch.dtype,
     bias: Tensor | None,
-    *rest: int | str | torch.dtype,
+    *rest: Any,
 ) -> Tensor:
     inference_only(_OP, x=x, x_scale=x_scale, values=values, scales=scales, bias=bias)
+    if calls_cpu_kernel(x, x_scale, values, indices, scales, bias):
+        return _native(x, x_scale, values, indices, scales, value_dtype, bias, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         y: Tensor = _linear(x, x_scale, values, indices, scales, value_dtype, bias, *rest)
     return y

@@ -1,0 +1,8 @@
+#include "common/simd_avx512.h"
+#include "sparse24/gemm_quantized_kernels.h"
+
+namespace gossamer::sparse24 {
+
+const QuantizedUnit* quantized_unit_avx512(DType dtype) { return quantized_unit<Simd>(dtype); }
+
+}  // namespace gossamer::sparse24
