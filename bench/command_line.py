@@ -27,7 +27,8 @@ from shapes import (
 )
 
 FEATURES = (
-    *("sparse24", "blocksparse", "csr", "grouped", "actsparse", "codes", "pointcloud"),
+    *("sparse24", "quantized", "blocksparse", "csr", "grouped", "actsparse", "codes"),
+    "pointcloud",
     *("model", "relu-lm", "resnet50"),
 )
 QUICK_FEATURES = FEATURES[:-2]

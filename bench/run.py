@@ -10,7 +10,7 @@ Every case is checked against dense before it is timed; a wrong answer makes the
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import replace
 from itertools import groupby
 from time import perf_counter
@@ -35,12 +35,13 @@ from shapes import (
 from timing import Effort
 
 if TYPE_CHECKING:
-    from bench_actsparse import ActiveCase, ActivePlan
+    from bench_actsparse import ActiveCase
     from bench_blocksparse import BlockPlan
-    from bench_codes import CodeCase, CodePlan
-    from bench_csr import CsrCase, CsrPlan
-    from bench_grouped import GroupedCase, GroupedPlan
-    from bench_pointcloud import VoxelCase, VoxelPlan
+    from bench_codes import CodeCase
+    from bench_csr import CsrCase
+    from bench_grouped import GroupedCase
+    from bench_pointcloud import VoxelCase
+    from bench_quantized import QuantizedCase
     from bench_sparse24 import Plan
     from block_case import BlockCase
     from machine import Limits
@@ -101,7 +102,7 @@ def _block_plan(options: Options) -> BlockPlan:
 def _run_cases(
     console: Console,
     bench: ModuleType,
-    plan: Plan | BlockPlan | CsrPlan | GroupedPlan | ActivePlan | CodePlan | VoxelPlan,
+    plan: Sized,
     limits: Limits,
 ) -> list[Any]:
     from report import print_cases
@@ -132,6 +133,19 @@ def _run_sparse24(console: Console, options: Options, limits: Limits) -> list[Ca
     for case in plan.left_out():
         console.print(f"left out by --quick: {case}")
     return cases
+
+
+def _run_quantized(console: Console, options: Options, limits: Limits) -> list[QuantizedCase]:
+    import bench_quantized
+
+    shapes = options.shapes
+    if options.quick and not options.shapes_given:
+        shapes = tuple(shape for shape in shapes if shape.name in bench_quantized.QUICK_LAYERS)
+    rows = bench_quantized.QUICK_ROWS if options.quick else bench_quantized.ROWS
+    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
+    rows = options.rows if options.rows_given else rows
+    plan = bench_quantized.QuantizedPlan(shapes, rows, options.dtypes, effort)
+    return _run_cases(console, bench_quantized, plan, limits)
 
 
 def _run_blocksparse(console: Console, options: Options, limits: Limits) -> list[BlockCase]:
@@ -256,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     wanted = options.features
     cases = _run_sparse24(console, options, limits) if "sparse24" in wanted else []
+    small = _run_quantized(console, options, limits) if "quantized" in wanted else []
     blocks = _run_blocksparse(console, options, limits) if "blocksparse" in wanted else []
     places = _run_csr(console, options, limits) if "csr" in wanted else []
     experts = _run_grouped(console, options, limits) if "grouped" in wanted else []
@@ -264,6 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clouds = _run_pointcloud(console, options, limits) if "pointcloud" in wanted else []
     results = _run_models(console, options)
     report.print_summary(console, cases, blocks, experts, active, codes, results)
+    if small:
+        from quantized_report import print_quantized_summary
+
+        print_quantized_summary(console, small)
     if places:
         from csr_report import print_csr_summary
 
@@ -272,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pointcloud_report import draw_scene, print_pointcloud_summary
 
         print_pointcloud_summary(console, clouds)
-    every = [*cases, *blocks, *places, *experts, *active, *codes, *clouds]
+    every = [*cases, *small, *blocks, *places, *experts, *active, *codes, *clouds]
 
     commit = describe_commit()
     if options.commit:
