@@ -29,8 +29,8 @@ def both_forms(
     return weight, Sparse24QuantizedPanels.from_quantized(weight)
 
 
-# Beside the tiles of every kernel: 1, 2, 3, 4, 6, 8, 12 and 16 rows, of float32 many from 15, 29,
-# 33 or 57 rows on, of AMX 16 to 64.
+# Around the tiles of every kernel: 1, 2, 3, 4, 6, 8, 12 and 16 rows, many from 15, 29, 33 or 57
+# rows on, and of AMX 16 to 64.
 ROWS = (*range(1, 18), 24, 28, 29, 33, 56, 57, 64, 65, 81)
 
 
@@ -213,6 +213,15 @@ def test_non_finite_x_goes_through_stored_int4_positions_only(
     for column in range(0, in_features, max(1, in_features // 7)):
         x = torch.randn(3, in_features).to(dtype)
         x[1, column] = bad
+        QuantizedOracle(x, weight).check(sparse24_linear_quantized(x, weight))
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_non_finite_x_in_many_rows(cpu_target: str, value_type: str) -> None:
+    weight = quantized_24(19, 96, value_type, 32 if value_type == "int4" else None)
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(40, 96).bfloat16()
+        x[torch.arange(0, 40, 3), torch.randint(0, 96, (14,))] = bad
         QuantizedOracle(x, weight).check(sparse24_linear_quantized(x, weight))
 
 

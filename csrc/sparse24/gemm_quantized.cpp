@@ -1,9 +1,11 @@
 // Cuts a product with 8-bit or 4-bit weights into tasks for the unit of the target in force.
 //
-//   few rows    tiles of x, packed, meet the weights as they are widened, word by word: all of int8
+//   few rows    tiles of x, packed, meet the weights as they are widened, word by word, or by AMX
+//               tiles: all of int8
 //   many rows   a chunk of the weight is expanded to float32 panels, which the float32 product of
 //               2:4 weights (gemm.cpp) multiplies: float sums only
 #include <array>
+#include <atomic>
 #include <vector>
 
 #include "common/parallel.h"
@@ -16,25 +18,37 @@
 namespace gossamer::sparse24 {
 namespace {
 
-// Rows of int8 from which on tiles are faster than vectors, measured on Emerald Rapids.
+// Whether a scale of 4-bit weights serves whole records.
+bool whole_records(const QuantizedWeight& w) {
+  return w.scale_columns() == 1 || w.group % kRecordK == 0;
+}
+
+// Rows from which on tiles are faster than vectors, measured on Emerald Rapids.
 constexpr int64_t kTileRows = 9;
 
-const QuantizedUnit* unit_of(Target target, DType dtype, int64_t m) {
-#ifdef GOSSAMER_AMX
-  if (target == Target::kAMXBF16 && dtype == DType::kInt8 && m >= kTileRows) {
-    return quantized_unit_amx_int8();
-  }
-#endif
+bool has_tiles(const QuantizedGemmArgs& args) {
+  if (args.m < kTileRows) return false;
+  if (!args.weight.four_bit()) return true;
+  // Both factors have to be bfloat16 as they are, and a scale one of whole records.
+  return args.x_dtype == DType::kBFloat16 && whole_records(args.weight);
+}
+
+const QuantizedUnit* unit_of(Target target, const QuantizedGemmArgs& args) {
+  const DType dtype = args.weight.dtype;
 #ifdef GOSSAMER_X86
   switch (target) {
     case Target::kSerial: break;
     case Target::kAVX2: return quantized_unit_avx2(dtype);
     case Target::kAVX512: return quantized_unit_avx512(dtype);
-    case Target::kAVX512BF16:
-    case Target::kAMXBF16: return quantized_unit_avx512_vnni(dtype);
+    case Target::kAVX512BF16: return quantized_unit_avx512_vnni(dtype);
+    case Target::kAMXBF16:
+#ifdef GOSSAMER_AMX
+      if (has_tiles(args)) return quantized_unit_amx(dtype);
+#endif
+      return quantized_unit_avx512_vnni(dtype);
   }
 #endif
-  (void)target, (void)dtype, (void)m;
+  (void)target, (void)dtype;
   return nullptr;
 }
 
@@ -77,7 +91,7 @@ const uint32_t* panels_of(const Weight& w, int64_t begin, int64_t end, Scratch& 
 ScaleLines lines_of(const QuantizedWeight& q, const Weight& w, int64_t block) {
   if (!q.four_bit()) return {nullptr, w.records()};
   const int64_t columns = q.scale_columns(), of_record = q.group / kRecordK;
-  const bool by_records = columns == 1 || q.group % kRecordK == 0;
+  const bool by_records = whole_records(q);
   const int64_t count = by_records ? columns : w.records() * kRecordGroups;
   auto* lines = static_cast<float*>(scale_lines.at_least(count * kBlockN * sizeof(float)));
   for (int lane = 0; lane < kBlockN; ++lane) {
@@ -111,8 +125,8 @@ XRows rows_at(const QuantizedGemmArgs& args, int64_t row, int64_t rows) {
 
 // ---- few rows -----------------------------------------------------------------------------------
 
-// The outputs of the blocks [begin, end) for all rows, or for those from `row` on.
-void few_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tile, int64_t row,
+// The outputs of the blocks [begin, end) for the rows from `row` on. Whether they may be trusted.
+bool few_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tile, int64_t row,
               int64_t rows, int64_t begin, int64_t end) {
   const Weight w = without_scales(args.weight);
   const int64_t records = ceil_div(w.records(), unit.records_together) * unit.records_together;
@@ -126,6 +140,7 @@ void few_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tile
   void* packed = packed_x.at_least(tiles_at_once * tile_bytes);
   void* expanded = block_scratch.at_least(records * unit.scratch_bytes);
   int64_t in_packed = -1;
+  bool trusted = true;
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t last = std::min(first + chunk, end);
     const uint32_t* panels = panels_of(w, first, last, converted_weight);
@@ -136,33 +151,34 @@ void few_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tile
         in_packed = at;
       }
       for (int64_t block = first; block < last; ++block) {
-        unit.run({panels + (block - first) * w.block_words(), w.records(),
-                  lines_of(args.weight, w, block), packed, expanded, tile, count,
-                  ends_at(args, row + at, block * kBlockN)});
+        trusted &= unit.run({panels + (block - first) * w.block_words(), w.records(),
+                             lines_of(args.weight, w, block), packed, expanded, tile, count,
+                             ends_at(args, row + at, block * kBlockN)});
       }
     }
   }
+  return trusted;
 }
 
-void few_rows_by_team(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int team) {
+bool few_rows_by_team(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int team) {
   const int64_t tiles = ceil_div(args.m, unit.max_rows);
   const int tile = unit.tile_for(ceil_div(args.m, tiles));
   const int64_t blocks = ceil_div(args.weight.n, kBlockN);
   // Rows are shared out as well where there are fewer blocks than threads.
   const int64_t parts = std::clamp<int64_t>(team / blocks, 1, ceil_div(args.m, tile));
-  if (parts == 1) {
-    return parallel_ranges(team, blocks, [&](int64_t begin, int64_t end) {
-      few_rows(args, unit, tile, 0, args.m, begin, end);
-    });
-  }
   const int64_t rows = ceil_div(ceil_div(args.m, tile), parts) * tile;
+  std::atomic<bool> trusted = true;
   parallel_ranges(team, blocks * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task % parts * rows, block = task / parts;
-      if (row >= args.m) continue;
-      few_rows(args, unit, tile, row, std::min(rows, args.m - row), block, block + 1);
+    while (begin < end && trusted) {
+      const int64_t row = begin / blocks * rows, block = begin % blocks;
+      const int64_t last = std::min(blocks, block + end - begin);
+      begin += last - block;
+      if (row >= args.m) break;
+      const int64_t count = std::min(rows, args.m - row);
+      if (!few_rows(args, unit, tile, row, count, block, last)) trusted = false;
     }
   });
+  return trusted;
 }
 
 // ---- many rows ----------------------------------------------------------------------------------
@@ -217,22 +233,29 @@ void serial_any(const QuantizedGemmArgs& args) {
   gemm_quantized_serial(portable);
 }
 
+bool gemm_by(Target target, const QuantizedGemmArgs& args) {
+  const QuantizedWeight& w = args.weight;
+  const QuantizedUnit* unit = unit_of(target, args);
+  if (unit == nullptr || (w.dtype == DType::kInt8 && w.k > kMaxInt8Columns)) {
+    serial_any(args);
+    return true;
+  }
+  const double work = static_cast<double>(args.m) * w.n * (w.k / 2);
+  const int team = threads_for_work(args.threads, work);
+  if (unit->expand == nullptr || args.m <= few_rows_limit(target, DType::kFloat32, intel_cores())) {
+    return few_rows_by_team(args, *unit, team);
+  }
+  many_rows(args, *unit, team);
+  return true;
+}
+
 }  // namespace
 
 void gemm_quantized(const QuantizedGemmArgs& args) {
   const QuantizedWeight& w = args.weight;
   if (args.m == 0 || w.n == 0) return;
   const Target target = gossamer::target();  // once: another thread may force a different one
-  const QuantizedUnit* unit = unit_of(target, w.dtype, args.m);
-  if (unit == nullptr || (w.dtype == DType::kInt8 && w.k > kMaxInt8Columns)) {
-    return serial_any(args);
-  }
-  const double work = static_cast<double>(args.m) * w.n * (w.k / 2);
-  const int team = threads_for_work(args.threads, work);
-  if (unit->expand != nullptr && args.m > few_rows_limit(target, DType::kFloat32, intel_cores())) {
-    return many_rows(args, *unit, team);
-  }
-  few_rows_by_team(args, *unit, team);
+  if (!gemm_by(target, args)) gemm_by(static_cast<Target>(static_cast<int>(target) - 1), args);
 }
 
 }  // namespace gossamer::sparse24

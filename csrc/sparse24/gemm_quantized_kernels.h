@@ -385,7 +385,10 @@ struct QuantizedRows {
     }
     if constexpr (Rows < kMaxRows) run_from<next_tile(Rows)>(task);
   }
-  static void run(const QuantizedTask& task) { run_from<1>(task); }
+  static bool run(const QuantizedTask& task) {
+    run_from<1>(task);
+    return true;
+  }
 
   static void expand(const uint32_t* panels, int64_t records, const ScaleLines& lines,
                      uint32_t* out) {

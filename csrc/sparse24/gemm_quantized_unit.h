@@ -54,7 +54,8 @@ struct QuantizedUnit {
   int (*tile_for)(int64_t rows);
   // `numbers` are the 256 numbers of float8, times kE4M3Scale.
   void (*pack)(const XRows& x, DType dtype, const float* numbers, int tile, void* packed);
-  void (*run)(const QuantizedTask& task);
+  // False where the result is not to be trusted, and the target before this one has to do it all.
+  bool (*run)(const QuantizedTask& task);
   // A block as float32 panels, scaled; null where sums are no floats.
   void (*expand)(const uint32_t* panels, int64_t records, const ScaleLines& scales, uint32_t* out);
   // `outputs` of `rows` rows, whose sums are readable up to a whole register.
@@ -66,6 +67,7 @@ struct QuantizedUnit {
 const QuantizedUnit* quantized_unit_avx2(DType dtype);
 const QuantizedUnit* quantized_unit_avx512(DType dtype);
 const QuantizedUnit* quantized_unit_avx512_vnni(DType dtype);
-const QuantizedUnit* quantized_unit_amx_int8();  // of int8 alone
+// Of 4-bit values with x in bfloat16 alone, and lines of scales for whole records.
+const QuantizedUnit* quantized_unit_amx(DType dtype);
 
 }  // namespace gossamer::sparse24
