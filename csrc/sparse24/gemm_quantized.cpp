@@ -23,6 +23,7 @@ bool whole_records(const QuantizedWeight& w) {
   return w.scale_columns() == 1 || w.group % kRecordK == 0;
 }
 
+#ifdef GOSSAMER_AMX
 // Rows from which on tiles are faster than vectors, measured on Emerald Rapids.
 constexpr int64_t kTileRows = 9;
 
@@ -32,6 +33,7 @@ bool has_tiles(const QuantizedGemmArgs& args) {
   // Both factors have to be bfloat16 as they are, and a scale one of whole records.
   return args.x_dtype == DType::kBFloat16 && whole_records(args.weight);
 }
+#endif
 
 const QuantizedUnit* unit_of(Target target, const QuantizedGemmArgs& args) {
   const DType dtype = args.weight.dtype;
@@ -181,6 +183,16 @@ bool few_rows_by_team(const QuantizedGemmArgs& args, const QuantizedUnit& unit, 
   return trusted;
 }
 
+// The product of some of its rows.
+QuantizedGemmArgs rows_of(const QuantizedGemmArgs& args, int64_t row, int64_t rows) {
+  QuantizedGemmArgs part = args;
+  part.m = rows;
+  part.x = rows_at(args, row, rows).data;
+  part.x_scales = args.x_scales == nullptr ? nullptr : args.x_scales + row;
+  part.out = ends_at(args, row, 0).out;
+  return part;
+}
+
 // ---- many rows ----------------------------------------------------------------------------------
 
 void many_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int team) {
@@ -245,7 +257,12 @@ bool gemm_by(Target target, const QuantizedGemmArgs& args) {
   if (unit->expand == nullptr || args.m <= few_rows_limit(target, DType::kFloat32, intel_cores())) {
     return few_rows_by_team(args, *unit, team);
   }
-  many_rows(args, *unit, team);
+  // x and the sums of so many rows are floats in memory.
+  const int64_t rows =
+      std::max<int64_t>(256, kKeptBytes / (4 * ceil_div(w.k, kRecordK) * kRecordK));
+  for (int64_t row = 0; row < args.m; row += rows) {
+    many_rows(rows_of(args, row, std::min(rows, args.m - row)), *unit, team);
+  }
   return true;
 }
 
