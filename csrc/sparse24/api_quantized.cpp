@@ -61,11 +61,11 @@ QuantizedWeight quantized(const TensorView& values, const TensorView& indices,
   return w;
 }
 
-// The scale of each row of x; null with int4 weights, whose x has none.
-const float* x_scales_of(const std::optional<TensorView>& x_scale, DType stored,
-                         const TensorView& x) {
-  GOSSAMER_CHECK(x_scale.has_value() != (stored == DType::kUInt8), kOp,
-                 ": 8-bit weights need x_scale, int4 weights take none");
+// The scale of each row of an x of 8 bits; null for any other, which has none.
+const float* x_scales_of(const std::optional<TensorView>& x_scale, const TensorView& x) {
+  GOSSAMER_CHECK(x_scale.has_value() != is_floating(x.dtype), kOp, ": x is ", name(x.dtype),
+                 x_scale ? " with an x_scale" : " with no x_scale",
+                 "; an x of 8 bits has one, any other x has none");
   if (!x_scale) return nullptr;
   check_device(kOp, "x_scale", *x_scale, "x", x);
   check_dtype(kOp, "x_scale", *x_scale, DType::kFloat32);
@@ -97,13 +97,14 @@ void bind_linear_quantized(const TensorView& out, const TensorView& x,
   const QuantizedWeight w =
       indices ? quantized(weight, *indices, scales, n, k, group)
               : quantized_panels(weight, panel_dtype(value_dtype, true), scales, n, k, group);
-  if (w.four_bit() ? !is_floating(x.dtype) : x.dtype != w.dtype) {
-    throw py::type_error(std::string(kOp) + ": x is " + name(x.dtype) + ", expected " +
-                         (w.four_bit() ? "float32, bfloat16 or float16" : name(w.dtype)));
+  if (!is_floating(x.dtype) && (w.four_bit() || x.dtype != w.dtype)) {
+    throw py::type_error(std::string(kOp) + ": x is " + name(x.dtype) +
+                         ", expected float32, bfloat16, float16" +
+                         (w.four_bit() ? "" : std::string(" or ") + name(w.dtype)));
   }
   GOSSAMER_CHECK(k == 1 || x.strides[1] == 1, kOp, ": the columns of x lie ", x.strides[1],
                  " apart, expected 1");
-  const float* x_scales = x_scales_of(x_scale, w.dtype, x);
+  const float* x_scales = x_scales_of(x_scale, x);
   check_out(out, m, n);
   gemm_quantized({w, m, x.dtype, x.data, x.strides[0], x_scales, out.dtype,
                   bias_of(kOp, bias, n, out.dtype, x), activation_of(kOp, activation), out.data,
@@ -131,7 +132,7 @@ void bind_quantize_rows(const TensorView& x, const TensorView& numbers, const Te
     check_contiguous(op, what, *t);
     check_device(op, what, *t, "x", x);
   }
-  quantize_rows({x.shape[0], x.shape[1], x.dtype, x.data, numbers.dtype, numbers.data,
+  quantize_rows({x.shape[0], x.shape[1], x.dtype, x.data, x.shape[1], numbers.dtype, numbers.data,
                  scales.as<float>(), threads});
 }
 
@@ -185,7 +186,7 @@ void bind_linear_quantized_cuda(const TensorView& out, const TensorView& x,
   check_aligned_rows(kOp, x);
   args.x = x.data;
   args.x_stride = x.strides[0];
-  args.x_scales = x_scales_of(x_scale, stored, x);
+  args.x_scales = x_scales_of(x_scale, x);
   check_out(out, m, n);
   args.out = out.data;
   args.out_dtype = out.dtype;

@@ -63,6 +63,7 @@ constexpr int64_t kPackedBytes = 384 << 10, kConvertedBytes = 512 << 10;
 // What all threads together expand at once, in L3; and what is kept of x between calls.
 constexpr int64_t kExpandedBytes = 8 << 20, kKeptBytes = 16 << 20;
 
+thread_local Scratch quantized_x, quantized_x_scales;
 thread_local Scratch packed_x, converted_weight, scale_lines, block_scratch;
 thread_local Scratch expanded_x, expanded_weight, unfinished;  // of many rows, for the whole team
 
@@ -245,6 +246,22 @@ void serial_any(const QuantizedGemmArgs& args) {
   gemm_quantized_serial(portable);
 }
 
+// The same product of an x of 8 bits, which lives until the next call of this thread.
+QuantizedGemmArgs with_quantized_x(const QuantizedGemmArgs& args) {
+  const int64_t k = args.weight.k;
+  quantized_x.release_above(kKeptBytes);
+  auto* scales = static_cast<float*>(quantized_x_scales.at_least(args.m * sizeof(float)));
+  void* numbers = quantized_x.at_least(args.m * k);
+  quantize_rows({args.m, k, args.x_dtype, args.x, args.x_stride, args.weight.dtype, numbers, scales,
+                 args.threads});
+  QuantizedGemmArgs quantized = args;
+  quantized.x_dtype = args.weight.dtype;
+  quantized.x = numbers;
+  quantized.x_stride = k;
+  quantized.x_scales = scales;
+  return quantized;
+}
+
 bool gemm_by(Target target, const QuantizedGemmArgs& args) {
   const QuantizedWeight& w = args.weight;
   const QuantizedUnit* unit = unit_of(target, args);
@@ -271,6 +288,7 @@ bool gemm_by(Target target, const QuantizedGemmArgs& args) {
 void gemm_quantized(const QuantizedGemmArgs& args) {
   const QuantizedWeight& w = args.weight;
   if (args.m == 0 || w.n == 0) return;
+  if (!w.four_bit() && args.x_scales == nullptr) return gemm_quantized(with_quantized_x(args));
   const Target target = gossamer::target();  // once: another thread may force a different one
   if (!gemm_by(target, args)) gemm_by(static_cast<Target>(static_cast<int>(target) - 1), args);
 }

@@ -67,7 +67,8 @@ void quantize_all(const QuantizeRowsArgs& args, float largest) {
   parallel_ranges(team, args.m, [&](int64_t begin, int64_t end) {
     auto* scratch = static_cast<float*>(row_scratch.at_least(args.k * sizeof(float)));
     for (int64_t row = begin; row < end; ++row) {
-      const float* x = as_floats(static_cast<const X*>(args.x) + row * args.k, args.k, scratch);
+      const float* x =
+          as_floats(static_cast<const X*>(args.x) + row * args.x_stride, args.k, scratch);
       args.scales[row] =
           quantize_row(x, args.k, largest, static_cast<Number*>(args.numbers) + row * args.k);
     }

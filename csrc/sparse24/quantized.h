@@ -2,7 +2,8 @@
 // The 2:4 GEMM with 8-bit and 4-bit weights, W[n,k] = value * scales[n, k / group]:
 //
 //   8-bit x 8-bit   y[m,n] = act(sum_k x[m,k] * value[n,k] * x_scales[m] * scales[n] + b[n])
-//                   x of the values' type, one scale a row of W; int8 sums are exact
+//                   x of the values' type, or made so at first (quantize_rows), one scale a row of
+//                   W; int8 sums are exact
 //   weight only     y[m,n] = act(sum_k x[m,k] * value[n,k] * scales[n, k / group] + b[n])
 //                   4-bit values, x in floating point, sums in float32
 //
@@ -40,7 +41,7 @@ struct QuantizedGemmArgs {
   DType x_dtype;
   const void* x;          // [m, k], columns contiguous
   int64_t x_stride;       // between rows, in elements
-  const float* x_scales;  // [m]; null with 4-bit weights
+  const float* x_scales;  // [m] of an x of 8 bits; null for others
   DType out_dtype;        // of out and bias: float32, bfloat16 or float16
   const void* bias;       // [n] or null
   Activation activation;
@@ -53,8 +54,9 @@ void gemm_quantized_serial(const QuantizedGemmArgs& args);  // the definition
 
 struct QuantizeRowsArgs {
   int64_t m, k;
-  DType x_dtype;       // float32, bfloat16 or float16
-  const void* x;       // [m, k], row-major
+  DType x_dtype;  // float32, bfloat16 or float16
+  const void* x;  // [m, k], columns contiguous
+  int64_t x_stride;
   DType number_dtype;  // int8 or float8_e4m3fn
   void* numbers;       // [m, k]
   float* scales;       // [m]

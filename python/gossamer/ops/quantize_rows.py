@@ -66,8 +66,7 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def quantize_rows_native(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The op's CPU kernel."""
+def _native(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     numbers, scales = _fake(x, dtype)
     features = x.shape[-1]
     _C.quantize_rows(
@@ -114,7 +113,7 @@ def _autograd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return q, scale
 
 
-library.impl("quantize_rows", quantize_rows_native, "CPU")
+library.impl("quantize_rows", _native, "CPU")
 library.impl("quantize_rows", _native_cuda, "CUDA")
 library.impl("quantize_rows", _autograd, "Autograd")
 torch.library.register_fake("gossamer::quantize_rows", _fake, lib=library)

@@ -17,7 +17,8 @@ from .._cuda_module import on_cuda
 from .._library import calls_cpu_kernel, is_recorded, library
 from ..formats import Sparse24Quantized, Sparse24QuantizedPanels
 from .cuda_workspace import aligned_rows, workspace
-from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only, quantize_rows_native
+from .operands import as_rows
+from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only
 
 _OP = "sparse24_linear_quantized"
 _ACTIVATIONS = ("none", "relu", "gelu", "silu")
@@ -220,14 +221,15 @@ def _native(
 ) -> Tensor:
     weight, sizes = (values, indices, scales, value_dtype), (in_features, out_features)
     check_operands(x, x_scale, *weight, bias, *sizes, activation, out_dtype)
-    rows, row_scales = _rows(x, x_scale, in_features, value_dtype)
+    dims = x.dim()
+    rows = as_rows(x, dims)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    out = x.new_empty((rows.shape[0], out_features), dtype=out_dtype)
+    out = x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
     _C.sparse24_linear_quantized(
-        out,
+        as_rows(out, dims),
         rows,
-        row_scales,
+        None if x_scale is None else x_scale.reshape(-1).contiguous(),
         values.contiguous(),
         None if indices is None else indices.contiguous(),
         str(value_dtype),
@@ -237,7 +239,7 @@ def _native(
         activation,
         torch.get_num_threads(),
     )
-    return out.view(*x.shape[:-1], out_features)
+    return out
 
 
 def _native_cuda(
@@ -259,7 +261,10 @@ def _native_cuda(
     if indices is not None:
         # One pass over the weight, for which a product of many rows has time.
         values = _to_panels(values, indices, in_features)
-    rows, row_scales = _rows(x, x_scale, in_features, value_dtype)
+    rows = x.reshape(-1, in_features)
+    row_scales = None if x_scale is None else x_scale.reshape(-1).contiguous()
+    if row_scales is None and value_dtype != torch.uint8:
+        rows, row_scales = _quantize_rows(rows, value_dtype)
     rows = aligned_rows(rows)
     out = x.new_empty((rows.shape[0], out_features), dtype=out_dtype)
     _C.sparse24_linear_quantized_cuda(
@@ -275,20 +280,6 @@ def _native_cuda(
         *workspace(rows, out_features, in_features, value_dtype),
     )
     return out.view(*x.shape[:-1], out_features)
-
-
-def _rows(
-    x: Tensor, x_scale: Tensor | None, in_features: int, value_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """x as the matrix that is multiplied, and the scale of each row if it has one."""
-    rows = x.reshape(-1, in_features)
-    if value_dtype == torch.uint8:
-        return rows, None
-    if x_scale is not None:
-        return rows, x_scale.reshape(-1).contiguous()
-    quantize = quantize_rows_native if calls_cpu_kernel(rows) else _quantize_rows
-    q, scale = quantize(rows, value_dtype)
-    return q, scale
 
 
 def _fake(
