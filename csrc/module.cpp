@@ -55,6 +55,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_conv(m);
   gossamer::pointcloud::bind_conv_cuda(m);
+  gossamer::pointcloud::bind_layout_cuda(m);
   gossamer::pointcloud::bind_maps(m);
   gossamer::pointcloud::bind_maps_cuda(m);
   gossamer::pointcloud::bind_pool(m);

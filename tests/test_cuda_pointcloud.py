@@ -86,6 +86,19 @@ def test_maps_wait_for_the_gpu_once() -> None:
     assert len([w for w in waits if "synchronizing" in str(w.message)]) == 1
 
 
+def test_a_layer_waits_for_nobody() -> None:
+    """Nor does its backward pass, at the first call with a map either."""
+    x, weight = scene(3_000, 16), torch.randn(27, 16, 24).cuda().requires_grad_()
+    map, feats = x.coordinates.submanifold(3), x.feats.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pointcloud_conv(feats, weight, None, map).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(feats.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_network_in_a_graph(dtype: torch.dtype) -> None:
     net = pc.models.MinkUNet14(4, 20, planes=(16, 32, 32, 64, 64, 32, 32, 16)).eval()

@@ -5,6 +5,7 @@
 
 #include "common/cuda_border.h"
 #include "common/py_tensor.h"
+#include "pointcloud/border_cuda.h"
 #include "pointcloud/border_rows.h"
 #include "pointcloud/cuda.h"
 
@@ -39,17 +40,6 @@ void check_grid(const char* op, int64_t blocks) {
   GOSSAMER_CHECK(blocks <= kMost, op, ": ", blocks, " thread blocks, CUDA has up to 2**31 - 1");
 }
 
-// A vector of a map on the device of the features, of any length where it is -1.
-const TensorView& checked(const char* op, const char* what, const TensorView& t, DType dtype,
-                          int64_t length, const TensorView& feats) {
-  check_device(op, what, t, "feats", feats);
-  check_dtype(op, what, t, dtype);
-  GOSSAMER_CHECK(length >= 0 || t.ndim == 1, op, ": ", what, " has ", t.ndim,
-                 " dimensions, expected 1");
-  check_vector(op, what, t, length < 0 ? t.shape[0] : length);
-  return t;
-}
-
 CudaConvConfig config_of(const char* op, DType dtype, int64_t groups, int64_t c_out,
                          const CudaDevice& device) {
   const CudaConvConfig config = choose_cuda_conv_config(dtype, groups, c_out, device);
@@ -82,9 +72,9 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
   check_device(op, "neighbours", neighbours, "feats", x);
   check_shape(op, "neighbours", neighbours, taps, groups * kGroupRows);
   check_contiguous(op, "neighbours", neighbours);
-  checked(op, "rows", rows, DType::kInt32, positions, x);
-  checked(op, "begins", begins, DType::kInt32, groups + 1, x);
-  checked(op, "visited", visited, DType::kInt32, -1, x);
+  check_vector_on(op, "rows", rows, DType::kInt32, positions, x);
+  check_vector_on(op, "begins", begins, DType::kInt32, groups + 1, x);
+  check_vector_on(op, "visited", visited, DType::kInt32, kAnyLength, x);
   GOSSAMER_CHECK(positions >= y.shape[0] && visited.shape[0] <= kMost, op, ": ", positions,
                  " positions and ", visited.shape[0], " visits for ", y.shape[0],
                  " outputs, expected a position for each and fewer than 2**31 visits");
@@ -122,13 +112,13 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
   const int64_t taps = dw.shape[0];
   check_reach(op, taps, x.shape[0], dy.shape[0], channels.in, channels.out);
 
-  checked(op, "in_rows", in, DType::kInt32, -1, x);
-  checked(op, "out_rows", out, DType::kInt32, in.shape[0], x);
-  checked(op, "begins", begins, DType::kInt64, -1, x);
+  check_vector_on(op, "in_rows", in, DType::kInt32, kAnyLength, x);
+  check_vector_on(op, "out_rows", out, DType::kInt32, in.shape[0], x);
+  check_vector_on(op, "begins", begins, DType::kInt64, kAnyLength, x);
   GOSSAMER_CHECK(begins.shape[0] >= 1, op, ": begins has shape [0], expected at least [1]");
-  checked(op, "of_tap", of_tap, DType::kInt64, taps + 1, x);
+  check_vector_on(op, "of_tap", of_tap, DType::kInt64, taps + 1, x);
   const int64_t segments = begins.shape[0] - 1;
-  checked(op, "partial", partial, DType::kFloat32, segments * channels.in * channels.out, x);
+  check_vector_on(op, "partial", partial, DType::kFloat32, segments * channels.in * channels.out, x);
   check_grid(op, segments * ceil_div(channels.in, 64) * ceil_div(channels.out, 64));
 
   const PairSegments map{taps,

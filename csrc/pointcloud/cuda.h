@@ -14,6 +14,7 @@
 // would have to wait for the GPU: whatever it says, the kernels stay within their memory.
 #include "common/cuda.h"
 #include "pointcloud/conv_cuda_config.h"
+#include "pointcloud/cuda_layout.h"
 #include "pointcloud/keys.h"
 #include "pointcloud/pointcloud.h"
 
@@ -133,6 +134,13 @@ struct CudaKernels {
   void (*search)(const CudaSearchArgs& args, CudaStream stream);
   void (*outputs)(const CudaOutputsArgs& args, CudaStream stream);
   void (*cells)(const CudaCells& args, CudaStream stream);
+  // masks [n_out], in 64 bits where `wide`, else 32: the taps of each rank.
+  void (*mask_taps)(const CudaPairs& pairs, void* masks, bool wide, CudaStream stream);
+  void (*group_outputs)(const CudaPairs& pairs, const CudaGroups& groups, CudaStream stream);
+  void (*fill_table)(const CudaPairs& pairs, const CudaGroups& groups, const CudaTable& table,
+                     CudaStream stream);
+  void (*rows_of_pairs)(const CudaPairs& pairs, int32_t* in_rows, int32_t* out_rows,
+                        CudaStream stream);
 };
 
 }  // namespace gossamer::pointcloud

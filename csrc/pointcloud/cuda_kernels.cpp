@@ -3,6 +3,7 @@
 
 #include "common/device.cuh"
 #include "pointcloud/conv_cuda.h"
+#include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
 
 namespace gossamer::pointcloud {
@@ -32,7 +33,25 @@ void cells(const CudaCells& args, CudaStream stream) {
   on(stream, [&](cudaStream_t s) { cells_of_keys(args, s); });
 }
 
-constexpr CudaKernels kKernels = {conv, weight_grad, number, search, outputs, cells};
+void masks(const CudaPairs& pairs, void* masks, bool wide, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { mask_taps(pairs, masks, wide, s); });
+}
+
+void groups(const CudaPairs& pairs, const CudaGroups& groups, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { group_outputs(pairs, groups, s); });
+}
+
+void table(const CudaPairs& pairs, const CudaGroups& groups, const CudaTable& table,
+           CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { fill_table(pairs, groups, table, s); });
+}
+
+void pair_rows(const CudaPairs& pairs, int32_t* in_rows, int32_t* out_rows, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { rows_of_pairs(pairs, in_rows, out_rows, s); });
+}
+
+constexpr CudaKernels kKernels = {conv,  weight_grad, number, search, outputs,
+                                  cells, masks,       groups, table,  pair_rows};
 
 }  // namespace
 

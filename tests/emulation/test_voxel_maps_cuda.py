@@ -12,10 +12,13 @@ from emulated_gpu import Gpu
 from emulator import Emulator, KernelLibrary
 from gossamer import _C
 from gossamer import pointcloud as pc
+from gossamer.ops.pointcloud_layout import output_table, pair_segments, vouch
 from gossamer.pointcloud import native
+from pointcloud_cases import drawn_map, tensors_of
 from test_pointcloud_maps import drawn_coords, drawn_window
 from torch import Tensor
 from voxel_conv import build
+from voxel_layouts import plain_segments, plain_table
 
 Side = tuple[Tensor, Tensor | None]
 
@@ -26,7 +29,7 @@ def kernels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ker
     library, module = build(emulator), torch.zeros(1, dtype=torch.int64)
     library.call("maps_module", module)
     _C.attach_cuda(int(module))
-    monkeypatch.setattr(native, "_on_gpu", lambda coords: True)
+    monkeypatch.setattr(native, "on_gpu", lambda coords: True)
     yield library
     _C.attach_cuda(0)
 
@@ -34,7 +37,7 @@ def kernels(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ker
 def on_both(call: Callable[[], Any]) -> tuple[Any, Any]:
     """By the kernels of a GPU, and by the CPU's."""
     with pytest.MonkeyPatch.context() as on_cpu:
-        on_cpu.setattr(native, "_on_gpu", lambda coords: False)
+        on_cpu.setattr(native, "on_gpu", lambda coords: False)
         wanted = call()
     return call(), wanted
 
@@ -89,6 +92,45 @@ def test_coordinates_at_the_border_of_int32(kernels: KernelLibrary) -> None:
     corners = torch.tensor([[0, -(2**31), -(2**31)], [0, most, most]]).int()
     with pytest.raises(ValueError, match="more cells than 64-bit keys number"):
         pc.Coordinates(corners).submanifold(3)
+
+
+# Kernel sizes, voxels on both sides, the share of pairs; more taps than masks of 32 and 64 bits.
+LAYOUTS = {
+    "typical": ((3, 3, 3), 300, 700, 0.2),
+    "full": ((2, 2), 400, 400, 1.0),
+    "one tap": ((1,), 130, 129, 0.7),
+    "as many taps as 32 bits hold": ((31,), 90, 300, 0.3),
+    "more": ((4, 8), 90, 300, 0.3),
+    "taps that share bits": ((3, 5, 5), 60, 400, 0.1),
+    "no outputs": ((3,), 4, 0, 0.0),
+    "no pairs": ((3,), 0, 140, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_those_of_plain_torch(kernels: KernelLibrary, name: str) -> None:
+    for seed, shuffled in enumerate((True, False)):
+        drawn = drawn_map(*LAYOUTS[name], shuffled)
+        with kernels.schedule(("late", "early")[seed], seed):
+            table = output_table(tensors_of(drawn), drawn.n_in, drawn.n_out)
+            segments = pair_segments(tensors_of(drawn), drawn.n_in, drawn.n_out)
+        wanted = plain_table(drawn)
+        visits = len(wanted.visited)
+        assert all(map(torch.equal, table[:3], wanted[:3])), name
+        assert torch.equal(table.visited[:visits], wanted.visited), name
+        assert all(map(torch.equal, segments, plain_segments(drawn))), name
+
+
+def test_layouts_of_maps_that_nobody_checked(kernels: KernelLibrary) -> None:
+    """Stay within their memory."""
+    drawn = drawn_map((3, 3), 50, 200, 0.4)
+    hostile = [t.clone() for t in tensors_of(drawn) if t is not None]
+    for t in hostile:
+        t[1::3] = torch.randint(-(2**31), 2**31 - 1, t[1::3].shape).to(t.dtype)
+    for map in (hostile, [*hostile[:2], drawn.tap_offsets, *hostile[3:]]):
+        vouch(tuple(map), 50, 200)
+        output_table(tuple(map), 50, 200)
+    pair_segments(tuple(map), 50, 200)
 
 
 def test_what_the_border_refuses(gpu: Gpu) -> None:

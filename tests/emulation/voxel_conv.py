@@ -9,18 +9,20 @@ from cases import integers
 from emulator import CSRC, HERE, Emulator, KernelLibrary
 from fragment_gemm import ACTIVATION_CODES, DTYPE_CODES
 from gossamer import reference
-from gossamer.ops.pointcloud_layout import OutputTable, output_table, pair_segments
+from gossamer.ops.pointcloud_layout import OutputTable
 from gossamer.pointcloud import KernelMap
 from pointcloud_cases import PointcloudCase, tensors_of
 from torch import Tensor
+from voxel_layouts import plain_segments, plain_table
 
 POINTCLOUD = HERE / "kernels" / "pointcloud.cu"
+UNITS = ("conv_fma", "layout", "maps", "weight_grad")
 TILES = ((128, 128), (128, 64), (64, 32))  # rows and outputs of kConvTiles, in its order
 MARGIN = 8  # elements around x, dy and the weights: 16 bytes of the smallest
 
 
 def build(emulator: Emulator) -> KernelLibrary:
-    more = (CSRC / "pointcloud" / f"{name}.cu" for name in ("conv_fma", "maps", "weight_grad"))
+    more = (CSRC / "pointcloud" / f"{name}.cu" for name in UNITS)
     return emulator.build(POINTCLOUD, *more)
 
 
@@ -48,7 +50,7 @@ class VoxelConv:
         return cls(map, x, weight, given, dy)
 
     def table(self) -> OutputTable:
-        return output_table(tensors_of(self.map), self.map.n_in, self.map.n_out)
+        return plain_table(self.map)
 
     def expected(self) -> Tensor:
         """In float64."""
@@ -85,7 +87,7 @@ class VoxelConv:
     def gradient(self, library: KernelLibrary, margin: int = MARGIN) -> Tensor:
         """The same of the gradient of the weights."""
         taps, c_in, c_out = self.weight.shape
-        segments = pair_segments(tensors_of(self.map), self.map.n_in, self.map.n_out)
+        segments = plain_segments(self.map)
         (x, x_stride), (dy, dy_stride) = _among_nans(margin, self.x), _among_nans(margin, self.dy)
         sizes = [taps, self.map.n_in, self.map.n_out, self.map.pairs, len(segments.begins) - 1]
         partial = torch.full((sizes[-1], c_in, c_out), torch.nan)

@@ -88,8 +88,9 @@ def pointcloud_conv(
     transposed map, and that of ``weight`` a sum over fixed segments of pairs: both are the same for
     any number of threads, too.
 
-    On a GPU the first call with a map makes a table of it for the kernels, which waits for the GPU;
-    it is kept as long as the map, and later calls can be captured in a CUDA graph. Weights that are
+    On a GPU the first call with a map makes a table of it for the kernels, and waits for the GPU if
+    the map was made by hand; the table is kept as long as the map, and later calls can be captured
+    in a CUDA graph. Weights that are
     not finite may reach outputs that lack their tap there. In groups and in float64 a tap at a
     time is gathered, multiplied and added by torch, in the order of the taps.
 
@@ -106,10 +107,10 @@ def pointcloud_conv(
     check_dtypes(_OP, weight.dtype, feats=feats, bias=bias)
     if feats.dim() == 2 and feats.shape[0] != map.n_in:
         raise ValueError(f"{_OP}: feats have {feats.shape[0]} rows, the map {map.n_in} inputs")
-    pairs = _Pairs(map.in_index, map.out_index, map.tap_offsets, map.in_order, map.out_order)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd
-    y: Tensor = call(feats, weight, bias, *pairs, map.n_out, groups, activation or "none")
+    rest = (*map.tensors, map.n_out, groups, activation or "none")
+    y: Tensor = call(feats, weight, bias, *rest)
     return y
 
 

@@ -60,14 +60,7 @@ def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -
             f"{_OP}: feats have shape {list(feats.shape)}, expected [{kernel_map.n_in}, C], a row "
             "for each input voxel of the map"
         )
-    pairs = (
-        kernel_map.in_index,
-        kernel_map.out_index,
-        kernel_map.tap_offsets,
-        kernel_map.in_order,
-        kernel_map.out_order,
-        kernel_map.n_out,
-    )
+    pairs = (*kernel_map.tensors, kernel_map.n_out)
     if reduce == "max":
         best: Tensor = _max(feats, *pairs, kernel_map.repeats)[0]
         return best

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.pointcloud_layout import vouch
 from . import native, plain
 from .checks import (
     check_inside,
@@ -411,7 +412,7 @@ class Coordinates:
             walkers.coords, walkers.order, targets.coords, targets.order, targets.bounds, window
         )
         in_index, out_index = (walker_of, target_of) if transposed else (target_of, walker_of)
-        return KernelMap(
+        made = KernelMap(
             in_index=in_index,
             out_index=out_index,
             tap_offsets=ends,
@@ -421,6 +422,10 @@ class Coordinates:
             n_out=len(outputs),
             kernel_size=window[0],
         )
+        if native.on_gpu(inputs.coords):  # which would be waited for to see that the map is right
+            for way in (made, made.transposed()):
+                vouch(way.tensors, way.n_in, way.n_out)
+        return made
 
 
 def _index(family: list[_Set], one: _Set) -> int:

@@ -45,7 +45,7 @@ def match(
     window: Window,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``plain.match`` of the rows in their orders."""
-    if _on_gpu(walkers):
+    if on_gpu(walkers):
         return _match_cuda((walkers, walker_order, targets, target_order), box, window)
     if walkers.device.type != "cpu":
         sides = _sorted(walkers, walker_order), _sorted(targets, target_order)
@@ -60,7 +60,7 @@ def match(
     return walker_of, target_of, tap_offsets
 
 
-def _on_gpu(coords: Tensor) -> bool:
+def on_gpu(coords: Tensor) -> bool:
     return coords.device.type == "cuda" and has_kernels(coords.device)
 
 
@@ -85,7 +85,7 @@ def outputs(
     coords: Tensor, order: Tensor | None, box: Box, window: Window, rule: str, shape: Size | None
 ) -> Tensor:
     """int32 [M, 1 + D], sorted: the outputs "reached", "floored" or "spread" as in ``plain``."""
-    if _on_gpu(coords):
+    if on_gpu(coords):
         return _outputs_cuda(coords, box, window, rule, shape)
     if coords.device.type != "cpu":
         return plain.outputs(coords, *window, rule, shape)

@@ -3,6 +3,7 @@
 #include "cuda_build.h"
 #include "kernels/exports.h"
 #include "pointcloud/conv_sm80.cu"
+#include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
 
 namespace {
@@ -19,6 +20,18 @@ const pointcloud::CudaKernels kMaps = [] {
   maps.search = [](const auto& args, CudaStream) { pointcloud::search_pairs(args, nullptr); };
   maps.outputs = [](const auto& args, CudaStream) { pointcloud::find_outputs(args, nullptr); };
   maps.cells = [](const auto& args, CudaStream) { pointcloud::cells_of_keys(args, nullptr); };
+  maps.mask_taps = [](const auto& pairs, void* masks, bool wide, CudaStream) {
+    pointcloud::mask_taps(pairs, masks, wide, nullptr);
+  };
+  maps.group_outputs = [](const auto& pairs, const auto& groups, CudaStream) {
+    pointcloud::group_outputs(pairs, groups, nullptr);
+  };
+  maps.fill_table = [](const auto& pairs, const auto& groups, const auto& table, CudaStream) {
+    pointcloud::fill_table(pairs, groups, table, nullptr);
+  };
+  maps.rows_of_pairs = [](const auto& pairs, int32_t* in, int32_t* out, CudaStream) {
+    pointcloud::rows_of_pairs(pairs, in, out, nullptr);
+  };
   return maps;
 }();
 
