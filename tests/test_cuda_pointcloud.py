@@ -8,6 +8,7 @@ from cuda_graphs import captured
 from gossamer import fold_batchnorm, reference
 from gossamer import pointcloud as pc
 from gossamer.ops import pointcloud_conv
+from gossamer.ops.pointcloud_pool import pointcloud_pool
 from pointcloud_cases import ConvOracle, PointcloudCase, WeightGradOracle, tensors_of
 from torch import Tensor
 
@@ -86,14 +87,17 @@ def test_maps_wait_for_the_gpu_once() -> None:
     assert len([w for w in waits if "synchronizing" in str(w.message)]) == 1
 
 
-def test_a_layer_waits_for_nobody() -> None:
-    """Nor does its backward pass, at the first call with a map either."""
+def test_layers_wait_for_nobody() -> None:
+    """Nor do their backward passes, at the first call with a map either."""
     x, weight = scene(3_000, 16), torch.randn(27, 16, 24).cuda().requires_grad_()
     map, feats = x.coordinates.submanifold(3), x.feats.requires_grad_()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pointcloud_conv(feats, weight, None, map).sum().backward()
+        y = pointcloud_conv(feats, weight, None, map)
+        for reduce in ("max", "mean", "sum"):
+            y = pointcloud_pool(y, map, reduce)
+            pointcloud_pool(y, x.coordinates.samples(), reduce).sum().backward(retain_graph=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(feats.grad.isfinite().all())

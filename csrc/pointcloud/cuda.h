@@ -15,6 +15,7 @@
 #include "common/cuda.h"
 #include "pointcloud/conv_cuda_config.h"
 #include "pointcloud/cuda_layout.h"
+#include "pointcloud/cuda_pool.h"
 #include "pointcloud/keys.h"
 #include "pointcloud/pointcloud.h"
 
@@ -141,6 +142,8 @@ struct CudaKernels {
                      CudaStream stream);
   void (*rows_of_pairs)(const CudaPairs& pairs, int32_t* in_rows, int32_t* out_rows,
                         CudaStream stream);
+  void (*list_pairs)(const CudaListing& listing, CudaStream stream);
+  void (*pool)(const CudaPoolArgs& args, CudaStream stream);
 };
 
 }  // namespace gossamer::pointcloud

@@ -5,6 +5,7 @@
 #include "pointcloud/conv_cuda.h"
 #include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
+#include "pointcloud/pool_cuda.h"
 
 namespace gossamer::pointcloud {
 namespace {
@@ -50,8 +51,16 @@ void pair_rows(const CudaPairs& pairs, int32_t* in_rows, int32_t* out_rows, Cuda
   on(stream, [&](cudaStream_t s) { rows_of_pairs(pairs, in_rows, out_rows, s); });
 }
 
-constexpr CudaKernels kKernels = {conv,  weight_grad, number, search, outputs,
-                                  cells, masks,       groups, table,  pair_rows};
+void lists(const CudaListing& listing, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { list_pairs(listing, s); });
+}
+
+void pool(const CudaPoolArgs& args, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { pool_cuda(args, s); });
+}
+
+constexpr CudaKernels kKernels = {conv,  weight_grad, number, search,    outputs, cells,
+                                  masks, groups,      table,  pair_rows, lists,   pool};
 
 }  // namespace
 

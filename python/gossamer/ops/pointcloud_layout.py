@@ -40,6 +40,13 @@ class PairSegments(NamedTuple):
     of_tap: Tensor  # int64 [T + 1], the first segment of each tap
 
 
+class PoolLists(NamedTuple):
+    """The rows that each output reduces, as ``_C.pointcloud_pool_cuda`` takes them."""
+
+    rows: Tensor  # int32 [P], by output and tap
+    begins: Tensor  # int64 [n_out + 1], by rank
+
+
 def output_table(pairs: tuple[Any, ...], n_in: int, n_out: int) -> OutputTable:
     """Of the map's tensors in the order of the ops; made at the first call."""
     table: OutputTable = _kept("table", pairs, n_in, n_out, _make_table)
@@ -50,6 +57,12 @@ def pair_segments(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PairSegments
     """The same."""
     segments: PairSegments = _kept("segments", pairs, n_in, n_out, _make_segments)
     return segments
+
+
+def pool_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
+    """The same; a capture of a map that is met first has its own."""
+    lists: PoolLists = _kept("lists", pairs, n_in, n_out, _make_lists, captured=True)
+    return lists
 
 
 def vouch(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
@@ -70,7 +83,12 @@ _layouts: dict[tuple[Any, ...], _Kept] = {}
 
 
 def _kept(
-    kind: str, pairs: tuple[Any, ...], n_in: int, n_out: int, make: Callable[..., Any]
+    kind: str,
+    pairs: tuple[Any, ...],
+    n_in: int,
+    n_out: int,
+    make: Callable[..., Any],
+    captured: bool = False,
 ) -> Any:
     tensors = [t for t in pairs if t is not None]
     key = (kind, *map(id, pairs), *map(_version, tensors), n_in, n_out)
@@ -80,13 +98,16 @@ def _kept(
             _wait(found.made, found.stream)
         return found.layout
     device = pairs[0].device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and not captured:
         raise RuntimeError(
             "pointcloud_conv: the first call with a kernel map cannot be captured in a CUDA graph: "
             "it makes a table of the map, which is kept; make one call before"
         )
     with torch.no_grad():
         layout = make(pairs, n_in, n_out)
+    if capturing:  # made at each replay, in memory of the graph
+        return layout
     made = stream = None
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
@@ -229,6 +250,18 @@ def _make_segments(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PairSegment
     numbers = torch.tensor([*begins, ends[-1], *of_tap], dtype=torch.int64, device="cpu")
     begins_of, first_of = _to_gpu(numbers, device).split([len(begins) + 1, len(of_tap)])
     return PairSegments(in_rows, out_rows, begins_of, first_of)
+
+
+def _make_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
+    """Each output has its pairs in the order of the map."""
+    in_index, ranks, tap_offsets, in_order, _ = _contiguous(pairs)
+    places = None
+    if len(tap_offsets) > 2:  # the pairs of one tap ascend
+        ranks, places = ranks.sort(stable=True)
+    rows = in_index.new_empty(len(in_index))
+    begins = in_index.new_empty(n_out + 1, dtype=torch.int64)
+    _C.pointcloud_list_pairs_cuda(rows, begins, ranks, places, in_index, in_order, n_in)
+    return PoolLists(rows, begins)
 
 
 def _to_gpu(numbers: Tensor, device: torch.device) -> Tensor:

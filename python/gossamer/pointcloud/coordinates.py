@@ -324,6 +324,27 @@ class Coordinates:
             + (f"known: {'; '.join(made)}" if made else "none is known")
         )
 
+    def samples(self) -> KernelMap:
+        """One tap that pairs every voxel, in sorted order, with its sample; cached."""
+        found = self._set.maps.get(("samples",))
+        if found is not None:
+            return found
+        made = KernelMap(
+            in_index=torch.arange(len(self), dtype=torch.int32, device=self.device),
+            out_index=self.sorted()[:, 0].contiguous(),
+            tap_offsets=torch.tensor([0, len(self)], device="cpu"),
+            in_order=self.order,
+            out_order=None,
+            n_in=len(self),
+            n_out=self.batch_size,
+            kernel_size=(1,) * self.dims,
+            repeats=True,
+        )
+        # Of a captured graph the memory is its own, and holds nothing before it is replayed.
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._set.maps["samples",] = made
+        return made
+
     def _window(
         self,
         kernel_size: int | Sequence[int],

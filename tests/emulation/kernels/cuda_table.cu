@@ -10,6 +10,7 @@
 #include "pointcloud/conv_cuda.h"
 #include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
+#include "pointcloud/pool_cuda.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
@@ -117,6 +118,8 @@ constexpr CudaKernels kKernels = {
     [](const CudaPairs& pairs, int32_t* in_rows, int32_t* out_rows, CudaStream stream) {
       rows_of_pairs(pairs, in_rows, out_rows, stream_of(stream));
     },
+    [](const CudaListing& listing, CudaStream stream) { list_pairs(listing, stream_of(stream)); },
+    [](const CudaPoolArgs& args, CudaStream stream) { pool_cuda(args, stream_of(stream)); },
 };
 
 }  // namespace

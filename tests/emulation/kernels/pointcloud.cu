@@ -5,6 +5,7 @@
 #include "pointcloud/conv_sm80.cu"
 #include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
+#include "pointcloud/pool_cuda.h"
 
 namespace {
 
@@ -32,6 +33,10 @@ const pointcloud::CudaKernels kMaps = [] {
   maps.rows_of_pairs = [](const auto& pairs, int32_t* in, int32_t* out, CudaStream) {
     pointcloud::rows_of_pairs(pairs, in, out, nullptr);
   };
+  maps.list_pairs = [](const auto& listing, CudaStream) {
+    pointcloud::list_pairs(listing, nullptr);
+  };
+  maps.pool = [](const auto& args, CudaStream) { pointcloud::pool_cuda(args, nullptr); };
   return maps;
 }();
 
