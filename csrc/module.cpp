@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::pointcloud::bind_pool(m);
   gossamer::pointcloud::bind_pool_cuda(m);
   gossamer::pointcloud::bind_voxelize(m);
+  gossamer::pointcloud::bind_voxelize_cuda(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_conv(m);

@@ -87,6 +87,19 @@ def test_maps_wait_for_the_gpu_once() -> None:
     assert len([w for w in waits if "synchronizing" in str(w.message)]) == 1
 
 
+def test_voxelize_waits_twice() -> None:
+    """For the box of the cells, and for how many of them hold a point."""
+    points = torch.randn(3_000, 3).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            pc.voxelize(points, 0.3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchronizing" in str(w.message)]) == 2
+
+
 def test_layers_wait_for_nobody() -> None:
     """Nor do their backward passes, at the first call with a map either."""
     x, weight = scene(3_000, 16), torch.randn(27, 16, 24).cuda().requires_grad_()

@@ -16,6 +16,7 @@
 #include "pointcloud/conv_cuda_config.h"
 #include "pointcloud/cuda_layout.h"
 #include "pointcloud/cuda_pool.h"
+#include "pointcloud/cuda_voxelize.h"
 #include "pointcloud/keys.h"
 #include "pointcloud/pointcloud.h"
 
@@ -144,6 +145,11 @@ struct CudaKernels {
                         CudaStream stream);
   void (*list_pairs)(const CudaListing& listing, CudaStream stream);
   void (*pool)(const CudaPoolArgs& args, CudaStream stream);
+  // refused [1]: how many points there are from the first that lies in no cell on; 0 of none.
+  void (*quantize)(const Points& points, int32_t* cells, int64_t* refused, CudaStream stream);
+  void (*cell_keys)(const CudaCellKeys& args, CudaStream stream);
+  void (*inspect)(const CudaOrder& args, CudaStream stream);
+  void (*voxels)(const CudaVoxels& args, CudaStream stream);
 };
 
 }  // namespace gossamer::pointcloud

@@ -6,6 +6,7 @@
 #include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
 #include "pointcloud/pool_cuda.h"
+#include "pointcloud/voxelize_cuda.h"
 
 namespace gossamer::pointcloud {
 namespace {
@@ -59,8 +60,25 @@ void pool(const CudaPoolArgs& args, CudaStream stream) {
   on(stream, [&](cudaStream_t s) { pool_cuda(args, s); });
 }
 
-constexpr CudaKernels kKernels = {conv,  weight_grad, number, search,    outputs, cells,
-                                  masks, groups,      table,  pair_rows, lists,   pool};
+void cells_of_points(const Points& points, int32_t* cells, int64_t* refused, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { quantize_cuda(points, cells, refused, s); });
+}
+
+void cell_keys(const CudaCellKeys& args, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { keys_of_cells(args, s); });
+}
+
+void inspect(const CudaOrder& args, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { inspect_order(args, s); });
+}
+
+void voxels(const CudaVoxels& args, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { write_voxels(args, s); });
+}
+
+constexpr CudaKernels kKernels = {
+    conv,  weight_grad, number, search, outputs,         cells,     masks,   groups,
+    table, pair_rows,   lists,  pool,   cells_of_points, cell_keys, inspect, voxels};
 
 }  // namespace
 

@@ -52,6 +52,7 @@ TESTS = (
     "test_voxel_conv_cuda.py::test_matches_plain_torch",
     "test_voxel_maps_cuda.py::test_pairs_are_those_of_the_cpu",
     "test_voxel_maps_cuda.py::test_coordinates_at_the_border_of_int32",
+    "test_voxel_maps_cuda.py::test_voxels_are_those_of_the_cpu",
     "test_voxel_maps_cuda.py::test_layouts_are_those_of_plain_torch",
     "test_voxel_maps_cuda.py::test_layouts_of_maps_that_nobody_checked",
     "test_voxel_conv_cuda.py::test_gradient_matches_plain_torch",

@@ -362,6 +362,7 @@ def test_primitives_sm90(code_of: CodeOf) -> None:
         ("pointcloud/conv_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
         ("pointcloud/layout.cu", ("ATOMG.E.OR.STRONG.GPU", "RED.E.ADD.64.STRONG.GPU", "VOTE.ANY")),
         ("pointcloud/pool.cu", ("DADD", "LDG.E.128", "LDG.E.64", "STG.E.128")),
+        ("pointcloud/voxelize.cu", ("RED.E.MAX.64.STRONG.GPU", "VOTE.ANY", "LDG.E.64")),
         ("pointcloud/maps.cu", ("VOTE.ANY", "POPC", "LDG.E.64", "STG.E.U8")),
         ("actsparse/linear_cuda.cu", ("LDG.E.NA.128.CONSTANT", "FFMA", "LDS.128", "R2P")),
         ("actsparse/outputs_cuda.cu", ("LDG.E.NA.128.CONSTANT", "FFMA", "LDG.E.128", "SHFL.BFLY")),

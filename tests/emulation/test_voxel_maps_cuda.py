@@ -48,6 +48,19 @@ def check_match(walkers: Side, targets: Side, window: native.Window, what: str) 
     assert all(map(torch.equal, found, wanted)), what
 
 
+def check_sort(coords: Tensor, what: str) -> Tensor | None:
+    box = native.bounds(coords)
+    order = native.sort(coords, box)[0]
+    ascending = coords if order is None else coords[order].contiguous()
+    for rows in (coords, ascending, torch.cat([coords, coords[3:5], coords[:4]])):
+        found, wanted = on_both(lambda rows=rows: native.sort(rows, box))
+        assert found[1:] == wanted[1:], what
+        if not wanted[1]:
+            assert (found[0] is None) == (wanted[0] is None), what
+            assert found[0] is None or torch.equal(found[0], wanted[0]), what
+    return order
+
+
 def check_outputs(
     coords: Tensor,
     order: Tensor | None,
@@ -70,7 +83,7 @@ def test_pairs_are_those_of_the_cpu(kernels: KernelLibrary, seed: int) -> None:
         dims = coords.shape[1] - 1
         window = drawn_window(rng, dims)
         what = f"draw {draw}: {list(coords.shape)}, {window}"
-        order, _, _ = native.sort(coords, native.bounds(coords))
+        order = check_sort(coords, what)
         inputs = coords, order
         with kernels.schedule("early" if draw % 2 else "late", draw):
             check_match(inputs, inputs, window, what)
@@ -79,6 +92,38 @@ def test_pairs_are_those_of_the_cpu(kernels: KernelLibrary, seed: int) -> None:
                 check_outputs(*inputs, window, rule, tuple(rng.choices(range(1, 9), k=dims)), what)
                 sides = (inputs, (made, None)) if rule == "spread" else ((made, None), inputs)
                 check_match(*sides, window, f"{what}, {rule}")
+
+
+@pytest.mark.parametrize(
+    ("count", "dims", "size", "dtype"),
+    [
+        (0, 3, 0.1, torch.float32),
+        (1, 2, 1.0, torch.float64),
+        (900, 3, 0.4, torch.float32),
+        (300, 4, 0.7, torch.bfloat16),
+        (400, 1, 0.01, torch.float16),
+    ],
+)
+def test_voxels_are_those_of_the_cpu(
+    kernels: KernelLibrary, count: int, dims: int, size: float, dtype: torch.dtype
+) -> None:
+    points, features = torch.randn(count, dims).to(dtype), torch.randn(count, 5).to(dtype)
+    batch = torch.randint(0, 3, (count,))
+    if count > 10:
+        features[3, 2] = torch.nan
+    for seed, reduce in enumerate(("mean", "first", "max")):
+
+        def voxelize(reduce: str = reduce) -> list[Tensor]:
+            given = features.clone().requires_grad_()
+            x, of_point = pc.voxelize(points, size, reduce, given, batch, batch_size=3)
+            (dx,) = torch.autograd.grad(x.feats, given, x.feats.detach().nan_to_num())
+            return [x.coords, of_point, x.feats.nan_to_num(7.0), dx]
+
+        with kernels.schedule(("late", "early")[seed % 2], seed):
+            found, wanted = on_both(voxelize)
+        assert all(map(torch.equal, found, wanted)), reduce
+    with pytest.raises(ValueError, match=r"point 1, \[2.0, nan\], is not finite"):
+        pc.voxelize(torch.tensor([[0.0, 1.0], [2.0, torch.nan]]), 1.0)
 
 
 def test_coordinates_at_the_border_of_int32(kernels: KernelLibrary) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from voxel_layouts import plain_segments, plain_table
 
 POINTCLOUD = HERE / "kernels" / "pointcloud.cu"
-UNITS = ("conv_fma", "layout", "maps", "pool", "weight_grad")
+UNITS = ("conv_fma", "layout", "maps", "pool", "voxelize", "weight_grad")
 TILES = ((128, 128), (128, 64), (64, 32))  # rows and outputs of kConvTiles, in its order
 MARGIN = 8  # elements around x, dy and the weights: 16 bytes of the smallest
 

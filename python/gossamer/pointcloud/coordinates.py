@@ -46,6 +46,23 @@ class _Set:
     children: dict[Key, int] = field(default_factory=dict)  # by what made them, as maps
     parents: dict[tuple[int, Key], None] = field(default_factory=dict)  # the latest last
 
+    @classmethod
+    def checked(
+        cls,
+        coords: Tensor,
+        box: plain.Box,
+        batch_size: int | None,
+        spatial_shape: Sequence[int] | None,
+        stride: int | Sequence[int] = 1,
+    ) -> _Set:
+        """Inside of batch and shape; as if the rows ascended."""
+        dims = coords.shape[1] - 1
+        shape = None if spatial_shape is None else sizes("spatial_shape", spatial_shape, dims, 1)
+        batch_size = checked_batch_size(coords, box, batch_size)
+        if shape is not None:
+            check_inside(coords, box, shape)
+        return cls(coords, None, box, batch_size, shape, sizes("stride", stride, dims, 1))
+
 
 class Coordinates:
     """The voxels of a sparse tensor, in the rows' order, and the kernel maps made of them.
@@ -94,21 +111,26 @@ class Coordinates:
         coords = int32_coords(given)
         if coords.data_ptr() == given.data_ptr():  # maps outlive what the caller writes into theirs
             coords = coords.clone()
-        dims = coords.shape[1] - 1
-        shape = None if spatial_shape is None else sizes("spatial_shape", spatial_shape, dims, 1)
         box = native.bounds(coords)
-        batch_size = checked_batch_size(coords, box, batch_size)
-        if shape is not None:
-            check_inside(coords, box, shape)
-        order, repeated, row = native.sort(coords, box)
+        one = _Set.checked(coords, box, batch_size, spatial_shape, stride)
+        one.order, repeated, row = native.sort(coords, box)
         if repeated:
             raise ValueError(
                 f"pointcloud: {repeated} of {len(coords)} coordinates repeat an earlier row, the "
                 f"first in row {row}: {coords[row].tolist()}; voxelize() merges points of a voxel"
             )
-        step = sizes("stride", stride, dims, 1)
-        self._set = _Set(coords, order, box, batch_size, shape, step)
-        self._family = [self._set]
+        self._family, self._set = [one], one
+
+    @classmethod
+    def of_sorted(
+        cls,
+        coords: Tensor,
+        box: plain.Box,
+        batch_size: int | None = None,
+        spatial_shape: Sequence[int] | None = None,
+    ) -> Coordinates:
+        """Of ascending int32 rows of which none repeats, as `voxelize` makes them, in their box."""
+        return cls._member([_Set.checked(coords, box, batch_size, spatial_shape)], 0)
 
     @classmethod
     def _member(cls, family: list[_Set], member: int) -> Coordinates:

@@ -11,6 +11,7 @@
 #include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
 #include "pointcloud/pool_cuda.h"
+#include "pointcloud/voxelize_cuda.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
@@ -120,6 +121,12 @@ constexpr CudaKernels kKernels = {
     },
     [](const CudaListing& listing, CudaStream stream) { list_pairs(listing, stream_of(stream)); },
     [](const CudaPoolArgs& args, CudaStream stream) { pool_cuda(args, stream_of(stream)); },
+    [](const Points& points, int32_t* cells, int64_t* refused, CudaStream stream) {
+      quantize_cuda(points, cells, refused, stream_of(stream));
+    },
+    [](const CudaCellKeys& args, CudaStream stream) { keys_of_cells(args, stream_of(stream)); },
+    [](const CudaOrder& args, CudaStream stream) { inspect_order(args, stream_of(stream)); },
+    [](const CudaVoxels& args, CudaStream stream) { write_voxels(args, stream_of(stream)); },
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
 #include "pointcloud/pool_cuda.h"
+#include "pointcloud/voxelize_cuda.h"
 
 namespace {
 
@@ -37,6 +38,12 @@ const pointcloud::CudaKernels kMaps = [] {
     pointcloud::list_pairs(listing, nullptr);
   };
   maps.pool = [](const auto& args, CudaStream) { pointcloud::pool_cuda(args, nullptr); };
+  maps.quantize = [](const auto& points, int32_t* cells, int64_t* refused, CudaStream) {
+    pointcloud::quantize_cuda(points, cells, refused, nullptr);
+  };
+  maps.cell_keys = [](const auto& args, CudaStream) { pointcloud::keys_of_cells(args, nullptr); };
+  maps.inspect = [](const auto& args, CudaStream) { pointcloud::inspect_order(args, nullptr); };
+  maps.voxels = [](const auto& args, CudaStream) { pointcloud::write_voxels(args, nullptr); };
   return maps;
 }();
 
