@@ -17,6 +17,7 @@
 #include "pointcloud/cuda_layout.h"
 #include "pointcloud/cuda_pool.h"
 #include "pointcloud/cuda_voxelize.h"
+#include "pointcloud/divisor.h"
 #include "pointcloud/keys.h"
 #include "pointcloud/pointcloud.h"
 
@@ -108,7 +109,7 @@ struct CudaOutputsArgs {
   uint64_t step[kMostColumns];
   int64_t kernel[kMostColumns - 1], stride[kMostColumns - 1], padding[kMostColumns - 1],
       dilation[kMostColumns - 1];
-  int shift[kMostColumns - 1];  // stride = 2 ** shift, or -1
+  Divisor by_kernel[kMostColumns - 1], by_stride[kMostColumns - 1];
   // (input + padding - tap * dilation) / stride, where there is no remainder if it has to be exact;
   // or input * stride - padding + tap * dilation.
   bool divides, exact;
@@ -121,8 +122,9 @@ struct CudaCells {
   int columns;
   int64_t low[kMostColumns];
   uint64_t step[kMostColumns];
+  Divisor by_step[kMostColumns];
   int64_t count;
-  const uint64_t* keys;  // [count]
+  const uint64_t* keys;  // [count], below 2**63
   int32_t* coords;       // [count, columns]
 };
 
