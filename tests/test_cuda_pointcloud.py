@@ -179,7 +179,20 @@ def test_other_stream_and_autocast() -> None:
             assert layer(x).feats.dtype == torch.bfloat16
 
 
-def test_groups_and_float64_are_torchs() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_layers_of_a_scene(dtype: torch.dtype) -> None:
+    x = scene(30_000, 70, dtype)
+    map = x.coordinates.submanifold(3)
+    weight = (torch.randn(27, 1, 70) / 3).cuda().to(dtype)
+    y = pointcloud_conv(x.feats, weight, None, map, groups=70)
+    ConvOracle(x.feats, weight, None, map, 70).check(y)
+    dw = torch.ops.gossamer.pointcloud_conv_weight_grad(y, x.feats, *tensors_of(map), 70)
+    WeightGradOracle(y, x.feats, map, 70).check(dw)
+    again = torch.ops.gossamer.pointcloud_conv_weight_grad(y, x.feats, *tensors_of(map), 70)
+    assert torch.equal(again, dw)
+
+
+def test_float64_is_torchs() -> None:
     for case in (
         PointcloudCase((3, 3), 50, 60, 0.5, 12, 18, 3),
         PointcloudCase((3,), 50, 60, 0.5, 8, 8),

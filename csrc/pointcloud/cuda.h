@@ -37,10 +37,10 @@ struct OutputTable {
 struct CudaConvArgs {
   DType dtype;  // bfloat16, float16, float32
   OutputTable table;
-  int64_t c_in, c_out;
+  int64_t c_in, c_out, groups;
   const void* x;  // [n_in, c_in], its rows x_stride elements apart
   int64_t x_stride;
-  const void* weights;  // [taps, c_in, c_out]
+  const void* weights;  // [taps, c_in / groups, c_out]
   const void* bias;     // [c_out] or null
   Activation activation;
   void* y;  // [n_out, c_out]
@@ -58,11 +58,11 @@ struct PairSegments {
 struct CudaWeightGradArgs {
   DType dtype;
   PairSegments map;
-  int64_t c_in, c_out;
+  int64_t c_in, c_out, groups;
   const void *dy, *x;
   int64_t dy_stride, x_stride;
-  float* partial;  // [segments, c_in, c_out]
-  void* dw;        // [taps, c_in, c_out]
+  float* partial;  // [segments, c_in / groups, c_out]
+  void* dw;        // [taps, c_in / groups, c_out]
 };
 
 // Where the windows of a map's walkers begin and what they reach, in numbers of cells (keys.h):

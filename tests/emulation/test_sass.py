@@ -359,6 +359,7 @@ def test_primitives_sm90(code_of: CodeOf) -> None:
         ),
         ("blocksparse/conv_fma.cu", ("FFMA", "DFMA", "LDGSTS.E", "LDGSTS.E.64", "LDS.128")),
         ("grouped/gemm_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
+        ("pointcloud/conv_grouped.cu", ("FFMA", "LDG.E.128", "LDG.E.64", "STG.E")),
         ("pointcloud/conv_fma.cu", ("FFMA", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDS.128")),
         ("pointcloud/layout.cu", ("ATOMG.E.OR.STRONG.GPU", "RED.E.ADD.64.STRONG.GPU", "VOTE.ANY")),
         ("pointcloud/pool.cu", ("DADD", "LDG.E.128", "LDG.E.64", "STG.E.128")),
