@@ -79,7 +79,11 @@ class VoxelConv:
         out, y = _result(margin, self.map.n_out, c_out, dtype=self.x.dtype)
         library.call(
             "conv",
-            *(DTYPE_CODES[self.x.dtype], [*sizes, group_in * self.groups, c_out, stride, self.groups], *table),
+            *(
+                DTYPE_CODES[self.x.dtype],
+                [*sizes, group_in * self.groups, c_out, stride, self.groups],
+                *table,
+            ),
             *(rows, _after(margin, self.weight), 0 if self.bias is None else self.bias),
             *(ACTIVATION_CODES[self.activation], y, tile),
         )

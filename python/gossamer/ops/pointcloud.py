@@ -90,10 +90,9 @@ def pointcloud_conv(
 
     On a GPU the first call with a map makes a table of it for the kernels, and waits for the GPU if
     the map was made by hand; the table is kept as long as the map, and later calls can be captured
-    in a CUDA graph. Weights that are
-    not finite may reach outputs that lack their tap there. Groups, depthwise ones too, are summed in
-    float32 without tensor cores. In float64 a tap at a time is gathered, multiplied and added by
-    torch, in the order of the taps.
+    in a CUDA graph. Weights that are not finite may reach outputs that lack their tap there.
+    Groups, depthwise ones too, are summed in float32 without tensor cores. In float64 a tap at a
+    time is gathered, multiplied and added by torch, in the order of the taps.
 
     References
     ----------

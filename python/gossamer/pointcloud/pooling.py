@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..ops.conv_geometry import Sizes, per_axis
 from ..ops.pointcloud_pool import pointcloud_pool
-from .convolution import Target, axes_of, check_input, set_window, window_outputs
 from .tensor import SparseTensor
+from .window import Target, axes_of, check_input, set_window, window_outputs
 
 
 class _WindowPool(nn.Module):
