@@ -96,9 +96,10 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
                           rows.as<const int32_t>(),
                           begins.as<const int32_t>(),
                           visited.as<const int32_t>()};
-  module.pointcloud->conv({x.dtype, table, channels.in, channels.out, in_groups, x.data, x.strides[0],
-                           weights.data, biases, activation_of(op, activation), y.data, config},
-                          stream_of(x));
+  module.pointcloud->conv(
+      {x.dtype, table, channels.in, channels.out, in_groups, x.data, x.strides[0], weights.data,
+       biases, activation_of(op, activation), y.data, config},
+      stream_of(x));
 }
 
 void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorView& x,
@@ -124,7 +125,8 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
   GOSSAMER_CHECK(groups == 1 || dw.shape[1] <= kMostTaps, op, ": ", dw.shape[1],
                  " channels a group, a GPU's kernels have up to ", kMostTaps);
   const int64_t segments = begins.shape[0] - 1;
-  check_vector_on(op, "partial", partial, DType::kFloat32, segments * dw.shape[1] * channels.out, x);
+  check_vector_on(op, "partial", partial, DType::kFloat32, segments * dw.shape[1] * channels.out,
+                  x);
   check_grid(op, segments * ceil_div(channels.in, 64) * ceil_div(channels.out, 64));
 
   const PairSegments map{taps,
@@ -137,8 +139,8 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
                          begins.as<const int64_t>(),
                          of_tap.as<const int64_t>()};
   cuda_module(op, x).pointcloud->weight_grad(
-      {x.dtype, map, channels.in, channels.out, groups, dy.data, x.data, dy.strides[0], x.strides[0],
-       partial.as<float>(), dw.data},
+      {x.dtype, map, channels.in, channels.out, groups, dy.data, x.data, dy.strides[0],
+       x.strides[0], partial.as<float>(), dw.data},
       stream_of(x));
 }
 
