@@ -55,10 +55,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::grouped::bind(m);
   gossamer::pointcloud::bind_conv(m);
   gossamer::pointcloud::bind_conv_cuda(m);
+  gossamer::pointcloud::bind_layout_cuda(m);
   gossamer::pointcloud::bind_maps(m);
   gossamer::pointcloud::bind_maps_cuda(m);
   gossamer::pointcloud::bind_pool(m);
+  gossamer::pointcloud::bind_pool_cuda(m);
   gossamer::pointcloud::bind_voxelize(m);
+  gossamer::pointcloud::bind_voxelize_cuda(m);
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_conv(m);

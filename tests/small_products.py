@@ -17,7 +17,8 @@ from gossamer.formats import BlockSparse, Sparse24, Sparse24Panels
 from gossamer.ops import pointcloud_conv
 from gossamer.ops.blocksparse import blocksparse_by_way
 from gossamer.ops.blocksparse_choice import blocksparse_ways
-from gossamer.pointcloud import Coordinates
+from gossamer.ops.pointcloud_pool import pointcloud_pool
+from gossamer.pointcloud import Coordinates, voxelize
 from torch import Tensor
 
 # (M, N, K): one of everything, tails of every tile, several blocks, more K steps than stages.
@@ -85,7 +86,16 @@ def largest_error_of_voxels(dtype: torch.dtype) -> float:
     worst = 0.0
     coords = (torch.rand(1, 9, 8, 7) < 0.5).nonzero().int().cuda()
     map = Coordinates(coords).submanifold(3)
-    pairs = (map.in_index, map.out_index, map.tap_offsets, map.in_order, map.out_order)
+    pairs = map.tensors
+    x = torch.randn(len(coords), 5).to("cuda", dtype)
+    for reduce in ("max", "mean"):
+        got = pointcloud_pool(x, map, reduce)
+        want = reference.pointcloud_max_pool(x, *pairs, map.n_out)[0]
+        if reduce == "mean":
+            want = reference.pointcloud_sum_pool(x, *pairs, map.n_out, True)
+        worst = max(worst, float((got - want).abs().max()))
+    voxels, _ = voxelize(coords[:, 1:].float(), 1.0, features=x)
+    worst = max(worst, float((voxels.feats - x).abs().max()))
     for c_in, c_out in ((40, 136), (3, 17)):
         feats, weight = torch.randn(len(coords), c_in), torch.randn(27, c_in, c_out)
         x, w = (t.to("cuda", dtype).requires_grad_() for t in (feats, weight))

@@ -8,6 +8,7 @@ from cuda_graphs import captured
 from gossamer import fold_batchnorm, reference
 from gossamer import pointcloud as pc
 from gossamer.ops import pointcloud_conv
+from gossamer.ops.pointcloud_pool import pointcloud_pool
 from pointcloud_cases import ConvOracle, PointcloudCase, WeightGradOracle, tensors_of
 from torch import Tensor
 
@@ -86,6 +87,35 @@ def test_maps_wait_for_the_gpu_once() -> None:
     assert len([w for w in waits if "synchronizing" in str(w.message)]) == 1
 
 
+def test_voxelize_waits_twice() -> None:
+    """For the box of the cells, and for how many of them hold a point."""
+    points = torch.randn(3_000, 3).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            pc.voxelize(points, 0.3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchronizing" in str(w.message)]) == 2
+
+
+def test_layers_wait_for_nobody() -> None:
+    """Nor do their backward passes, at the first call with a map either."""
+    x, weight = scene(3_000, 16), torch.randn(27, 16, 24).cuda().requires_grad_()
+    map, feats = x.coordinates.submanifold(3), x.feats.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = pointcloud_conv(feats, weight, None, map)
+        for reduce in ("max", "mean", "sum"):
+            y = pointcloud_pool(y, map, reduce)
+            pointcloud_pool(y, x.coordinates.samples(), reduce).sum().backward(retain_graph=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(feats.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_network_in_a_graph(dtype: torch.dtype) -> None:
     net = pc.models.MinkUNet14(4, 20, planes=(16, 32, 32, 64, 64, 32, 32, 16)).eval()
@@ -149,7 +179,20 @@ def test_other_stream_and_autocast() -> None:
             assert layer(x).feats.dtype == torch.bfloat16
 
 
-def test_groups_and_float64_are_torchs() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_layers_of_a_scene(dtype: torch.dtype) -> None:
+    x = scene(30_000, 70, dtype)
+    map = x.coordinates.submanifold(3)
+    weight = (torch.randn(27, 1, 70) / 3).cuda().to(dtype)
+    y = pointcloud_conv(x.feats, weight, None, map, groups=70)
+    ConvOracle(x.feats, weight, None, map, 70).check(y)
+    dw = torch.ops.gossamer.pointcloud_conv_weight_grad(y, x.feats, *tensors_of(map), 70)
+    WeightGradOracle(y, x.feats, map, 70).check(dw)
+    again = torch.ops.gossamer.pointcloud_conv_weight_grad(y, x.feats, *tensors_of(map), 70)
+    assert torch.equal(again, dw)
+
+
+def test_float64_is_torchs() -> None:
     for case in (
         PointcloudCase((3, 3), 50, 60, 0.5, 12, 18, 3),
         PointcloudCase((3,), 50, 60, 0.5, 8, 8),

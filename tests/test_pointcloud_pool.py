@@ -39,7 +39,7 @@ def test_matches_plain_torch(dtype: torch.dtype) -> None:
         if channels == 5:
             x.feats[::7] = 1.0  # equal maxima
             x.feats[3], x.feats[5], x.feats[8, 0] = torch.nan, -torch.inf, torch.inf
-        for kernel_map in (x.coordinates.strided(kernel, stride)[1], pc.pooling._to_samples(x)):
+        for kernel_map in (x.coordinates.strided(kernel, stride)[1], x.coordinates.samples()):
             check_map(x, kernel_map)
 
 
@@ -120,7 +120,7 @@ def test_global_pools_are_those_of_each_sample(layer: type[nn.Module]) -> None:
 
 
 def reductions(x: pc.SparseTensor) -> list[tuple[pc.KernelMap, str]]:
-    maps = [x.coordinates.strided(3, 2, 1)[1], pc.pooling._to_samples(x)]
+    maps = [x.coordinates.strided(3, 2, 1)[1], x.coordinates.samples()]
     return list(itertools.product(maps, ("max", "mean", "sum")))
 
 

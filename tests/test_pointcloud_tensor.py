@@ -175,7 +175,7 @@ def test_voxelize_refuses_with_values() -> None:
         (ValueError, r"voxel_size is \(1, 2, 3\),", {"voxel_size": (1, 2, 3)}),
         (ValueError, "reduce 'sum' is unknown", {"reduce": "sum"}),
         (ValueError, r"features have shape \[1, 2\]", {"features": points[:1]}),
-        (TypeError, "features is int64", {"features": points.long()}),
+        (TypeError, "features are torch.int64", {"features": points.long()}),
         (ValueError, "batch ranges from -1 to 0", {"batch": torch.tensor([0, -1])}),
         (TypeError, "batch is torch.float32", {"batch": points[:, 0]}),
         (ValueError, "lie outside of the spatial shape", {"spatial_shape": (2, 2)}),

@@ -11,7 +11,7 @@ from typing import Any
 import gossamer.pointcloud as pc
 import torch
 from cases import DTYPES, SumOracle, one_thread
-from gossamer.pointcloud.convolution import Convolution, from_torch
+from gossamer.pointcloud.convolution_base import Convolution, from_torch
 from gossamer.pointcloud.transposed import generative_padding
 from torch import Tensor, nn
 

@@ -5,6 +5,7 @@
 
 #include "common/cuda_border.h"
 #include "common/py_tensor.h"
+#include "pointcloud/border_cuda.h"
 #include "pointcloud/border_rows.h"
 #include "pointcloud/cuda.h"
 
@@ -14,8 +15,8 @@ namespace gossamer::pointcloud {
 namespace {
 
 constexpr int64_t kMost = 0x7fffffff;
-// Channels of a row, the most for which kernels count weights of 32 rows in 32 bits; and taps, the
-// extent of a grid.
+// Channels of a row, the most for which kernels count weights of 32 rows in 32 bits; and taps, or
+// channels of one of several groups, the extent of a grid.
 constexpr int64_t kMostChannels = 1 << 24, kMostTaps = 65535;
 
 void check_gpu_dtype(const char* op, DType dtype) {
@@ -39,17 +40,6 @@ void check_grid(const char* op, int64_t blocks) {
   GOSSAMER_CHECK(blocks <= kMost, op, ": ", blocks, " thread blocks, CUDA has up to 2**31 - 1");
 }
 
-// A vector of a map on the device of the features, of any length where it is -1.
-const TensorView& checked(const char* op, const char* what, const TensorView& t, DType dtype,
-                          int64_t length, const TensorView& feats) {
-  check_device(op, what, t, "feats", feats);
-  check_dtype(op, what, t, dtype);
-  GOSSAMER_CHECK(length >= 0 || t.ndim == 1, op, ": ", what, " has ", t.ndim,
-                 " dimensions, expected 1");
-  check_vector(op, what, t, length < 0 ? t.shape[0] : length);
-  return t;
-}
-
 CudaConvConfig config_of(const char* op, DType dtype, int64_t groups, int64_t c_out,
                          const CudaDevice& device) {
   const CudaConvConfig config = choose_cuda_conv_config(dtype, groups, c_out, device);
@@ -60,7 +50,7 @@ CudaConvConfig config_of(const char* op, DType dtype, int64_t groups, int64_t c_
 void bind_forward(const TensorView& y, const TensorView& x, const TensorView& weights,
                   const std::optional<TensorView>& bias, const TensorView& neighbours,
                   const TensorView& rows, const TensorView& begins, const TensorView& visited,
-                  const std::string& activation) {
+                  int64_t in_groups, const std::string& activation) {
   constexpr const char* op = "pointcloud_conv";
   check_weight_dtype(op, "feats", x);
   check_gpu_dtype(op, x.dtype);
@@ -68,7 +58,7 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
   check_rows(op, "out", y, x.dtype);
   check_device(op, "out", y, "feats", x);
   check_device(op, "weight", weights, "feats", x);
-  const Channels channels = checked_channels(op, weights, x.shape[1], 1, x.dtype);
+  const Channels channels = checked_channels(op, weights, x.shape[1], in_groups, x.dtype);
   check_shape(op, "out", y, y.shape[0], channels.out);
   check_contiguous(op, "out", y);
   const void* biases = bias_of(op, bias, channels.out, x.dtype, x);
@@ -82,17 +72,21 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
   check_device(op, "neighbours", neighbours, "feats", x);
   check_shape(op, "neighbours", neighbours, taps, groups * kGroupRows);
   check_contiguous(op, "neighbours", neighbours);
-  checked(op, "rows", rows, DType::kInt32, positions, x);
-  checked(op, "begins", begins, DType::kInt32, groups + 1, x);
-  checked(op, "visited", visited, DType::kInt32, -1, x);
+  check_vector_on(op, "rows", rows, DType::kInt32, positions, x);
+  check_vector_on(op, "begins", begins, DType::kInt32, groups + 1, x);
+  check_vector_on(op, "visited", visited, DType::kInt32, kAnyLength, x);
   GOSSAMER_CHECK(positions >= y.shape[0] && visited.shape[0] <= kMost, op, ": ", positions,
                  " positions and ", visited.shape[0], " visits for ", y.shape[0],
                  " outputs, expected a position for each and fewer than 2**31 visits");
 
   const CudaModule& module = cuda_module(op, x);
   if (groups == 0) return;
-  const CudaConvConfig config =
-      config_of(op, x.dtype, groups, channels.out, module.device(x.device_index));
+  CudaConvConfig config{CudaConvKernel::kGrouped, 0};
+  if (in_groups == 1) {
+    config = config_of(op, x.dtype, groups, channels.out, module.device(x.device_index));
+  } else {
+    check_grid(op, positions);
+  }
   const OutputTable table{taps,
                           x.shape[0],
                           y.shape[0],
@@ -102,14 +96,15 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
                           rows.as<const int32_t>(),
                           begins.as<const int32_t>(),
                           visited.as<const int32_t>()};
-  module.pointcloud->conv({x.dtype, table, channels.in, channels.out, x.data, x.strides[0],
-                           weights.data, biases, activation_of(op, activation), y.data, config},
-                          stream_of(x));
+  module.pointcloud->conv(
+      {x.dtype, table, channels.in, channels.out, in_groups, x.data, x.strides[0], weights.data,
+       biases, activation_of(op, activation), y.data, config},
+      stream_of(x));
 }
 
 void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorView& x,
                       const TensorView& in, const TensorView& out, const TensorView& begins,
-                      const TensorView& of_tap, const TensorView& partial) {
+                      const TensorView& of_tap, int64_t groups, const TensorView& partial) {
   constexpr const char* op = "pointcloud_conv_weight_grad";
   check_weight_dtype(op, "feats", x);
   check_gpu_dtype(op, x.dtype);
@@ -117,18 +112,21 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
   check_rows(op, "dy", dy, x.dtype);
   check_device(op, "dy", dy, "feats", x);
   check_device(op, "out", dw, "feats", x);
-  const Channels channels = checked_channels(op, dw, x.shape[1], 1, x.dtype);
+  const Channels channels = checked_channels(op, dw, x.shape[1], groups, x.dtype);
   check_shape(op, "dy", dy, dy.shape[0], channels.out);
   const int64_t taps = dw.shape[0];
   check_reach(op, taps, x.shape[0], dy.shape[0], channels.in, channels.out);
 
-  checked(op, "in_rows", in, DType::kInt32, -1, x);
-  checked(op, "out_rows", out, DType::kInt32, in.shape[0], x);
-  checked(op, "begins", begins, DType::kInt64, -1, x);
+  check_vector_on(op, "in_rows", in, DType::kInt32, kAnyLength, x);
+  check_vector_on(op, "out_rows", out, DType::kInt32, in.shape[0], x);
+  check_vector_on(op, "begins", begins, DType::kInt64, kAnyLength, x);
   GOSSAMER_CHECK(begins.shape[0] >= 1, op, ": begins has shape [0], expected at least [1]");
-  checked(op, "of_tap", of_tap, DType::kInt64, taps + 1, x);
+  check_vector_on(op, "of_tap", of_tap, DType::kInt64, taps + 1, x);
+  GOSSAMER_CHECK(groups == 1 || dw.shape[1] <= kMostTaps, op, ": ", dw.shape[1],
+                 " channels a group, a GPU's kernels have up to ", kMostTaps);
   const int64_t segments = begins.shape[0] - 1;
-  checked(op, "partial", partial, DType::kFloat32, segments * channels.in * channels.out, x);
+  check_vector_on(op, "partial", partial, DType::kFloat32, segments * dw.shape[1] * channels.out,
+                  x);
   check_grid(op, segments * ceil_div(channels.in, 64) * ceil_div(channels.out, 64));
 
   const PairSegments map{taps,
@@ -141,8 +139,8 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
                          begins.as<const int64_t>(),
                          of_tap.as<const int64_t>()};
   cuda_module(op, x).pointcloud->weight_grad(
-      {x.dtype, map, channels.in, channels.out, dy.data, x.data, dy.strides[0], x.strides[0],
-       partial.as<float>(), dw.data},
+      {x.dtype, map, channels.in, channels.out, groups, dy.data, x.data, dy.strides[0],
+       x.strides[0], partial.as<float>(), dw.data},
       stream_of(x));
 }
 
@@ -174,10 +172,10 @@ void bind_conv_cuda(py::module_& m) {
   m.attr("pointcloud_quarter_rows") = kQuarterRows;
   m.def("pointcloud_conv_cuda", &bind_forward, py::arg("out"), py::arg("feats"), py::arg("weight"),
         py::arg("bias"), py::arg("neighbours"), py::arg("rows"), py::arg("begins"),
-        py::arg("visited"), py::arg("activation"));
+        py::arg("visited"), py::arg("groups"), py::arg("activation"));
   m.def("pointcloud_conv_weight_grad_cuda", &bind_weight_grad, py::arg("out"), py::arg("dy"),
         py::arg("feats"), py::arg("in_rows"), py::arg("out_rows"), py::arg("begins"),
-        py::arg("of_tap"), py::arg("partial"));
+        py::arg("of_tap"), py::arg("groups"), py::arg("partial"));
   m.def("pointcloud_conv_choose_cuda", &choose, py::arg("dtype"), py::arg("outputs"),
         py::arg("c_out"), py::arg("device"));
 }

@@ -2,8 +2,6 @@
 // would have to wait for the GPU: Python's pointcloud/native.py makes them.
 #include <pybind11/stl.h>
 
-#include <bit>
-
 #include "common/ceil_div.h"
 #include "common/cuda_border.h"
 #include "pointcloud/border_maps.h"
@@ -175,8 +173,7 @@ void bind_outputs(const TensorView& found, const TensorView& coords, const Sides
     args.kernel[a] = floored ? 1 : window.kernel[a];
     args.padding[a] = floored ? 0 : window.padding[a];
     args.stride[a] = window.stride[a], args.dilation[a] = window.dilation[a];
-    const auto stride = static_cast<uint64_t>(window.stride[a]);
-    args.shift[a] = std::has_single_bit(stride) ? std::countr_zero(stride) : -1;
+    args.by_kernel[a] = Divisor(args.kernel[a]), args.by_stride[a] = Divisor(args.stride[a]);
     args.taps *= args.kernel[a];
   }
   check_device(kOp, "found", found, "coords", coords);
@@ -207,10 +204,14 @@ void bind_cells(const TensorView& coords, const TensorView& keys, const Sides& s
   check_vector(kOp, "keys", keys, coords.shape[0]);
   GOSSAMER_CHECK(coords.shape[0] <= INT32_MAX, kOp, ": ", coords.shape[0], " voxels, at most ",
                  INT32_MAX);
+  GOSSAMER_CHECK(space.cells() < uint64_t{1} << 63, kOp, ": ", space.cells(),
+                 " cells, expected fewer than 2**63");
   CudaCells args{};
   args.columns = box.columns, args.count = coords.shape[0];
   args.keys = keys.as<const uint64_t>(), args.coords = coords.as<int32_t>();
-  for (int c = 0; c < box.columns; ++c) args.low[c] = box.low[c], args.step[c] = space.step(c);
+  for (int c = 0; c < box.columns; ++c) {
+    args.low[c] = box.low[c], args.step[c] = space.step(c), args.by_step[c] = Divisor(args.step[c]);
+  }
   cuda_module(kOp, coords).pointcloud->cells(args, stream_of(coords));
 }
 

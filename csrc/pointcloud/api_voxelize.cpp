@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "pointcloud/border_maps.h"
+#include "pointcloud/border_points.h"
 #include "pointcloud/voxelize.h"
 
 namespace py = pybind11;
@@ -17,22 +18,8 @@ constexpr const char* kOp = "voxelize";
 
 void bind_quantize(const TensorView& points, const std::optional<TensorView>& batch,
                    const std::vector<double>& size, const TensorView& coords, int threads) {
-  check_matrix(kOp, "points", points);
-  check_contiguous(kOp, "points", points);
-  if (points.dtype != DType::kFloat32 && points.dtype != DType::kFloat64) {
-    throw py::type_error(std::string(kOp) + ": points are " + name(points.dtype) +
-                         ", expected float32 or float64");
-  }
-  check_device(kOp, "points", points, "coords", coords);
   check_coords(kOp, "coords", coords);
-  check_shape(kOp, "coords", coords, points.shape[0], points.shape[1] + 1);
-  GOSSAMER_CHECK(std::cmp_equal(size.size(), points.shape[1]), kOp, ": ", size.size(),
-                 " sizes for points of ", points.shape[1], " axes");
-  Points of{points.dtype, points.data, nullptr, points.shape[0], static_cast<int>(size.size()), {}};
-  for (size_t a = 0; a < size.size(); ++a) {
-    GOSSAMER_CHECK(size[a] > 0, kOp, ": voxel_size is ", size[a], " along axis ", a);
-    of.size[a] = size[a];
-  }
+  Points of = points_of(kOp, points, size, coords);
   if (batch) {
     check_vector(kOp, "batch", *batch, points.shape[0]);
     check_ints(kOp, "batch", *batch, DType::kInt32);

@@ -9,11 +9,17 @@
 
 namespace gossamer::pointcloud {
 
-// mma: bfloat16 and float16 by tensor cores. fma: exact float32, without them.
-enum class CudaConvKernel : uint8_t { kMma, kFma };
+// mma: bfloat16 and float16 by tensor cores. fma: exact float32, without them. grouped: whatever is
+// in groups, in float32 too.
+enum class CudaConvKernel : uint8_t { kMma, kFma, kGrouped };
 
 static constexpr const char* name(CudaConvKernel kernel) {
-  return kernel == CudaConvKernel::kMma ? "mma" : "fma";
+  switch (kernel) {
+    case CudaConvKernel::kMma: return "mma";
+    case CudaConvKernel::kFma: return "fma";
+    case CudaConvKernel::kGrouped: return "grouped";
+  }
+  return "?";
 }
 
 // Positions that share a list of taps, and how many each of its four bits stands for.

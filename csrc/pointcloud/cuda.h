@@ -14,6 +14,10 @@
 // would have to wait for the GPU: whatever it says, the kernels stay within their memory.
 #include "common/cuda.h"
 #include "pointcloud/conv_cuda_config.h"
+#include "pointcloud/cuda_layout.h"
+#include "pointcloud/cuda_pool.h"
+#include "pointcloud/cuda_voxelize.h"
+#include "pointcloud/divisor.h"
 #include "pointcloud/keys.h"
 #include "pointcloud/pointcloud.h"
 
@@ -33,10 +37,10 @@ struct OutputTable {
 struct CudaConvArgs {
   DType dtype;  // bfloat16, float16, float32
   OutputTable table;
-  int64_t c_in, c_out;
+  int64_t c_in, c_out, groups;
   const void* x;  // [n_in, c_in], its rows x_stride elements apart
   int64_t x_stride;
-  const void* weights;  // [taps, c_in, c_out]
+  const void* weights;  // [taps, c_in / groups, c_out]
   const void* bias;     // [c_out] or null
   Activation activation;
   void* y;  // [n_out, c_out]
@@ -54,11 +58,11 @@ struct PairSegments {
 struct CudaWeightGradArgs {
   DType dtype;
   PairSegments map;
-  int64_t c_in, c_out;
+  int64_t c_in, c_out, groups;
   const void *dy, *x;
   int64_t dy_stride, x_stride;
-  float* partial;  // [segments, c_in, c_out]
-  void* dw;        // [taps, c_in, c_out]
+  float* partial;  // [segments, c_in / groups, c_out]
+  void* dw;        // [taps, c_in / groups, c_out]
 };
 
 // Where the windows of a map's walkers begin and what they reach, in numbers of cells (keys.h):
@@ -105,7 +109,7 @@ struct CudaOutputsArgs {
   uint64_t step[kMostColumns];
   int64_t kernel[kMostColumns - 1], stride[kMostColumns - 1], padding[kMostColumns - 1],
       dilation[kMostColumns - 1];
-  int shift[kMostColumns - 1];  // stride = 2 ** shift, or -1
+  Divisor by_kernel[kMostColumns - 1], by_stride[kMostColumns - 1];
   // (input + padding - tap * dilation) / stride, where there is no remainder if it has to be exact;
   // or input * stride - padding + tap * dilation.
   bool divides, exact;
@@ -118,8 +122,9 @@ struct CudaCells {
   int columns;
   int64_t low[kMostColumns];
   uint64_t step[kMostColumns];
+  Divisor by_step[kMostColumns];
   int64_t count;
-  const uint64_t* keys;  // [count]
+  const uint64_t* keys;  // [count], below 2**63
   int32_t* coords;       // [count, columns]
 };
 
@@ -133,6 +138,20 @@ struct CudaKernels {
   void (*search)(const CudaSearchArgs& args, CudaStream stream);
   void (*outputs)(const CudaOutputsArgs& args, CudaStream stream);
   void (*cells)(const CudaCells& args, CudaStream stream);
+  // masks [n_out], in 64 bits where `wide`, else 32: the taps of each rank.
+  void (*mask_taps)(const CudaPairs& pairs, void* masks, bool wide, CudaStream stream);
+  void (*group_outputs)(const CudaPairs& pairs, const CudaGroups& groups, CudaStream stream);
+  void (*fill_table)(const CudaPairs& pairs, const CudaGroups& groups, const CudaTable& table,
+                     CudaStream stream);
+  void (*rows_of_pairs)(const CudaPairs& pairs, int32_t* in_rows, int32_t* out_rows,
+                        CudaStream stream);
+  void (*list_pairs)(const CudaListing& listing, CudaStream stream);
+  void (*pool)(const CudaPoolArgs& args, CudaStream stream);
+  // refused [1]: how many points there are from the first that lies in no cell on; 0 of none.
+  void (*quantize)(const Points& points, int32_t* cells, int64_t* refused, CudaStream stream);
+  void (*cell_keys)(const CudaCellKeys& args, CudaStream stream);
+  void (*inspect)(const CudaOrder& args, CudaStream stream);
+  void (*voxels)(const CudaVoxels& args, CudaStream stream);
 };
 
 }  // namespace gossamer::pointcloud

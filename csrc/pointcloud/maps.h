@@ -122,5 +122,6 @@ class Outputs {
 void bind_maps(pybind11::module_& m);
 void bind_maps_cuda(pybind11::module_& m);
 void bind_voxelize(pybind11::module_& m);
+void bind_voxelize_cuda(pybind11::module_& m);
 
 }  // namespace gossamer::pointcloud

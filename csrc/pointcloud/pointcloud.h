@@ -87,5 +87,6 @@ ConvChoice choose_conv(DType dtype, const Channels& channels);
 
 void bind_conv(pybind11::module_& m);
 void bind_conv_cuda(pybind11::module_& m);
+void bind_layout_cuda(pybind11::module_& m);
 
 }  // namespace gossamer::pointcloud

@@ -38,5 +38,6 @@ void max_pool(const PoolArgs& args, int32_t* winner);
 void max_pool_grad(const PoolArgs& args, const int32_t* winner);
 
 void bind_pool(pybind11::module_& m);
+void bind_pool_cuda(pybind11::module_& m);
 
 }  // namespace gossamer::pointcloud

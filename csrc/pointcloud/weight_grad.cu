@@ -265,11 +265,13 @@ void launch_type(const CudaWeightGradArgs& given, cudaStream_t stream) {
   args.dy_pieces = in_pieces<Storage>(args.dy, args.dy_stride, given.c_out);
   args.x_pieces = in_pieces<Storage>(args.x, args.x_stride, given.c_in);
   const int64_t tiles = ceil_div(given.c_in, kChannels) * ceil_div(given.c_out, kChannels);
-  if (map.segments > 0) {
+  if (given.groups > 1) {
+    sum_pairs_grouped(given, stream);
+  } else if (map.segments > 0) {
     launch(sum_pairs<Storage, Sums>, static_cast<unsigned>(map.segments * tiles), kThreads,
            sizeof(Shared<Storage>), stream, args);
   }
-  const int64_t each = given.c_in * given.c_out;
+  const int64_t each = given.c_in / given.groups * given.c_out;
   const dim3 grid(static_cast<unsigned>(ceil_div(each, kThreads)), static_cast<unsigned>(map.taps));
   launch(add_segments<T>, grid, kThreads, 0, stream, given.partial, map.of_tap, map.segments, each,
          static_cast<T*>(given.dw));

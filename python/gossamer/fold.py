@@ -16,7 +16,7 @@ from .conversion.eligibility import Obstacles, hooks_of
 from .conversion.kinds import dense_class
 from .nn import SparseConv, SparseLinear
 from .pointcloud import BatchNorm
-from .pointcloud.convolution import Convolution
+from .pointcloud.convolution_base import Convolution
 
 # What follows what: a BatchNorm1d takes the rows of a linear layer too.
 _NORM_OF: dict[type[nn.Module], type[nn.Module]] = {

@@ -97,7 +97,7 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(grouped_cuda, "has_kernels", lambda device: True)
     monkeypatch.setattr(grouped_gradient, "_input", grouped_gradient._input_native_cuda)
     monkeypatch.setattr(grouped_gradient, "_weight", grouped_gradient._weight_native_cuda)
-    monkeypatch.setattr(native, "_on_gpu", lambda coords: True)
+    monkeypatch.setattr(native, "on_gpu", lambda coords: True)
     # In gossamer.ops its name is that of the function.
     outputs = importlib.import_module("gossamer.ops.actsparse_outputs")
     for module in (actsparse, outputs, spikes):

@@ -15,14 +15,14 @@ from gossamer.ops import pointcloud_conv, pointcloud_layout
 from pointcloud_cases import CASES, ConvOracle, PointcloudCase, WeightGradOracle
 from torch import Tensor
 
-MMA, FMA = 0, 1
+MMA, FMA, GROUPED = range(3)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TYPICAL = PointcloudCase((3, 3), 40, 35, 0.5, 20, 37)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_plain_torch(gpu: Gpu, dtype: torch.dtype) -> None:
-    """Groups too, which torch computes; 1500 voxels are for a GPU."""
+    """Groups too; 1500 voxels are for a GPU."""
     for i, case in enumerate(case for case in CASES if case.n_in < 1000):
         feats, weight, bias = operands = [t.requires_grad_() for t in case.operands(dtype)]
         map, activation = case.map(shuffled=i % 3 > 0), (None, "relu", "gelu", "silu")[i % 4]
@@ -36,6 +36,9 @@ def test_matches_plain_torch(gpu: Gpu, dtype: torch.dtype) -> None:
         ConvOracle(dy, back, None, map.transposed(), case.groups).check(dx)
         WeightGradOracle(dy, feats, map, case.groups).check(dw)
         torch.testing.assert_close(db, dy.sum(0))
+        if case.groups > 1:
+            assert gpu.kernel == GROUPED
+    pointcloud_conv(*TYPICAL.operands(dtype), TYPICAL.map())
     assert gpu.kernel == (MMA if dtype.itemsize == 2 else FMA)
 
 
@@ -142,6 +145,7 @@ def test_what_the_border_refuses(gpu: Gpu) -> None:
             "weight": WEIGHT,
             "bias": None,
             **table._asdict(),
+            "groups": 1,
             "activation": "none",
         }
         _C.pointcloud_conv_cuda(**(operands | other))

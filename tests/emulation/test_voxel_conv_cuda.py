@@ -27,6 +27,11 @@ CASES = {
     "many outputs": PointcloudCase((1, 2), 20, 30, 0.8, 9, 513),
     "many channels": PointcloudCase((1, 2), 20, 30, 0.8, 513, 9),
     "more taps than a mask has bits": PointcloudCase((3, 5, 5), 30, 140, 0.1, 8, 8),
+    "depthwise": PointcloudCase((3, 3), 90, 150, 0.5, 40, 40, 40),
+    "depthwise in tails": PointcloudCase((3,), 90, 150, 0.5, 37, 37, 37),
+    "two outputs a channel": PointcloudCase((2, 2), 40, 60, 0.5, 12, 24, 12),
+    "groups of several": PointcloudCase((3,), 40, 60, 0.5, 12, 18, 3),
+    "many groups": PointcloudCase((1, 2), 12, 20, 0.8, 1030, 1030, 1030),
     "one voxel": PointcloudCase((1,), 1, 1, 1.0, 8, 8),
     "nothing to add": PointcloudCase((3, 3), 0, 130, 0.0, 8, 8),
 }

@@ -9,18 +9,20 @@ from cases import integers
 from emulator import CSRC, HERE, Emulator, KernelLibrary
 from fragment_gemm import ACTIVATION_CODES, DTYPE_CODES
 from gossamer import reference
-from gossamer.ops.pointcloud_layout import OutputTable, output_table, pair_segments
+from gossamer.ops.pointcloud_layout import OutputTable
 from gossamer.pointcloud import KernelMap
 from pointcloud_cases import PointcloudCase, tensors_of
 from torch import Tensor
+from voxel_layouts import plain_segments, plain_table
 
 POINTCLOUD = HERE / "kernels" / "pointcloud.cu"
+UNITS = ("conv_fma", "conv_grouped", "layout", "maps", "pool", "voxelize", "weight_grad")
 TILES = ((128, 128), (128, 64), (64, 32))  # rows and outputs of kConvTiles, in its order
 MARGIN = 8  # elements around x, dy and the weights: 16 bytes of the smallest
 
 
 def build(emulator: Emulator) -> KernelLibrary:
-    more = (CSRC / "pointcloud" / f"{name}.cu" for name in ("conv_fma", "maps", "weight_grad"))
+    more = (CSRC / "pointcloud" / f"{name}.cu" for name in UNITS)
     return emulator.build(POINTCLOUD, *more)
 
 
@@ -34,6 +36,7 @@ class VoxelConv:
     bias: Tensor | None
     dy: Tensor
     activation: str | None = None
+    groups: int = 1
 
     @classmethod
     def of(cls, case: PointcloudCase, dtype: torch.dtype, bias: bool = True) -> VoxelConv:
@@ -42,22 +45,22 @@ class VoxelConv:
         def numbers(*shape: int) -> Tensor:
             return integers(*shape, limit=3, dtype=dtype)
 
-        weight = numbers(map.taps, case.c_in, case.c_out)
+        weight = numbers(map.taps, case.c_in // case.groups, case.c_out)
         given = numbers(case.c_out) if bias else None
         x, dy = numbers(map.n_in, case.c_in), numbers(map.n_out, case.c_out)
-        return cls(map, x, weight, given, dy)
+        return cls(map, x, weight, given, dy, groups=case.groups)
 
     def table(self) -> OutputTable:
-        return output_table(tensors_of(self.map), self.map.n_in, self.map.n_out)
+        return plain_table(self.map)
 
     def expected(self) -> Tensor:
         """In float64."""
         bias = None if self.bias is None else self.bias.double()
-        rest = (*tensors_of(self.map), self.map.n_out, 1, self.activation)
+        rest = (*tensors_of(self.map), self.map.n_out, self.groups, self.activation)
         return reference.pointcloud_conv(self.x.double(), self.weight.double(), bias, *rest)
 
     def expected_gradient(self) -> Tensor:
-        rest = tensors_of(self.map)
+        rest = (*tensors_of(self.map), self.groups)
         return reference.pointcloud_conv_weight_grad(self.dy.double(), self.x.double(), *rest)
 
     def run(
@@ -70,13 +73,17 @@ class VoxelConv:
         """The kernel's result. Around rows of x lie NaNs, around y something that must stay."""
         table = self.table() if table is None else table
         groups = len(table.begins) - 1
-        taps, c_in, c_out = self.weight.shape
+        taps, group_in, c_out = self.weight.shape
         rows, stride = _among_nans(margin, self.x)
         sizes = [taps, self.map.n_in, self.map.n_out, groups, len(table.visited)]
         out, y = _result(margin, self.map.n_out, c_out, dtype=self.x.dtype)
         library.call(
             "conv",
-            *(DTYPE_CODES[self.x.dtype], [*sizes, c_in, c_out, stride], *table),
+            *(
+                DTYPE_CODES[self.x.dtype],
+                [*sizes, group_in * self.groups, c_out, stride, self.groups],
+                *table,
+            ),
             *(rows, _after(margin, self.weight), 0 if self.bias is None else self.bias),
             *(ACTIVATION_CODES[self.activation], y, tile),
         )
@@ -84,13 +91,13 @@ class VoxelConv:
 
     def gradient(self, library: KernelLibrary, margin: int = MARGIN) -> Tensor:
         """The same of the gradient of the weights."""
-        taps, c_in, c_out = self.weight.shape
-        segments = pair_segments(tensors_of(self.map), self.map.n_in, self.map.n_out)
+        taps, group_in, c_out = self.weight.shape
+        segments = plain_segments(self.map)
         (x, x_stride), (dy, dy_stride) = _among_nans(margin, self.x), _among_nans(margin, self.dy)
         sizes = [taps, self.map.n_in, self.map.n_out, self.map.pairs, len(segments.begins) - 1]
-        partial = torch.full((sizes[-1], c_in, c_out), torch.nan)
-        out, dw = _result(margin, taps, c_in, c_out, dtype=self.x.dtype)
-        sizes += [c_in, c_out, x_stride, dy_stride]
+        partial = torch.full((sizes[-1], group_in, c_out), torch.nan)
+        out, dw = _result(margin, taps, group_in, c_out, dtype=self.x.dtype)
+        sizes += [group_in * self.groups, c_out, x_stride, dy_stride, self.groups]
         library.call("weight_grad", DTYPE_CODES[x.dtype], sizes, *segments, x, dy, partial, dw)
         return _whole(margin, out, dw)
 

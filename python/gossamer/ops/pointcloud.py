@@ -88,9 +88,10 @@ def pointcloud_conv(
     transposed map, and that of ``weight`` a sum over fixed segments of pairs: both are the same for
     any number of threads, too.
 
-    On a GPU the first call with a map makes a table of it for the kernels, which waits for the GPU;
-    it is kept as long as the map, and later calls can be captured in a CUDA graph. Weights that are
-    not finite may reach outputs that lack their tap there. In groups and in float64 a tap at a
+    On a GPU the first call with a map makes a table of it for the kernels, and waits for the GPU if
+    the map was made by hand; the table is kept as long as the map, and later calls can be captured
+    in a CUDA graph. Weights that are not finite may reach outputs that lack their tap there.
+    Groups, depthwise ones too, are summed in float32 without tensor cores. In float64 a tap at a
     time is gathered, multiplied and added by torch, in the order of the taps.
 
     References
@@ -106,10 +107,10 @@ def pointcloud_conv(
     check_dtypes(_OP, weight.dtype, feats=feats, bias=bias)
     if feats.dim() == 2 and feats.shape[0] != map.n_in:
         raise ValueError(f"{_OP}: feats have {feats.shape[0]} rows, the map {map.n_in} inputs")
-    pairs = _Pairs(map.in_index, map.out_index, map.tap_offsets, map.in_order, map.out_order)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd
-    y: Tensor = call(feats, weight, bias, *pairs, map.n_out, groups, activation or "none")
+    rest = (*map.tensors, map.n_out, groups, activation or "none")
+    y: Tensor = call(feats, weight, bias, *rest)
     return y
 
 
@@ -154,20 +155,20 @@ def _native(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> T
 def _native_cuda(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     *pairs, n_out, groups, activation = rest
     y = _empty_result(feats, weight, bias, n_out, groups)
-    if not _has_cuda_kernel(feats, groups):
+    if not _has_cuda_kernel(feats):
         name = None if activation == "none" else activation
         operands: tuple[Any, ...] = (*pairs, n_out, groups, name)
         # cuBLAS sums in an order for each layout.
         return reference.pointcloud_conv(feats.contiguous(), weight.contiguous(), bias, *operands)
     table = output_table(tuple(pairs), feats.shape[0], n_out)
     dense = (weight.contiguous(), None if bias is None else bias.contiguous())
-    _C.pointcloud_conv_cuda(y, _rows(feats), *dense, *table, activation)
+    _C.pointcloud_conv_cuda(y, _rows(feats), *dense, *table, groups, activation)
     return y
 
 
-def _has_cuda_kernel(feats: Tensor, groups: int) -> bool:
-    """Or torch computes tap by tap, on a GPU: in float64, in groups."""
-    return groups == 1 and feats.dtype != torch.float64 and has_kernels(feats.device)
+def _has_cuda_kernel(feats: Tensor) -> bool:
+    """Or torch computes tap by tap, on a GPU: in float64."""
+    return feats.dtype != torch.float64 and has_kernels(feats.device)
 
 
 def _fake(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -294,13 +295,13 @@ def _weight_native(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
 
 def _weight_native_cuda(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
     *pairs, groups = rest
-    if not _has_cuda_kernel(feats, groups):
+    if not _has_cuda_kernel(feats):
         return reference.pointcloud_conv_weight_grad(dy.contiguous(), feats.contiguous(), *rest)
     dw = _weight_fake(dy, feats, *rest)
     segments = pair_segments(tuple(pairs), feats.shape[0], dy.shape[0])
     sums = (len(segments.begins) - 1) * dw[0].numel()
     partial = dw.new_empty(sums, dtype=torch.float32)
-    _C.pointcloud_conv_weight_grad_cuda(dw, _rows(dy), _rows(feats), *segments, partial)
+    _C.pointcloud_conv_weight_grad_cuda(dw, _rows(dy), _rows(feats), *segments, groups, partial)
     return dw
 
 

@@ -40,6 +40,13 @@ class PairSegments(NamedTuple):
     of_tap: Tensor  # int64 [T + 1], the first segment of each tap
 
 
+class PoolLists(NamedTuple):
+    """The rows that each output reduces, as ``_C.pointcloud_pool_cuda`` takes them."""
+
+    rows: Tensor  # int32 [P], by output and tap
+    begins: Tensor  # int64 [n_out + 1], by rank
+
+
 def output_table(pairs: tuple[Any, ...], n_in: int, n_out: int) -> OutputTable:
     """Of the map's tensors in the order of the ops; made at the first call."""
     table: OutputTable = _kept("table", pairs, n_in, n_out, _make_table)
@@ -52,33 +59,71 @@ def pair_segments(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PairSegments
     return segments
 
 
+def pool_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
+    """The same; a capture of a map that is met first has its own."""
+    lists: PoolLists = _kept("lists", pairs, n_in, n_out, _make_lists, captured=True)
+    return lists
+
+
+def vouch(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
+    """Say that a map is right, as one is that gossamer made; others are looked at, once."""
+    _kept("checked", pairs, n_in, n_out, lambda *_: None)
+
+
+class _Kept(NamedTuple):
+    of: list[weakref.ref[Tensor]]
+    layout: Any
+    made: torch.cuda.Event | None  # on a GPU
+    stream: torch.cuda.Stream | None
+
+
 # By the tensors themselves, which are those of the map wherever an op is called from: eager code,
 # the backward pass, a compiled graph.
-_layouts: dict[tuple[Any, ...], tuple[list[weakref.ref[Tensor]], Any]] = {}
+_layouts: dict[tuple[Any, ...], _Kept] = {}
 
 
 def _kept(
-    kind: str, pairs: tuple[Any, ...], n_in: int, n_out: int, make: Callable[..., Any]
+    kind: str,
+    pairs: tuple[Any, ...],
+    n_in: int,
+    n_out: int,
+    make: Callable[..., Any],
+    captured: bool = False,
 ) -> Any:
     tensors = [t for t in pairs if t is not None]
     key = (kind, *map(id, pairs), *map(_version, tensors), n_in, n_out)
     found = _layouts.get(key)
-    if found is not None and all(ref() is t for ref, t in zip(found[0], tensors, strict=True)):
-        return found[1]
+    if found is not None and all(ref() is t for ref, t in zip(found.of, tensors, strict=True)):
+        if found.made is not None:
+            _wait(found.made, found.stream)
+        return found.layout
     device = pairs[0].device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and not captured:
         raise RuntimeError(
             "pointcloud_conv: the first call with a kernel map cannot be captured in a CUDA graph: "
-            "it checks the map and makes a table of it; make one call before"
+            "it makes a table of the map, which is kept; make one call before"
         )
     with torch.no_grad():
         layout = make(pairs, n_in, n_out)
-    if device.type == "cuda":  # the next call may be on another stream
-        torch.cuda.current_stream(device).synchronize()
+    if capturing:  # made at each replay, in memory of the graph
+        return layout
+    made = stream = None
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        made = stream.record_event()
     # Freed with the first of them.
     forget = [weakref.ref(t, lambda _: _layouts.pop(key, None)) for t in tensors]
-    _layouts[key] = forget, layout
+    _layouts[key] = _Kept(forget, layout, made, stream)
     return layout
+
+
+def _wait(made: torch.cuda.Event, by: torch.cuda.Stream | None) -> None:
+    """Have the GPU wait where this call is on another stream than the first one was."""
+    stream = torch.cuda.current_stream(by.device if by is not None else None)
+    # A capture may not depend on what comes before it, and begins when the GPU is idle.
+    if stream != by and not torch.cuda.is_current_stream_capturing():
+        stream.wait_event(made)
 
 
 def _version(t: Tensor) -> int:
@@ -86,7 +131,7 @@ def _version(t: Tensor) -> int:
 
 
 def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
-    """As the CPU's border does: a map can be made by hand, and waiting once is no loss."""
+    """As the CPU's border does, for a map can be made by hand: waits for the GPU."""
     op = "pointcloud_conv"
     in_index, out_index, tap_offsets, in_order, out_order = pairs
     if tap_offsets.dtype != torch.int64 or tap_offsets.device.type != "cpu":
@@ -161,63 +206,68 @@ def _tap_of_pair(tap_offsets: Tensor, device: torch.device) -> Tensor:
     return taps.repeat_interleave(tap_offsets.diff().to(device), output_size=count)
 
 
-def _rows(ranks: Tensor, order: Tensor | None) -> Tensor:
-    """int32, the rows of the ranks; not the tensor itself, which a layout must not keep alive."""
-    return (ranks if order is None else order[ranks.long()]).contiguous().detach()
+# Outputs are sorted by a bit for each tap; of more taps than bits, several share one.
+_NARROW = 31
 
 
 def _make_table(pairs: tuple[Any, ...], n_in: int, n_out: int) -> OutputTable:
-    _check(pairs, n_in, n_out)
-    in_index, out_index, tap_offsets, in_order, out_order = pairs
-    device, taps = in_index.device, len(tap_offsets) - 1
-    groups = -(-n_out // GROUP)
-    positions = groups * GROUP
-    tap, output = _tap_of_pair(tap_offsets, device), out_index.long()
+    """Outputs of the same taps follow each other, those that lie near each other within them.
 
-    # Outputs of the same taps follow each other, those that lie near each other within them: the
-    # sort is stable. Of more taps than bits, several share one, and their sum is still a number
-    # that outputs of the same taps have in common.
-    mask = torch.zeros(n_out, dtype=torch.int64, device=device)
-    mask.index_add_(0, output, torch.ones_like(tap) << tap % 62)
-    order = mask.argsort(stable=True)
+    Groups with many taps come first, so that the last thread blocks to start are short ones.
+    Nothing waits for the GPU.
+    """
+    _kept("checked", pairs, n_in, n_out, _check)
+    new, taps, groups = pairs[0].new_empty, len(pairs[2]) - 1, -(-n_out // GROUP)
+    of = (_contiguous(pairs), _to_gpu(pairs[2], pairs[0].device), n_in, n_out)
+    masks = new(n_out, dtype=torch.int32 if taps <= _NARROW else torch.int64)
+    _C.pointcloud_mask_taps_cuda(masks, *of)
+    order = masks.sort(stable=True).indices
+    places, bits = new(n_out), new(groups * (taps + 1))
+    _C.pointcloud_group_outputs_cuda(places, bits, order, *of)
+    visits, heavy = bits[groups * taps :].sort(descending=True, stable=True)
 
-    # Groups with many taps first, so that the last thread blocks to start are short ones.
-    place = torch.empty_like(order)
-    place[order] = torch.arange(n_out, device=device)
-    present = torch.zeros((groups, taps, GROUP // QUARTER), dtype=torch.bool, device=device)
-    at = place[output]
-    present[at // GROUP, tap, at % GROUP // QUARTER] = True
-    heavy = present.any(2).sum(1).argsort(descending=True, stable=True)
-    present = present[heavy]
-    place_of_group = torch.empty_like(heavy)
-    place_of_group[heavy] = torch.arange(groups, device=device)
-    place = place_of_group[place // GROUP] * GROUP + place % GROUP
-
-    neighbours = torch.full((taps, positions), -1, dtype=torch.int32, device=device)
-    neighbours[tap, place[output]] = _rows(in_index, in_order)
-    rows = torch.full((positions,), -1, dtype=torch.int32, device=device)
-    ranks = torch.arange(n_out, dtype=torch.int32, device=device)
-    rows[place] = ranks if out_order is None else out_order
-
-    bits = (present << torch.arange(GROUP // QUARTER, device=device)).sum(2)
-    group, visited = bits.nonzero(as_tuple=True)
-    begins = torch.zeros(groups + 1, dtype=torch.int32, device=device)
-    begins[1:] = (bits > 0).sum(1).cumsum(0)
-    entries = visited << GROUP // QUARTER | bits[group, visited]
-    return OutputTable(neighbours, rows, begins, entries.int())
+    begins = visits.new_zeros(groups + 1)
+    torch.cumsum(visits, 0, dtype=begins.dtype, out=begins[1:])
+    neighbours, rows = visits.new_full((taps, groups * GROUP), -1), new(groups * GROUP)
+    visited = new(groups * taps)  # of which the last are not read: how many there are is not known
+    made = OutputTable(neighbours, rows, begins, visited)
+    _C.pointcloud_fill_table_cuda(*made, heavy, places, bits, order, *of)
+    return made
 
 
 def _make_segments(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PairSegments:
-    _check(pairs, n_in, n_out)
-    in_index, out_index, tap_offsets, in_order, out_order = pairs
-    ends = tap_offsets.tolist()
+    _kept("checked", pairs, n_in, n_out, _check)
+    in_index, device, ends = pairs[0], pairs[0].device, pairs[2].tolist()
     length = max(_LEAST_SEGMENT, -(-ends[-1] // (_SEGMENTS * 32)) * 32)
     begins: list[int] = []
     of_tap = [0]
     for begin, end in pairwise(ends):
         begins += range(begin, end, length)
         of_tap.append(len(begins))
-    rest = (torch.tensor(t, dtype=torch.int64, device="cpu") for t in ([*begins, ends[-1]], of_tap))
-    begins_of, first_of = (t.to(in_index.device) for t in rest)
-    in_rows, out_rows = _rows(in_index, in_order), _rows(out_index, out_order)
+    in_rows, out_rows = in_index.new_empty(ends[-1]), in_index.new_empty(ends[-1])
+    offsets = _to_gpu(pairs[2], device)
+    _C.pointcloud_pair_rows_cuda(in_rows, out_rows, _contiguous(pairs), offsets, n_in, n_out)
+    numbers = torch.tensor([*begins, ends[-1], *of_tap], dtype=torch.int64, device="cpu")
+    begins_of, first_of = _to_gpu(numbers, device).split([len(begins) + 1, len(of_tap)])
     return PairSegments(in_rows, out_rows, begins_of, first_of)
+
+
+def _make_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
+    """Each output has its pairs in the order of the map."""
+    in_index, ranks, tap_offsets, in_order, _ = _contiguous(pairs)
+    places = None
+    if len(tap_offsets) > 2:  # the pairs of one tap ascend
+        ranks, places = ranks.sort(stable=True)
+    rows = in_index.new_empty(len(in_index))
+    begins = in_index.new_empty(n_out + 1, dtype=torch.int64)
+    _C.pointcloud_list_pairs_cuda(rows, begins, ranks, places, in_index, in_order, n_in)
+    return PoolLists(rows, begins)
+
+
+def _to_gpu(numbers: Tensor, device: torch.device) -> Tensor:
+    """Without a wait: the driver keeps a copy of what is on its way."""
+    return numbers.to(device, non_blocking=True)
+
+
+def _contiguous(pairs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.contiguous() for t in pairs)

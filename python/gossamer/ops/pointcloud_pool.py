@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
+from .._cuda_module import has_kernels
 from .._library import TAGS_NOT_CAPTURED, library
 from .operands import apply_function, gradient_wanted
+from .pointcloud_layout import PoolLists, pool_lists
 
 if TYPE_CHECKING:
     from ..pointcloud.kernel_map import KernelMap
@@ -60,14 +62,7 @@ def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -
             f"{_OP}: feats have shape {list(feats.shape)}, expected [{kernel_map.n_in}, C], a row "
             "for each input voxel of the map"
         )
-    pairs = (
-        kernel_map.in_index,
-        kernel_map.out_index,
-        kernel_map.tap_offsets,
-        kernel_map.in_order,
-        kernel_map.out_order,
-        kernel_map.n_out,
-    )
+    pairs = (*kernel_map.tensors, kernel_map.n_out)
     if reduce == "max":
         best: Tensor = _max(feats, *pairs, kernel_map.repeats)[0]
         return best
@@ -90,6 +85,10 @@ library.define(
 _sum = torch.ops.gossamer.pointcloud_sum_pool.default
 _max = torch.ops.gossamer.pointcloud_max_pool.default
 _max_grad = torch.ops.gossamer.pointcloud_max_pool_grad.default
+
+
+def _by_lists(t: Tensor) -> bool:
+    return t.device.type == "cuda" and has_kernels(t.device)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -121,6 +120,55 @@ def _max_grad_native(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
     return out
 
 
+def reduce_lists(
+    out: Tensor,
+    feats: Tensor,
+    lists: PoolLists,
+    reduce: str,
+    out_order: Tensor | None = None,
+    winner: Tensor | None = None,
+) -> None:
+    """By the kernels of a GPU; long lists in parts, of which there are more than of outputs."""
+    parts = max(1, min(256, len(lists.rows) // (512 * max(len(out), 1))))
+    partial = took = None
+    if parts > 1:
+        partial = out.new_empty(parts * out.numel(), dtype=torch.float64)
+        took = torch.empty_like(partial, dtype=torch.int32) if reduce == "max" else None
+    operands = (winner, *lists, out_order, reduce, parts, partial, took)
+    _C.pointcloud_pool_cuda(out, _rows(feats), *operands)
+
+
+def _sum_cuda(feats: Tensor, *pairs_mean: Any) -> Tensor:
+    *pairs, n_out, mean = pairs_mean
+    if not has_kernels(feats.device):
+        return reference.pointcloud_sum_pool(feats, *pairs_mean)
+    out = feats.new_empty((n_out, feats.shape[1]))
+    lists = pool_lists(tuple(pairs), feats.shape[0], n_out)
+    reduce_lists(out, feats, lists, "mean" if mean else "sum", pairs[-1])
+    return out
+
+
+def _max_cuda(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
+    *pairs, n_out, _ = pairs_n
+    if not has_kernels(feats.device):
+        return reference.pointcloud_max_pool(feats, *pairs_n)
+    out = feats.new_empty((n_out, feats.shape[1]))
+    winner = torch.empty_like(out, dtype=torch.int32)
+    lists = pool_lists(tuple(pairs), feats.shape[0], n_out)
+    reduce_lists(out, feats, lists, "max", pairs[-1], winner)
+    return out, winner
+
+
+def _max_grad_cuda(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
+    *pairs, n_out = pairs_n
+    if not has_kernels(dy.device):
+        return reference.pointcloud_max_pool_grad(dy, winner, *pairs_n)
+    out = dy.new_empty((n_out, dy.shape[1]))
+    lists = pool_lists(tuple(pairs), dy.shape[0], n_out)
+    reduce_lists(out, dy, lists, "winners", pairs[-1], winner.contiguous())
+    return out
+
+
 def _sum_fake(feats: Tensor, *pairs_mean: Any) -> Tensor:
     return feats.new_empty((pairs_mean[-2], feats.shape[1]))
 
@@ -140,10 +188,14 @@ def _reversed(pairs: tuple[Any, ...], n_in: int) -> tuple[Any, ...]:
     return out_index, in_index, tap_offsets, out_order, in_order, n_in
 
 
-def _partners(feats: Tensor, pairs: tuple[Any, ...]) -> Tensor:
-    """[n_out, 1] in the dtype of feats: how many pairs an output has, 1 where none."""
-    _, out_index, _, _, out_order, n_out = pairs
-    counts = torch.bincount(out_index, minlength=n_out).clamp_(min=1)
+def _partners(pairs: tuple[Any, ...], n_in: int) -> Tensor:
+    """int64 [n_out, 1]: how many pairs an output has, 1 where none."""
+    *tensors, n_out = pairs
+    _, out_index, _, _, out_order = tensors
+    if _by_lists(out_index):  # bincount waits for the GPU
+        counts = pool_lists(tuple(tensors), n_in, n_out).begins.diff().clamp_(min=1)
+    else:
+        counts = torch.bincount(out_index, minlength=n_out).clamp_(min=1)
     if out_order is not None:
         counts = torch.empty_like(counts).index_copy_(0, out_order.long(), counts)
     return counts.unsqueeze(1)
@@ -188,7 +240,7 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         pairs = (*ctx.saved_tensors, ctx.n_out)
         if ctx.mean:
-            dy = dy / _partners(dy, pairs)
+            dy = dy / _partners(pairs, ctx.n_in)
         return _sum(dy, *_reversed(pairs, ctx.n_in), False), *(None,) * 7
 
 
@@ -236,18 +288,12 @@ _apply_sum = apply_function(_Sum)
 _apply_max = apply_function(_Max)
 _apply_max_grad = apply_function(_MaxGrad)
 
-for _name, _kernel, _plain, _fake, _autograd in (
-    ("sum_pool", _sum_native, reference.pointcloud_sum_pool, _sum_fake, _sum_autograd),
-    ("max_pool", _max_native, reference.pointcloud_max_pool, _max_fake, _max_autograd),
-    (
-        "max_pool_grad",
-        _max_grad_native,
-        reference.pointcloud_max_pool_grad,
-        _max_grad_fake,
-        _max_grad_autograd,
-    ),
+for _name, _kernel, _cuda, _fake, _autograd in (
+    ("sum_pool", _sum_native, _sum_cuda, _sum_fake, _sum_autograd),
+    ("max_pool", _max_native, _max_cuda, _max_fake, _max_autograd),
+    ("max_pool_grad", _max_grad_native, _max_grad_cuda, _max_grad_fake, _max_grad_autograd),
 ):
     library.impl(f"pointcloud_{_name}", _kernel, "CPU")
-    library.impl(f"pointcloud_{_name}", _plain, "CUDA")
+    library.impl(f"pointcloud_{_name}", _cuda, "CUDA")
     library.impl(f"pointcloud_{_name}", _autograd, "Autograd")
     torch.library.register_fake(f"gossamer::pointcloud_{_name}", _fake, lib=library)

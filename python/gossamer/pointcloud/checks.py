@@ -34,7 +34,7 @@ def int32_coords(coords: Tensor) -> Tensor:
     if len(coords) > MOST_ROWS:
         raise ValueError(f"pointcloud: {len(coords)} voxels, at most {MOST_ROWS}")
     if coords.dtype == torch.int64 and len(coords):
-        least, most = int(coords.min()), int(coords.max())
+        least, most = torch.stack(coords.aminmax()).tolist()  # a GPU is waited for once
         if least < -(2**31) or most >= 2**31:
             raise ValueError(
                 f"pointcloud: coords range from {least} to {most}, beyond the int32 they become"

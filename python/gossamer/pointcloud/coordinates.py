@@ -1,52 +1,23 @@
-"""The coordinate set of a sparse tensor: checked, sorted once, with the maps made of it.
-
-Tensors that descend from one another share a family: the list of every set of coordinates made so
-far. Sets and the maps between them refer to each other by number in it and not by reference, so
-that nothing here is a cycle, and all of it is freed with the last tensor.
-"""
+"""The coordinates of a sparse tensor, and the kernel maps made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import native, plain
-from .checks import (
-    check_inside,
-    check_output_shape,
-    checked_batch_size,
-    int32_coords,
-    sizes,
-)
+from ..ops.pointcloud_layout import vouch
+from . import native
+from .checks import check_output_shape, sizes
+from .coordinate_set import CoordinateSet, Key, VoxelSet
 from .kernel_map import KernelMap
 from .native import Window
 from .plain import Size
 
-Key = tuple[Any, ...]
-
 RULES = ("dense", "floor", "given")
 
 
-@dataclass(eq=False)
-class _Set:
-    """One set of coordinates: what ``Coordinates`` shows of it, and what was made from it."""
-
-    coords: Tensor
-    order: Tensor | None
-    box: plain.Box
-    batch_size: int
-    spatial_shape: Size | None
-    stride: Size
-    maps: dict[Key, KernelMap] = field(default_factory=dict)
-    children: dict[Key, int] = field(default_factory=dict)  # by what made them, as maps
-    parents: dict[tuple[int, Key], None] = field(default_factory=dict)  # the latest last
-
-
-class Coordinates:
+class Coordinates(CoordinateSet):
     """The voxels of a sparse tensor, in the rows' order, and the kernel maps made of them.
 
     Parameters
@@ -80,116 +51,7 @@ class Coordinates:
         around them has more cells than 64 bits number.
     """
 
-    __slots__ = ("__weakref__", "_family", "_set")
-
-    def __init__(
-        self,
-        coords: Tensor,
-        batch_size: int | None = None,
-        spatial_shape: Sequence[int] | None = None,
-        stride: int | Sequence[int] = 1,
-    ) -> None:
-        given = coords
-        coords = int32_coords(given)
-        if coords.data_ptr() == given.data_ptr():  # maps outlive what the caller writes into theirs
-            coords = coords.clone()
-        dims = coords.shape[1] - 1
-        shape = None if spatial_shape is None else sizes("spatial_shape", spatial_shape, dims, 1)
-        box = native.bounds(coords)
-        batch_size = checked_batch_size(coords, box, batch_size)
-        if shape is not None:
-            check_inside(coords, box, shape)
-        order, repeated, row = native.sort(coords, box)
-        if repeated:
-            raise ValueError(
-                f"pointcloud: {repeated} of {len(coords)} coordinates repeat an earlier row, the "
-                f"first in row {row}: {coords[row].tolist()}; voxelize() merges points of a voxel"
-            )
-        step = sizes("stride", stride, dims, 1)
-        self._set = _Set(coords, order, box, batch_size, shape, step)
-        self._family = [self._set]
-
-    @classmethod
-    def _member(cls, family: list[_Set], member: int) -> Coordinates:
-        self = object.__new__(cls)
-        self._family, self._set = family, family[member]
-        return self
-
-    @property
-    def coords(self) -> Tensor:
-        return self._set.coords
-
-    @property
-    def order(self) -> Tensor | None:
-        return self._set.order
-
-    @property
-    def batch_size(self) -> int:
-        return self._set.batch_size
-
-    @property
-    def spatial_shape(self) -> Size | None:
-        return self._set.spatial_shape
-
-    @property
-    def stride(self) -> Size:
-        return self._set.stride
-
-    @property
-    def dims(self) -> int:
-        """D, the spatial axes."""
-        return self._set.coords.shape[1] - 1
-
-    @property
-    def device(self) -> torch.device:
-        return self._set.coords.device
-
-    @property
-    def bounds(self) -> plain.Box:
-        """The least and the greatest of each column, the batch index first."""
-        return self._set.box
-
-    def __len__(self) -> int:
-        return len(self._set.coords)
-
-    def __repr__(self) -> str:
-        shape = (
-            "unbounded" if self.spatial_shape is None else "x".join(map(str, self.spatial_shape))
-        )
-        return (
-            f"Coordinates({len(self)} voxels, {self.dims}-D, batch {self.batch_size}, {shape}, "
-            f"stride {self.stride})"
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Checked again where it arrives, and without the maps, which are quickly made again.
-        return Coordinates, (self.coords, self.batch_size, self.spatial_shape, self.stride)
-
-    def to(self, device: torch.device | str) -> Coordinates:
-        """The same voxels on another device, without the maps; itself if it is there."""
-        one = self._set
-        coords = one.coords.to(device)
-        if coords is one.coords:
-            return self
-        order = None if one.order is None else one.order.to(device)
-        moved = _Set(coords, order, one.box, one.batch_size, one.spatial_shape, one.stride)
-        return Coordinates._member([moved], 0)
-
-    def sorted(self) -> Tensor:
-        """int32 [N, 1 + D], the rows in lexicographic order."""
-        return self.coords if self.order is None else self.coords[self.order.long()]
-
-    def is_same(self, other: Coordinates) -> bool:
-        """Whether the rows of both are the same voxels of the same grid, in the same order."""
-        return self._set is other._set or (
-            self.batch_size == other.batch_size
-            and self.spatial_shape == other.spatial_shape
-            and self.stride == other.stride
-            and self.device == other.device
-            and torch.equal(self.coords, other.coords)
-        )
-
-    # ---- kernel maps ----------------------------------------------------------------------
+    __slots__ = ()
 
     def submanifold(
         self, kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1
@@ -323,6 +185,27 @@ class Coordinates:
             + (f"known: {'; '.join(made)}" if made else "none is known")
         )
 
+    def samples(self) -> KernelMap:
+        """One tap that pairs every voxel, in sorted order, with its sample; cached."""
+        found = self._set.maps.get(("samples",))
+        if found is not None:
+            return found
+        made = KernelMap(
+            in_index=torch.arange(len(self), dtype=torch.int32, device=self.device),
+            out_index=self.sorted()[:, 0].contiguous(),
+            tap_offsets=torch.tensor([0, len(self)], device="cpu"),
+            in_order=self.order,
+            out_order=None,
+            n_in=len(self),
+            n_out=self.batch_size,
+            kernel_size=(1,) * self.dims,
+            repeats=True,
+        )
+        # Of a captured graph the memory is its own, and holds nothing before it is replayed.
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._set.maps["samples",] = made
+        return made
+
     def _window(
         self,
         kernel_size: int | Sequence[int],
@@ -363,7 +246,7 @@ class Coordinates:
         one = self._set
         if key not in one.children:
             coords = native.outputs(self.coords, one.order, one.box, window, made, shape)
-            child = _Set(coords, None, native.bounds(coords), one.batch_size, shape, width)
+            child = VoxelSet(coords, None, native.bounds(coords), one.batch_size, shape, width)
             self._family.append(child)
             member = _index(self._family, child)  # another thread may have added one, too
             outputs = Coordinates._member(self._family, member)
@@ -411,7 +294,7 @@ class Coordinates:
             walkers.coords, walkers.order, targets.coords, targets.order, targets.bounds, window
         )
         in_index, out_index = (walker_of, target_of) if transposed else (target_of, walker_of)
-        return KernelMap(
+        made = KernelMap(
             in_index=in_index,
             out_index=out_index,
             tap_offsets=ends,
@@ -421,7 +304,11 @@ class Coordinates:
             n_out=len(outputs),
             kernel_size=window[0],
         )
+        if native.on_gpu(inputs.coords):  # which would be waited for to see that the map is right
+            for way in (made, made.transposed()):
+                vouch(way.tensors, way.n_in, way.n_out)
+        return made
 
 
-def _index(family: list[_Set], one: _Set) -> int:
+def _index(family: list[VoxelSet], one: VoxelSet) -> int:
     return next(i for i, member in enumerate(family) if member is one)

@@ -55,6 +55,11 @@ class KernelMap:
         """How many pairs there are, over all taps."""
         return len(self.in_index)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """In the order in which the ops take them."""
+        return self.in_index, self.out_index, self.tap_offsets, self.in_order, self.out_order
+
     def transposed(self) -> KernelMap:
         """The same pairs with the roles of input and output swapped; no tensor is copied."""
         return replace(

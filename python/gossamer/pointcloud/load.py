@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from .convolution import Convolution
+from .convolution_base import Convolution
 
 State = Mapping[str, Tensor]
 Kernel = tuple[int, ...]

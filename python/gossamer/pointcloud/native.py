@@ -1,5 +1,5 @@
-"""Coordinate sets and kernel maps by the native module on the CPU, by plain torch elsewhere; on a
-GPU outputs and pairs by kernels of its own.
+"""Coordinate sets and kernel maps by the native module, for a CPU and for a GPU with kernels of its
+own, and by plain torch elsewhere.
 
 The functions of ``plain``, which say what each of them means.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .. import _C
 from .._cuda_module import has_kernels
+from ..ops.pointcloud_layout import PoolLists
+from ..ops.pointcloud_pool import reduce_lists
 from . import plain
 from .plain import Box, Size
 
@@ -29,11 +31,31 @@ def bounds(coords: Tensor) -> Box:
 
 
 def sort(coords: Tensor, box: Box) -> tuple[Tensor | None, int, int]:
+    if on_gpu(coords) and len(coords) > 1:
+        return _sort_cuda(coords, box)
     if coords.device.type != "cpu":
         return plain.sort(coords, box)
     order = torch.empty(len(coords), dtype=torch.int32, device="cpu")
     ascending, repeated, row = _C.pointcloud_sort(coords, box, order, torch.get_num_threads())
     return (None if ascending else order), repeated, row
+
+
+def _by_keys(coords: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+    """int64, the rows' keys in ascending order and the row of each; equal ones by their row."""
+    keys = coords.new_empty((len(coords),), dtype=torch.int64)
+    _C.pointcloud_keys_cuda(keys, coords, box)
+    return keys.sort(stable=True)
+
+
+def _sort_cuda(coords: Tensor, box: Box) -> tuple[Tensor | None, int, int]:
+    """Waits for the GPU once."""
+    keys, order = _by_keys(coords, box)
+    rows, found = coords.new_empty((len(coords),)), keys.new_empty((3,))
+    _C.pointcloud_inspect_cuda(rows, found, keys, order)
+    repeated, least, descents = found.tolist()
+    if repeated:
+        return None, repeated, len(coords) - least
+    return (rows if descents else None), 0, 0
 
 
 def match(
@@ -45,7 +67,7 @@ def match(
     window: Window,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``plain.match`` of the rows in their orders."""
-    if _on_gpu(walkers):
+    if on_gpu(walkers):
         return _match_cuda((walkers, walker_order, targets, target_order), box, window)
     if walkers.device.type != "cpu":
         sides = _sorted(walkers, walker_order), _sorted(targets, target_order)
@@ -60,7 +82,7 @@ def match(
     return walker_of, target_of, tap_offsets
 
 
-def _on_gpu(coords: Tensor) -> bool:
+def on_gpu(coords: Tensor) -> bool:
     return coords.device.type == "cuda" and has_kernels(coords.device)
 
 
@@ -85,7 +107,7 @@ def outputs(
     coords: Tensor, order: Tensor | None, box: Box, window: Window, rule: str, shape: Size | None
 ) -> Tensor:
     """int32 [M, 1 + D], sorted: the outputs "reached", "floored" or "spread" as in ``plain``."""
-    if _on_gpu(coords):
+    if on_gpu(coords):
         return _outputs_cuda(coords, box, window, rule, shape)
     if coords.device.type != "cpu":
         return plain.outputs(coords, *window, rule, shape)
@@ -134,6 +156,7 @@ class Voxels:
     """Points by the voxel they lie in."""
 
     coords: Tensor  # int32 [M, 1 + D], ascending
+    box: Box  # that holds them
     of_point: Tensor  # int64 [N]
     order: Tensor | None  # int32 [N], the points by voxel, then by row; None if they are so
     begins: Tensor  # int64 [M + 1], where each voxel's points begin in the order
@@ -141,24 +164,63 @@ class Voxels:
 
 def voxels(points: Tensor, batch: Tensor | None, sizes: tuple[float, ...]) -> Voxels:
     """float32 or float64 points in cells of these sizes."""
+    if on_gpu(points):
+        return _voxels_cuda(points, batch, sizes)
     if points.device.type != "cpu":
-        return Voxels(*plain.voxels(points, batch, sizes))
+        coords, *rest = plain.voxels(points, batch, sizes)
+        return Voxels(coords, bounds(coords), *rest)
     threads = torch.get_num_threads()
     cells = torch.empty((len(points), points.shape[1] + 1), dtype=torch.int32, device="cpu")
     _C.pointcloud_quantize(points, batch, sizes, cells, threads)
-    order, _, _ = sort(cells, bounds(cells))
+    box = bounds(cells)
+    order, _, _ = sort(cells, box)
     found = _C.PointcloudVoxels(cells, order, threads)
     coords = torch.empty((len(found), cells.shape[1]), dtype=torch.int32, device="cpu")
     of_point = torch.empty(len(points), dtype=torch.int64, device="cpu")
     begins = torch.empty(len(found) + 1, dtype=torch.int64, device="cpu")
     found.write(coords, of_point, begins)
-    return Voxels(coords, of_point, order, begins)
+    return Voxels(coords, box, of_point, order, begins)
+
+
+def _voxels_cuda(points: Tensor, batch: Tensor | None, sizes: tuple[float, ...]) -> Voxels:
+    """Waits for the GPU twice: for the box of the cells, and for how many of them there are."""
+    count, columns = len(points), points.shape[1] + 1
+    cells = points.new_empty((count, columns), dtype=torch.int32)
+    if count == 0:
+        none = points.new_zeros(1, dtype=torch.int64)
+        return Voxels(cells, bounds(cells), none[:0], None, none)
+    refused = points.new_empty(1, dtype=torch.int64)
+    _C.pointcloud_quantize_cuda(cells, refused, points, batch, sizes)
+    found = torch.cat([refused, *cells.aminmax(dim=0)]).tolist()
+    if found[0]:
+        plain.refuse_point(points, count - found[0])
+    box = tuple(found[1 : 1 + columns]), tuple(found[1 + columns :])
+    keys, order = _by_keys(cells, box)
+    voxels_to = F.pad((keys[1:] != keys[:-1]).cumsum(0), (1, 0))
+    voxels, new = int(voxels_to[-1]) + 1, points.new_empty
+    coords, rows = cells.new_empty((voxels, columns)), cells.new_empty(count)
+    of_point, begins = (new(n, dtype=torch.int64) for n in (count, voxels + 1))
+    _C.pointcloud_voxels_cuda(coords, of_point, rows, begins, cells, order, voxels_to)
+    return Voxels(coords, box, of_point, rows, begins)
 
 
 def reduce(features: Tensor, of: Voxels, how: str) -> Tensor:
     """[M, C]: a voxel's "mean", "first" or "max" of its points' features."""
+    if on_gpu(features):
+        return _reduce_cuda(features, of, how)
     if features.device.type != "cpu":
         return plain.reduce(features, of.of_point, len(of.coords), how)
     out = features.new_empty((len(of.coords), features.shape[1]))
     _C.pointcloud_reduce(features, of.order, of.begins, how, out, torch.get_num_threads())
+    return out
+
+
+def _reduce_cuda(features: Tensor, of: Voxels, how: str) -> Tensor:
+    out = features.new_empty((len(of.coords), features.shape[1]))
+    if len(out) == 0 or of.order is None:
+        return out
+    if how == "first":
+        return features[of.order[of.begins[:-1]]]
+    winner = torch.empty_like(out, dtype=torch.int32) if how == "max" else None
+    reduce_lists(out, features, PoolLists(of.order, of.begins), how, winner=winner)
     return out

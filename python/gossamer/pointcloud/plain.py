@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from math import prod
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,13 @@ def outputs(
     return _unique(torch.cat(made), shape)
 
 
+def refuse_point(points: Tensor, row: int) -> NoReturn:
+    raise ValueError(
+        f"voxelize: point {row}, {points[row].tolist()}, is not finite or lies in no voxel "
+        "that int32 numbers"
+    )
+
+
 def voxels(
     points: Tensor, batch: Tensor | None, sizes: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,11 +176,7 @@ def voxels(
     ).floor()
     refused = ~((cells >= -(2**31)) & (cells < 2**31)).all(1)
     if bool(refused.any()):
-        row = int(refused.nonzero()[0])
-        raise ValueError(
-            f"voxelize: point {row}, {points[row].tolist()}, is not finite or lies in no voxel "
-            "that int32 numbers"
-        )
+        refuse_point(points, int(refused.nonzero()[0]))
     sample = points.new_zeros(len(points)) if batch is None else batch
     rows = torch.cat([sample.unsqueeze(1).int(), cells.int()], 1)
     coords, of_point = torch.unique(rows, dim=0, return_inverse=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .coordinates import Coordinates
 from .tensor import SparseTensor
 
 REDUCTIONS = ("mean", "first", "max")
@@ -83,6 +84,8 @@ def voxelize(
         raise ValueError(
             f"voxelize: features have shape {list(features.shape)}, expected [{len(points)}, C]"
         )
+    if not features.is_floating_point():
+        raise TypeError(f"voxelize: features are {features.dtype}, expected a floating dtype")
     sample = None if batch is None else _batch(batch, points)
     sizes = _sizes(voxel_size, points.shape[1])
     exact = points.detach() if points.dtype == torch.float64 else points.detach().float()
@@ -90,8 +93,8 @@ def voxelize(
     feats: Tensor = _Reduced.apply(features, voxels, reduce)
     if batch is None and batch_size is None:
         batch_size = 1
-    x = SparseTensor(voxels.coords, feats, spatial_shape=spatial_shape, batch_size=batch_size)
-    return x, voxels.of_point
+    coordinates = Coordinates.of_sorted(voxels.coords, voxels.box, batch_size, spatial_shape)
+    return SparseTensor(coordinates, feats), voxels.of_point
 
 
 def _batch(batch: Tensor, points: Tensor) -> Tensor:
@@ -102,11 +105,9 @@ def _batch(batch: Tensor, points: Tensor) -> Tensor:
             f"voxelize: batch has shape {list(batch.shape)} on {batch.device}, points "
             f"{list(points.shape)} on {points.device}"
         )
-    if len(batch) and not 0 <= int(batch.min()) <= int(batch.max()) < 2**31:
-        raise ValueError(
-            f"voxelize: batch ranges from {int(batch.min())} to {int(batch.max())}, expected "
-            "int32 from 0 on"
-        )
+    least, most = torch.stack(batch.aminmax()).tolist() if len(batch) else (0, 0)
+    if not 0 <= least <= most < 2**31:
+        raise ValueError(f"voxelize: batch ranges from {least} to {most}, expected int32 from 0 on")
     return batch.int().contiguous()
 
 
@@ -133,7 +134,7 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         of_point = ctx.voxels.of_point
         if ctx.reduce == "mean":
-            points = torch.bincount(of_point, minlength=len(dy)).unsqueeze(1)
+            points = ctx.voxels.begins.diff().unsqueeze(1)
             return (dy / points)[of_point], None, None
         rows = torch.arange(len(of_point), device=dy.device).unsqueeze(1).expand(-1, dy.shape[1])
         if ctx.reduce == "max":

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.conv_geometry import Sizes, per_axis
 from ..ops.pointcloud_pool import pointcloud_pool
-from .convolution import Target, axes_of, check_input, set_window, window_outputs
-from .kernel_map import KernelMap
 from .tensor import SparseTensor
+from .window import Target, axes_of, check_input, set_window, window_outputs
 
 
 class _WindowPool(nn.Module):
@@ -108,7 +106,7 @@ class _GlobalPool(nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: x is {type(x).__name__}, expected SparseTensor"
             )
-        return pointcloud_pool(x.feats, _to_samples(x), self.reduce)
+        return pointcloud_pool(x.feats, x.coordinates.samples(), self.reduce)
 
 
 class GlobalMaxPool(_GlobalPool):
@@ -127,19 +125,3 @@ class GlobalSumPool(_GlobalPool):
     """The sum over the voxels of each sample, [batch_size, C]."""
 
     reduce = "sum"
-
-
-def _to_samples(x: SparseTensor) -> KernelMap:
-    """One tap that pairs every voxel, in sorted order, with its sample."""
-    ranks = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    return KernelMap(
-        in_index=ranks,
-        out_index=x.coordinates.sorted()[:, 0].contiguous(),
-        tap_offsets=torch.tensor([0, len(x)], device="cpu"),
-        in_order=x.coordinates.order,
-        out_order=None,
-        n_in=len(x),
-        n_out=x.batch_size,
-        kernel_size=(1,) * x.dims,
-        repeats=True,
-    )

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..ops.conv_geometry import Sizes, per_axis
-from .convolution import Convolution, set_window
+from .convolution_base import Convolution
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
+from .window import set_window
 
 
 class ConvTranspose(Convolution):

@@ -8,7 +8,10 @@
 #include "grouped/gemm_cuda.h"
 #include "kernels/exports.h"
 #include "pointcloud/conv_cuda.h"
+#include "pointcloud/layout_cuda.h"
 #include "pointcloud/maps_cuda.h"
+#include "pointcloud/pool_cuda.h"
+#include "pointcloud/voxelize_cuda.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
@@ -105,6 +108,25 @@ constexpr CudaKernels kKernels = {
     [](const CudaSearchArgs& args, CudaStream stream) { search_pairs(args, stream_of(stream)); },
     [](const CudaOutputsArgs& args, CudaStream stream) { find_outputs(args, stream_of(stream)); },
     [](const CudaCells& args, CudaStream stream) { cells_of_keys(args, stream_of(stream)); },
+    [](const CudaPairs& pairs, void* masks, bool wide, CudaStream stream) {
+      mask_taps(pairs, masks, wide, stream_of(stream));
+    },
+    [](const CudaPairs& pairs, const CudaGroups& groups, CudaStream stream) {
+      group_outputs(pairs, groups, stream_of(stream));
+    },
+    [](const CudaPairs& pairs, const CudaGroups& groups, const CudaTable& table,
+       CudaStream stream) { fill_table(pairs, groups, table, stream_of(stream)); },
+    [](const CudaPairs& pairs, int32_t* in_rows, int32_t* out_rows, CudaStream stream) {
+      rows_of_pairs(pairs, in_rows, out_rows, stream_of(stream));
+    },
+    [](const CudaListing& listing, CudaStream stream) { list_pairs(listing, stream_of(stream)); },
+    [](const CudaPoolArgs& args, CudaStream stream) { pool_cuda(args, stream_of(stream)); },
+    [](const Points& points, int32_t* cells, int64_t* refused, CudaStream stream) {
+      quantize_cuda(points, cells, refused, stream_of(stream));
+    },
+    [](const CudaCellKeys& args, CudaStream stream) { keys_of_cells(args, stream_of(stream)); },
+    [](const CudaOrder& args, CudaStream stream) { inspect_order(args, stream_of(stream)); },
+    [](const CudaVoxels& args, CudaStream stream) { write_voxels(args, stream_of(stream)); },
 };
 
 }  // namespace

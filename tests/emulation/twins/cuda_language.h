@@ -96,6 +96,9 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
 
 // ---- numbers ------------------------------------------------------------------------------------
 
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(uint64_t{a} * b >> 32);
 }
