@@ -27,6 +27,7 @@ from .operands import (
     check_features,
     gradient_wanted,
 )
+from .topk_dense import dense_decode, dense_wins
 from .topk_gradient import Values, Weight, check_codes, has_cuda_kernel, named_rows, rows_of
 
 _DECODE, _ENCODE = "topk_decode", "topk_encode"
@@ -62,7 +63,7 @@ def topk_decode(
     Tensor
         [..., d] in the dtype of ``weight``, contiguous, summed in float32 (float64). Under
         autocast values, weight and bias are cast to autocast's dtype first. Bit-identical for any
-        number of threads.
+        number of threads where k is below a tenth of the width.
 
     Raises
     ------
@@ -76,7 +77,10 @@ def topk_decode(
     Notes
     -----
     The gradient to ``weight`` is dense; each of its rows is summed by one thread in the order of
-    the tokens. On a GPU no sum is made by atomics, and the calls can be captured in a CUDA graph.
+    the tokens. Where k is a tenth of the width or more and the tokens are many, torch's dense
+    product may be faster and is taken, for the result and for each gradient by itself; its order of
+    sums is torch's. A row with an infinity or a NaN reaches the tokens that name it, and no others,
+    either way. On a GPU no sum is made by atomics, and the calls can be captured in a CUDA graph.
 
     References
     ----------
@@ -188,6 +192,10 @@ _encode = torch.ops.gossamer.topk_encode.default
 
 def _decode_native(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _decode_empty(values, indices, weight, bias)
+    if dense_wins("decode", weight.dtype, indices.shape, weight.shape[0], _C.target()):
+        dense = dense_decode(values, indices, weight, bias)
+        if dense is not None:
+            return dense
     _C.topk_decode(
         y,
         values.contiguous(),
