@@ -12,7 +12,7 @@ from ..ops.actsparse import actsparse_linear
 from ..ops.conv_at import Taps, conv_at
 from ..ops.operands import autocast_dtype, autocast_to
 from .activation_sparse import ActSparseLinear
-from .gathered_conv import MOST_GATHERED, check_gathered, conv_arguments, taps_of
+from .gathered_conv import GatheredWeight, check_gathered, conv_arguments, most_gathered_of, taps_of
 
 
 class _Streams:
@@ -226,6 +226,7 @@ class DeltaConv2d(nn.Conv2d):
         self.threshold = threshold
         self.refresh_every = _checked_refresh("DeltaConv2d", refresh_every)
         self.streams = _Streams()
+        self._gathered_weight = GatheredWeight()
         self.taps: Taps | None = None
 
     @classmethod
@@ -265,9 +266,10 @@ class DeltaConv2d(nn.Conv2d):
         at = self.taps.touched(changed).flatten().nonzero().squeeze(-1)
         if len(at) == 0:
             return before
-        if len(at) > MOST_GATHERED * before[:, 0].numel():
+        if len(at) > most_gathered_of(change, self.taps) * before[:, 0].numel():
             return before + self._conv_forward(change, self.weight, None)
-        added = conv_at(change, self.weight, None, self.taps, at)
+        by_tap = self._gathered_weight.by_tap(self.weight)
+        added = conv_at(change, by_tap, None, self.taps.map_at(at, len(before)))
         y = before.permute(0, 2, 3, 1).flatten(0, 2).contiguous().index_add(0, at, _wide(added))
         shape = (len(before), *self.taps.out_size, self.out_channels)
         return y.view(shape).permute(0, 3, 1, 2)
