@@ -197,11 +197,9 @@ struct Kernels : Finish<S, T> {
     }
   }
 
-  // To float32, while the same columns of `ahead` are fetched.
-  static void convert(const T* from, int64_t columns, const T* ahead, float* to) {
+  static void convert(const T* from, int64_t columns, float* to) {
     int64_t c = 0;
     for (; c + kLine <= columns; c += kLine) {
-      __builtin_prefetch(ahead + c, 0, 2);  // many rows: to the second-level cache
 #pragma GCC unroll 8
       for (int i = 0; i < kLine; i += kLanes) S::store(to + c + i, S::load(from + c + i));
     }
@@ -222,13 +220,17 @@ struct Kernels : Finish<S, T> {
       for (int64_t c = 0; c < columns; c += kConverted) {
         const int64_t width = min(kConverted, columns - c);
         const bool last = c + kConverted >= columns;
+        const T* ahead[kBatch];
         for (int r = 0; r < count; ++r) {
           const T* from = row_at(batch + r) + c;
-          const T* ahead =
-              last ? row_at(min(batch + kBatch + r, task.row_count - 1)) : from + kConverted;
-          convert(from, width, ahead, converted[r]);
+          ahead[r] = last ? row_at(min(batch + kBatch + r, task.row_count - 1)) : from + kConverted;
+          convert(from, width, converted[r]);
         }
         for (int64_t t = 0; t < task.x.count; ++t) {
+          // Each token fetches its part of the next rows: all at once would be waited for.
+          for (int64_t r = count * t / task.x.count; r < count * (t + 1) / task.x.count; ++r) {
+            for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(ahead[r] + i, 0, 2);
+          }
           const Share& share = shares[t];
           for (int i = 0; i < share.count; i += kGroup) {
             const int rows = static_cast<int>(min(kGroup, share.count - i));
