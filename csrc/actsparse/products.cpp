@@ -21,6 +21,9 @@ struct Choice {
 
 Choice choose(DType dtype) {
 #ifdef GOSSAMER_X86
+  if (target() >= Target::kAVX512BF16 && dtype == DType::kBFloat16) {
+    return {unit_avx512_bf16(dtype), Target::kAVX512BF16};
+  }
   if (target() >= Target::kAVX512) return {unit_avx512(dtype), Target::kAVX512};
   if (target() == Target::kAVX2) return {unit_avx2(dtype), Target::kAVX2};
 #endif
