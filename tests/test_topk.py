@@ -184,7 +184,7 @@ def test_where_the_dense_product_wins() -> None:
 
 def test_dense_product_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(520, 9, 40, 12)
-    monkeypatch.setattr(topk_dense, "_DENSE_BYTES_CUDA", 7000)
+    monkeypatch.setattr(topk_dense, "DENSE_BYTES_CUDA", 7000)
     for dtype in DTYPES:
         check_all(case, dtype, (_decode_cuda, _values_cuda, _weight_cuda))
     dy, weight = torch.randn(520, 12), torch.randn(40, 12)
@@ -265,7 +265,7 @@ def test_encode_is_topk_of_the_dense_layer(target: str, relu: bool) -> None:
 def test_encode_takes_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = torch.randn(50, 8), torch.randn(40, 8), torch.randn(40)
     whole = topk_encode(x, weight, bias, k=5)
-    monkeypatch.setattr("gossamer.ops.topk._DENSE_BYTES", 7 * 40 * 4)
+    monkeypatch.setattr("gossamer.ops.topk_encoder._DENSE_BYTES", 7 * 40 * 4)
     parts = topk_encode(x, weight, bias, k=5)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])

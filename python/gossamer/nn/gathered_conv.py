@@ -101,7 +101,7 @@ class Kept:
 
 
 class GatheredWeight(Kept):
-    """The weight of a convolution as ``conv_at`` wants it."""
+    """The weight of a convolution as the point clouds' kernels want it."""
 
     def by_tap(self, weight: Tensor) -> Tensor:
         """[kh kw, C, C_out], differentiable where that is wanted."""

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv_at import Taps, conv_at
+from ..ops.conv_at import Taps
+from ..ops.pointcloud import pointcloud_conv
 from ..pointcloud.kernel_map import KernelMap
 from .gathered_conv import (
     GatheredWeight,
@@ -108,7 +109,8 @@ class PositionMaskedConv2d(nn.Conv2d):
         if found is None:
             return super().forward(input).masked_fill(~self.mask, 0)
         at, kernel_map, by_tap = found
-        computed = conv_at(input, by_tap, self.bias, kernel_map)
+        pixels = input.permute(0, 2, 3, 1).reshape(kernel_map.n_in, self.in_channels)
+        computed = pointcloud_conv(pixels, by_tap, self.bias, kernel_map)
         shape = (len(input), *taps.out_size, self.out_channels)
         y = computed.new_zeros(shape).flatten(0, 2).index_copy_(0, at, computed)
         return y.view(shape).permute(0, 3, 1, 2)
@@ -126,7 +128,9 @@ class PositionMaskedConv2d(nn.Conv2d):
         def map_of_images() -> tuple[Tensor, KernelMap]:
             first = torch.arange(images, device=mask.device).unsqueeze(-1) * mask.numel()
             at = (first + kept).flatten()
-            return at, taps.map_at(at, images)
+            pixels = taps.size[0] * taps.size[1]
+            given = torch.ones((images, pixels), dtype=torch.bool, device=mask.device)
+            return at, taps.map_at(at, given)
 
         at, kernel_map = self._map.of(mask, (images, taps.size), map_of_images)
         return at, kernel_map, self._gathered_weight.by_tap(self.weight)

@@ -1,4 +1,4 @@
-"""A 2-D convolution at chosen output positions only, by a kernel map of them: nothing is copied."""
+"""A 2-D convolution at chosen output positions only, as one over a point cloud of its pixels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pointcloud.kernel_map import KernelMap
-from .pointcloud import pointcloud_conv
 
 
 class Taps:
@@ -34,31 +33,39 @@ class Taps:
             ways.append(first.view(-1, 1) + apart * torch.arange(k, device=device))
         rows, columns = ways
         self.size, self.out_size, self.kernel = size, (len(rows), len(columns)), kernel
+        self.steps = stride, padding, dilation
         row, column = rows[:, None, :, None], columns[None, :, None, :]
         inside = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
         pixels = torch.where(inside, row * size[1] + column, size[0] * size[1])
         self.pixels = pixels.reshape(len(rows) * len(columns), -1)
 
-    def touched(self, pixels: Tensor) -> Tensor:
-        """Of [B, H W] marked pixels the output positions [B, OH OW] that see one."""
-        marked: Tensor = F.pad(pixels, (0, 1))[:, self.pixels.flatten()]
-        return marked.view(len(pixels), *self.pixels.shape).any(-1)
+    def touched(self, given: Tensor) -> Tensor:
+        """Of [B, H, W] marked pixels the output positions [B, OH, OW] that see one."""
+        ones = torch.ones((1, 1, *self.kernel), device=given.device)
+        with torch.autocast(given.device.type, enabled=False):
+            counts = F.conv2d(given.unsqueeze(1).float(), ones, None, *self.steps)
+        return counts.squeeze(1) > 0.5
 
-    def map_at(self, at: Tensor, images: int) -> KernelMap:
-        """From the pixels of so many images to ascending positions ``at`` [P] of their OH OW."""
-        outputs, pixels = self.pixels.shape[0], self.size[0] * self.size[1]
-        image = at.div(outputs, rounding_mode="floor")
-        seen = self.pixels[at - image * outputs].t()  # a row a tap, as pairs are sorted
-        inside = seen < pixels
-        ranks = torch.arange(len(at), dtype=torch.int32, device=at.device)
+    def map_at(self, at: Tensor, given: Tensor) -> KernelMap:
+        """From the pixels that are given, of [B, H W], to ascending positions ``at`` of B OH OW."""
+        image = at.div(self.pixels.shape[0], rounding_mode="floor")
+        padded = F.pad(given, (0, 1))
+        # A row a tap, as pairs are sorted.
+        seen = self.pixels[at - image * self.pixels.shape[0]].t() + image * padded.shape[1]
+        marked = padded.flatten()
+        ranks_in, ranks_out = (
+            marked.cumsum(0, dtype=torch.int32) - 1,
+            torch.arange(len(at), dtype=torch.int32, device=at.device),
+        )
+        inside = marked[seen]
         counts = inside.sum(1, dtype=torch.int64).cpu()
         return KernelMap(
-            in_index=(seen + image * pixels)[inside].int(),
-            out_index=ranks.expand_as(seen)[inside],
+            in_index=ranks_in[seen[inside]],
+            out_index=ranks_out.expand_as(seen)[inside],
             tap_offsets=F.pad(counts.cumsum(0), (1, 0)),
             in_order=None,
             out_order=None,
-            n_in=images * pixels,
+            n_in=int(given.sum()),
             n_out=len(at),
             kernel_size=self.kernel,
         )
@@ -67,8 +74,3 @@ class Taps:
 def weight_by_tap(weight: Tensor) -> Tensor:
     """[C_out, C, kh, kw] as [kh kw, C, C_out]."""
     return weight.flatten(2).permute(2, 1, 0).contiguous()
-
-
-def conv_at(x: Tensor, by_tap: Tensor, bias: Tensor | None, map: KernelMap) -> Tensor:
-    """The outputs [P, C_out] of a convolution of x [B, C, H, W] at the positions of a map."""
-    return pointcloud_conv(x.permute(0, 2, 3, 1).reshape(map.n_in, x.shape[1]), by_tap, bias, map)

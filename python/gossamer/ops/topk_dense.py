@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _C
 
-_DENSE_BYTES_CUDA = 256 << 20  # of the products that exist at once
+DENSE_BYTES_CUDA = 256 << 20  # of the products that exist at once
 
 
 class Shares(NamedTuple):
@@ -108,7 +108,7 @@ def dense_weight(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Ten
 def dense_values_cuda(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """The same on a GPU, some tokens at a time; NaN where an index is outside."""
     values, width = dy.new_empty(indices.shape), weight.shape[0]
-    together = max(_DENSE_BYTES_CUDA // max(width * dy.itemsize, 1), 1)
+    together = max(DENSE_BYTES_CUDA // max(width * dy.itemsize, 1), 1)
     for first in range(0, len(indices), together):
         some = slice(first, first + together)
         inside = (indices[some] >= 0) & (indices[some] < width)
