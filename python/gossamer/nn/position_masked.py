@@ -46,6 +46,13 @@ class PositionMaskedConv2d(nn.Conv2d):
     ValueError
         If the convolution has groups, a padding by name or one that is not of zeros.
 
+    Notes
+    -----
+    Which pixels a mask needs is kept for the last size of the batch and of its images, and, while
+    no gradient is wanted, a copy of the weight in the order of the kernels, until that changes.
+    Weights that are not finite do not reach outputs by way of the padding's zeros where positions
+    are computed alone.
+
     References
     ----------
     Grimaldi et al., "Accelerating Deep Neural Networks via Semi-Structured Activation Sparsity",
