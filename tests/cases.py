@@ -18,7 +18,7 @@ VALUE_TYPES = ("int8", "float8_e4m3fn", "int4")
 # the best one below it. tests/test_blocksparse_targets.py fails where this list is not up to date.
 BLOCKSPARSE_TARGETS = ("serial", "avx2", "avx512", "amx_bf16")
 # The same of csrc/actsparse/products.cpp.
-ACTSPARSE_TARGETS = ("serial", "avx2", "avx512")
+ACTSPARSE_TARGETS = ("serial", "avx2", "avx512", "avx512_bf16")
 # The same of csrc/csr/csr.cpp.
 CSR_TARGETS = ("serial", "avx2", "avx512")
 

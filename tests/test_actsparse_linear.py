@@ -141,6 +141,10 @@ def test_many_tokens_are_multiplied_densely_where_that_is_faster(actsparse_targe
     for x, computed in ((dense, serial), (sparse, True), (dense[:1], True)):
         assert kernel(x, weight, 0.1)[1] == computed
         LinearOracle(x, weight, threshold=0.1).check(actsparse_linear(x, weight, threshold=0.1))
+    some = torch.randn(64, 300) * (torch.rand(64, 300) < 0.3)
+    for dtype in DTYPES:  # beside AMX bfloat16 has to skip more
+        computed = kernel(some.to(dtype), weight.to(dtype))[1]
+        assert computed == (serial or dtype != torch.bfloat16)
 
 
 def test_any_strides_and_dimensions(actsparse_target: str) -> None:

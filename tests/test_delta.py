@@ -47,17 +47,22 @@ def test_linear_is_that_of_an_input_within_the_threshold() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv_without_threshold_is_dense(stride: int) -> None:
-    dense = nn.Conv2d(3, 8, 3, stride, padding=1, dilation=stride)
+    dense = nn.Conv2d(16, 8, 3, stride, padding=1, dilation=stride)
     layer = DeltaConv2d.from_dense(dense)
-    x = torch.randn(2, 3, 20, 17)
+    x = torch.randn(2, 16, 20, 17)
     with torch.no_grad():
         for step in range(12):
             x = x.clone()
             if step == 5:
                 x += 1  # more changes than are gathered
             elif step != 7:
-                x[step % 2, :, step : step + 4, 2:5] += torch.randn(3, 4, 3)
-            torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
+                x[step % 2, :, step : step + 4, 2:5] += torch.randn(16, 4, 3)
+            if step == 3:
+                x = x.contiguous(memory_format=torch.channels_last)
+            # Tensors of inference mode are not for others to write to.
+            with torch.inference_mode() if step in (0, 4, 9) else torch.no_grad():
+                y = layer(x)
+            torch.testing.assert_close(y, dense(x), rtol=1e-4, atol=1e-4)
 
 
 def test_conv_is_that_of_an_input_within_the_threshold() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 from gossamer.nn import PositionMaskedConv2d, PositionMaskScheduler
+from gossamer.nn.gathered_conv import most_gathered
 from torch import Tensor, nn
 
 CONVS = (
@@ -17,9 +22,10 @@ CONVS = (
 @pytest.mark.parametrize("kept", [0.0, 0.15, 0.3, 0.8, 1.0])
 def test_is_the_masked_dense_convolution(kept: float) -> None:
     for options in CONVS:
-        dense = nn.Conv2d(5, 7, **options)  # type: ignore[arg-type]
+        dense = nn.Conv2d(17, 7, **options)  # type: ignore[arg-type]
         layer = PositionMaskedConv2d.from_dense(dense)
-        x = torch.randn(3, 5, 14, 11, requires_grad=True)
+        x = torch.randn(3, 17, 14, 11)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         assert torch.equal(layer(x), dense(x))
         assert layer.out_size is not None
         mask = (
@@ -45,8 +51,8 @@ def test_is_the_masked_dense_convolution(kept: float) -> None:
 
 
 def test_what_is_no_number_stays_out_of_masked_positions() -> None:
-    layer = PositionMaskedConv2d(2, 3, 3, padding=1)
-    x = torch.randn(1, 2, 6, 6)
+    layer = PositionMaskedConv2d(16, 3, 3, padding=1)
+    x = torch.randn(1, 16, 6, 6)
     x[0, 0, 0, 0] = float("nan")
     for kept in (4, 30):  # gathered, and dense
         mask = torch.ones(36, dtype=torch.bool)
@@ -55,6 +61,64 @@ def test_what_is_no_number_stays_out_of_masked_positions() -> None:
         mask[6:8] = False
         layer.set_mask(mask.view(6, 6))
         assert layer(x).isfinite().all()
+
+
+def test_what_is_kept_follows_its_tensors() -> None:
+    layer = PositionMaskedConv2d(16, 5, 3, padding=1, bias=False).requires_grad_(False)
+    layer(torch.randn(1, 16, 9, 9))
+
+    def check(layer: PositionMaskedConv2d, batch: int = 2, size: int = 9) -> None:
+        x = torch.randn(batch, 16, size, size).to(layer.weight.dtype)
+        mask = layer.mask
+        assert mask is not None
+        wanted = nn.functional.conv2d(x, layer.weight, padding=1).masked_fill(~mask, 0)
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-2, atol=1e-2)
+        assert 0 < int(mask.sum()) < 0.5 * mask.numel()
+
+    mask = torch.rand(9, 9) < 0.3
+    layer.set_mask(mask)
+    for batch in (2, 3, 0, 2):
+        check(layer, batch)
+    assert layer.mask is not None
+    layer.mask[:4] = False  # in place
+    check(layer)
+    layer.weight.mul_(2)
+    check(layer)
+    layer.weight = nn.Parameter(torch.randn(5, 16, 3, 3), requires_grad=False)
+    check(layer)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        twin.mask.bitwise_xor_(twin.mask.flip(0))
+        twin.weight.neg_()
+        check(twin)
+    check(layer)
+    check(layer.half())
+    check(layer.float())
+    layer.set_mask(torch.rand(5, 5) < 0.4)
+    check(layer, size=5)
+    with torch.inference_mode():
+        layer.set_mask(torch.rand(5, 5) < 0.4)
+        check(layer, size=5)
+    check(layer, size=5)
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(2, 16, 5, 5)
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_where_positions_are_computed_alone() -> None:
+    def most(*, dtype: torch.dtype = torch.float32, **given: Any) -> float:
+        usual = {"channels": 64, "taps": 9, "positions": 3136, "channels_last": True}
+        return most_gathered(dtype, **{**usual, "target": "avx512"} | given)
+
+    bfloat16 = torch.bfloat16
+    assert most() == most(channels_last=False) == most(taps=1) == 0.5
+    assert most(dtype=bfloat16) < most(dtype=bfloat16, channels_last=False) < 0.5
+    assert most(dtype=bfloat16, positions=196) == most(dtype=bfloat16, channels=3) == 0
+    assert most(taps=1, channels_last=False) == most(target="serial") == 0
+    assert most(dtype=torch.float64) == 0
+    assert 0 < most(channels=3) < 0.2
+    assert most(target="cuda") == 0.35
 
 
 def test_state_dict_has_the_mask() -> None:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from cases import DTYPES, SumOracle
 from gossamer import _C, reference, topk_decode, topk_encode
 from gossamer.nn import TopKAutoencoder
+from gossamer.ops import topk, topk_dense, topk_gradient
 from gossamer.ops.topk import _decode_cuda
+from gossamer.ops.topk_dense import dense_wins
 from gossamer.ops.topk_gradient import _values_cuda, _weight_cuda
 from torch import Tensor
 
@@ -33,6 +35,14 @@ class Case:
         indices = torch.randint(0, self.width, (self.tokens, self.k)).square() // self.width
         values, weight = torch.randn(self.tokens, self.k), torch.randn(self.width, self.d)
         return values.to(dtype), indices, weight.to(dtype), torch.randn(self.d).to(dtype)
+
+
+class Once(Case):
+    """A code names no row twice."""
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values, _, *rest = super().operands(dtype)
+        return values, torch.rand(self.tokens, self.width).argsort()[:, : self.k], *rest
 
 
 CASES = (
@@ -92,6 +102,95 @@ def test_products_that_a_gpu_runs(monkeypatch: pytest.MonkeyPatch, dtype: torch.
         check_all(case, dtype, (_decode_cuda, _values_cuda, _weight_cuda))
     monkeypatch.setattr("gossamer.ops.topk_gradient._GATHERED_BYTES", 80000)
     check_all(CASES[5], dtype, (_decode_cuda, _values_cuda, _weight_cuda))
+
+
+DENSE = Once(21, 32, 67, 45)  # so large a share of the rows that torch's product is taken
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_products(
+    monkeypatch: pytest.MonkeyPatch, cpu_target: str, dtype: torch.dtype
+) -> None:
+    """They are taken where they win, and leave to the kernels what is none of theirs."""
+    taken: list[Tensor | None] = []
+    sizes = (DENSE.tokens, DENSE.k, DENSE.width)
+    for module, name in ((topk, "dense_decode"), (topk_gradient, "dense_weight")):
+        dense = getattr(topk_dense, name)
+
+        def recorded(*operands: Any, dense: Any = dense) -> Tensor | None:
+            taken.append(dense(*operands))
+            return taken[-1]
+
+        monkeypatch.setattr(module, name, recorded)
+    values, indices, weight, bias = DENSE.operands(dtype)
+    dy = torch.randn(DENSE.tokens, DENSE.d).to(dtype)
+    for case in (DENSE, Once(*sizes, 0), Once(20, 30, 30, 8)):
+        check_all(case, dtype)
+    wins = dense_wins("decode", dtype, sizes[:2], sizes[2], cpu_target)
+    assert [t is not None for t in taken] == [wins] * len(taken)
+    assert len(taken) == 6 * wins
+
+    taken.clear()
+    repeated, infinite, nan = indices.clone(), weight.clone(), dy.clone()
+    repeated[3, :2] = repeated[3, 0]
+    infinite[5, 7], nan[4, 1] = float("inf"), float("nan")
+    calls = (
+        lambda: topk_decode(values, repeated, weight, bias),
+        lambda: topk_decode(values, indices, infinite, bias),
+        lambda: ops.topk_weight(values, repeated, dy, DENSE.width),
+        lambda: ops.topk_weight(values, indices, nan, DENSE.width),
+        lambda: ops.topk_values(dy, indices, infinite),
+    )
+    got = [call() for call in calls]
+    assert taken == [None] * (4 * wins)
+    for module in (topk, topk_gradient):
+        monkeypatch.setattr(module, "dense_wins", lambda *_: False)
+    for call, found in zip(calls, got, strict=True):
+        torch.testing.assert_close(found, call(), equal_nan=True)
+    for wild in (indices + 40, indices - 40):
+        with pytest.raises(
+            ValueError, match=r"topk_values: indices\[\d+, \d+\] is -?\d+, expected"
+        ):
+            topk_dense.dense_values(dy, wild, weight)
+        with pytest.raises(
+            ValueError, match=r"topk_decode: indices\[\d+, \d+\] is -?\d+, expected"
+        ):
+            topk_dense.dense_decode(values, wild, weight, None)
+
+
+def test_where_the_dense_product_wins() -> None:
+    def least(which: str, dtype: torch.dtype, target: str, tokens: int = 512) -> int | None:
+        wins = (k for k in range(1001) if dense_wins(which, dtype, (tokens, k), 1000, target))
+        return next(wins, None)
+
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    assert [least("decode", d, "amx_bf16") for d in DTYPES] == [400, 170, 300]
+    assert least("values", float32, "avx2") == 170
+    assert least("weight", bfloat16, "amx_bf16") == 170
+    for which, dtype, target, tokens in (
+        ("decode", bfloat16, "avx512_bf16", 512),  # whose dense products nobody has measured
+        ("decode", float32, "avx512", 15),
+        ("decode", float32, "serial", 512),
+        ("decode", torch.float64, "amx_bf16", 512),
+        ("decode", bfloat16, "cuda", 4096),
+        ("values", bfloat16, "cuda", 511),
+    ):
+        assert least(which, dtype, target, tokens) is None
+    assert least("values", float16, "cuda") == 20
+    assert least("values", float32, "cuda") == 100
+    assert not dense_wins("decode", float32, (512, 1001), 1000, "avx2")  # some row twice
+    assert not dense_wins("decode", float32, (512, 1), 0, "avx2")
+
+
+def test_dense_product_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(520, 9, 40, 12)
+    monkeypatch.setattr(topk_dense, "DENSE_BYTES_CUDA", 7000)
+    for dtype in DTYPES:
+        check_all(case, dtype, (_decode_cuda, _values_cuda, _weight_cuda))
+    dy, weight = torch.randn(520, 12), torch.randn(40, 12)
+    indices = torch.randint(-1, 41, (520, 9))
+    outside = (indices < 0) | (indices == 40)
+    assert torch.equal(_values_cuda(dy, indices, weight).isnan(), outside)
 
 
 def test_float64(serial_target: str) -> None:
@@ -166,7 +265,7 @@ def test_encode_is_topk_of_the_dense_layer(target: str, relu: bool) -> None:
 def test_encode_takes_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = torch.randn(50, 8), torch.randn(40, 8), torch.randn(40)
     whole = topk_encode(x, weight, bias, k=5)
-    monkeypatch.setattr("gossamer.ops.topk._DENSE_BYTES", 7 * 40 * 4)
+    monkeypatch.setattr("gossamer.ops.topk_encoder._DENSE_BYTES", 7 * 40 * 4)
     parts = topk_encode(x, weight, bias, k=5)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])

@@ -21,6 +21,9 @@ struct Choice {
 
 Choice choose(DType dtype) {
 #ifdef GOSSAMER_X86
+  if (target() >= Target::kAVX512BF16 && dtype == DType::kBFloat16) {
+    return {unit_avx512_bf16(dtype), Target::kAVX512BF16};
+  }
   if (target() >= Target::kAVX512) return {unit_avx512(dtype), Target::kAVX512};
   if (target() == Target::kAVX2) return {unit_avx2(dtype), Target::kAVX2};
 #endif
@@ -68,15 +71,25 @@ int64_t find_wanted(const uint8_t* wanted, int64_t tokens, int64_t n, ActiveRow*
 
 // Costs in readings of the whole weight from memory: of the rows that are read, of each token's
 // sums, of a row that a token adds; and of a dense product, which is torch's, for the weight and
-// each token. Measured on Emerald Rapids at 4096 x 14336 and 1 to 64 tokens, there with AMX.
+// each token. Measured on Emerald Rapids at 4096 x 14336 and 1 to 64 tokens, there with AMX for
+// bfloat16 and AVX-512's own float16.
 struct Costs {
   double row, token, product, dense, dense_token;
 };
 constexpr Costs kFloat32 = {1.1, 0.015, 0.12, 2.0, 0.044};
-constexpr Costs k16Bits = {1.1, 0.03, 0.15, 2.5, 0.012};
+constexpr Costs kBFloat16 = {1.1, 0.03, 0.15, 2.15, 0.007};
+constexpr Costs kFloat16 = {1.1, 0.03, 0.15, 2.2, 0.08};
 // Of outputs, beside the other layout of a dense weight.
 constexpr Costs kFloat32Outputs = {1.1, 0.0, 0.12, 3.4, 0.02};
 constexpr Costs k16BitsOutputs = {1.1, 0.0, 0.25, 1.4, 0.01};
+
+const Costs& linear_costs(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return kFloat32;
+    case DType::kBFloat16: return kBFloat16;
+    default: return kFloat16;
+  }
+}
 
 // Of m tokens, judged by the first ones and by the rows of `most` that they have active.
 bool dense_wins(const Costs& costs, int64_t m, int64_t tokens, const ActiveRow* rows,
@@ -106,7 +119,7 @@ bool linear_tile(const LinearArgs& args, const Unit& unit, int64_t first, int64_
   const Tokens x = {at(args.x, first * args.x_stride), args.x_stride, count, args.threshold};
   ActiveRow* rows = rows_for(args.k);
   const int64_t row_count = find_active(unit, x, args.k, args.threads, rows);
-  const Costs& costs = args.dtype == DType::kFloat32 ? kFloat32 : k16Bits;
+  const Costs& costs = linear_costs(args.dtype);
   if (first == 0 && dense_wins(costs, args.m, count, rows, row_count, args.k)) return false;
   const double work = static_cast<double>(row_count * args.n * count);
   parallel_ranges(

@@ -11,6 +11,7 @@
 #include "actsparse/topk.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 
@@ -183,7 +184,63 @@ int64_t bag_at(const Bags& args, int64_t share, int64_t of) {
   return low;
 }
 
+// Of values by their bits.
+template <class Bits, class Body>
+void for_codes(const DenseCodes& args, const Body& body) {
+  const int64_t bytes = args.tokens * (args.width + args.k) * int64_t{sizeof(Bits)};
+  parallel_ranges(threads_for_bytes(args.threads, bytes), args.tokens, body);
+}
+
+template <class Bits>
+bool scatter_bits(const DenseCodes& args) {
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  std::atomic<bool> repeated{false};
+  for_codes<Bits>(args, [&](int64_t first, int64_t last) {
+    Bits before = 0;  // what lay where a value came to lie
+    for (int64_t t = first; t < last; ++t) {
+      const uint32_t* rows = args.rows + t * args.k;
+      const Bits* from = static_cast<const Bits*>(args.from) + t * args.k;
+      Bits* to = static_cast<Bits*>(args.to) + t * args.width;
+      std::memset(to, 0, args.width * sizeof(Bits));
+      for (int64_t j = 0; j < args.k; ++j) {
+        before |= to[rows[j]];
+        to[rows[j]] = from[j];
+      }
+    }
+    if ((before & kMagnitude) != 0) repeated = true;
+  });
+  return !repeated;
+}
+
+template <class Bits>
+void gather_bits(const DenseCodes& args) {
+  for_codes<Bits>(args, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const uint32_t* rows = args.rows + t * args.k;
+      const Bits* from = static_cast<const Bits*>(args.from) + t * args.width;
+      Bits* to = static_cast<Bits*>(args.to) + t * args.k;
+      for (int64_t j = 0; j < args.k; ++j) to[j] = from[rows[j]];
+    }
+  });
+}
+
 }  // namespace
+
+bool scatter(const DenseCodes& args) {
+  switch (size_of(args.dtype)) {
+    case 2: return scatter_bits<uint16_t>(args);
+    case 4: return scatter_bits<uint32_t>(args);
+    default: return scatter_bits<uint64_t>(args);
+  }
+}
+
+void gather(const DenseCodes& args) {
+  switch (size_of(args.dtype)) {
+    case 2: return gather_bits<uint16_t>(args);
+    case 4: return gather_bits<uint32_t>(args);
+    default: return gather_bits<uint64_t>(args);
+  }
+}
 
 const Unit* unit_in_force(DType dtype) {
 #ifdef GOSSAMER_X86

@@ -74,6 +74,22 @@ template <class Real>
 ByRow<Real> sort_by_row(const uint32_t* rows, const Real* scales, int64_t tokens, int64_t k,
                         int64_t matrix_rows, int threads);
 
+// Codes as a matrix [tokens, width] that is dense.
+struct DenseCodes {
+  DType dtype;
+  int64_t tokens, k, width;
+  const uint32_t* rows;  // [tokens, k], checked
+  const void* from;
+  void* to;
+  int threads;
+};
+
+// to[t, rows[t, j]] = from[t, j], zeros elsewhere. False where a token names a row a second time,
+// with other values than 0: their sum may be no number of the dtype.
+bool scatter(const DenseCodes& args);
+// to[t, j] = from[t, rows[t, j]]
+void gather(const DenseCodes& args);
+
 // The k largest of each row of `dense`, largest first; of equal ones the lower index first, a NaN
 // being larger than any number. With `relu` negative ones become 0 after that.
 struct Selection {

@@ -167,6 +167,36 @@ void bind_weight(const TensorView& out, const TensorView& values, const TensorVi
   }
 }
 
+// The codes [tokens, k] and the matrix [tokens, width] of the same, which `op` makes of each other.
+DenseCodes dense_codes(const char* op, const TensorView& dense, const TensorView& values,
+                       const TensorView& indices, int threads) {
+  check_cpu(op, "the dense codes", dense);
+  check_matrix(op, "the dense codes", dense);
+  check_weight_dtype(op, "the dense codes", dense);
+  const int64_t width = dense.shape[1];
+  const uint32_t* rows = checked_rows(op, indices, width, threads);
+  const int64_t tokens = indices.shape[0], k = indices.shape[1];
+  check_rows(op, "values", values, dense.dtype, tokens, k);
+  check_contiguous(op, "values", values);
+  check_rows(op, "the dense codes", dense, dense.dtype, tokens, width);
+  check_contiguous(op, "the dense codes", dense);
+  return {dense.dtype, tokens, k, width, rows, nullptr, nullptr, threads};
+}
+
+bool bind_scatter(const std::string& op, const TensorView& dense, const TensorView& values,
+                  const TensorView& indices, int threads) {
+  DenseCodes codes = dense_codes(op.c_str(), dense, values, indices, threads);
+  codes.from = values.data, codes.to = dense.data;
+  return scatter(codes);
+}
+
+void bind_gather(const std::string& op, const TensorView& values, const TensorView& dense,
+                 const TensorView& indices, int threads) {
+  DenseCodes codes = dense_codes(op.c_str(), dense, values, indices, threads);
+  codes.from = dense.data, codes.to = values.data;
+  gather(codes);
+}
+
 void bind_select(const TensorView& values, const TensorView& indices, const TensorView& dense,
                  bool relu, int threads) {
   constexpr const char* op = "topk_select";
@@ -198,6 +228,10 @@ void bind(py::module_& m) {
         py::arg("weight"), py::arg("threads"), release());
   m.def("topk_weight", &bind_weight, py::arg("out"), py::arg("values"), py::arg("indices"),
         py::arg("dy"), py::arg("threads"), release());
+  m.def("topk_scatter", &bind_scatter, py::arg("op"), py::arg("dense"), py::arg("values"),
+        py::arg("indices"), py::arg("threads"), release());
+  m.def("topk_gather", &bind_gather, py::arg("op"), py::arg("values"), py::arg("dense"),
+        py::arg("indices"), py::arg("threads"), release());
   m.def("topk_select", &bind_select, py::arg("values"), py::arg("indices"), py::arg("dense"),
         py::arg("relu"), py::arg("threads"), release());
 }

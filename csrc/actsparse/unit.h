@@ -57,5 +57,6 @@ struct Unit {
 // Null where the unit has no kernels for the dtype.
 const Unit* unit_avx2(DType dtype);
 const Unit* unit_avx512(DType dtype);
+const Unit* unit_avx512_bf16(DType dtype);
 
 }  // namespace gossamer::actsparse

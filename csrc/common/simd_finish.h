@@ -42,10 +42,11 @@ struct Finish {
   }
 
   // `count` of them, at most kLanes, and zeros.
-  static F load_some(const T* from, int64_t count) {
+  template <class W>
+  static F load_some(const W* from, int64_t count) {
     if (count >= S::kLanes) return S::load(from);
-    T padded[S::kLanes] = {};
-    __builtin_memcpy(padded, from, count * sizeof(T));
+    W padded[S::kLanes] = {};
+    __builtin_memcpy(padded, from, count * sizeof(W));
     return S::load(padded);
   }
 

@@ -78,7 +78,8 @@ def wrong_results(device: torch.device) -> str | None:
     from .ops.grouped import grouped_linear
     from .ops.pointcloud import pointcloud_conv
     from .ops.sparse24 import sparse24_linear
-    from .ops.topk import topk_decode, topk_encode
+    from .ops.topk import topk_decode
+    from .ops.topk_encoder import topk_encode
     from .pointcloud import Coordinates
     from .prune import magnitude_24, magnitude_blocks
 

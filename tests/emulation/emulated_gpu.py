@@ -29,6 +29,7 @@ from gossamer.ops import (
     sparse24_quantized,
     spikes,
     topk,
+    topk_encoder,
     topk_gradient,
 )
 from gossamer.pointcloud import native
@@ -85,11 +86,12 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(pointcloud, "has_kernels", lambda device: True)
     monkeypatch.setattr(pointcloud, "_op", pointcloud._native_cuda)
     monkeypatch.setattr(pointcloud, "_weight_op", pointcloud._weight_native_cuda)
-    for codes in (topk, topk_gradient):
+    for codes in (topk, topk_encoder, topk_gradient):
         monkeypatch.setattr(codes, "has_cuda_kernel", lambda t: t.dtype != torch.float64)
-    monkeypatch.setattr(topk, "calls_cpu_kernel", lambda *tensors: False)
+    for codes in (topk, topk_encoder):
+        monkeypatch.setattr(codes, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(topk, "_decode", topk._decode_cuda)
-    monkeypatch.setattr(topk, "_encode", topk._encode_cuda)
+    monkeypatch.setattr(topk_encoder, "_encode", topk_encoder._encode_cuda)
     monkeypatch.setattr(topk_gradient, "_values", topk_gradient._values_cuda)
     monkeypatch.setattr(topk_gradient, "_weight", topk_gradient._weight_cuda)
     monkeypatch.setattr(grouped, "calls_cpu_kernel", lambda *tensors: False)

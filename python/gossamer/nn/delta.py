@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.actsparse import actsparse_linear
-from ..ops.conv_at import Taps, conv_at
+from ..ops.conv_at import Taps
 from ..ops.operands import autocast_dtype, autocast_to
+from ..ops.pointcloud import pointcloud_conv
 from .activation_sparse import ActSparseLinear
-from .gathered_conv import MOST_GATHERED, check_gathered, conv_arguments, taps_of
+from .gathered_conv import GatheredWeight, check_gathered, conv_arguments, most_gathered_of, taps_of
 
 
 class _Streams:
@@ -44,21 +45,16 @@ class _Streams:
     def due(self, refresh_every: int | None) -> bool:
         return self.seen is None or (refresh_every is not None and self.steps + 1 >= refresh_every)
 
-    def change(self, op: str, x: Tensor, threshold: float, of_pixels: bool) -> Tensor:
-        """x minus what was seen, in the dtype of x, with 0 where it is let pass unnoticed."""
+    def change(self, op: str, x: Tensor) -> Tensor:
+        """x minus what was seen, in the dtype of x."""
         assert self.seen is not None
         if x.shape != self.seen.shape:
             raise ValueError(
                 f"{op}: x has shape {list(x.shape)}, the streams had {list(self.seen.shape)}; "
                 "reset() starts others"
             )
-        change = (_wide(x) - self.seen).to(x.dtype)
-        size = change.abs()
-        size = size.amax(1, keepdim=True) if of_pixels else size
-        change = change.masked_fill(size <= threshold, 0)  # NaN is above any threshold
-        self.seen = self.seen + change
         self.steps += 1
-        return change
+        return (_wide(x) - self.seen).to(x.dtype)
 
     def reset(self, streams: Tensor | Sequence[int] | None, silent: Tensor | float) -> None:
         """Forget all, or make some streams those whose input was 0."""
@@ -68,6 +64,11 @@ class _Streams:
         self.seen, self.output = self.seen.clone(), self.output.clone()
         self.seen[streams] = 0
         self.output[streams] = silent
+
+
+def _writable(t: Tensor) -> Tensor:
+    """The tensor, or a copy where it is one of inference mode, which is over."""
+    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -169,8 +170,12 @@ class DeltaLinear(ActSparseLinear):
         with torch.no_grad():
             if streams.due(self.refresh_every):
                 return streams.start(input, actsparse_linear(input, self.weight_kn, self.bias))
-            change = streams.change("DeltaLinear", input, self.threshold, of_pixels=False)
+            change = streams.change("DeltaLinear", input)
+            assert streams.seen is not None
             assert streams.output is not None
+            # NaN is above any threshold.
+            change = change.masked_fill(change.abs() <= self.threshold, 0)
+            streams.seen = streams.seen + change
             output = streams.output + actsparse_linear(change, self.weight_kn)
             return streams.went_on(input, output)
 
@@ -204,7 +209,9 @@ class DeltaConv2d(nn.Conv2d):
     -----
     For inference only, over batches [B, C, H, W] of the same shape, one stream an image. Where so
     many pixels have changed that the dense convolution of the changes takes less time, that is
-    computed.
+    computed. Finding and remembering what has changed takes some four passes over x, in float32,
+    which a dense layer has no need of: on a CPU the layer pays with 64 channels and more, few
+    changes and several images in float32, and does not in bfloat16 beside AMX.
 
     References
     ----------
@@ -226,6 +233,7 @@ class DeltaConv2d(nn.Conv2d):
         self.threshold = threshold
         self.refresh_every = _checked_refresh("DeltaConv2d", refresh_every)
         self.streams = _Streams()
+        self._gathered_weight = GatheredWeight()
         self.taps: Taps | None = None
 
     @classmethod
@@ -253,23 +261,33 @@ class DeltaConv2d(nn.Conv2d):
         with torch.no_grad():
             if streams.due(self.refresh_every):
                 return streams.start(input, super().forward(input))
-            change = streams.change("DeltaConv2d", input, self.threshold, of_pixels=True)
-            return streams.went_on(input, self._added(change))
+            change = streams.change("DeltaConv2d", input)
+            changed = ~(change.abs().amax(1) <= self.threshold)  # NaN is above any
+            return streams.went_on(input, self._add(change, changed))
 
-    def _added(self, change: Tensor) -> Tensor:
-        """The outputs with what the change adds to them."""
-        before = self.streams.output
+    def _add(self, change: Tensor, changed: Tensor) -> Tensor:
+        """The outputs with what the pixels that have changed add to them; those are seen now."""
+        seen, before = self.streams.seen, self.streams.output
+        assert seen is not None
         assert before is not None
         self.taps = taps_of(self, change, self.taps)
-        changed = (change != 0).any(1).flatten(1)
         at = self.taps.touched(changed).flatten().nonzero().squeeze(-1)
-        if len(at) == 0:
-            return before
-        if len(at) > MOST_GATHERED * before[:, 0].numel():
-            return before + self._conv_forward(change, self.weight, None)
-        added = conv_at(change, self.weight, None, self.taps, at)
-        y = before.permute(0, 2, 3, 1).flatten(0, 2).contiguous().index_add(0, at, _wide(added))
+        if len(at) > most_gathered_of(change, self.taps) * before[:, 0].numel():
+            change = change.masked_fill(~changed.unsqueeze(1), 0)
+            added = self._conv_forward(change, self.weight, None)
+            self.streams.seen = seen + change
+            return before + added
+        # Few: what is remembered is written to where they are.
+        self.streams.seen, before = seen, before = _writable(seen), _writable(before)
+        where = changed.nonzero(as_tuple=True)
+        pixels = change.permute(0, 2, 3, 1)[where]
+        by_tap = self._gathered_weight.by_tap(self.weight)
+        added = pointcloud_conv(pixels, by_tap, None, self.taps.map_at(at, changed.flatten(1)))
+        last = seen.permute(0, 2, 3, 1)
+        last[where] = last[where] + pixels
         shape = (len(before), *self.taps.out_size, self.out_channels)
+        y = before.permute(0, 2, 3, 1).reshape(-1, self.out_channels)
+        y.index_copy_(0, at, y.index_select(0, at) + added)
         return y.view(shape).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:

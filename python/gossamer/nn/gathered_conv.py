@@ -2,15 +2,112 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from ..ops.conv_at import Taps
+from .. import _C
+from ..ops.conv_at import Taps, weight_by_tap
+from ..ops.operands import autocast_dtype
 
-# Above this share of the positions the dense convolution of torch takes less time, measured on two
-# cores of an Emerald Rapids for 3x3 kernels; for 1x1 kernels it always does in channels-last.
-MOST_GATHERED = 0.35
+# In channels-last, and where the pixels of a channel lie together.
+_MOST = {
+    torch.float32: (0.5, 0.5),
+    torch.bfloat16: (0.25, 0.35),
+    torch.float16: (0.5, 0.5),
+}
+_MOST_OF_FEW_CHANNELS = {torch.float32: 0.12, torch.bfloat16: 0.0, torch.float16: 0.2}
+
+
+def most_gathered(
+    dtype: torch.dtype,
+    channels: int,
+    taps: int,
+    positions: int,
+    channels_last: bool,
+    target: str,
+) -> float:
+    """The share of a convolution's positions up to which to compute them alone.
+
+    Above it torch's convolution of all takes less time. Measured on two cores of an Emerald Rapids
+    for the layers of a ResNet-50; on a GPU nobody has measured it.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        In which it is computed.
+    channels, taps : int
+        Of the input, and of the kernel.
+    positions : int
+        Of all images, those that are left out, too.
+    channels_last : bool
+        Of the input. Other pixels are brought there, all of them, which takes longer than a 1x1
+        kernel does.
+    target : str
+        Of the CPU, or "cuda".
+    """
+    if target == "cuda":
+        return 0.35
+    if target == "serial" or dtype not in _MOST or (taps == 1 and not channels_last):
+        return 0.0
+    if dtype == torch.bfloat16 and positions < 512:  # making the weights ready takes too long
+        return 0.0
+    if channels < 16:
+        return _MOST_OF_FEW_CHANNELS[dtype]
+    return _MOST[dtype][0 if channels_last else 1]
+
+
+def most_gathered_of(x: Tensor, taps: Taps) -> float:
+    """The same of images x [B, C, H, W]."""
+    positions, in_kernel = taps.pixels.shape
+    autocast = autocast_dtype(x)
+    return most_gathered(
+        x.dtype if autocast is None else autocast,
+        x.shape[1],
+        in_kernel,
+        len(x) * positions,
+        x.is_contiguous(memory_format=torch.channels_last),
+        "cuda" if x.is_cuda else _C.target(),
+    )
+
+
+T = TypeVar("T")
+
+
+class Kept:
+    """What was made of a tensor, for as long as that stays as it is.
+
+    It is neither copied nor saved with the layer that has it.
+    """
+
+    kept: tuple[Tensor, tuple[Any, ...], Any] | None = None
+
+    def of(self, source: Tensor, rest: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """``make()``, or its result of last time, if the rest it was made of is the same, too."""
+        if source.is_inference():  # nobody counts its versions
+            return make()
+        key = (source.data_ptr(), source._version, source.dtype, source.device, rest)
+        if self.kept is not None and self.kept[0] is source and self.kept[1] == key:
+            known: T = self.kept[2]
+            return known
+        made = make()
+        self.kept = (source, key, made)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class GatheredWeight(Kept):
+    """The weight of a convolution as the point clouds' kernels want it."""
+
+    def by_tap(self, weight: Tensor) -> Tensor:
+        """[kh kw, C, C_out], differentiable where that is wanted."""
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return weight_by_tap(weight)
+        return self.of(weight, (), lambda: weight_by_tap(weight.detach()))
 
 
 def check_gathered(op: str, conv: nn.Conv2d) -> None:

@@ -8,15 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv_at import Taps, conv_at
-from .gathered_conv import MOST_GATHERED, check_gathered, conv_arguments, taps_of
+from ..ops.conv_at import Taps
+from ..ops.pointcloud import pointcloud_conv
+from ..pointcloud.kernel_map import KernelMap
+from .gathered_conv import (
+    GatheredWeight,
+    Kept,
+    check_gathered,
+    conv_arguments,
+    most_gathered_of,
+    taps_of,
+)
 
 
 class PositionMaskedConv2d(nn.Conv2d):
     """A 2-D convolution of some output positions; the others are 0 in every channel and image.
 
-    Where few positions are kept they alone are computed, of gathered pixels; where many are, all
-    are, and the masked ones zeroed. The break-even of a 3x3 kernel on a CPU is at a third kept.
+    Where few positions are kept they alone are computed, gradients too, by the kernels of
+    ``gossamer.pointcloud`` and a map from pixels to positions that is made once a mask; where many
+    are, all are, and the masked ones zeroed. The break-even on a CPU is at half of them kept (a
+    quarter in bfloat16). Pixels in channels-last, as those of the result are then, are read where
+    they lie; others are brought there first.
 
     Parameters
     ----------
@@ -33,6 +45,13 @@ class PositionMaskedConv2d(nn.Conv2d):
     ------
     ValueError
         If the convolution has groups, a padding by name or one that is not of zeros.
+
+    Notes
+    -----
+    Which pixels a mask needs is kept for the last size of the batch and of its images, and, while
+    no gradient is wanted, a copy of the weight in the order of the kernels, until that changes.
+    Weights that are not finite do not reach outputs by way of the padding's zeros where positions
+    are computed alone.
 
     References
     ----------
@@ -55,6 +74,7 @@ class PositionMaskedConv2d(nn.Conv2d):
         self.register_buffer("mask", None)
         self.out_size: tuple[int, int] | None = None  # of the last call
         self.taps: Taps | None = None
+        self._positions, self._map, self._gathered_weight = Kept(), Kept(), GatheredWeight()
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d) -> Self:
@@ -92,15 +112,35 @@ class PositionMaskedConv2d(nn.Conv2d):
                 f"PositionMaskedConv2d: the mask has shape {list(self.mask.shape)}, the output "
                 f"{list(taps.out_size)}"
             )
-        kept = self.mask.flatten().nonzero().squeeze(-1)
-        if len(kept) > MOST_GATHERED * self.mask.numel() or input.dim() != 4:
+        found = self._positions_of(input, taps) if input.dim() == 4 else None
+        if found is None:
             return super().forward(input).masked_fill(~self.mask, 0)
-        images = torch.arange(len(input), device=input.device).unsqueeze(-1)
-        at = (images * self.mask.numel() + kept).flatten()
-        computed = conv_at(input, self.weight, self.bias, taps, at)
-        y = computed.new_zeros((len(input) * self.mask.numel(), self.out_channels))
-        y = y.index_copy(0, at, computed)
-        return y.view(len(input), *taps.out_size, self.out_channels).permute(0, 3, 1, 2)
+        at, kernel_map, by_tap = found
+        pixels = input.permute(0, 2, 3, 1).reshape(kernel_map.n_in, self.in_channels)
+        computed = pointcloud_conv(pixels, by_tap, self.bias, kernel_map)
+        shape = (len(input), *taps.out_size, self.out_channels)
+        y = computed.new_zeros(shape).flatten(0, 2).index_copy_(0, at, computed)
+        return y.view(shape).permute(0, 3, 1, 2)
+
+    # What is kept from call to call depends on the mask's entries and on versions of tensors.
+    @torch.compiler.disable
+    def _positions_of(self, x: Tensor, taps: Taps) -> tuple[Tensor, KernelMap, Tensor] | None:
+        """Those of all images, with their map and the weight, or None where all are computed."""
+        mask, images = self.mask, len(x)
+        assert mask is not None
+        kept = self._positions.of(mask, (), lambda: mask.flatten().nonzero().squeeze(-1))
+        if len(kept) > most_gathered_of(x, taps) * mask.numel():
+            return None
+
+        def map_of_images() -> tuple[Tensor, KernelMap]:
+            first = torch.arange(images, device=mask.device).unsqueeze(-1) * mask.numel()
+            at = (first + kept).flatten()
+            pixels = taps.size[0] * taps.size[1]
+            given = torch.ones((images, pixels), dtype=torch.bool, device=mask.device)
+            return at, taps.map_at(at, given)
+
+        at, kernel_map = self._map.of(mask, (images, taps.size), map_of_images)
+        return at, kernel_map, self._gathered_weight.by_tap(self.weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mask = state_dict.get(prefix + "mask")

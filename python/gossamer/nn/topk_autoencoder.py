@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.topk import topk_decode, topk_encode
+from ..ops.topk import topk_decode
+from ..ops.topk_encoder import topk_encode
 
 torch.fx.wrap("topk_encode")  # leaves: torch.fx could not follow their branches
 torch.fx.wrap("topk_decode")

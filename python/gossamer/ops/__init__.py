@@ -12,7 +12,8 @@ from .sparse24 import sparse24_linear
 from .sparse24_conv import sparse24_conv
 from .sparse24_quantized import sparse24_linear_quantized
 from .spikes import pack_spikes, spike_linear, unpack_spikes
-from .topk import topk_decode, topk_encode
+from .topk import topk_decode
+from .topk_encoder import topk_encode
 
 __all__ = [
     "actsparse_linear",

@@ -1,4 +1,4 @@
-"""A 2-D convolution at chosen output positions only: their pixels gathered, then one product."""
+"""A 2-D convolution at chosen output positions only, as one over a point cloud of its pixels."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TOGETHER = 4096  # positions whose pixels are gathered at once
+from ..pointcloud.kernel_map import KernelMap
 
 
 class Taps:
     """Where the pixels of each output position of a convolution lie.
 
-    ``pixels`` [OH OW, kh kw] numbers them row by row in an image that padding gives one more
-    pixel: H W, the last one, is the zero that it reads.
+    ``pixels`` [OH OW, kh kw] numbers them row by row in an image; H W is one in the padding.
     """
 
     def __init__(
@@ -33,36 +32,45 @@ class Taps:
             first = torch.arange(max(outputs, 0), device=device) * step - pad
             ways.append(first.view(-1, 1) + apart * torch.arange(k, device=device))
         rows, columns = ways
-        self.zeros = int(padding != (0, 0))
-        self.size, self.out_size = size, (len(rows), len(columns))
+        self.size, self.out_size, self.kernel = size, (len(rows), len(columns)), kernel
+        self.steps = stride, padding, dilation
         row, column = rows[:, None, :, None], columns[None, :, None, :]
         inside = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
         pixels = torch.where(inside, row * size[1] + column, size[0] * size[1])
         self.pixels = pixels.reshape(len(rows) * len(columns), -1)
 
-    def touched(self, pixels: Tensor) -> Tensor:
-        """Of [B, H W] marked pixels the output positions [B, OH OW] that see one."""
-        padded = F.pad(pixels, (0, self.zeros))
-        marked: Tensor = padded[:, self.pixels.flatten()].view(len(pixels), *self.pixels.shape)
-        return marked.any(-1)
+    def touched(self, given: Tensor) -> Tensor:
+        """Of [B, H, W] marked pixels the output positions [B, OH, OW] that see one."""
+        ones = torch.ones((1, 1, *self.kernel), device=given.device)
+        with torch.autocast(given.device.type, enabled=False):
+            counts = F.conv2d(given.unsqueeze(1).float(), ones, None, *self.steps)
+        return counts.squeeze(1) > 0.5
+
+    def map_at(self, at: Tensor, given: Tensor) -> KernelMap:
+        """From the pixels that are given, of [B, H W], to ascending positions ``at`` of B OH OW."""
+        image = at.div(self.pixels.shape[0], rounding_mode="floor")
+        padded = F.pad(given, (0, 1))
+        # A row a tap, as pairs are sorted.
+        seen = self.pixels[at - image * self.pixels.shape[0]].t() + image * padded.shape[1]
+        marked = padded.flatten()
+        ranks_in, ranks_out = (
+            marked.cumsum(0, dtype=torch.int32) - 1,
+            torch.arange(len(at), dtype=torch.int32, device=at.device),
+        )
+        inside = marked[seen]
+        counts = inside.sum(1, dtype=torch.int64).cpu()
+        return KernelMap(
+            in_index=ranks_in[seen[inside]],
+            out_index=ranks_out.expand_as(seen)[inside],
+            tap_offsets=F.pad(counts.cumsum(0), (1, 0)),
+            in_order=None,
+            out_order=None,
+            n_in=int(given.sum()),
+            n_out=len(at),
+            kernel_size=self.kernel,
+        )
 
 
-def conv_at(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps, at: Tensor) -> Tensor:
-    """The outputs [P, C_out] of a convolution at positions ``at`` [P] of all images' OH OW.
-
-    x [B, C, H, W] and weight [C_out, C, kh, kw]; differentiable by torch.
-    """
-    images, channels = x.shape[:2]
-    outputs, pixels = taps.pixels.shape[0], taps.size[0] * taps.size[1]
-    rows = x.permute(0, 2, 3, 1).reshape(images, pixels, channels)
-    if taps.zeros:
-        rows = F.pad(rows, (0, 0, 0, 1))
-    rows = rows.flatten(0, 1)
-    product = weight.permute(0, 2, 3, 1).flatten(1).t()
-    parts = []
-    for some in at.split(_TOGETHER):
-        image = some.div(outputs, rounding_mode="floor")
-        where = taps.pixels[some - image * outputs] + image.unsqueeze(-1) * (pixels + taps.zeros)
-        gathered = rows.index_select(0, where.flatten()).view(len(some), product.shape[0])
-        parts.append(gathered @ product if bias is None else torch.addmm(bias, gathered, product))
-    return torch.cat(parts)
+def weight_by_tap(weight: Tensor) -> Tensor:
+    """[C_out, C, kh, kw] as [kh kw, C, C_out]."""
+    return weight.flatten(2).permute(2, 1, 0).contiguous()

@@ -22,6 +22,7 @@ from .. import _C
 from .._cuda_module import has_kernels
 from .._library import library
 from .._wide import wide_matmul
+from .topk_dense import dense_values, dense_values_cuda, dense_weight, dense_wins
 
 _GATHERED_BYTES = 64 << 20  # of the rows that are copied together
 
@@ -56,6 +57,8 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def _values_native(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    if dense_wins("values", dy.dtype, indices.shape, weight.shape[0], _C.target()):
+        return dense_values(dy, indices, weight)
     values = _values_fake(dy, indices, weight)
     _C.topk_values(
         values, rows_of(dy), indices.contiguous(), rows_of(weight), torch.get_num_threads()
@@ -64,6 +67,8 @@ def _values_native(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def _values_cuda(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    if dense_wins("values", dy.dtype, indices.shape, weight.shape[0], "cuda"):
+        return dense_values_cuda(dy, indices, weight)
     values = _values_fake(dy, indices, weight)
     if has_cuda_kernel(weight):
         _C.topk_values_cuda(values, rows_of(dy), indices.contiguous(), rows_of(weight))
@@ -78,6 +83,10 @@ def _values_fake(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_native(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor:
+    if dense_wins("weight", dy.dtype, indices.shape, width, _C.target()):
+        dense = dense_weight(values, indices, dy, width)
+        if dense is not None:
+            return dense
     weight = _weight_fake(values, indices, dy, width)
     _C.topk_weight(
         weight, values.contiguous(), indices.contiguous(), rows_of(dy), torch.get_num_threads()
