@@ -259,6 +259,7 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
                                   : choose_conv_config(collapsed(s), w, *unit, l2_bytes(), threads);
   report["threads"] = config.threads;
   report_strips(report, config);
+  report["in_place"] = config.in_place;
   report["batch_outputs"] = config.batch_outputs;
   report["tile_vectors"] = config.tile_vectors;
   return report;
