@@ -112,7 +112,8 @@ inline const Kernel& choose_kernel(const ConvShape& s, const Weight& w, const Un
 // meets two blocks or fewer. The more channels, the fewer of the L1's sets the pixels of a tile
 // share, from which they push each other.
 inline bool reads_in_place(const ConvShape& s, const Weight& w, const Kernel& kernel) {
-  if (!kernel.in_place || s.batch > 1 || !is_row(s) || s.in_channels > 512) return false;
+  if (!kernel.in_place || s.batch > 1 || !is_row(s)) return false;
+  if (s.in_channels <= kernel.slab || s.in_channels > 512) return false;
   const int64_t reads = w.nnz * ceil_div(w.rows, kernel.most_rows) * w.cols;
   return reads <= std::min<int64_t>(640, s.in_channels * 5 / 2);
 }
