@@ -156,7 +156,6 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
                       out.data,
                       threads,
                       residual_of(op, residual, out)};
-  GOSSAMER_CHECK(!residual || !on_gpu(x), op, ": a residual, and x is on a GPU");
   if (on_gpu(x)) return conv_cuda(op, args, x, config);
   GOSSAMER_CHECK(!config, op, ": a way of a GPU's, and x is on the CPU");
   conv(args);
