@@ -108,8 +108,8 @@ inline const Kernel& choose_kernel(const ConvShape& s, const Weight& w, const Un
   return fits ? unit.output_lanes : unit.pixel_lanes;
 }
 
-// Packing costs as much as it takes to bring x from the L3, and saves little where each number of it
-// meets two blocks or fewer. The more channels, the fewer of the L1's sets the pixels of a tile
+// Packing costs as much as it takes to bring x from the L3, and saves little where each number of
+// it meets two blocks or fewer. The more channels, the fewer of the L1's sets the pixels of a tile
 // share, from which they push each other.
 inline bool reads_in_place(const ConvShape& s, const Weight& w, const Kernel& kernel) {
   if (!kernel.in_place || s.batch > 1 || !is_row(s)) return false;
