@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import BLOCKSPARSE_TARGETS
-from conv_cases import CASES, DTYPES, block_sparse, typical
+from conv_cases import CASES, DTYPES, ConvCase, block_sparse, typical
 from gossamer import _C, Block, blocksparse_conv
 from gossamer.formats import BlockSparsePanels
 from gossamer.ops.blocksparse_choice import blocksparse_choice
@@ -100,6 +100,29 @@ def test_narrow_strips_do_not_read_the_weights_again(blocksparse_target: str, th
         )
         assert chosen["kernel"] == "output_lanes"
         assert chosen["strip_width"] >= 28
+
+
+def test_x_is_read_in_place(blocksparse_target: str, threads: int) -> None:
+    if blocksparse_target == "serial":
+        pytest.skip("packs nothing")
+    ones, zeros, in_place = (1, 1), (0, 0), []
+    for width, channels, groups, rows, cols in (
+        (29, 24, 1, 16, 16), (57, 40, 1, 32, 8), (85, 32, 2, 16, 8), (30, 20, 1, 16, 16),
+        (2, 64, 1, 64, 32), (1, 512, 1, 16, 16), (113, 18, 1, 16, 2), (9, 64, 1, 16, 16),
+    ):  # fmt: skip
+        case = ConvCase(
+            3, groups, channels // groups, 2 * rows + 5, ones, (1, width), ones, zeros, ones,
+            Block(rows, cols), 0.25, channels_last=True,
+        )  # fmt: skip
+        weight, x, bias = case.weight(), case.x(), torch.randn(case.shape[0])
+        chosen = blocksparse_choice(x.shape, weight, channels_last=True)
+        in_place.append(chosen["in_place"])
+        y = blocksparse_conv(x, weight, bias)
+        case.oracle(x, weight, bias).check(y)
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(blocksparse_conv(x, weight, bias), y), case
+    assert sum(in_place) >= 6, in_place
 
 
 def test_float64_is_serial(cpu_target: str) -> None:

@@ -48,6 +48,11 @@ def test_any_convolution_matches_dense(number: int) -> None:
     given = None if bias is None else bias.cuda()
     y = blocksparse_conv(x.cuda(), on_gpu(weight), given, **case.geometry)
     oracle.check(y.cpu())
+    residual = torch.randn(y.shape).to(case.dtype)
+    y = blocksparse_conv(x.cuda(), on_gpu(weight), given, **case.geometry, residual=residual.cuda())
+    oracle.y = oracle.y + residual.double()
+    oracle.limit += torch.finfo(case.dtype).eps * residual.double().abs()
+    oracle.check(y.cpu())
 
 
 @pytest.mark.parametrize(

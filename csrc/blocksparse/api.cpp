@@ -156,7 +156,6 @@ void bind_conv(const TensorView& out, const TensorView& x, const TensorView& val
                       out.data,
                       threads,
                       residual_of(op, residual, out)};
-  GOSSAMER_CHECK(!residual || !on_gpu(x), op, ": a residual, and x is on a GPU");
   if (on_gpu(x)) return conv_cuda(op, args, x, config);
   GOSSAMER_CHECK(!config, op, ": a way of a GPU's, and x is on the CPU");
   conv(args);
@@ -259,6 +258,7 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
                                   : choose_conv_config(collapsed(s), w, *unit, l2_bytes(), threads);
   report["threads"] = config.threads;
   report_strips(report, config);
+  report["in_place"] = config.in_place;
   report["batch_outputs"] = config.batch_outputs;
   report["tile_vectors"] = config.tile_vectors;
   return report;

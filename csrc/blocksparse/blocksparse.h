@@ -1,9 +1,9 @@
 #pragma once
 // Linear layers and convolutions whose weights are zero in whole blocks:
 //
-//   y[o, n] = act(sum_{tap, c} x[at(o, tap), c] * W[n, tap, c] + b[n]),   common/conv_shape.h
+//   y[o, n] = act(sum_{tap, c} x[at(o, tap), c] * W[n, tap, c] + b[n] + residual[o, n])
 //
-// with the sum over the live blocks of W alone.
+// with the sum over the live blocks of W alone; at() as in common/conv_shape.h.
 //
 // Format (block compressed rows). The weight is seen channels-last, as the matrix
 // [C_out, taps * C_in / groups] in which tap (kd, kh, kw order) varies slower than channel. Blocks
@@ -77,7 +77,7 @@ struct ConvArgs {
   Activation activation;
   void* out;
   int threads;
-  const void* residual = nullptr;  // as out, or none; kernels of a GPU take none
+  const void* residual = nullptr;  // as out, or none
 };
 
 void conv(const ConvArgs& args);         // chooses target and kernel

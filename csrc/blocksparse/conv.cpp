@@ -99,9 +99,18 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
   Panel panel = panel_of(s, strip.images, strip.rows, strip.width, groups * w.group_in, unit.lanes,
                          kernel.slab);
   panel.first_channel = first_group * w.group_in;
-  const int64_t floats = planes(s, panel) * panel.plane_stride + kMostPixels * kernel.slab;
-  panel.data = static_cast<float*>(panel_scratch.at_least(4 * floats));
-  pack_panel(s, args.x, kernel.pack, strip, panel);
+  int64_t pixel_stride = kernel.slab;
+  const float* data;
+  // Where x is the panel, a last tile of an odd number of pixels takes one before it.
+  if (config.in_place && (strip.width % 2 == 0 || strip.width > kMostPixels)) {
+    pixel_stride = s.in_channels;
+    panel.slab_stride = kernel.slab;
+    data = static_cast<const float*>(args.x) + strip.column * pixel_stride + panel.first_channel;
+  } else {
+    const int64_t floats = planes(s, panel) * panel.plane_stride + kMostPixels * kernel.slab;
+    data = panel.data = static_cast<float*>(panel_scratch.at_least(4 * floats));
+    pack_panel(s, args.x, kernel.pack, strip, panel);
+  }
 
   const int64_t image_stride = s.out_pixels() * s.out_channels, first = first_of(s, strip);
   const int64_t size = size_of(w.dtype);
@@ -122,8 +131,8 @@ void conv_strip(const ConvArgs& args, const float* weights, const ConvShape& s, 
         s.out_channels - output,
         residual_offset(args.residual, args.out)};
     kernel.batch({batch.chunks().data(), static_cast<int64_t>(batch.chunks().size()),
-                  batch.outputs(), panel.data, panel.slab_stride, strip.images, panel.image_rows,
-                  strip.rows, panel.pitch, strip.width, tile,
+                  batch.outputs(), data, panel.slab_stride, pixel_stride, strip.images,
+                  panel.image_rows, strip.rows, panel.pitch, strip.width, tile,
                   static_cast<float*>(sum_scratch.at_least(4 * sums)), s.channels_last,
                   image_stride, epilogue});
   }

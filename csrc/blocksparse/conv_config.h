@@ -23,6 +23,7 @@ struct ConvConfig {
   int64_t parts;                    // of the block rows; each packs its own panels
   int64_t batch_outputs, tile_vectors;
   int threads;
+  bool in_place = false;  // x serves as the panel
 };
 
 // The same convolution with its pixels in as few rows as they go: where no pixel of x is seen by
@@ -39,6 +40,14 @@ inline ConvShape collapsed(ConvShape s) {
   s.batch /= images;
   s.in[0] = s.out[0] = s.in[1] = s.out[1] = 1;
   return s;
+}
+
+// Whether an image is one row, each of whose pixels is seen by one output.
+inline bool is_row(const ConvShape& s) {
+  for (int axis = 0; axis < 3; ++axis) {
+    if (s.kernel[axis] != 1 || s.stride[axis] != 1 || s.padding[axis] != 0) return false;
+  }
+  return s.out[0] * s.out[1] == 1 && s.in[2] == s.out[2];
 }
 
 // Taps of one phase see the same pixels, each shifted by `shift` of them.
@@ -97,6 +106,16 @@ inline const Kernel& choose_kernel(const ConvShape& s, const Weight& w, const Un
   const bool groups_hold = w.groups == 1 || w.group_in % slab == 0;
   const bool fits = s.channels_last && w.rows % unit.lanes == 0 && slabs_hold && groups_hold;
   return fits ? unit.output_lanes : unit.pixel_lanes;
+}
+
+// Packing costs as much as it takes to bring x from the L3, and saves little where each number of
+// it meets two blocks or fewer. The more channels, the fewer of the L1's sets the pixels of a tile
+// share, from which they push each other.
+inline bool reads_in_place(const ConvShape& s, const Weight& w, const Kernel& kernel) {
+  if (!kernel.in_place || s.batch > 1 || !is_row(s)) return false;
+  if (s.in_channels <= kernel.slab || s.in_channels > 512) return false;
+  const int64_t reads = w.nnz * ceil_div(w.rows, kernel.most_rows) * w.cols;
+  return reads <= std::min<int64_t>(640, s.in_channels * 5 / 2);
 }
 
 // Of a ConvConfig, or another that cuts y the same way.
@@ -190,8 +209,10 @@ inline ConvConfig choose_strips(const ConvShape& s, int64_t kept, int64_t shares
 
 inline ConvConfig choose_conv_config(const ConvShape& s, const Weight& w, const Unit& unit,
                                      int64_t l2, int threads) {
-  ConvConfig config = choose_strips(s, w.nnz * w.rows * w.cols, w.block_rows(),
-                                    choose_kernel(s, w, unit).slab, unit.lanes, l2, threads);
+  const Kernel& kernel = choose_kernel(s, w, unit);
+  ConvConfig config = choose_strips(s, w.nnz * w.rows * w.cols, w.block_rows(), kernel.slab,
+                                    unit.lanes, l2, threads);
+  config.in_place = reads_in_place(s, w, kernel);
   if (s.channels_last) choose_batch(s, w, unit.lanes, l2, &config);
   return config;
 }

@@ -1,6 +1,6 @@
 // Block-sparse convolution without tensor cores, every product and sum in float32 or float64:
 //
-//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n])
+//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n] + residual[o, n])
 //
 // A thread block computes 64 pixels x 64 outputs, whole block rows in which each block takes a
 // multiple of four rows. It visits the columns of the weight in which any of them has a live block,
@@ -43,7 +43,7 @@ template <class T>
 struct Args {
   ConvLayout layout;
   unsigned groups;
-  const T *x, *values, *bias;
+  const T *x, *values, *bias, *residual;
   T* out;
   Activation activation;
 };
@@ -193,12 +193,13 @@ __global__ void __launch_bounds__(kThreads) conv_fma_kernel(const Args<T> args) 
   for (int i = 0; i < 2 * kQuad; ++i) {
     const int64_t at = tile.first_pixel + i / kQuad * (kFmaPixels / 2) + pixel + i % kQuad;
     if (at >= args.layout.pixels) continue;
-    T* out = args.out + args.layout.out_offset(at) + run.first * args.layout.out_channel_stride();
+    const int64_t first = args.layout.out_offset(at) + run.first * args.layout.out_channel_stride();
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
-      if (j < run.count) {
-        out[j * args.layout.out_channel_stride()] = activate(sum[i][j] + bias[j], args.activation);
-      }
+      if (j >= run.count) continue;
+      const int64_t place = first + j * args.layout.out_channel_stride();
+      const T residual = args.residual == nullptr ? T{} : args.residual[place];
+      args.out[place] = activate(sum[i][j] + bias[j] + residual, args.activation);
     }
   }
 }
@@ -213,6 +214,7 @@ void launch_type(const CudaConvArgs& given, cudaStream_t stream) {
   args.x = static_cast<const T*>(conv.x);
   args.values = static_cast<const T*>(w.values);
   args.bias = static_cast<const T*>(conv.bias);
+  args.residual = static_cast<const T*>(conv.residual);
   args.out = static_cast<T*>(conv.out);
   args.activation = conv.activation;
   launch(conv_fma_kernel<T>, grid_of(given), kThreads, sizeof(Shared<T>), stream, args);

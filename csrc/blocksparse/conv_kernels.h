@@ -290,7 +290,7 @@ struct ConvKernels {
 
   static constexpr Unit unit = {
       S::kLanes,
-      {"pixel_lanes", 1, 1, Multiply::kChunk, pack, batch},
+      {"pixel_lanes", 1, 1, Multiply::kChunk, false, pack, batch},
       OutputLanes<S, T>::kernel,
       finish,
       expand,

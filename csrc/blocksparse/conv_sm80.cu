@@ -1,6 +1,6 @@
 // Block-sparse convolution of 16-bit floats by tensor cores:
 //
-//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n])
+//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n] + residual[o, n])
 //
 // An implicit GEMM. A thread block computes a tile of consecutive pixels x block rows, each block
 // lying in it as if it had 16, 32 or 64 rows and columns. It visits the columns of the weight in
@@ -67,7 +67,7 @@ struct Args {
   ConvLayout layout;
   unsigned groups;
   const uint16_t *x, *values;
-  const void* bias;
+  const void *bias, *residual;
   void* out;
   Activation activation;
   int log2_cols;            // as if blocks had that many columns
@@ -205,11 +205,12 @@ class Loader {
 
 // ---- the end of a sum ---------------------------------------------------------------------------
 
+// Of output channel `output`, which lies at `at` of y.
 template <class T>
-__device__ __forceinline__ float finish(float sum, const void* bias, int64_t output,
-                                        Activation activation) {
-  if (bias != nullptr) sum += ptx::to_float(static_cast<const T*>(bias)[output]);
-  return activate(sum, activation);
+__device__ __forceinline__ float finish(float sum, const Args& args, int64_t output, int64_t at) {
+  if (args.bias != nullptr) sum += ptx::to_float(static_cast<const T*>(args.bias)[output]);
+  if (args.residual != nullptr) sum += ptx::to_float(static_cast<const T*>(args.residual)[at]);
+  return activate(sum, args.activation);
 }
 
 // Of a warp's pixels with their channels side by side: a lane takes runs of eight outputs.
@@ -226,8 +227,10 @@ __device__ __forceinline__ void store_pixels(const Args& args, const OutputTile&
 #pragma unroll 1
   for (int row = lane / kRuns; row < Sizes::kWarpPixels; row += kWarp / kRuns) {
     if (first_pixel + row >= args.layout.pixels) return;
-    run.store(static_cast<T*>(args.out) + args.layout.out_offset(first_pixel + row),
-              sums + row * Sizes::kSumStride + column);
+    const int64_t at = args.layout.out_offset(first_pixel + row);
+    const T* residual =
+        args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + at;
+    run.store(static_cast<T*>(args.out) + at, sums + row * Sizes::kSumStride + column, residual);
   }
 }
 
@@ -240,14 +243,14 @@ __device__ __forceinline__ void store_outputs(const Args& args, const OutputTile
 #pragma unroll 1
   for (int row = lane; row < Sizes::kWarpPixels; row += kWarp) {
     if (first_pixel + row >= args.layout.pixels) return;
-    T* pixel = static_cast<T*>(args.out) + args.layout.out_offset(first_pixel + row);
+    const int64_t pixel = args.layout.out_offset(first_pixel + row);
 #pragma unroll 1
     for (int column = 0; column < Sizes::kWarpOutputs; ++column) {
       const auto run = tile.run(args.layout, first_output + column, 1, Sizes::kOutputs);
       if (run.count == 0) continue;
       const float sum = sums[row * Sizes::kSumStride + column];
-      const float y = finish<T>(sum, args.bias, run.first, args.activation);
-      pixel[run.first * args.layout.out_pixels] = ptx::from_float<T>(y);
+      const int64_t at = pixel + run.first * args.layout.out_pixels;
+      static_cast<T*>(args.out)[at] = ptx::from_float<T>(finish<T>(sum, args, run.first, at));
     }
   }
 }
@@ -362,6 +365,7 @@ void launch_tile(const CudaConvArgs& given, cudaStream_t stream) {
   args.x = static_cast<const uint16_t*>(conv.x);
   args.values = static_cast<const uint16_t*>(w.values);
   args.bias = conv.bias;
+  args.residual = conv.residual;
   args.out = conv.out;
   args.activation = conv.activation;
   while (1 << args.log2_cols < padded_size(w.cols)) ++args.log2_cols;

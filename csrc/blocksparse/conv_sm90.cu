@@ -1,7 +1,7 @@
 // Block-sparse convolution of 16-bit floats on Hopper, for blocks of 16, 32 or 64 rows and columns
 // and x with its channels last:
 //
-//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n])
+//   y[o, n] = act(sum over live (tap, c) of x[at(o, tap), c] W[n, tap, c] + b[n] + residual[o, n])
 //
 // A thread block computes tiles of 128 pixels x up to 256 outputs. Two warpgroups multiply, and a
 // third fills a ring of steps: 64 channels of x, and the live weights of these.
@@ -118,8 +118,10 @@ __device__ __forceinline__ void store(const float (&sum)[Granules<kSize>::kCount
 #pragma unroll 1
     for (int row = lane / 4; row < kWarpPixels && run.count > 0; row += 8) {
       if (first_pixel + row >= args.layout.pixels) break;
-      run.store(static_cast<T*>(args.out) + args.layout.out_offset(first_pixel + row),
-                sums + row * kSumStride + column);
+      const int64_t at = args.layout.out_offset(first_pixel + row);
+      const T* residual =
+          args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + at;
+      run.store(static_cast<T*>(args.out) + at, sums + row * kSumStride + column, residual);
     }
     __syncwarp();
   }
@@ -207,6 +209,7 @@ void launch_conv(const CudaConvArgs& given, cudaStream_t stream) {
   args.groups = static_cast<unsigned>(w.groups);
   args.x = static_cast<const uint16_t*>(given.conv.x);
   args.bias = given.conv.bias;
+  args.residual = given.conv.residual;
   args.out = given.conv.out;
   args.activation = given.conv.activation;
   args.x_by_tma = sees_itself(s, w);

@@ -80,7 +80,7 @@ struct Args {
   unsigned groups, tiles;  // tiles: of a cluster, which count as one
   Steps steps;
   const uint16_t* x;
-  const void* bias;
+  const void *bias, *residual;
   void* out;
   Activation activation;
   bool x_by_tma;

@@ -84,11 +84,7 @@ inline int64_t panel_size(const ConvShape& s, const SlabPanel& panel) {
 // packed panel the rows of a tile follow each other: half the lines, and not all in the same sets
 // of the cache where a pixel has many channels. That pays where a tile of x is read often.
 inline bool read_in_place(const ConvShape& s, const Weight& w, int depth) {
-  if (!s.channels_last || s.batch * s.in[0] * s.in[1] != 1 || s.in[2] != s.out[2]) return false;
-  for (int axis = 0; axis < 3; ++axis) {
-    if (s.kernel[axis] != 1 || s.stride[axis] != 1 || s.padding[axis] != 0) return false;
-  }
-  if (w.group_in % depth != 0) return false;
+  if (!s.channels_last || s.batch > 1 || !is_row(s) || w.group_in % depth != 0) return false;
   const double uses = live_tiles(w, depth) / (w.groups * ceil_div(w.group_in, depth));
   return s.in_channels <= 512 || uses < 4;
 }

@@ -72,6 +72,8 @@ struct BatchTask {
   int64_t outputs;
   const float* panel;
   int64_t slab_stride;
+  // Floats from a pixel to the next one where lanes are outputs; more than a slab: x where it lies.
+  int64_t pixel_stride;
   // Of the panel's columns `width` of each `pitch` are outputs, of its rows `rows` of each
   // `image_rows`.
   int64_t images, image_rows, rows, pitch, width;
@@ -88,6 +90,7 @@ struct Kernel {
   int slab;       // channels of the panel's slabs
   int row_step;   // what a chunk's rows are a multiple of,
   int most_rows;  // and the most of them
+  bool in_place;  // reads x where it lies, too, if no pixel of it is outside
   // A plane of x (all of it is given), whose first pixel is seen by the strip's first output with
   // the offsets along d, h and w.
   void (*pack)(const ConvShape& shape, const void* x, const Strip& strip, const Panel& panel,

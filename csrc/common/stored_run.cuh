@@ -23,11 +23,13 @@ struct StoredRun {
     }
   }
 
-  // `row` is the output's channel 0.
-  __device__ void store(T* row, const float* sums) const {
+  // `row` is the output's channel 0, `residual` that of what is added before the activation, or
+  // null.
+  __device__ void store(T* row, const float* sums, const T* residual = nullptr) const {
     float y[kRun];
 #pragma unroll
     for (int i = 0; i < kRun; ++i) y[i] = sums[i] + bias[i];
+    if (residual != nullptr) add(y, residual + first);
     if (activation != Activation::kNone) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) y[i] = activate(y[i], activation);
@@ -40,6 +42,24 @@ struct StoredRun {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         if (i < count) out[i] = ptx::from_float<T>(y[i]);
+      }
+    }
+  }
+
+ private:
+  __device__ void add(float (&y)[kRun], const T* from) const {
+    if (count == kRun && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      const uint4 piece = ptx::load16(from);
+      const uint32_t words[] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+      for (int i = 0; i < kRun; i += 2) {
+        const float2 two = ptx::unpack<T>(words[i / 2]);
+        y[i] += two.x, y[i + 1] += two.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < count) y[i] += ptx::to_float(from[i]);
       }
     }
   }

@@ -146,7 +146,8 @@ class Conv {
   // Where every strip is one tile of a row.
   Lines x_ahead(const Strip& strip) const {
     const int64_t lanes = units_.ends->lanes;
-    if (!is_row(s_) || config_.strip_width > most_tile(lanes, l1_bytes()) * lanes) return {};
+    if (!blocksparse::is_row(s_) || config_.strip_width > most_tile(lanes, l1_bytes()) * lanes)
+      return {};
     const int64_t columns = ceil_div(s_.out[2], config_.strip_width);
     const int64_t next =
         strip.image * columns + strip.column / config_.strip_width + config_.threads;

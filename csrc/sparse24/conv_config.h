@@ -72,11 +72,6 @@ inline TileConfig choose_tile(int64_t vectors, int64_t lanes, int64_t l1) {
   return {tiles, blocks * kBlockN};
 }
 
-// Whether an image is one row, each of whose pixels is seen by one output.
-inline bool is_row(const ConvShape& s) {
-  return s.taps() == 1 && s.in[2] == s.out[2] && s.out[0] * s.out[1] == 1;
-}
-
 // Rows are cut into strips of one tile: while one is multiplied, the x of the thread's next one
 // comes into the L2. The threads get as many as it takes for all to end together.
 inline blocksparse::ConvConfig choose_pair_strips(const ConvShape& s, int64_t lanes, int64_t l1,
@@ -85,7 +80,7 @@ inline blocksparse::ConvConfig choose_pair_strips(const ConvShape& s, int64_t la
   const int64_t kept = s.out_channels * s.taps() * pairs.tap_groups() * 2;
   blocksparse::ConvConfig config =
       blocksparse::choose_strips(s, kept, pairs.blocks(), 1, lanes, l2, threads);
-  if (!is_row(s) || config.parts > 1 || config.strip_images > 1) return config;
+  if (!blocksparse::is_row(s) || config.parts > 1 || config.strip_images > 1) return config;
   const int64_t vectors = ceil_div(s.out[2], lanes);
   int64_t least = 0;
   for (int64_t tile = 1; tile <= std::min(vectors, most_tile(lanes, l1)); ++tile) {

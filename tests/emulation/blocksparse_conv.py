@@ -39,9 +39,10 @@ class BlockConv:
     x: Tensor
     bias: Tensor | None
     activation: str | None = None
+    residual: Tensor | None = None  # as y
 
     @classmethod
-    def of(cls, case: ConvCase) -> BlockConv:
+    def of(cls, case: ConvCase, residual: bool = False) -> BlockConv:
         """Of whole numbers, so that every sum is exact."""
         x, weight = case.x(), case.weight()
         x.copy_(integers(*x.shape, limit=4, dtype=case.dtype))
@@ -49,14 +50,19 @@ class BlockConv:
         inside = BlockSparse.from_dense(ones, weight.block, groups=weight.groups).values != 0
         values = integers(*weight.values.shape, limit=4, dtype=case.dtype) * inside
         bias = integers(case.shape[0], limit=9, dtype=case.dtype) if case.bias else None
-        return cls(case, replace(weight, values=values), x, bias)
+        conv = cls(case, replace(weight, values=values), x, bias)
+        if residual:
+            y = conv._prepared()[0]
+            conv.residual = y.copy_(integers(*y.shape, limit=9, dtype=case.dtype))
+        return conv
 
     def expected(self) -> Tensor:
         """In float64, without the activation."""
         bias = None if self.bias is None else self.bias.double()
         x, dense = self.x.double(), self.weight.to_dense().double()
         linear = len(self.case.kernel) == 0
-        return F.linear(x, dense, bias) if linear else self.case.dense(x, dense, bias)
+        y = F.linear(x, dense, bias) if linear else self.case.dense(x, dense, bias)
+        return y if self.residual is None else y + self.residual.double()
 
     def sizes(self) -> list[int]:
         """What the kernels are told of the convolution (kernels/blocksparse.cu)."""
@@ -92,13 +98,19 @@ class BlockConv:
             "conv",
             *(CODES[case.dtype], self.sizes(), weight.crow_indices, weight.col_indices),
             *(_after(margin, weight.values), _after(margin, x5)),
-            *(0 if self.bias is None else self.bias, ACTIVATION_CODES[self.activation]),
+            *(0 if self.bias is None else self.bias, self._residual(margin)),
+            ACTIVATION_CODES[self.activation],
             *(out[margin:], capability, kernel, tile),
         )
         assert bool((out[:margin] == 77).all())
         assert bool((out[margin + y5.numel() :] == 77).all())
         y5.copy_(out[margin : margin + y5.numel()].view(y5.shape))
         return y
+
+    def _residual(self, margin: int) -> Tensor | int:
+        if self.residual is None:
+            return 0
+        return _after(margin, as_5d(self.residual, self._prepared()[-1]))
 
     def _prepared(self) -> tuple[Tensor, Tensor, Tensor, Geometry, bool]:
         """Room for y, x and that room in five dimensions, and whether their channels are last."""

@@ -18,7 +18,7 @@ from gossamer.formats import sparse24 as sparse24_format
 from gossamer.ops import (
     actsparse,
     actsparse_cuda,
-    blocksparse,
+    blocksparse_product,
     cuda_workspace,
     grouped,
     grouped_cuda,
@@ -81,7 +81,7 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(sparse24, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
     monkeypatch.setattr(sparse24_quantized, "_linear", sparse24_quantized._native_cuda)
-    monkeypatch.setattr(blocksparse, "_is_cuda", lambda t: True)
+    monkeypatch.setattr(blocksparse_product, "_is_cuda", lambda t: True)
     monkeypatch.setattr(pointcloud, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(pointcloud, "has_kernels", lambda device: True)
     monkeypatch.setattr(pointcloud, "_op", pointcloud._native_cuda)

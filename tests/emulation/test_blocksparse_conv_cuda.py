@@ -111,7 +111,7 @@ def check_exact(actual: Tensor, expected: Tensor) -> None:
 def test_tiles_match_dense(kernels: KernelLibrary, sanitizers: Sanitizers, name: str) -> None:
     # The others differ in their sizes alone.
     for tile in (1, 4) if sanitizers.on else range(len(TILES)):
-        conv = BlockConv.of(replace(MMA_CASES[name], dtype=HALVES[tile % 2]))
+        conv = BlockConv.of(replace(MMA_CASES[name], dtype=HALVES[tile % 2]), tile % 4 > 0)
         expected = conv.expected()
         for schedule in ("late", "early"):
             with kernels.schedule(schedule, tile):
@@ -127,7 +127,7 @@ def test_hopper_tiles_match_dense(
             continue
         if sanitizers.on and tile > 1:
             continue
-        conv = BlockConv.of(replace(WGMMA_CASES[name], dtype=HALVES[tile % 2]))
+        conv = BlockConv.of(replace(WGMMA_CASES[name], dtype=HALVES[tile % 2]), tile == 1)
         expected = conv.expected()
         for schedule, seed in SCHEDULES[:: len(SCHEDULES) - 1]:
             with kernels.schedule(schedule, seed):
@@ -154,7 +154,7 @@ def test_any_hopper_convolution_matches_dense(kernels: KernelLibrary, number: in
 
 @pytest.mark.parametrize("number", range(0, 300, 5))
 def test_any_convolution_matches_dense(kernels: KernelLibrary, number: int) -> None:
-    conv = BlockConv.of(replace(CASES[number], dtype=DTYPES[number // 5 % 4]))
+    conv = BlockConv.of(replace(CASES[number], dtype=DTYPES[number // 5 % 4]), number % 2 > 0)
     if conv.case.batch > 0:
         check_exact(conv.run(kernels), conv.expected())
 

@@ -45,6 +45,35 @@ def test_conv_matches_dense(gpu: Gpu, dtype: torch.dtype, channels_last: bool) -
     assert y.stride() == case.dense(conv.x, conv.weight.to_dense(), None).stride()
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added_by_the_kernel(
+    gpu: Gpu, dtype: torch.dtype, channels_last: bool
+) -> None:
+    for case in (
+        typical(dtype=dtype, channels_last=channels_last, **LARGE),
+        typical(dtype=dtype, channels_last=channels_last, block=Block(5, 3)),
+        typical(
+            dtype=dtype, channels_last=channels_last, kernel=(3,), extents=(21,), stride=(1,),
+            padding=(1,), dilation=(1,), **LARGE,
+        ),
+        typical(
+            dtype=dtype, channels_last=channels_last, kernel=(2, 1, 3), extents=(3, 4, 5),
+            stride=(1, 2, 1), padding=(0, 0, 1), dilation=(1, 1, 1), **LARGE,
+        ),
+    ):  # fmt: skip
+        conv = BlockConv.of(case, residual=True)
+        assert conv.residual is not None
+        last = conv.residual.movedim(1, -1)
+        strided = conv.residual.repeat_interleave(2, 0)[::2]
+        for residual in (conv.residual, last.contiguous().movedim(-1, 1), strided):
+            y = blocksparse_conv(
+                conv.x, conv.weight, conv.bias, **case.geometry, activation="relu",
+                residual=residual,
+            )  # fmt: skip
+            assert torch.equal(y, conv.expected().relu().to(dtype))
+
+
 def test_hopper_has_a_kernel_of_its_own(gpu: Gpu) -> None:
     gpu.describe(capability=90)
     linear = typical(
@@ -55,6 +84,10 @@ def test_hopper_has_a_kernel_of_its_own(gpu: Gpu) -> None:
     y = blocksparse_linear(conv.x, conv.weight, conv.bias, activation="relu")
     assert gpu.kernel == WGMMA
     assert torch.equal(y, conv.expected().relu().bfloat16())
+    residual = torch.randn(y.shape).bfloat16()
+    added = blocksparse_linear(conv.x, conv.weight, conv.bias, None, residual)
+    exact = conv.expected() + residual.double()
+    torch.testing.assert_close(added.double(), exact, rtol=2**-8, atol=1e-4)
     # Memory that TMA cannot address has the other kernel, and so has what it is too small for.
     moved = torch.empty(conv.x.numel() + 1).bfloat16()[1:].view_as(conv.x).copy_(conv.x)
     assert torch.equal(blocksparse_linear(moved, conv.weight, conv.bias, activation="relu"), y)

@@ -192,14 +192,7 @@ class BlockSparse(SavedWeight):
         groups, axes, C_out, C_in / groups, kd, kh, kw) with 1 for the axes that the kernel lacks,
         so that the dictionary can go through ``torch.load(weights_only=True)`` and safetensors.
         """
-        numbers = [self.version, *self.values.shape[1:], *write_geometry(self.shape, self.groups)]
-        header = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        return {
-            "values": self.values,
-            "crow_indices": self.crow_indices,
-            "col_indices": self.col_indices,
-            "format": header,
-        }
+        return self._state(*self.values.shape[1:], *write_geometry(self.shape, self.groups))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> BlockSparse:

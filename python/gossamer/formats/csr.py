@@ -232,13 +232,7 @@ class SparseCsr(SavedWeight):
         values, crow_indices, col_indices and ``format``, an int64 tensor (version, N, K), so that
         the dictionary can go through ``torch.load(weights_only=True)`` and safetensors.
         """
-        header = torch.tensor([self.version, *self.shape], dtype=torch.int64, device="cpu")
-        return {
-            "values": self.values,
-            "crow_indices": self.crow_indices,
-            "col_indices": self.col_indices,
-            "format": header,
-        }
+        return self._state(*self.shape)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> SparseCsr:

@@ -156,8 +156,7 @@ class Sparse24(SavedWeight):
         ``format`` is an int64 tensor (version, N, K), so that the dictionary can go through
         ``torch.load(weights_only=True)`` and safetensors.
         """
-        header = torch.tensor([self.version, *self.shape], dtype=torch.int64, device="cpu")
-        return {"values": self.values, "indices": self.indices, "format": header}
+        return self._state(*self.shape)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Sparse24:

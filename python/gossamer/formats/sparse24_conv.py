@@ -134,9 +134,7 @@ class Sparse24Conv(SavedWeight):
         ``format`` is an int64 tensor (version, groups, axes, C_out, C_in / groups, kd, kh, kw) with
         1 for the axes that the kernel lacks.
         """
-        numbers = [self.version, *write_geometry(self.shape, self.groups)]
-        header = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        return {"values": self.values, "indices": self.indices, "format": header}
+        return self._state(*write_geometry(self.shape, self.groups))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Sparse24Conv:

@@ -253,14 +253,7 @@ class Sparse24Quantized(StoredWeight):
         float8_e4m3fn and 3 for int4.
         """
         code = VALUE_TYPES[self.value_type].code
-        numbers = [self.version, *self.shape, self.group, code]
-        header = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        return {
-            "values": self.values,
-            "indices": self.indices,
-            "scales": self.scales,
-            "format": header,
-        }
+        return self._state(*self.shape, self.group, code)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Sparse24Quantized:

@@ -16,6 +16,7 @@ class StoredWeight:
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     shape: tuple[int, ...]
+    version: ClassVar[int]  # of those that files hold
 
     @property
     def out_features(self) -> int:
@@ -27,16 +28,21 @@ class StoredWeight:
 
     @property
     def device(self) -> torch.device:
-        return self._tensors()[0].device
+        return next(iter(self._tensors().values())).device
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors, padding included."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
-    def _tensors(self) -> list[Tensor]:
-        held = (getattr(self, field.name) for field in fields(self))
-        return [value for value in held if isinstance(value, Tensor)]
+    def _tensors(self) -> dict[str, Tensor]:
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+    def _state(self, *numbers: int) -> dict[str, Tensor]:
+        """The entries of a file: the tensors by their names, and the version with these numbers."""
+        header = torch.tensor([self.version, *numbers], dtype=torch.int64, device="cpu")
+        return self._tensors() | {"format": header}
 
 
 class SavedWeight(StoredWeight):

@@ -10,6 +10,7 @@ import torch
 from .. import _C
 from .._cuda_module import on_cuda
 from ..formats import BlockSparse, BlockSparsePanels
+from .blocksparse_product import reads_channels
 from .conv_geometry import Sizes, prepare
 from .conv_operands import LAST, Geometry, as_5d, empty_result, is_channels_last
 
@@ -112,9 +113,8 @@ def _product(
     conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
     geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
     last = is_channels_last(conv.x)
-    if on_gpu and weight.dtype.itemsize == 2:  # where the product turns x over first
-        in_runs = weight.shape[1] % 8 == 0 and weight.block.cols % 8 == 0
-        last = last or in_runs
+    if on_gpu and not last:  # where the product turns x over first
+        last = reads_channels(weight.dtype, weight.shape[1], weight.block.cols)
     return (
         tuple(as_5d(conv.x, last).shape),
         tuple(as_5d(empty_result(_OP, conv.x, None, geometry), last).shape),

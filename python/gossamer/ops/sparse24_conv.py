@@ -1,9 +1,4 @@
-"""sparse24_conv: a convolution with a 2:4 weight, y = act(W * x + b).
-
-``sparse24_conv_tensors`` applies autocast, ``_autograd`` picks the gradient or goes below it,
-``_native`` allocates the result and crosses into C++, or has torch convolve with the dense weight
-where no kernel of ours is faster (``sparse24_conv_choice`` says which it is).
-"""
+"""sparse24_conv: a convolution with a 2:4 weight, y = act(W * x + b + residual)."""
 
 from __future__ import annotations
 
@@ -11,38 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C
-from .._library import is_recorded, library
-from ..formats import Sparse24Conv, Sparse24ConvPairs, sparse24_shapes
-from ..formats.geometry import channels_last, taps_of
-from ..formats.sparse24_conv import sparse24_matrix_shape
+from ..formats import Sparse24Conv, Sparse24ConvPairs
 from .conv_geometry import Sizes, prepare
-from .conv_operands import (
-    LAST,
-    Geometry,
-    as_5d,
-    check_residual,
-    dense_gradients,
-    empty_result,
-    finish,
-    is_channels_last,
-    residual_in_5d,
-)
-from .operands import (
-    activation_of,
-    apply_function,
-    autocast_dtype,
-    autocast_to,
-    check_devices,
-    gradient_wanted,
-)
-from .sparse24_layout import Gather
-
-_OP = "sparse24_conv"
-_CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+from .conv_operands import LAST, Geometry, empty_result, is_channels_last
+from .operands import autocast_dtype, autocast_to
+from .sparse24_conv_product import SPARSE24_CONV as _OP
+from .sparse24_conv_product import choose, product
 
 
 def sparse24_conv(
@@ -149,204 +120,9 @@ def sparse24_conv_tensors(
         if operand is not None and operand.dtype != dtype:
             raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {dtype}")
     steps = (conv.stride, conv.padding, conv.dilation)
-    # Eager code skips the dispatcher's Python call of the autograd kernel.
-    call = _op if is_recorded() else _autograd
     rest = (tuple(shape), groups, *steps, activation)
-    y: Tensor = call(x, stored, indices, bias, residual, *rest)
+    y = product(x, stored, indices, bias, residual, *rest)
     return conv.result(y if autocast is None else autocast_to(y, autocast))
-
-
-library.define(
-    "sparse24_conv(Tensor x, Tensor values, Tensor? indices, Tensor? bias, Tensor? residual, "
-    "SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-    "str activation) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_op = torch.ops.gossamer.sparse24_conv.default
-
-library.define(
-    "sparse24_conv_from_pairs(Tensor pairs, SymInt[] shape, SymInt groups, ScalarType dtype) "
-    "-> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_from_pairs = torch.ops.gossamer.sparse24_conv_from_pairs.default
-
-
-def _from_pairs_native(
-    pairs: Tensor, shape: Sequence[int], groups: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    values, indices = _from_pairs_fake(pairs, shape, groups, dtype)
-    sizes = (shape[1], taps_of(shape), groups)
-    _C.sparse24_conv_from_pairs(pairs.contiguous(), values, indices, *sizes)
-    return values, indices
-
-
-def _from_pairs_fake(
-    pairs: Tensor, shape: Sequence[int], groups: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    value_shape, index_shape = sparse24_shapes(*sparse24_matrix_shape(tuple(shape)))
-    return pairs.new_empty(value_shape, dtype=dtype), pairs.new_empty(
-        index_shape, dtype=torch.uint8
-    )
-
-
-def choose(
-    x: Tensor, y: Tensor, geometry: Geometry, packed: bool, channels_last: bool
-) -> dict[str, Any]:
-    """What the CPU does with an x and a y of these shapes; of any device."""
-    chosen: dict[str, Any] = _C.sparse24_conv_choose(
-        tuple(as_5d(x, channels_last).shape),
-        tuple(as_5d(y, channels_last).shape),
-        str(x.dtype).removeprefix("torch."),
-        packed,
-        geometry.groups,
-        *geometry.in_3d(),
-        channels_last,
-        torch.get_num_threads(),
-    )
-    return chosen
-
-
-def _native(
-    x: Tensor,
-    stored: Tensor,
-    indices: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    *numbers, activation = rest
-    geometry = Geometry(*numbers)
-    last = is_channels_last(x)
-    y = empty_result(_OP, x, bias, geometry)
-    if choose(x, y, geometry, indices is None, last)["kernel"] == "dense":
-        return _dense(x, stored, indices, bias, residual, *rest)
-    _C.sparse24_conv(
-        as_5d(y, last),
-        as_5d(x if last else x.contiguous(), last),
-        stored.contiguous(),
-        None if indices is None else indices.contiguous(),
-        None if bias is None else bias.contiguous(),
-        residual_in_5d(_OP, residual, y, last),
-        geometry.groups,
-        *geometry.in_3d(),
-        last,
-        activation,
-        torch.get_num_threads(),
-    )
-    return y
-
-
-def _dense(
-    x: Tensor,
-    stored: Tensor,
-    indices: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    """The same by torch's convolution with the dense weight."""
-    *numbers, activation = rest
-    geometry = Geometry(*numbers)
-    check_devices(_OP, x, weight=stored, indices=indices, bias=bias, residual=residual)
-    memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
-    weight = _dense_weight(stored, indices, geometry, x.dtype)
-    steps = (geometry.stride, geometry.padding, geometry.dilation)
-    y = _CONVS[x.dim()](x, weight, bias, *steps, geometry.groups)
-    y = finish(_OP, y, residual, activation)
-    # torch's conv1d returns a view, which could not be written to where gradients are recorded.
-    return y.data.contiguous(memory_format=memory_format)
-
-
-def _dense_weight(
-    stored: Tensor, indices: Tensor | None, geometry: Geometry, dtype: torch.dtype
-) -> Tensor:
-    shape, groups = tuple(geometry.shape), geometry.groups
-    if indices is None:
-        stored, indices = _from_pairs(stored, shape, groups, dtype)
-    return Sparse24Conv(stored, indices, shape, groups).to_dense()
-
-
-def _fake(
-    x: Tensor,
-    stored: Tensor,
-    indices: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    *numbers, activation = rest
-    activation_of(_OP, activation)
-    check_devices(_OP, x, weight=stored, indices=indices, bias=bias, residual=residual)
-    y = empty_result(_OP, x, bias, Geometry(*numbers))
-    check_residual(_OP, residual, y.shape)
-    return y
-
-
-def _autograd(
-    x: Tensor,
-    stored: Tensor,
-    indices: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    if gradient_wanted(x, stored, bias, residual):
-        *numbers, activation = rest
-        # Lists as tuples: functorch keeps them.
-        numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
-        y: Tensor = _apply_conv(x, stored, indices, bias, *numbers)
-        # Outside, for torch to differentiate.
-        return finish(_OP, y, residual, activation)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(x, stored, indices, bias, residual, *rest)
-
-
-library.impl("sparse24_conv", _native, "CPU")
-library.impl("sparse24_conv", _dense, "CUDA")
-library.impl("sparse24_conv", _autograd, "Autograd")
-torch.library.register_fake("gossamer::sparse24_conv", _fake, lib=library)
-library.impl("sparse24_conv_from_pairs", _from_pairs_native, "CPU")
-torch.library.register_fake("gossamer::sparse24_conv_from_pairs", _from_pairs_fake, lib=library)
-
-
-class _Conv(torch.autograd.Function):
-    """The gradient, through the dense weight: dx and dW as torch has them, dW at kept positions."""
-
-    generate_vmap_rule = True  # for per-sample gradients
-
-    @staticmethod
-    def forward(*operands: Any) -> Tensor:
-        tensors, numbers = operands[:4], operands[4:]
-        with torch._C._AutoDispatchBelowAutograd():
-            return _op(*tensors, None, *numbers, "none")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, stored, indices, _, *ctx.geometry = inputs
-        ctx.x_shape, ctx.dtype = x.shape, x.dtype
-        # x serves dvalues alone, and the weight dx alone.
-        ctx.save_for_backward(
-            x if stored.requires_grad else None, stored if x.requires_grad else None, indices
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, stored, indices = ctx.saved_tensors
-        geometry = Geometry(*ctx.geometry)
-        dense = dvalues = db = None
-        if stored is not None:
-            dense = _dense_weight(stored, indices, geometry, ctx.dtype)
-        dx, dweight = dense_gradients(dy, x, dense, ctx.x_shape, geometry)
-        if dweight is not None:
-            columns = F.pad(channels_last(dweight), (0, -geometry.shape[1] % 4)).flatten(1)
-            dvalues = Gather.apply(columns, indices)
-        if ctx.needs_input_grad[3]:
-            db = dy.sum([axis for axis in range(dy.dim()) if axis != 1])
-        return dx, dvalues, None, db, *(None,) * 5
-
-
-_apply_conv = apply_function(_Conv)
 
 
 def sparse24_conv_choice(

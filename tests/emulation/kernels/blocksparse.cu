@@ -39,13 +39,13 @@ blocksparse::ConvArgs conv_args(int64_t dtype, const int64_t* sizes) {
 // four multiprocessors.
 GOSSAMER_EXPORT int conv(int64_t dtype, const int64_t* sizes, const int32_t* crow,
                          const int32_t* col, const void* values, const void* x, const void* bias,
-                         int64_t activation, void* out, int64_t capability, int64_t kernel,
-                         int64_t tile, char* text, int64_t text_bytes) {
+                         const void* residual, int64_t activation, void* out, int64_t capability,
+                         int64_t kernel, int64_t tile, char* text, int64_t text_bytes) {
   return report(text, text_bytes, [&] {
     blocksparse::CudaConvArgs args{conv_args(dtype, sizes), {}};
     args.conv.weight.crow_indices = crow, args.conv.weight.col_indices = col;
     args.conv.weight.values = values;
-    args.conv.x = x, args.conv.bias = bias, args.conv.out = out;
+    args.conv.x = x, args.conv.bias = bias, args.conv.residual = residual, args.conv.out = out;
     args.conv.activation = static_cast<Activation>(activation);
     const CudaDevice device{static_cast<int>(capability), 4, 227 << 10, 50 << 20};
     args.config = blocksparse::choose_cuda_conv_config(args.conv.shape, args.conv.weight, device);

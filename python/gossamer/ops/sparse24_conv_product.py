@@ -1,0 +1,237 @@
+"""The registered op of 2:4 convolutions: y = act(W * x + b + residual).
+
+``_autograd`` picks the gradient or goes below it, ``_native`` allocates the result and crosses into
+C++, or has torch convolve with the dense weight where no kernel of ours is faster (``choose`` says
+which it is).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C
+from .._library import is_recorded, library
+from ..formats import Sparse24Conv, sparse24_shapes
+from ..formats.geometry import channels_last, taps_of
+from ..formats.sparse24_conv import sparse24_matrix_shape
+from .conv_operands import (
+    LAST,
+    Geometry,
+    as_5d,
+    check_residual,
+    dense_gradients,
+    empty_result,
+    finish,
+    is_channels_last,
+    residual_in_5d,
+)
+from .operands import activation_of, apply_function, check_devices, gradient_wanted
+from .sparse24_layout import Gather
+
+SPARSE24_CONV = "sparse24_conv"
+_CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def product(x: Tensor, stored: Tensor, *rest: Any) -> Tensor:
+    """The op, of operands of one dtype."""
+    # Eager code skips the dispatcher's Python call of the autograd kernel.
+    y: Tensor = (_op if is_recorded() else _autograd)(x, stored, *rest)
+    return y
+
+
+library.define(
+    "sparse24_conv(Tensor x, Tensor values, Tensor? indices, Tensor? bias, Tensor? residual, "
+    "SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "str activation) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_op = torch.ops.gossamer.sparse24_conv.default
+
+library.define(
+    "sparse24_conv_from_pairs(Tensor pairs, SymInt[] shape, SymInt groups, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_from_pairs = torch.ops.gossamer.sparse24_conv_from_pairs.default
+
+
+def _from_pairs_native(
+    pairs: Tensor, shape: Sequence[int], groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    values, indices = _from_pairs_fake(pairs, shape, groups, dtype)
+    sizes = (shape[1], taps_of(shape), groups)
+    _C.sparse24_conv_from_pairs(pairs.contiguous(), values, indices, *sizes)
+    return values, indices
+
+
+def _from_pairs_fake(
+    pairs: Tensor, shape: Sequence[int], groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    value_shape, index_shape = sparse24_shapes(*sparse24_matrix_shape(tuple(shape)))
+    return pairs.new_empty(value_shape, dtype=dtype), pairs.new_empty(
+        index_shape, dtype=torch.uint8
+    )
+
+
+def choose(
+    x: Tensor, y: Tensor, geometry: Geometry, packed: bool, channels_last: bool
+) -> dict[str, Any]:
+    """What the CPU does with an x and a y of these shapes; of any device."""
+    chosen: dict[str, Any] = _C.sparse24_conv_choose(
+        tuple(as_5d(x, channels_last).shape),
+        tuple(as_5d(y, channels_last).shape),
+        str(x.dtype).removeprefix("torch."),
+        packed,
+        geometry.groups,
+        *geometry.in_3d(),
+        channels_last,
+        torch.get_num_threads(),
+    )
+    return chosen
+
+
+def _native(
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    *numbers, activation = rest
+    geometry = Geometry(*numbers)
+    last = is_channels_last(x)
+    y = empty_result(SPARSE24_CONV, x, bias, geometry)
+    if choose(x, y, geometry, indices is None, last)["kernel"] == "dense":
+        return _dense(x, stored, indices, bias, residual, *rest)
+    _C.sparse24_conv(
+        as_5d(y, last),
+        as_5d(x if last else x.contiguous(), last),
+        stored.contiguous(),
+        None if indices is None else indices.contiguous(),
+        None if bias is None else bias.contiguous(),
+        residual_in_5d(SPARSE24_CONV, residual, y, last),
+        geometry.groups,
+        *geometry.in_3d(),
+        last,
+        activation,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _dense(
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    """The same by torch's convolution with the dense weight."""
+    *numbers, activation = rest
+    geometry = Geometry(*numbers)
+    check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
+    memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
+    weight = _dense_weight(stored, indices, geometry, x.dtype)
+    steps = (geometry.stride, geometry.padding, geometry.dilation)
+    y = _CONVS[x.dim()](x, weight, bias, *steps, geometry.groups)
+    y = finish(SPARSE24_CONV, y, residual, activation)
+    # torch's conv1d returns a view, which could not be written to where gradients are recorded.
+    return y.data.contiguous(memory_format=memory_format)
+
+
+def _dense_weight(
+    stored: Tensor, indices: Tensor | None, geometry: Geometry, dtype: torch.dtype
+) -> Tensor:
+    shape, groups = tuple(geometry.shape), geometry.groups
+    if indices is None:
+        stored, indices = _from_pairs(stored, shape, groups, dtype)
+    return Sparse24Conv(stored, indices, shape, groups).to_dense()
+
+
+def _fake(
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    *numbers, activation = rest
+    activation_of(SPARSE24_CONV, activation)
+    check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
+    y = empty_result(SPARSE24_CONV, x, bias, Geometry(*numbers))
+    check_residual(SPARSE24_CONV, residual, y.shape)
+    return y
+
+
+def _autograd(
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    if gradient_wanted(x, stored, bias, residual):
+        *numbers, activation = rest
+        # Lists as tuples: functorch keeps them.
+        numbers = [tuple(n) if isinstance(n, (list, tuple)) else n for n in numbers]
+        y: Tensor = _apply_conv(x, stored, indices, bias, *numbers)
+        # Outside, for torch to differentiate.
+        return finish(SPARSE24_CONV, y, residual, activation)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(x, stored, indices, bias, residual, *rest)
+
+
+library.impl("sparse24_conv", _native, "CPU")
+library.impl("sparse24_conv", _dense, "CUDA")
+library.impl("sparse24_conv", _autograd, "Autograd")
+torch.library.register_fake("gossamer::sparse24_conv", _fake, lib=library)
+library.impl("sparse24_conv_from_pairs", _from_pairs_native, "CPU")
+torch.library.register_fake("gossamer::sparse24_conv_from_pairs", _from_pairs_fake, lib=library)
+
+
+class _Conv(torch.autograd.Function):
+    """The gradient, through the dense weight: dx and dW as torch has them, dW at kept positions."""
+
+    generate_vmap_rule = True  # for per-sample gradients
+
+    @staticmethod
+    def forward(*operands: Any) -> Tensor:
+        tensors, numbers = operands[:4], operands[4:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(*tensors, None, *numbers, "none")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, stored, indices, _, *ctx.geometry = inputs
+        ctx.x_shape, ctx.dtype = x.shape, x.dtype
+        # x serves dvalues alone, and the weight dx alone.
+        ctx.save_for_backward(
+            x if stored.requires_grad else None, stored if x.requires_grad else None, indices
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, stored, indices = ctx.saved_tensors
+        geometry = Geometry(*ctx.geometry)
+        dense = dvalues = db = None
+        if stored is not None:
+            dense = _dense_weight(stored, indices, geometry, ctx.dtype)
+        dx, dweight = dense_gradients(dy, x, dense, ctx.x_shape, geometry)
+        if dweight is not None:
+            columns = F.pad(channels_last(dweight), (0, -geometry.shape[1] % 4)).flatten(1)
+            dvalues = Gather.apply(columns, indices)
+        if ctx.needs_input_grad[3]:
+            db = dy.sum([axis for axis in range(dy.dim()) if axis != 1])
+        return dx, dvalues, None, db, *(None,) * 5
+
+
+_apply_conv = apply_function(_Conv)
