@@ -173,10 +173,10 @@ class SparseTrainingLinear(nn.Linear):
         elif self._projected is not None:
             self._projected.made_of = made_of
             return self._projected
+        self._projected = None  # its memory serves the next one
         shape = (self.out_features, self.in_features)
         if self.projection == "soft":
-            dense = soft_threshold_24(weight, float(self.scale))
-            sparse = Sparse24.from_dense(dense)
+            dense, sparse = soft_threshold_24(weight, float(self.scale))
         elif not self._searched or int(self.age) >= self.refresh:
             if self.projection == "hard":
                 dense, sparse = hard_threshold_24(weight)

@@ -13,6 +13,7 @@ from ..conversion.selection import layer_sites
 from ..convert import convert
 from ..formats import Block
 from ..nn import SparseTrainingLinear
+from ..projection24 import add_dropped_24
 from .computed import Standing
 from .kernels import Through
 from .layers import Layer, unwrapped
@@ -148,12 +149,12 @@ class STE(Sparsifier):
 
     @torch.no_grad()
     def _add_decay(self, *_: Any) -> None:
-        """Add decay (W - M W) to the gradients."""
+        """Add decay (W - M W) to the gradients, which are dense."""
         for layer in self.layers:
             grad, fast = layer.weight.grad, self._swapped.get(layer.name)
             if grad is not None:
                 masked = layer.weight * layer.mask if fast is None else fast.projected()
-                grad.add_(layer.weight, alpha=self.decay).sub_(masked, alpha=self.decay)
+                add_dropped_24(grad, layer.weight, masked, self.decay)
 
     @torch.no_grad()
     def to_dense(self, project: bool = False) -> None:
