@@ -273,6 +273,18 @@ def test_a_bad_mask_is_not_loaded() -> None:
     assert torch.equal(layer(torch.ones(2, 7)), other(torch.ones(2, 7)))
 
 
+def test_a_layer_made_in_inference_mode_follows_its_weight() -> None:
+    with torch.inference_mode():
+        for projection in ("hard", "soft"):
+            layer, x = SparseTrainingLinear(8, 4, projection=projection), torch.randn(2, 8)
+            for _ in range(2):
+                wanted = hard_threshold_24(layer.weight)[0]
+                if projection == "soft":
+                    wanted = soft_threshold_24(layer.weight, float(layer.scale))[0]
+                torch.testing.assert_close(layer(x), nn.functional.linear(x, wanted, layer.bias))
+                layer.weight.copy_(torch.randn(4, 8))
+
+
 def test_bad_use_of_the_layer() -> None:
     with pytest.raises(ValueError, match="projection 'nope'"):
         SparseTrainingLinear(4, 4, projection="nope")

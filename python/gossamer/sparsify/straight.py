@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class STE(Sparsifier):
             sparsity = 1 - pattern.n / pattern.m if sparsity is None else sparsity
         if sparsity is None:
             raise ValueError(f"{op}: {pattern} needs a sparsity")
-        if decay < 0 or (decay > 0 and optimizer is None):
+        if not 0 <= decay < math.inf or (decay > 0 and optimizer is None):
             raise ValueError(f"{op}: decay {decay}: expected none below 0, and with an optimizer")
         if refresh < 1 or log_every < 1:
             raise ValueError(f"{op}: refresh {refresh}, log_every {log_every}: at least 1 each")
