@@ -114,7 +114,7 @@ def mask_sparsity(run: Run) -> None:
 
 def adasap(run: Run) -> None:
     made = run.made = s.AdaSAP(
-        run.model, 0.5, STEPS // 2, rho_max=0.1, optimizer=run.optimizer, exclude=LAST
+        run.model, 0.5, STEPS // 2, rho_max=run.task.rho, optimizer=run.optimizer, exclude=LAST
     )
 
     def backward(x: Tensor, y: Tensor) -> None:

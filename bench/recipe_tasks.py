@@ -37,6 +37,7 @@ class Task:
     classes: int
     batch: int
     rate: float  # of learning
+    rho: float  # AdaSAP's largest perturbation
 
     def network(self, hidden: int = HIDDEN) -> nn.Sequential:
         inputs = self.x.shape[1]
@@ -55,7 +56,7 @@ def digits() -> Task:
     y = torch.tensor(found.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
-    return Task(x[:1437], y[:1437], x[1437:], y[1437:], 10, 64, 0.05)
+    return Task(x[:1437], y[:1437], x[1437:], y[1437:], 10, 64, 0.05, rho=0.1)
 
 
 @cache
@@ -66,7 +67,7 @@ def text() -> Task:
     train = [t for i, t in enumerate(found) if i % 10 != 9]
     x, y = _places(train, 24_000, generator)
     test_x, test_y = _places(held_out, 6_000, generator)
-    return Task(x, y, test_x, test_y, len(ALPHABET) + 1, 256, 0.2)
+    return Task(x, y, test_x, test_y, len(ALPHABET) + 1, 256, 0.2, rho=0.03)
 
 
 def _places(texts: list[str], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
