@@ -10,14 +10,11 @@ CPU, over all threads.
 from __future__ import annotations
 
 import argparse
-import ast
-import contextlib
 import copy
 import json
 import math
 import random
 import re
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 import gossamer
 import torch
 import torch.nn.functional as F
+from documentation import docstrings
 from gossamer.sparsify import STE, prune_after_training
 from models import Batch, encode, load_model, make_batches, read_sentences
 from torch import Tensor, nn
@@ -39,15 +37,7 @@ def documentation_sentences() -> list[str]:
     """Sentences of the standard library's docstrings and of the language reference, shuffled."""
     import pydoc_data.topics
 
-    texts = list(pydoc_data.topics.topics.values())
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if "site-packages" in path.parts or "test" in path.parts:
-            continue
-        with contextlib.suppress(SyntaxError, UnicodeDecodeError, RecursionError):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-            texts += [text for text in found if text]
+    texts = [*pydoc_data.topics.topics.values(), *docstrings()]
     sentences = set()
     for text in texts:
         for paragraph in re.split(r"\n\s*\n|::", text):

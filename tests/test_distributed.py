@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from gossamer import Block
+from gossamer import Block, Unstructured, distributed
 from gossamer.nn import GroupedLinear, SparseConv2d, SparseLinear, SparseTrainingLinear
-from gossamer.sparsify import Magnitude, OneShot, Sparsifier
+from gossamer.sparsify import SET, Magnitude, OneShot, RigL, Sparsifier
 from torch import Tensor, nn
 
 STEPS = 3
@@ -114,6 +114,32 @@ def data_parallel(rank: int, path: Path) -> dict[str, Any]:
     return found
 
 
+def unstructured(rank: int | None = None) -> dict[str, Any]:
+    """What stored recipes have made of a model, in one process or on one of two ranks."""
+    found: dict[str, Any] = {}
+    for name, recipe in (("SET", SET), ("RigL", RigL)):
+        torch.manual_seed(rank or 0)  # the ranks begin with other weights and places
+        pattern = Unstructured(0.3)
+        inner = nn.Sequential(
+            SparseLinear(24, 32, pattern=pattern), nn.ReLU(), SparseLinear(32, 8, pattern=pattern)
+        ).double()
+        model: nn.Module = inner if rank is None else distributed.data_parallel(inner)
+        optimizer = adam(model)
+        made = recipe.stored(model, optimizer, end=100, every=2)
+        for step in range(5):
+            x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step)).double()
+            part = x if rank is None else x[rank::2]
+            model(part).square().mean().backward()
+            optimizer.step()
+            made.step()
+            optimizer.zero_grad()
+        found[name] = inner.state_dict()
+    if rank is not None:
+        with pytest.raises(ValueError, match="0 is packed"):
+            distributed.data_parallel(nn.Sequential(SparseLinear(8, 8).pack()))
+    return found
+
+
 def tensor_parallel(rank: int, path: Path) -> dict[str, Any]:
     from gossamer.distributed import Colwise, Rowwise
     from torch.distributed.device_mesh import init_device_mesh
@@ -164,6 +190,7 @@ def one_rank(rank: int, path: Path) -> None:
     store = f"file://{path}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     found = {"data": data_parallel(rank, path), "tensor": tensor_parallel(rank, path)}
+    found["unstructured"] = unstructured(rank)
     torch.save(found, path / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -181,6 +208,11 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         assert found["resumed"] == found["on"]
         assert found["sharded"]
         assert torch.equal(found["dense"], ranks[0]["data"]["dense"])
+    for recipe, state in unstructured().items():
+        first, second = (rank["unstructured"][recipe] for rank in ranks)
+        for key, value in state.items():
+            assert torch.equal(first[key], second[key]), (recipe, key)
+            torch.testing.assert_close(first[key], value)
     mlp = MLP().double()
     expected = mlp_losses(mlp, adam(mlp))
     trained = copy.deepcopy(mlp)

@@ -7,8 +7,11 @@ import itertools
 
 import pytest
 import torch
+from gossamer import reference
+from gossamer.formats import Sparse24Panels
 from gossamer.nn import SparseLinear, SparseTrainingLinear
 from gossamer.projection24 import (
+    add_dropped_24,
     hard_threshold_24,
     mvue_24,
     scale_24,
@@ -39,11 +42,62 @@ def test_projections_are_what_they_are_called(shape: tuple[int, int]) -> None:
     dense, sparse = hard_threshold_24(weight)
     assert torch.equal(dense + 0.0, magnitude_24(weight) + 0.0)
     assert torch.equal(sparse.to_dense() + 0.0, dense + 0.0)
-    torch.testing.assert_close(soft_threshold_24(weight), plain_soft(weight))
+    torch.testing.assert_close(soft_threshold_24(weight)[0], plain_soft(weight))
     mask = transposable_mask_24(weight)
     for direction in (mask, mask.t()):
         padded = nn.functional.pad(direction, (0, -direction.shape[1] % 4))
         assert int(padded.unflatten(-1, (-1, 4)).sum(-1).max()) <= 2
+
+
+def plain_soft_in_its_dtype(weight: Tensor, scale: float) -> Tensor:
+    magnitude = nn.functional.pad(weight.abs(), (0, -weight.shape[1] % 4)).unflatten(-1, (-1, 4))
+    left = (magnitude - magnitude.sort(-1).values[..., 1:2]).relu() * scale
+    return torch.copysign(left.flatten(1)[:, : weight.shape[1]], weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_projections_are_those_of_plain_torch_to_the_bit(
+    dtype: torch.dtype, cpu_target: str
+) -> None:
+    for shape in ((33, 136), (20, 37), (16, 64), (3, 1), (1, 8)):
+        weight = torch.randn(shape).to(dtype)
+        weight[::3] = (3 * weight[::3]).round() / 3  # many ties and zeros
+        not_finite = weight.clone()
+        not_finite[torch.rand(shape) < 0.2] = torch.nan
+        not_finite[torch.rand(shape) < 0.2] = -torch.inf
+        for given in (weight, not_finite):
+            wanted = magnitude_24(given)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                dense, sparse = hard_threshold_24(given)
+                torch.testing.assert_close(dense, wanted, rtol=0, atol=0, equal_nan=True)
+                values, indices = reference.sparse24_from_dense(wanted)
+                assert torch.equal(sparse.indices, indices), (shape, threads)
+                torch.testing.assert_close(sparse.values, values, rtol=0, atol=0, equal_nan=True)
+        wanted = plain_soft_in_its_dtype(weight, 1.4827)
+        dense, sparse = soft_threshold_24(weight, 1.4827)
+        assert torch.equal(dense, wanted), shape
+        for given, plain in zip(
+            (sparse.values, sparse.indices), reference.sparse24_from_dense(wanted), strict=True
+        ):
+            assert torch.equal(given, plain), shape
+        gathered = torch.ops.gossamer.sparse24_gather(weight, sparse.indices)
+        assert torch.equal(gathered, reference.sparse24_gather(weight, sparse.indices)), shape
+        sparse24 = soft_threshold_24(not_finite)[1].validate()  # two of four, whatever they are
+        if shape[0] > 0 and dtype != torch.float64:
+            panels = Sparse24Panels.from_sparse24(sparse24).to_sparse24()
+            assert torch.equal(panels.indices, sparse24.indices)
+
+
+def test_what_is_dropped_decays() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        weight, gradient = torch.randn(2, 5, 12).to(dtype)
+        kept = magnitude_24(weight)
+        for given in (gradient.clone(), gradient.t().contiguous().t()):
+            add_dropped_24(given, weight, kept, 0.25)
+            wanted = gradient.double() + 0.25 * torch.where(kept == 0, weight, 0).double()
+            torch.testing.assert_close(given, wanted.to(dtype))
+            assert torch.equal(given[kept != 0], gradient[kept != 0])
 
 
 def test_ties_and_what_is_no_number_are_pruned_as_magnitude_24_does() -> None:
@@ -217,6 +271,18 @@ def test_a_bad_mask_is_not_loaded() -> None:
     assert torch.equal(layer.weight, before)
     layer.load_state_dict(state)
     assert torch.equal(layer(torch.ones(2, 7)), other(torch.ones(2, 7)))
+
+
+def test_a_layer_made_in_inference_mode_follows_its_weight() -> None:
+    with torch.inference_mode():
+        for projection in ("hard", "soft"):
+            layer, x = SparseTrainingLinear(8, 4, projection=projection), torch.randn(2, 8)
+            for _ in range(2):
+                wanted = hard_threshold_24(layer.weight)[0]
+                if projection == "soft":
+                    wanted = soft_threshold_24(layer.weight, float(layer.scale))[0]
+                torch.testing.assert_close(layer(x), nn.functional.linear(x, wanted, layer.bias))
+                layer.weight.copy_(torch.randn(4, 8))
 
 
 def test_bad_use_of_the_layer() -> None:

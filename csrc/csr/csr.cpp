@@ -55,13 +55,15 @@ void for_row_blocks(const Pattern& pattern, int threads, double multiply_adds, c
   });
 }
 
-// Columns of a pass: those whose part of a panel lies about in L1, where a row of W has enough
+// Columns of a pass: all of them where they take no more than half of L2, so that W is read in its
+// order in memory; else those whose part of a panel lies about in L1, where a row of W has enough
 // places there to pay for the start of a loop and the way of its sums; else a small part of L2, or
-// half of it; else all of them. Measured on Emerald Rapids, W of 1 to 30 % and 128 rows of x.
+// half of it; else all of them. Measured on Emerald Rapids, W of 1 to 50 % and 4 to 128 rows of x.
 int64_t pass_width(const Pattern& pattern, int tile) {
   constexpr int64_t kFewest = 16;
   const double places = static_cast<double>(pattern.nnz()) / static_cast<double>(pattern.n);
   const int64_t column = tile * int64_t{sizeof(float)};
+  if (pattern.k <= l2_bytes() / 2 / column) return pattern.k;
   for (int64_t bytes : {l1_bytes() * 4 / 3, l2_bytes() / 10, l2_bytes() / 2}) {
     const int64_t width = std::max<int64_t>(bytes / column, 1);
     if (width >= pattern.k) return pattern.k;

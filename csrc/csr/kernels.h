@@ -80,8 +80,8 @@ struct Kernels : Finish<S, T> {
         int64_t j = i < count ? crow[first + i] : 0;
         const int64_t end = i < count ? crow[first + i + 1] : 0;
         for (; j + kLanes <= end; j += kLanes) {
-          __builtin_prefetch(values + j + kAheadGathered);
-          __builtin_prefetch(col + j + kAheadGathered);
+          __builtin_prefetch(values + j + kAhead);
+          __builtin_prefetch(col + j + kAhead);
           add_gathered(values + j, S::load_index(col + j), task.x, task.x_stride, sum);
         }
         if (j < end) add_rest(values, col, j, end, nnz, task, sum);
@@ -99,7 +99,7 @@ struct Kernels : Finish<S, T> {
   }
 
   // Places whose bytes are fetched ahead: the hardware's own prefetch stops at the end of a page.
-  static constexpr int kAheadGathered = 512;
+  static constexpr int kAhead = 512;
   static constexpr int kMostGathered = 3;
   template <int Tokens = kMostGathered>
   static void gather(const GatherTask& task) {
@@ -118,9 +118,10 @@ struct Kernels : Finish<S, T> {
     float widened[kChunk + kLanes];
   };
 
-  // Those from j on, before `end`, with columns below `limit`; of columns from `first` on.
+  // Those from j on, before `end`, with columns below `limit`; of columns from `first` on. Where
+  // places are taken in their order in memory, later ones are fetched ahead.
   static void take(const Pattern& pattern, const T* values, int64_t j, int64_t end, int64_t first,
-                   int64_t limit, int tile, Places& places) {
+                   int64_t limit, int tile, bool stream, Places& places) {
     const Index* col = columns(pattern);
     const int64_t nnz = pattern.nnz();
     const I before = S::set1(static_cast<uint32_t>(first));
@@ -133,6 +134,10 @@ struct Kernels : Finish<S, T> {
       T w[kLanes];
       const Index* from = col + at;
       const T* from_values = values + at;
+      if (stream) {
+        __builtin_prefetch(from + kAhead);
+        if (values != nullptr) __builtin_prefetch(from_values + kAhead);
+      }
       if (at + kLanes > nnz) {  // the last ones of W
         const int64_t rest = nnz - at;
         for (int l = 0; l < kLanes; ++l) c[l] = l < rest ? from[l] : from[0];
@@ -170,10 +175,11 @@ struct Kernels : Finish<S, T> {
   template <class Body>
   static void walk(const Pattern& pattern, const T* values, int64_t first_row, int64_t last_row,
                    int64_t width, int tile, int panels, const Body& body) {
-    constexpr int kAhead = 6;  // rows whose places are fetched while others are computed
-    int32_t next[kBlockRows + kAhead];
+    constexpr int kRowsAhead = 6;  // rows whose places are fetched while others are computed
+    const bool whole = width >= pattern.k && panels == 1;
+    int32_t next[kBlockRows + kRowsAhead];
     const auto rows = static_cast<int>(last_row - first_row);
-    for (int r = 0; r < rows + kAhead; ++r) {
+    for (int r = 0; r < rows + kRowsAhead; ++r) {
       next[r] = pattern.crow[r < rows ? first_row + r : last_row];
     }
     // Places of a row and pass on average, and a line of them more for where they begin.
@@ -184,19 +190,19 @@ struct Kernels : Finish<S, T> {
       const int64_t limit = first + width < pattern.k ? first + width : pattern.k;
       for (int panel = 0; panel < panels; ++panel) {
         for (int r = 0; r < rows; ++r) {
-          if (panel == 0) {
+          if (panel == 0 && !whole) {
             for (int64_t p = 0; p < fetched; p += 64 / sizeof(Index)) {
-              __builtin_prefetch(columns(pattern) + next[r + kAhead] + p);
+              __builtin_prefetch(columns(pattern) + next[r + kRowsAhead] + p);
             }
             for (int64_t p = 0; values != nullptr && p < fetched; p += 64 / sizeof(T)) {
-              __builtin_prefetch(values + next[r + kAhead] + p);
+              __builtin_prefetch(values + next[r + kRowsAhead] + p);
             }
           }
           int64_t j = next[r];
           const int64_t end = pattern.crow[first_row + r + 1];
           bool fresh = first == 0;
           do {
-            take(pattern, values, j, end, first, limit, tile, places);
+            take(pattern, values, j, end, first, limit, tile, whole, places);
             body(r, panel, first, j, places, fresh);
             j += places.count;
             fresh = false;

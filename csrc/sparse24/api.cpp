@@ -92,6 +92,15 @@ Weight with_dense(const char* op, const TensorView& dense, const TensorView& val
   return portable(op, values, indices, dense.shape[0], dense.shape[1]);
 }
 
+// Of the dtype, device and shape of another, and contiguous.
+void check_like(const char* op, const char* what, const TensorView& t, const TensorView& other) {
+  check_dtype(op, what, t, other.dtype);
+  check_device(op, what, t, "the other", other);
+  GOSSAMER_CHECK(shape_text(t) == shape_text(other), op, ": ", what, " has shape ", shape_text(t),
+                 ", the other ", shape_text(other));
+  check_contiguous(op, what, t);
+}
+
 // Two numbers in the GPU's memory, in which a kernel reports what it found wrong.
 int64_t* status_of(const char* op, const std::optional<TensorView>& status, const TensorView& t) {
   GOSSAMER_CHECK(status, op, ": a CUDA tensor needs a status");
@@ -113,6 +122,27 @@ void bind_from_dense(const TensorView& dense, const TensorView& values, const Te
       cuda_kernels(op, dense).from_dense(dense.data, w, values.data, indices.as<uint8_t>(),
                                          status_of(op, status, dense), stream_of(dense));
   if (found.count > 0) fail_not_24(w, found.count, found.first);
+}
+
+void bind_project(const TensorView& weight, bool soft, double scale, const TensorView& dense,
+                  const TensorView& values, const TensorView& indices, int threads) {
+  constexpr const char* op = "sparse24_project";
+  const Weight w = with_dense(op, dense, values, indices);
+  GOSSAMER_CHECK(!on_gpu(dense), op, ": the weight is on ", device_text(dense),
+                 ", this is the CPU's projection");
+  check_like(op, "weight", weight, dense);
+  project(weight.data, w, soft, scale, dense.data, values.data, indices.as<uint8_t>(), threads);
+}
+
+void bind_add_dropped(const TensorView& gradient, const TensorView& weight, const TensorView& kept,
+                      double factor, int threads) {
+  constexpr const char* op = "sparse24_add_dropped";
+  check_weight_dtype(op, "weight", weight);
+  check_contiguous(op, "weight", weight);
+  GOSSAMER_CHECK(!on_gpu(weight), op, ": the weight is on ", device_text(weight));
+  check_like(op, "kept", kept, weight);
+  check_like(op, "gradient", gradient, weight);
+  add_dropped(weight.data, kept.data, weight.numel(), weight.dtype, factor, gradient.data, threads);
 }
 
 void bind_gather(const TensorView& dense, const TensorView& indices, const TensorView& values,
@@ -242,6 +272,10 @@ void bind(py::module_& m) {
         py::arg("indices"), py::arg("threads"), py::arg("status") = py::none(), release());
   m.def("sparse24_gather", &bind_gather, py::arg("dense"), py::arg("indices"), py::arg("values"),
         py::arg("threads"), release());
+  m.def("sparse24_project", &bind_project, py::arg("weight"), py::arg("soft"), py::arg("scale"),
+        py::arg("dense"), py::arg("values"), py::arg("indices"), py::arg("threads"), release());
+  m.def("sparse24_add_dropped", &bind_add_dropped, py::arg("gradient"), py::arg("weight"),
+        py::arg("kept"), py::arg("factor"), py::arg("threads"), release());
   m.def("sparse24_to_dense", &bind_to_dense, py::arg("values"), py::arg("indices"),
         py::arg("dense"), py::arg("threads"), release());
   m.def("sparse24_validate", &bind_validate, py::arg("values"), py::arg("indices"),

@@ -86,8 +86,8 @@ bool from_dense_row(const T* dense, int64_t k, int64_t first_byte, T* values, ui
 }
 
 template <class T>
-void gather_row(const T* dense, const uint8_t* indices, int64_t k, T* values) {
-  for (int64_t p = 0; p < 2 * ((k + 3) / 4); ++p) {
+void gather_row(const T* dense, const uint8_t* indices, int64_t k, int64_t first_byte, T* values) {
+  for (int64_t p = 4 * first_byte; p < 2 * ((k + 3) / 4); ++p) {
     const int64_t column = p / 2 * 4 + (indices[p / 4] >> (2 * (p % 4)) & 3);
     values[p] = column < k ? dense[column] : T{};
   }
@@ -180,11 +180,19 @@ void from_dense(const void* dense, const Weight& w, void* values, uint8_t* indic
 
 void gather(const void* dense, const Weight& w, void* values, int threads) {
   visit_floats(w.dtype, [&]<class T>(T) {
+    const PackRows* wide = wide_rows();
     parallel_ranges(
         threads_for_bytes(threads, dense_bytes(w)), w.n, [&](int64_t begin, int64_t end) {
           for (int64_t n = begin; n < end; ++n) {
-            gather_row(static_cast<const T*>(dense) + n * w.k, w.indices + n * w.index_bytes(), w.k,
-                       static_cast<T*>(values) + n * 2 * w.groups());
+            const T* row = static_cast<const T*>(dense) + n * w.k;
+            const uint8_t* indices = w.indices + n * w.index_bytes();
+            T* kept = static_cast<T*>(values) + n * 2 * w.groups();
+            int64_t done = 0;
+            if (wide != nullptr && sizeof(T) <= 4) {
+              done = whole_bytes(w);
+              (sizeof(T) == 4 ? wide->gather_32 : wide->gather_16)(row, indices, done, kept);
+            }
+            gather_row(row, indices, w.k, done, kept);
           }
         });
   });
@@ -256,11 +264,21 @@ void validate(const Weight& w, int threads) {
 // panel holds those of 16 rows side by side.
 void to_panels(const Weight& w, int64_t begin, int64_t end, uint32_t* panels) {
   const int64_t value_bytes = w.value_columns() * size_of(w.dtype), words = w.value_words();
-  std::memset(panels, 0, sizeof(uint32_t) * (end - begin) * w.block_words());
+  const PackRows* wide = words % 8 == 0 ? wide_rows() : nullptr;
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t record = 0; record < w.records(); ++record, panels += w.record_words()) {
       const int64_t index_at = 4 * record, value_at = 4 * words * record;
       const int64_t index_left = w.index_bytes() - index_at, value_left = value_bytes - value_at;
+      const bool whole = (block + 1) * kBlockN <= w.n && index_left >= 4 && value_left >= 4 * words;
+      if (wide != nullptr && whole) {
+        const int64_t row = block * kBlockN;
+        for (int lane = 0; lane < kBlockN; ++lane)
+          std::memcpy(panels + lane, w.indices + (row + lane) * w.index_bytes() + index_at, 4);
+        wide->side_by_side(static_cast<const char*>(w.values) + row * value_bytes + value_at,
+                           value_bytes, words, panels + kBlockN);
+        continue;
+      }
+      std::memset(panels, 0, sizeof(uint32_t) * w.record_words());
       for (int lane = 0; lane < kBlockN && block * kBlockN + lane < w.n; ++lane) {
         const int64_t row = block * kBlockN + lane;
         std::memcpy(panels + lane, w.indices + row * w.index_bytes() + index_at,

@@ -19,6 +19,10 @@ struct PackRows {
   bool (*from_dense_16)(const void* dense, int64_t bytes, void* values, uint8_t* indices);
   void (*to_dense_32)(const void* values, const uint8_t* indices, int64_t bytes, void* dense);
   void (*to_dense_16)(const void* values, const uint8_t* indices, int64_t bytes, void* dense);
+  void (*gather_32)(const void* dense, const uint8_t* indices, int64_t bytes, void* values);
+  void (*gather_16)(const void* dense, const uint8_t* indices, int64_t bytes, void* values);
+  // The first `words` (a multiple of 8) of kBlockN rows, word by word.
+  void (*side_by_side)(const void* rows, int64_t row_bytes, int64_t words, uint32_t* panel);
 };
 extern const PackRows pack_rows_avx2;
 

@@ -2,7 +2,9 @@
 // what is kept, one shuffle gathers or spreads it.
 #include <immintrin.h>
 
+#include "common/simd_avx2.h"
 #include "sparse24/pack.h"
+#include "sparse24/sparse24.h"
 
 namespace gossamer::sparse24 {
 namespace {
@@ -100,8 +102,43 @@ void to_dense_16(const void* values, const uint8_t* indices, int64_t bytes, void
   }
 }
 
+void gather_32(const void* dense, const uint8_t* indices, int64_t bytes, void* values) {
+  const auto* columns = static_cast<const float*>(dense);
+  auto* kept = static_cast<float*>(values);
+  for (int64_t b = 0; b < bytes; ++b) {
+    const uint8_t* positions = kShuffles.gather[kPackTables.mask_of_index[indices[b]]];
+    const __m256 packed = _mm256_permutevar8x32_ps(_mm256_loadu_ps(columns + 8 * b),
+                                                   _mm256_cvtepu8_epi32(load8(positions)));
+    _mm_storeu_ps(kept + 4 * b, _mm256_castps256_ps128(packed));
+  }
+}
+
+void gather_16(const void* dense, const uint8_t* indices, int64_t bytes, void* values) {
+  const auto* columns = static_cast<const uint16_t*>(dense);
+  auto* kept = static_cast<uint16_t*>(values);
+  for (int64_t b = 0; b < bytes; ++b) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + 8 * b));
+    const __m128i control = word_control(kShuffles.gather[kPackTables.mask_of_index[indices[b]]]);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(kept + 4 * b), _mm_shuffle_epi8(v, control));
+  }
+}
+
+void side_by_side(const void* rows, int64_t row_bytes, int64_t words, uint32_t* panel) {
+  for (int64_t word = 0; word < words; word += 8) {
+    for (int row = 0; row < kBlockN; row += 8) {
+      const char* first = static_cast<const char*>(rows) + row * row_bytes + 4 * word;
+      __m256i a[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+        a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + i * row_bytes));
+      Simd::transpose(a, panel + word * kBlockN + row, 4 * kBlockN);
+    }
+  }
+}
+
 }  // namespace
 
-const PackRows pack_rows_avx2 = {from_dense_32, from_dense_16, to_dense_32, to_dense_16};
+const PackRows pack_rows_avx2 = {from_dense_32, from_dense_16, to_dense_32, to_dense_16,
+                                 gather_32,     gather_16,     side_by_side};
 
 }  // namespace gossamer::sparse24

@@ -78,6 +78,14 @@ void from_dense(const void* dense, const Weight& shape, void* values, uint8_t* i
 void gather(const void* dense, const Weight& pattern, void* values, int threads);
 void to_dense(const Weight& weight, void* dense, int threads);
 void validate(const Weight& weight, int threads);
+// Dense [N, K] -> the two largest magnitudes of every four (a tie keeps the lower index, a NaN is
+// the largest), or of those, if soft, scale * sign(w) * (|w| - t), t the second smallest of the
+// four; dense and packed.
+void project(const void* weight, const Weight& shape, bool soft, double scale, void* dense,
+             void* values, uint8_t* indices, int threads);
+// gradient += factor * (weight - kept), `count` entries: a decay of what was not kept.
+void add_dropped(const void* weight, const void* kept, int64_t count, DType dtype, double factor,
+                 void* gradient, int threads);
 // The errors of the two, by the first offending row * groups + group.
 [[noreturn]] void fail_not_24(const Weight& weight, int64_t count, int64_t first);
 [[noreturn]] void fail_indices(const Weight& weight, int64_t first, int byte);

@@ -1,14 +1,15 @@
-"""Tensor parallelism of 2:4 linear layers: each rank holds, and multiplies, a part of the weight.
+"""Tensor parallelism of 2:4 linear layers, and data parallelism of weights without structure.
 
-The two styles go into the plan of ``torch.distributed.tensor.parallel.parallelize_module``, as
-torch's own do for dense layers::
+Of the first, each rank holds, and multiplies, a part of the weight. The two styles go into the plan
+of ``torch.distributed.tensor.parallel.parallelize_module``, as torch's own do for dense layers::
 
     mesh = init_device_mesh("cpu", (2,))
     parallelize_module(mlp, mesh, {"up": Colwise(), "down": Rowwise()})
 
 What the layers hold are ``DTensor``s, so that a ``state_dict`` goes through
 ``torch.distributed.checkpoint`` and comes back on any number of ranks. (DistributedDataParallel and
-``fully_shard`` need nothing of this: sparse layers go through them as they are.)
+``fully_shard`` need nothing of this: sparse layers go through them as they are, but for
+unstructured ones, which ``data_parallel`` wraps.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -29,7 +31,52 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from .nn import SparseLinear
+from .nn.trainable import TrainableModule
 from .ops.sparse24 import sparse24_linear_tensors
+
+
+def data_parallel(
+    module: nn.Module, process_group: dist.ProcessGroup | None = None, **options: Any
+) -> nn.parallel.DistributedDataParallel:
+    """``torch.nn.parallel.DistributedDataParallel`` of a model with sparse layers of any pattern.
+
+    torch would send where weights live with each pass, and cannot send the 16-bit column numbers of
+    unstructured ones ("Invalid scalar type"). Here all ranks take over the places of the first rank
+    once, with its values; nothing of that kind is sent afterwards. Recipes that move places
+    (``gossamer.sparsify.SET.stored``) move the same ones on all ranks.
+
+    Parameters
+    ----------
+    module : nn.Module
+    process_group : ProcessGroup, optional
+        All ranks by default.
+    **options
+        Of DistributedDataParallel.
+
+    Raises
+    ------
+    ValueError
+        If a layer is packed.
+    RuntimeError
+        From torch, if the ranks' weights have different numbers of live places.
+    """
+    indices = {}
+    for name, layer in module.named_modules():
+        if not isinstance(layer, TrainableModule):
+            continue
+        if layer.packed:
+            raise ValueError(f"data_parallel: {name} is packed, and cannot be trained; unpack()")
+        for held in layer._pattern.index_names:
+            indices[f"{name}.{held}" if name else held] = getattr(layer, held)
+    wrapped = nn.parallel.DistributedDataParallel
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    wrapped._set_params_and_buffers_to_ignore_for_model(module, [*ignored, *indices])
+    parallel = wrapped(module, process_group=process_group, **options)
+    group = parallel.process_group
+    for tensor in indices.values():
+        if tensor.numel() > 0:
+            dist.broadcast(tensor.view(torch.uint8), dist.get_global_rank(group, 0), group)
+    return parallel
 
 
 class Colwise(ParallelStyle):

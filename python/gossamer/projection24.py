@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 
@@ -10,41 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _C
 from .formats import Sparse24
 from .prune import magnitude_24
 
-# Rows of fours that are worked on at a time, so that every pass but the first finds them in cache.
-_AT_A_TIME = 2**17
-
 
 def hard_threshold_24(weight: Tensor) -> tuple[Tensor, Sparse24]:
-    """What ``gossamer.prune.magnitude_24`` keeps of a matrix [N, K], in fewer passes; no gradients.
+    """What ``magnitude_24`` keeps of a matrix [N, K], dense and packed; without gradients.
 
-    Returns
-    -------
-    dense : Tensor
-        [N, K], zeros of either sign where nothing is kept.
-    sparse : Sparse24
-        The same.
+    On the CPU both are made in one pass.
     """
     weight = weight.detach()
-    if weight.shape[-1] % 4 == 0 and weight.is_contiguous():
-        dense = torch.empty_like(weight)
-        for rows, kept in _in_parts(weight, dense):
-            magnitude = rows.abs()
-            a, b, c, d = magnitude.unbind(-1)
-            # The second largest; a mask, and torch.where, would cost more than all of this.
-            least = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
-            least = torch.maximum(least, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
-            torch.mul(magnitude.ge_(least[:, None].expand(-1, 4).contiguous()), rows, out=kept)
-        # More than two are left of a tie, and of what is no number: rare enough to be found out so.
-        with contextlib.suppress(ValueError):
-            return dense, Sparse24.from_dense(dense)
+    if weight.device.type == "cpu":
+        return _projected(weight, soft=False, scale=1.0)
     dense = magnitude_24(weight)
     return dense, Sparse24.from_dense(dense)
 
 
-def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> Tensor:
+def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Sparse24]:
     """scale S(w), S(w) = sign(w) max(|w| - t, 0), t the second smallest magnitude of each four.
 
     At most two of four are left, and S is continuous in the weight, where keeping the two largest
@@ -53,14 +35,16 @@ def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> Tensor:
     Parameters
     ----------
     weight : Tensor
-        [..., K] of a floating-point dtype; K need not be a multiple of 4: what is missing counts as
+        [N, K] of a floating-point dtype; K need not be a multiple of 4: what is missing counts as
         zeros.
     scale : float
 
     Returns
     -------
-    Tensor
+    dense : Tensor
         The same shape and dtype, without gradients.
+    sparse : Sparse24
+        The same, packed.
 
     References
     ----------
@@ -68,26 +52,32 @@ def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> Tensor:
     NeurIPS 2024.
     """
     weight = weight.detach()
-    columns = weight.shape[-1]
-    if columns % 4 != 0:
-        padded = soft_threshold_24(F.pad(weight, (0, -columns % 4)), scale)
-        return padded[..., :columns].contiguous()
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for rows, kept in _in_parts(weight.contiguous(), out):
-        magnitude = rows.abs()
-        a, b, c, d = magnitude.unbind(-1)
-        least = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
-        least = torch.minimum(least, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
-        magnitude.sub_(least[:, None].expand(-1, 4).contiguous()).relu_()
-        torch.copysign(magnitude.mul_(scale), rows, out=kept)
-    return out
+    if weight.device.type == "cpu":
+        return _projected(weight, soft=True, scale=scale)
+    magnitude = F.pad(weight.abs(), (0, -weight.shape[1] % 4)).unflatten(-1, (-1, 4))
+    a, b, c, d = magnitude.unbind(-1)
+    least = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    least = torch.minimum(least, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
+    left = (magnitude - least[..., None]).relu_().mul_(scale).flatten(-2)[:, : weight.shape[1]]
+    dense = torch.copysign(left, weight)
+    return dense, Sparse24.from_dense(dense)
 
 
-def _in_parts(weight: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    if weight.numel() == 0:
-        return []
-    fours, kept = weight.view(-1, 4), out.view(-1, 4)
-    return list(zip(fours.split(_AT_A_TIME), kept.split(_AT_A_TIME), strict=True))
+def _projected(weight: Tensor, soft: bool, scale: float) -> tuple[Tensor, Sparse24]:
+    dense, values, indices = torch.ops.gossamer.sparse24_project(weight, soft, scale)
+    return dense, Sparse24(values, indices, (weight.shape[0], weight.shape[1]))
+
+
+def add_dropped_24(gradient: Tensor, weight: Tensor, kept: Tensor, factor: float) -> None:
+    """gradient += factor (weight - kept), in place: a decay of what a projection did not keep."""
+    like = (weight.shape, weight.dtype, weight.device)
+    tensors = (gradient, weight.detach(), kept)
+    if weight.device.type == "cpu" and all(
+        (t.shape, t.dtype, t.device) == like and t.is_contiguous() for t in tensors
+    ):
+        _C.sparse24_add_dropped(*tensors, factor, torch.get_num_threads())
+    else:
+        gradient.add_(weight - kept, alpha=factor)
 
 
 def scale_24(weight: Tensor) -> float:
@@ -95,7 +85,7 @@ def scale_24(weight: Tensor) -> float:
 
     1.483 of independent normal weights, 1.751 of uniform ones.
     """
-    soft = soft_threshold_24(weight).double()
+    soft = soft_threshold_24(weight)[0].double()
     square = float(soft.square().sum())
     return float((weight.detach().double() * soft).sum()) / square if square > 0 else 1.0
 

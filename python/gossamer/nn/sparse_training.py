@@ -165,18 +165,20 @@ class SparseTrainingLinear(nn.Linear):
     def _project(self) -> _Projected:
         """P(W) of the weight as it is; what it was made of is remembered by its version."""
         weight = whole(self.weight)
-        made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._projected is not None and self._projected.made_of == made_of:
+        made_of: tuple[Any, ...] = ()  # tensors of inference mode do not count their changes
+        if not weight.is_inference():
+            made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._projected is not None and made_of and self._projected.made_of == made_of:
             return self._projected
         if self._projected is not None and not self._still_holds(weight, self._projected):
             self.age.add_(1)
         elif self._projected is not None:
             self._projected.made_of = made_of
             return self._projected
+        self._projected = None  # its memory serves the next one
         shape = (self.out_features, self.in_features)
         if self.projection == "soft":
-            dense = soft_threshold_24(weight, float(self.scale))
-            sparse = Sparse24.from_dense(dense)
+            dense, sparse = soft_threshold_24(weight, float(self.scale))
         elif not self._searched or int(self.age) >= self.refresh:
             if self.projection == "hard":
                 dense, sparse = hard_threshold_24(weight)
@@ -317,7 +319,7 @@ class _Straight(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
                 if ctx.mvue and len(rows) > 0:
-                    estimate = Sparse24.from_dense(mvue_24(rows.t()))
+                    estimate = Sparse24.from_dense(mvue_24(rows.t().contiguous()))
                     dweight = _product(inputs.t().contiguous(), estimate, None).t()
                 else:
                     dweight = rows.t() @ inputs

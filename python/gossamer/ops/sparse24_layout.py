@@ -62,6 +62,19 @@ def _gather_fake(dense: Tensor, indices: Tensor) -> Tensor:
     return dense.new_empty(sparse24_shapes(*dense.shape)[0])
 
 
+def _project_native(weight: Tensor, soft: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_gradient("projection24", weight)
+    dense, values, indices = _project_fake(weight, soft, scale)
+    threads = torch.get_num_threads()
+    _C.sparse24_project(weight.contiguous(), soft, scale, dense, values, indices, threads)
+    return dense, values, indices
+
+
+def _project_fake(weight: Tensor, soft: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dense = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return dense, *_from_dense_fake(weight)
+
+
 def _validate_native(values: Tensor, indices: Tensor, in_features: int) -> None:
     threads = torch.get_num_threads()
     status = _status(values)
@@ -118,6 +131,10 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _gather_native,
         _gather_fake,
     ),
+    "sparse24_project(Tensor weight, bool soft, float scale) -> (Tensor, Tensor, Tensor)": (
+        _project_native,
+        _project_fake,
+    ),
     "sparse24_validate(Tensor values, Tensor indices, SymInt in_features) -> ()": (
         _validate_native,
         _validate_fake,
@@ -133,11 +150,14 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
 }
 
+_ON_THE_CPU_ALONE = "sparse24_project"
+
 for _schema, (_native, _fake) in _OPS.items():
     library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
     _name = _schema.partition("(")[0]
     library.impl(_name, _native, "CPU")
-    library.impl(_name, on_cuda(_name, _native), "CUDA")
+    if _name != _ON_THE_CPU_ALONE:
+        library.impl(_name, on_cuda(_name, _native), "CUDA")
     torch.library.register_fake(f"gossamer::{_name}", _fake, lib=library)
 
 _to_dense = torch.ops.gossamer.sparse24_to_dense.default

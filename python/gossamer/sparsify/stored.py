@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,7 +53,9 @@ class StoredDropGrow:
         model = nn.Sequential(SparseLinear(784, 30_000, pattern=gossamer.Unstructured(0.01)), ...)
         sparsifier = sparsify.SET.stored(model, optimizer, end=10 * epoch, every=epoch)
 
-    ``SET.stored`` and ``RigL.stored`` make one.
+    ``SET.stored`` and ``RigL.stored`` make one. Under DistributedDataParallel
+    (``gossamer.distributed.data_parallel``) every rank makes its own, with the same seed, and all
+    change the same places.
 
     Parameters
     ----------
@@ -65,7 +68,8 @@ class StoredDropGrow:
         values [nnz] -> what they are worth [nnz]; the least are dropped.
     by_gradient : bool
         Grow where the gradient of the dense weight would be largest, from 0, instead of at random.
-        It is made of the last batch's x and dy, some rows at a time.
+        It is made of the last batch's x and dy, some rows at a time; under
+        DistributedDataParallel, of those of all ranks.
     deviation : float
         Of the normal distribution that grown places begin with.
     include, exclude : str or iterable of str, optional
@@ -76,7 +80,7 @@ class StoredDropGrow:
     ------
     TypeError, ValueError
         If there is no such layer, one is frozen, or growth by gradient meets a layer that applies
-        an activation itself or a DistributedDataParallel model.
+        an activation itself.
     """
 
     def __init__(
@@ -104,8 +108,6 @@ class StoredDropGrow:
         }
         if not self.layers:
             raise ValueError(f"{op}: the model has no SparseLinear of pattern Unstructured")
-        if by_gradient and isinstance(model, DistributedDataParallel):
-            raise ValueError(f"{op}: the ranks of a DistributedDataParallel see other gradients")
         for name, layer in self.layers.items():
             if not layer.weight_requires_grad:
                 raise ValueError(f"{op}: {name} is frozen: its values have requires_grad=False")
@@ -115,6 +117,7 @@ class StoredDropGrow:
                 raise ValueError(f"{op}: {name} applies {layer.activation!r}, which hides dy")
         self.optimizer, self.schedule, self.worth = optimizer, schedule, worth
         self.deviation, self.steps = deviation, 0
+        self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self._seen = {name: _Seen() for name in self.layers} if by_gradient else {}
         self._hooks = [
@@ -142,7 +145,12 @@ class StoredDropGrow:
 
     def _finite(self) -> bool:
         given = [t for seen in self._seen.values() for t in (seen.x, seen.dy) if t is not None]
-        return all(bool(t.isfinite().all()) for t in given)
+        finite = all(bool(t.isfinite().all()) for t in given)
+        if not given or self._group is None:
+            return finite
+        on_all = given[0].new_full((), float(finite), dtype=torch.float32)
+        dist.all_reduce(on_all, dist.ReduceOp.MIN, self._group)
+        return bool(on_all)
 
     @torch.no_grad()
     def drop_and_grow(self, fraction: float) -> None:
@@ -174,7 +182,10 @@ class StoredDropGrow:
         keys = live.new_empty(0)
         rows = max(1, _CHUNK // shape[1])
         for first in range(0, shape[0], rows):
-            gradient = (dy[:, first : first + rows].t() @ x).float().abs().flatten()
+            gradient = (dy[:, first : first + rows].t() @ x).float()
+            if self._group is not None:  # the ranks' parts of one batch
+                dist.all_reduce(gradient, group=self._group)
+            gradient = gradient.abs().flatten()
             before = first * shape[1]
             ends = torch.tensor([before, before + gradient.numel()], device=live.device)
             begin, end = torch.searchsorted(live, ends).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..conversion.selection import layer_sites
 from ..convert import convert
 from ..formats import Block
 from ..nn import SparseTrainingLinear
+from ..projection24 import add_dropped_24
 from .computed import Standing
 from .kernels import Through
 from .layers import Layer, unwrapped
@@ -79,7 +81,7 @@ class STE(Sparsifier):
             sparsity = 1 - pattern.n / pattern.m if sparsity is None else sparsity
         if sparsity is None:
             raise ValueError(f"{op}: {pattern} needs a sparsity")
-        if decay < 0 or (decay > 0 and optimizer is None):
+        if not 0 <= decay < math.inf or (decay > 0 and optimizer is None):
             raise ValueError(f"{op}: decay {decay}: expected none below 0, and with an optimizer")
         if refresh < 1 or log_every < 1:
             raise ValueError(f"{op}: refresh {refresh}, log_every {log_every}: at least 1 each")
@@ -148,12 +150,12 @@ class STE(Sparsifier):
 
     @torch.no_grad()
     def _add_decay(self, *_: Any) -> None:
-        """Add decay (W - M W) to the gradients."""
+        """Add decay (W - M W) to the gradients, which are dense."""
         for layer in self.layers:
             grad, fast = layer.weight.grad, self._swapped.get(layer.name)
             if grad is not None:
                 masked = layer.weight * layer.mask if fast is None else fast.projected()
-                grad.add_(layer.weight, alpha=self.decay).sub_(masked, alpha=self.decay)
+                add_dropped_24(grad, layer.weight, masked, self.decay)
 
     @torch.no_grad()
     def to_dense(self, project: bool = False) -> None:

@@ -1,79 +1,19 @@
-"""Each recipe trains a small network on scikit-learn's digits: sparsity reached and accuracy.
-
-1437 images to train on, 360 to test, three seeds; the network is 64-128-128-10 and its last layer
-stays dense. ``pip install scikit-learn`` first.
-"""
+"""Every recipe, made ready to train the network of a task: the table ``RECIPES``."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gossamer import Block
 from gossamer import sparsify as s
+from recipe_tasks import EPOCH, HIDDEN, LAST, STEPS, Run, zeros
 from torch import Tensor, nn
 
-EPOCHS, BATCH = 40, 64
-STEPS = EPOCHS * (1437 // BATCH)
-EPOCH = STEPS // EPOCHS
-LAST = "4"
 Builder = Callable[[nn.Module, torch.optim.Optimizer, Callable[[], float]], Any]
-
-
-class Run:
-    """One network and how it is trained: a recipe changes what is its own."""
-
-    def __init__(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.x, self.y, self.test_x, self.test_y = data()
-        self.model: nn.Module = nn.Sequential(
-            *(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-        )
-        self.optimizer = self.sgd(self.model)
-        self.made: Any = None
-        self.learns = lambda step: True  # whether the optimizer takes a step
-        self.before = lambda step: None
-        self.backward = lambda x, y: self.loss(x, y).backward()
-        self.finish = lambda: None
-        self.zeros = lambda: zeros(self.model[0], self.model[2])
-
-    @staticmethod
-    def sgd(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(x), y)
-
-    def evaluate(self) -> float:
-        with torch.no_grad():
-            return self.loss(self.x, self.y).item()
-
-    def train(self, steps: int = STEPS) -> None:
-        for step in range(steps):
-            if step % EPOCH == 0:
-                order = torch.randperm(len(self.x))
-            batch = order[(step % EPOCH) * BATCH :][:BATCH]
-            self.before(step)
-            self.backward(self.x[batch], self.y[batch])
-            if self.learns(step):
-                self.optimizer.step()
-            if self.made is not None:
-                self.made.step()
-            self.optimizer.zero_grad()
-
-    def accuracy(self) -> float:
-        with torch.no_grad():
-            right = self.model.eval()(self.test_x).argmax(1) == self.test_y
-        return right.float().mean().item()
-
-
-def zeros(*layers: nn.Module) -> float:
-    return torch.cat([(layer.weight == 0).float().flatten() for layer in layers]).mean().item()
 
 
 def simple(build: Builder) -> Callable[[Run], None]:
@@ -90,42 +30,31 @@ def simple(build: Builder) -> Callable[[Run], None]:
 # fmt: off
 SIMPLE: dict[str, Builder] = {
     "dense": lambda m, o, e: None,
-    "GMP 90 %": lambda m, o, e: s.GMP(m, 0.9, 50, STEPS // 2, 20, optimizer=o, exclude="4"),
-    "GMP 2:4": lambda m, o, e: s.GMP(m, 0.5, 50, STEPS // 2, 20, "2:4", optimizer=o, exclude="4"),
+    "GMP 90 %": lambda m, o, e: s.GMP(m, 0.9, 50, STEPS // 2, 20, optimizer=o, exclude=LAST),
+    "GMP 2:4": lambda m, o, e: s.GMP(m, 0.5, 50, STEPS // 2, 20, "2:4", optimizer=o, exclude=LAST),
     "GMP 8x8 blocks 75 %": lambda m, o, e: s.GMP(
-        m, 0.75, 50, STEPS // 2, 20, Block(8, 8), optimizer=o, exclude="4"),
+        m, 0.75, 50, STEPS // 2, 20, Block(8, 8), optimizer=o, exclude=LAST),
     "MIRL 10 rounds (89 %)": lambda m, o, e: s.MIRL(
-        m, STEPS // 11, 10, optimizer=o, exclude="4"),
-    "SET 90 %": lambda m, o, e: s.SET(m, 0.9, STEPS, EPOCH, optimizer=o, exclude="4"),
-    "RigL 90 %": lambda m, o, e: s.RigL(m, 0.9, 3 * STEPS // 4, 20, optimizer=o, exclude="4"),
+        m, STEPS // 11, 10, optimizer=o, exclude=LAST),
+    "SET 90 %": lambda m, o, e: s.SET(m, 0.9, STEPS, EPOCH, optimizer=o, exclude=LAST),
+    "RigL 90 %": lambda m, o, e: s.RigL(m, 0.9, 3 * STEPS // 4, 20, optimizer=o, exclude=LAST),
     "RigL fan-in 90 %": lambda m, o, e: s.RigL(
-        m, 0.9, 3 * STEPS // 4, 20, pattern=s.ConstantFanIn(), optimizer=o, exclude="4"),
-    "DSTEE 90 %": lambda m, o, e: s.DSTEE(m, 0.9, 3 * STEPS // 4, 20, optimizer=o, exclude="4"),
+        m, 0.9, 3 * STEPS // 4, 20, pattern=s.ConstantFanIn(), optimizer=o, exclude=LAST),
+    "DSTEE 90 %": lambda m, o, e: s.DSTEE(m, 0.9, 3 * STEPS // 4, 20, optimizer=o, exclude=LAST),
     "SparseMomentum 90 %": lambda m, o, e: s.SparseMomentum(
-        m, STEPS, EPOCH, 0.9, optimizer=o, exclude="4"),
-    "GSM 90 %": lambda m, o, e: s.GSM(m, o, 0.9, STEPS // 2, exclude="4"),
+        m, STEPS, EPOCH, 0.9, optimizer=o, exclude=LAST),
+    "GSM 90 %": lambda m, o, e: s.GSM(m, o, 0.9, STEPS // 2, exclude=LAST),
     "LOBSTER up to 90 %": lambda m, o, e: s.LOBSTER(
-        m, 0.9, e, every=EPOCH, tolerance=0.05, optimizer=o, exclude="4"),
-    "STE 2:4": lambda m, o, e: s.STE(m, o, exclude="4"),
-    "SRSTE 2:4": lambda m, o, e: s.SRSTE(m, o, exclude="4"),
-    "SSTE 2:4": lambda m, o, e: s.SSTE(m, o, exclude="4"),
-    "MaskedDecay 2:4": lambda m, o, e: s.MaskedDecay(m, o, exclude="4"),
-    "WGSEF filters 50 %": lambda m, o, e: s.WGSEF(m, o, 0.5, STEPS // 2, exclude="4"),
-    "TSCNC 90 %": lambda m, o, e: s.TSCNC(m, 0.9, 50, STEPS // 2, 20, optimizer=o, exclude="4"),
-    "HESSO filters 50 %": lambda m, o, e: s.HESSO(m, 0.5, 50, STEPS // 2, 2, exclude="4"),
+        m, 0.9, e, every=EPOCH, tolerance=0.05, optimizer=o, exclude=LAST),
+    "STE 2:4": lambda m, o, e: s.STE(m, o, exclude=LAST),
+    "SRSTE 2:4": lambda m, o, e: s.SRSTE(m, o, exclude=LAST),
+    "SSTE 2:4": lambda m, o, e: s.SSTE(m, o, exclude=LAST),
+    "MaskedDecay 2:4": lambda m, o, e: s.MaskedDecay(m, o, exclude=LAST),
+    "WGSEF filters 50 %": lambda m, o, e: s.WGSEF(m, o, 0.5, STEPS // 2, exclude=LAST),
+    "TSCNC 90 %": lambda m, o, e: s.TSCNC(m, 0.9, 50, STEPS // 2, 20, optimizer=o, exclude=LAST),
+    "HESSO filters 50 %": lambda m, o, e: s.HESSO(m, 0.5, 50, STEPS // 2, 2, exclude=LAST),
 }
 # fmt: on
-
-
-def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x = torch.tensor(digits.data, dtype=torch.float32) / 16
-    y = torch.tensor(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
-    return x[:1437], y[:1437], x[1437:], y[1437:]
 
 
 def autosparse(run: Run) -> None:
@@ -148,16 +77,13 @@ def dress(run: Run) -> None:
 
 def sparse_ift(run: Run) -> None:
     ift = s.SparseIFT(0.75)
-    wide = round(ift.width * 128)
-    run.model = nn.Sequential(
-        *(nn.Linear(64, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, 10))
-    )
+    run.model = run.task.network(round(ift.width * HIDDEN))
     run.optimizer = run.sgd(run.model)
     run.made = s.RigL(run.model, 0.75, 3 * STEPS // 4, 20, optimizer=run.optimizer, exclude=LAST)
 
 
 def fish(run: Run) -> None:
-    run.train()  # a dense network first; then to tell images that are upside down as well
+    run.train()  # a dense network first; then another task: what goes in is reversed
     run.x, run.test_x = torch.flip(run.x, (1,)), torch.flip(run.test_x, (1,))
     made = run.made = s.FISHMask(run.model, 0.1, 200, exclude=LAST)
     before = [run.model[i].weight.detach().clone() for i in (0, 2)]
@@ -173,7 +99,7 @@ def fish(run: Run) -> None:
 
 def mask_sparsity(run: Run) -> None:
     first, act, second, _, last = run.model
-    norms = [nn.BatchNorm1d(128), nn.BatchNorm1d(128)]
+    norms = [nn.BatchNorm1d(HIDDEN), nn.BatchNorm1d(HIDDEN)]
     run.model = nn.Sequential(first, norms[0], act, second, norms[1], nn.ReLU(), last)
     run.optimizer = run.sgd(run.model)
     run.made = s.MaskSparsity(run.model, run.optimizer, STEPS // 4, 0.5, strength=5e-3)
@@ -188,7 +114,7 @@ def mask_sparsity(run: Run) -> None:
 
 def adasap(run: Run) -> None:
     made = run.made = s.AdaSAP(
-        run.model, 0.5, STEPS // 2, rho_max=0.1, optimizer=run.optimizer, exclude=LAST
+        run.model, 0.5, STEPS // 2, rho_max=run.task.rho, optimizer=run.optimizer, exclude=LAST
     )
 
     def backward(x: Tensor, y: Tensor) -> None:
@@ -212,7 +138,9 @@ def dass(run: Run) -> None:
 
 
 def eau_de_qn(run: Run) -> None:
-    made = run.made = s.EauDeQN(run.model, lambda p: torch.optim.SGD(p, 0.05, 0.9), exclude=LAST)
+    made = run.made = s.EauDeQN(
+        run.model, lambda p: torch.optim.SGD(p, run.task.rate, 0.9), exclude=LAST
+    )
     losses: list[float] = []
 
     def backward(x: Tensor, y: Tensor) -> None:
@@ -238,11 +166,11 @@ def eau_de_qn(run: Run) -> None:
 
 def fed_tiny(run: Run) -> None:
     first, act, second, _, last = run.model
-    norms = [nn.BatchNorm1d(128), nn.BatchNorm1d(128)]
+    norms = [nn.BatchNorm1d(HIDDEN), nn.BatchNorm1d(HIDDEN)]
     run.model = nn.Sequential(first, norms[0], act, second, norms[1], nn.ReLU(), last)
     run.optimizer = run.sgd(run.model)
-    parts = zip(run.x.split(480), run.y.split(480), strict=True)
-    clients = [list(zip(x.split(BATCH), y.split(BATCH), strict=True)) for x, y in parts]
+    parts = zip(run.x[:1437].split(480), run.y[:1437].split(480), strict=True)
+    clients = [list(zip(x.split(64), y.split(64), strict=True)) for x, y in parts]
     masks = s.candidate_masks(run.model, 0.9, 10, exclude="6")
     best = masks[s.select_mask(run.model, masks, clients, F.cross_entropy)]
     run.made = s.FedTiny(run.model, best, 3 * STEPS // 4, 10, optimizer=run.optimizer, exclude="6")
@@ -339,36 +267,3 @@ RECIPES: dict[str, Callable[[Run], None]] = {
         for name, pattern, sparsity in (("2:4", "2:4", None), ("80 %", s.Unstructured(), 0.8))
     },
 }
-
-
-def measure(name: str, seed: int) -> tuple[float, float]:
-    """Sparsity of the layers that are sparsified, and accuracy."""
-    run = Run(seed)
-    RECIPES[name](run)
-    run.train()
-    run.finish()
-    return run.zeros(), run.accuracy()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="*", help="fnmatch pattern of names")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print("| recipe | zeros | accuracy, mean (least to most) |\n|---|---|---|")
-    for name in RECIPES:
-        if not fnmatch(name, options.only):
-            continue
-        each = [measure(name, seed) for seed in range(options.seeds)]
-        found, accuracies = zip(*each, strict=True)
-        low, high = min(accuracies), max(accuracies)
-        mean = statistics.mean(accuracies)
-        print(
-            f"| {name} | {statistics.mean(found):.2%} | {mean:.2%} ({low:.2%} to {high:.2%}) |",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()
