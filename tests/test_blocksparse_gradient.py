@@ -367,7 +367,7 @@ def test_panels_have_the_gradients_of_values(dtype: torch.dtype) -> None:
     packed = BlockSparsePanels.from_blocksparse(weight)
     x, values, panels = torch.randn(4, 10).to(dtype), weight.values, packed.panels
     for w in (weight, packed):
-        w._tensors()[0].requires_grad_()
+        next(iter(w._tensors().values())).requires_grad_()
         blocksparse_linear(x, w).float().square().sum().backward()
     assert values.grad is not None
     assert panels.grad is not None
