@@ -15,6 +15,7 @@ import torch
 from emulator import CSRC, HERE, KernelLibrary
 from gossamer import _C
 from gossamer.formats import sparse24 as sparse24_format
+from gossamer.formats import sparse24_quantized_panels as quantized_panels
 from gossamer.ops import (
     actsparse,
     actsparse_cuda,
@@ -70,7 +71,7 @@ class Gpu:
 def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """Every product and layout of host tensors runs as for CUDA tensors in here."""
     shape_on = sparse24_format.sparse24_panels_shape
-    for module in (sparse24_format, sparse24_layout):
+    for module in (sparse24_format, sparse24_layout, quantized_panels):
         monkeypatch.setattr(
             module,
             "sparse24_panels_shape",
@@ -78,7 +79,8 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
         )
     monkeypatch.setattr(sparse24_layout, "_status", lambda t: t.new_empty(2, dtype=torch.int64))
     # Tensors of a GPU do not go straight to the CPU's kernel, nor may those that stand for them.
-    monkeypatch.setattr(sparse24, "calls_cpu_kernel", lambda *tensors: False)
+    for module in (sparse24, sparse24_quantized):
+        monkeypatch.setattr(module, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
     monkeypatch.setattr(sparse24_quantized, "_linear", sparse24_quantized._native_cuda)
     monkeypatch.setattr(blocksparse_product, "_is_cuda", lambda t: True)
