@@ -396,3 +396,14 @@ def test_the_example_of_wafer_maps_runs(threads: int) -> None:
     torch.set_num_threads(1)
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "wafer_maps.py"))
     assert 0 <= example["main"](["--size", "2000", "--steps", "2", "--batch", "4"]) <= 1
+
+
+def test_inference_first_and_training_second() -> None:
+    x = scene()
+    net = nn.Sequential(pc.SubmanifoldConv3d(4, 6, 3), pc.Conv3d(6, 4, 3, 2, 1), pc.GlobalMaxPool())
+    with torch.inference_mode():
+        expected = net(x)
+    y = net(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

@@ -174,3 +174,50 @@ def test_mistakes() -> None:
         PositionMaskedConv2d(2, 2, 3, groups=2)
     with pytest.raises(ValueError, match="frequency 0"):
         PositionMaskScheduler(layer, (4, 4), 10, frequency=0)
+
+
+def test_what_is_kept_follows_writes_that_make_no_version() -> None:
+    layer = PositionMaskedConv2d(16, 8, 3, padding=1)
+    x = torch.randn(2, 16, 20, 20).contiguous(memory_format=torch.channels_last)
+    layer.set_mask(torch.rand(20, 20) < 0.1)
+
+    def check() -> None:
+        dense = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+        torch.testing.assert_close(layer(x), dense.masked_fill(~layer.mask, 0))
+
+    with torch.no_grad():
+        for _ in range(2):
+            check()
+            layer.weight.data.mul_(2)
+            check()
+            layer.weight.data = layer.weight.data * 1.5
+            check()
+            layer.mask.data[:3] ^= True
+            check()
+
+
+def test_inference_first_and_training_second() -> None:
+    layer = PositionMaskedConv2d(16, 8, 3, padding=1)
+    layer.set_mask(torch.rand(20, 20) < 0.1)
+    x = torch.randn(2, 16, 20, 20).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = layer(x)
+    y = layer(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert layer.weight.grad is not None
+    layer.requires_grad_(False)
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+def test_functional_transforms_are_those_of_the_dense_convolution() -> None:
+    layer = PositionMaskedConv2d(16, 8, 3, padding=1)
+    layer.set_mask(torch.rand(20, 20) < 0.1)
+    x, weights = torch.randn(2, 16, 20, 20), torch.randn(3, 8, 16, 3, 3)
+    call = lambda w: torch.func.functional_call(layer, {"weight": w}, x)  # noqa: E731
+    torch.testing.assert_close(torch.vmap(call)(weights), torch.stack([call(w) for w in weights]))
+    with torch.no_grad():
+        _, moved = torch.func.jvp(call, (weights[0],), (weights[1],))
+        at = call(weights[1]) - layer.bias.detach().view(-1, 1, 1) * layer.mask
+    torch.testing.assert_close(moved, at, rtol=1e-4, atol=1e-4)

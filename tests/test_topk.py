@@ -184,7 +184,7 @@ def test_where_the_dense_product_wins() -> None:
 
 def test_dense_product_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(520, 9, 40, 12)
-    monkeypatch.setattr(topk_dense, "DENSE_BYTES_CUDA", 7000)
+    monkeypatch.setattr(topk_dense, "DENSE_BYTES", 7000)
     for dtype in DTYPES:
         check_all(case, dtype, (_decode_cuda, _values_cuda, _weight_cuda))
     dy, weight = torch.randn(520, 12), torch.randn(40, 12)

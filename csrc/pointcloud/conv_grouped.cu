@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(const CudaConvArgs args)
     const int32_t from = table.neighbours[tap * positions + position];
     if (static_cast<unsigned>(from) >= static_cast<unsigned>(table.n_in)) continue;
     sums.add(static_cast<const T*>(args.x) + from * args.x_stride,
-             static_cast<const T*>(args.weights) + tap * runs.group_in * args.c_out + output, runs,
+             static_cast<const T*>(args.weights) + int64_t{tap} * runs.group_in * args.c_out + output, runs,
              args.c_out, channel, count);
   }
   Run<T, kRun> bias{}, y;

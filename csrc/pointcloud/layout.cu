@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!pair.find(pairs)) return;
   const auto place = static_cast<unsigned>(groups.places[pair.out]);
   const int64_t group = place / kGroupRows;
+  if (group >= groups.groups) return;  // of an order that is none
   const int32_t bit = 1 << place % kGroupRows / kQuarterRows;
   int32_t* bits = groups.bits + group * pairs.taps + pair.tap;
   if (atomicOr(bits, bit) == 0) atomicAdd(&groups.bits[groups.groups * pairs.taps + group], 1);

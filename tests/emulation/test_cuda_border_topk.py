@@ -24,7 +24,7 @@ def test_encode_is_topk_of_the_dense_layer(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """Several products of a few tokens, too, and codes that are longer than the kernel has room."""
-    monkeypatch.setattr(topk_encoder, "DENSE_BYTES_CUDA", 7000)
+    monkeypatch.setattr(topk_encoder, "DENSE_BYTES", 7000)
     x, weight, bias = (torch.randn(s).to(dtype) for s in ((9, 12), (1100, 12), (1100,)))
     dense = torch.nn.functional.linear(x, weight, bias)
     for k in (1, 33, 1024, 1100):

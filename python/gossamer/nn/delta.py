@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ..ops.operands import autocast_dtype, autocast_to
 from ..ops.pointcloud import pointcloud_conv
 from .activation_sparse import ActSparseLinear
 from .gathered_conv import GatheredWeight, check_gathered, conv_arguments, most_gathered_of, taps_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _Streams:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import _C
 from ..ops.conv_at import Taps, weight_by_tap
@@ -62,6 +63,8 @@ def most_gathered(
 def most_gathered_of(x: Tensor, taps: Taps) -> float:
     """The same of images x [B, C, H, W]."""
     positions, in_kernel = taps.pixels.shape
+    if not (x.is_cpu or x.is_cuda):
+        return -1.0  # there are no kernels
     autocast = autocast_dtype(x)
     return most_gathered(
         x.dtype if autocast is None else autocast,
@@ -77,37 +80,65 @@ T = TypeVar("T")
 
 
 class Kept:
-    """What was made of a tensor, for as long as that stays as it is.
+    """What was made of a tensor, for as long as that holds the same.
 
-    It is neither copied nor saved with the layer that has it.
+    On a CPU its entries are compared. A GPU would have to be waited for, so there its versions are,
+    of which writes through ``.data`` make none. It is neither copied nor saved with the layer that
+    has it.
     """
 
-    kept: tuple[Tensor, tuple[Any, ...], Any] | None = None
+    kept: tuple[Tensor, Any, dict[Any, Any]] | None = None
 
-    def of(self, source: Tensor, rest: tuple[Any, ...], make: Callable[[], T]) -> T:
+    def of(self, source: Tensor, rest: Any, make: Callable[[], T]) -> T:
         """``make()``, or its result of last time, if the rest it was made of is the same, too."""
-        if source.is_inference():  # nobody counts its versions
-            return make()
-        key = (source.data_ptr(), source._version, source.dtype, source.device, rest)
-        if self.kept is not None and self.kept[0] is source and self.kept[1] == key:
-            known: T = self.kept[2]
-            return known
-        made = make()
-        self.kept = (source, key, made)
+        kept = self.kept  # once: another thread may replace it
+        state = _state(source)
+        if kept is None or kept[1] != state or not _same(kept[0], source):
+            kept = (_copy(source), state, {})
+        if rest not in kept[2]:
+            # Outside inference mode, or it could never be saved for a backward.
+            with torch.inference_mode(False), torch.no_grad():
+                kept[2][rest] = make()
+        self.kept = kept
+        made: T = kept[2][rest]
         return made
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class GatheredWeight(Kept):
+def _state(t: Tensor) -> tuple[Any, ...]:
+    version = None if t.is_cpu or t.is_inference() else (id(t), t.data_ptr(), t._version)
+    return t.dtype, t.device, t.shape, version
+
+
+def _copy(t: Tensor) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return t.clone() if t.is_cpu else t  # which is held, so that no other has its id
+
+
+def _same(known: Tensor, t: Tensor) -> bool:
+    if not t.is_cpu:
+        return not t.is_inference()  # nobody counts its versions
+    return torch.equal(known, t)
+
+
+class GatheredWeight:
     """The weight of a convolution as the point clouds' kernels want it."""
+
+    def __init__(self) -> None:
+        self._by_tap = Kept()
 
     def by_tap(self, weight: Tensor) -> Tensor:
         """[kh kw, C, C_out], differentiable where that is wanted."""
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if not weight.is_cpu or (torch.is_grad_enabled() and weight.requires_grad):
             return weight_by_tap(weight)
-        return self.of(weight, (), lambda: weight_by_tap(weight.detach()))
+        return self._by_tap.of(weight, (), lambda: weight_by_tap(weight.detach()))
+
+
+def is_transformed() -> bool:
+    """Whether functorch or a forward derivative goes through what is computed here."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def check_gathered(op: str, conv: nn.Conv2d) -> None:

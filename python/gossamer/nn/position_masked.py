@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,13 @@ from .gathered_conv import (
     Kept,
     check_gathered,
     conv_arguments,
+    is_transformed,
     most_gathered_of,
     taps_of,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PositionMaskedConv2d(nn.Conv2d):
@@ -122,12 +126,14 @@ class PositionMaskedConv2d(nn.Conv2d):
         y = computed.new_zeros(shape).flatten(0, 2).index_copy_(0, at, computed)
         return y.view(shape).permute(0, 3, 1, 2)
 
-    # What is kept from call to call depends on the mask's entries and on versions of tensors.
+    # What is kept from call to call depends on the entries of the mask and of the weight.
     @torch.compiler.disable
     def _positions_of(self, x: Tensor, taps: Taps) -> tuple[Tensor, KernelMap, Tensor] | None:
         """Those of all images, with their map and the weight, or None where all are computed."""
         mask, images = self.mask, len(x)
         assert mask is not None
+        if is_transformed():
+            return None
         kept = self._positions.of(mask, (), lambda: mask.flatten().nonzero().squeeze(-1))
         if len(kept) > most_gathered_of(x, taps) * mask.numel():
             return None

@@ -70,8 +70,9 @@ def actsparse_linear(
     instead.
 
     In the CPU's kernels a token's result depends on that token alone, to the bit: not on the
-    others, nor on the number of threads. Weights are expected to be finite: the dense product
-    multiplies those of inactive inputs by zero.
+    others, nor on the number of threads. (Of bfloat16 where the CPU has dot products of it, as long
+    as no number on the way is subnormal: beside other tokens those count as zero.) Weights are
+    expected to be finite: the dense product multiplies those of inactive inputs by zero.
 
     Parameters
     ----------

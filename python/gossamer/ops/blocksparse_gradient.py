@@ -168,7 +168,8 @@ def _dx_by_phases(
     for phase in phases:
         blocks = transpose_blocks(*weight, geometry, phase.taps)
         part = _product()(dy, *blocks, None, None, *phase.geometry, "none")
-        dx[(..., *phase.pixels)] = part[(..., *phase.kept)]  # type: ignore[index]
+        pixels_of, kept = (..., *phase.pixels), (..., *phase.kept)
+        dx[pixels_of] = part[kept]  # type: ignore[index]
     return dx
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pointcloud.kernel_map import KernelMap
+from .pointcloud_layout import vouch
 
 
 class Taps:
@@ -59,7 +60,7 @@ class Taps:
         )
         inside = marked[seen]
         counts = inside.sum(1, dtype=torch.int64).cpu()
-        return KernelMap(
+        made = KernelMap(
             in_index=ranks_in[seen[inside]],
             out_index=ranks_out.expand_as(seen)[inside],
             tap_offsets=F.pad(counts.cumsum(0), (1, 0)),
@@ -69,6 +70,10 @@ class Taps:
             n_out=len(at),
             kernel_size=self.kernel,
         )
+        if at.is_cuda:  # which would be waited for to see that the map is right
+            for way in (made, made.transposed()):
+                vouch(way.tensors, way.n_in, way.n_out)
+        return made
 
 
 def weight_by_tap(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def pool_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
 
 def vouch(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
     """Say that a map is right, as one is that gossamer made; others are looked at, once."""
-    _kept("checked", pairs, n_in, n_out, lambda *_: None)
+    _kept("checked", pairs, n_in, n_out, lambda *_: True)
 
 
 class _Kept(NamedTuple):
@@ -87,9 +88,10 @@ def _kept(
     pairs: tuple[Any, ...],
     n_in: int,
     n_out: int,
-    make: Callable[..., Any],
+    make: Callable[..., Any] | None,
     captured: bool = False,
 ) -> Any:
+    """What was made of the map, now if not before; None where that is not wanted."""
     tensors = [t for t in pairs if t is not None]
     key = (kind, *map(id, pairs), *map(_version, tensors), n_in, n_out)
     found = _layouts.get(key)
@@ -97,6 +99,8 @@ def _kept(
         if found.made is not None:
             _wait(found.made, found.stream)
         return found.layout
+    if make is None:
+        return None
     device = pairs[0].device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing and not captured:
@@ -130,9 +134,12 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
-    """As the CPU's border does, for a map can be made by hand: waits for the GPU."""
-    op = "pointcloud_conv"
+def _check(pairs: tuple[Any, ...], n_in: int, n_out: int, repeats: bool = False) -> bool:
+    """As the CPU's border does, for a map can be made by hand: waits for the GPU.
+
+    A pool may have several pairs of an output in a tap (``repeats``).
+    """
+    op = "pointcloud_pool" if repeats else "pointcloud_conv"
     in_index, out_index, tap_offsets, in_order, out_order = pairs
     if tap_offsets.dtype != torch.int64 or tap_offsets.device.type != "cpu":
         raise ValueError(
@@ -158,8 +165,8 @@ def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
         if t.shape != (length,):
             raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected [{length}]")
     tap = _tap_of_pair(tap_offsets, in_index.device)
-    if not _is_wrong(pairs, tap, n_in, n_out):
-        return
+    if not _is_wrong(pairs, tap, n_in, n_out, repeats):
+        return True
     for name, t, rows in (
         ("in_index", in_index, n_in),
         ("out_index", out_index, n_out),
@@ -171,7 +178,7 @@ def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
                 f"{op}: {name} holds {int(t.min())} to {int(t.max())}, there are {rows} rows"
             )
     for name, t in (("in_index", in_index), ("out_index", out_index)):
-        wrong = (tap[1:] == tap[:-1]) & (t[1:] <= t[:-1])
+        wrong = (tap[1:] == tap[:-1]) & _descends(t, repeats and t is out_index)
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0]) + 1
             raise ValueError(
@@ -180,9 +187,14 @@ def _check(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
             )
     if out_order is not None and len(out_order.unique()) != n_out:
         raise ValueError(f"{op}: out_order names a row twice")
+    return True
 
 
-def _is_wrong(pairs: tuple[Any, ...], tap: Tensor, n_in: int, n_out: int) -> bool:
+def _descends(t: Tensor, repeats: bool) -> Tensor:
+    return t[1:] < t[:-1] if repeats else t[1:] <= t[:-1]
+
+
+def _is_wrong(pairs: tuple[Any, ...], tap: Tensor, n_in: int, n_out: int, repeats: bool) -> bool:
     """Whether there is anything to say of the tensors' numbers; waits for a GPU once."""
     in_index, out_index, _, in_order, out_order = pairs
     wrong = []
@@ -191,7 +203,8 @@ def _is_wrong(pairs: tuple[Any, ...], tap: Tensor, n_in: int, n_out: int) -> boo
             least, most = t.aminmax()
             wrong.append((least < 0) | (most >= rows))
     for t in (in_index, out_index):
-        wrong.append(((tap[1:] == tap[:-1]) & (t[1:] <= t[:-1])).any())
+        descends = _descends(t, repeats and t is out_index)
+        wrong.append(((tap[1:] == tap[:-1]) & descends).any())
     if out_order is not None and n_out:
         met = torch.zeros(n_out, dtype=torch.bool, device=tap.device)
         met[out_order.clamp(0, n_out - 1).long()] = True
@@ -254,6 +267,8 @@ def _make_segments(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PairSegment
 
 def _make_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
     """Each output has its pairs in the order of the map."""
+    if not _kept("checked", pairs, n_in, n_out, None):
+        _kept("checked for pools", pairs, n_in, n_out, partial(_check, repeats=True))
     in_index, ranks, tap_offsets, in_order, _ = _contiguous(pairs)
     places = None
     if len(tap_offsets) > 2:  # the pairs of one tap ascend
@@ -265,7 +280,7 @@ def _make_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
 
 
 def _to_gpu(numbers: Tensor, device: torch.device) -> Tensor:
-    """Without a wait: the driver keeps a copy of what is on its way."""
+    """Without a wait as far as torch is asked; a copy of many numbers may wait for the stream."""
     return numbers.to(device, non_blocking=True)
 
 

@@ -8,7 +8,7 @@ names a row twice, whose sum of two values may be no number of their dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _C
 
-DENSE_BYTES_CUDA = 256 << 20  # of the products that exist at once
+DENSE_BYTES = 256 << 20  # of the products that exist at once
 
 
 class Shares(NamedTuple):
@@ -56,6 +56,9 @@ def dense_wins(
     On a target of the CPU, or "cuda".
     """
     tokens, k = codes
+    # Which torch's products of float32 may be rounded to; ours are not.
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return False
     share: float = getattr(_SHARES.get((target, dtype), _NEVER), which)
     return tokens >= _FEWEST_TOKENS.get(target, 16) and k <= width and k >= share * max(width, 1)
 
@@ -74,15 +77,28 @@ def _codes(op: str, values: Tensor, indices: Tensor, width: int) -> Tensor | Non
     return codes if once else None
 
 
+def _some_tokens(tokens: int, width: int, itemsize: int) -> Iterator[slice]:
+    """Of which [tokens, width] stays within ``DENSE_BYTES``."""
+    together = max(DENSE_BYTES // max(width * itemsize, 1), 1)
+    for first in range(0, tokens, together):
+        yield slice(first, first + together)
+
+
 def dense_decode(
     values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     """``topk_decode``, or None where the kernel has to be asked."""
-    codes = _codes("topk_decode", values, indices, weight.shape[0])
-    if codes is None:
-        return None
-    with torch.autocast("cpu", enabled=False):
-        y = codes @ weight if bias is None else torch.addmm(bias, codes, weight)
+    width, d = weight.shape
+    y = values.new_empty((len(values), d))
+    for some in _some_tokens(len(values), width, values.itemsize):
+        codes = _codes("topk_decode", values[some], indices[some], width)
+        if codes is None:
+            return None
+        with torch.autocast("cpu", enabled=False):
+            if bias is None:
+                torch.mm(codes, weight, out=y[some])
+            else:
+                torch.addmm(bias, codes, weight, out=y[some])
     # Every entry of the weight has taken part in every row of y.
     return y if _finite(y) else None
 
@@ -90,15 +106,20 @@ def dense_decode(
 def dense_values(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """``topk_values``: the products with all rows, of which the named ones are kept."""
     values = dy.new_empty(indices.shape)
-    with torch.autocast("cpu", enabled=False):
-        product = dy @ weight.t()
-    _C.topk_gather("topk_values", values, product, indices.contiguous(), torch.get_num_threads())
+    for some in _some_tokens(len(dy), weight.shape[0], dy.itemsize):
+        with torch.autocast("cpu", enabled=False):
+            product = dy[some] @ weight.t()
+        of_some = (values[some], product, indices[some].contiguous())
+        _C.topk_gather("topk_values", *of_some, torch.get_num_threads())
     return values
 
 
 def dense_weight(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Tensor | None:
     """``topk_weight``, or None where the kernel has to be asked."""
-    codes = _codes("topk_weight", values, indices, width) if _finite(dy) else None
+    # Of more tokens than that parts would have to be added up, in 16 bits.
+    if len(values) * width * values.itemsize > DENSE_BYTES or not _finite(dy):
+        return None
+    codes = _codes("topk_weight", values, indices, width)
     if codes is None:
         return None
     with torch.autocast("cpu", enabled=False):
@@ -108,9 +129,7 @@ def dense_weight(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Ten
 def dense_values_cuda(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """The same on a GPU, some tokens at a time; NaN where an index is outside."""
     values, width = dy.new_empty(indices.shape), weight.shape[0]
-    together = max(DENSE_BYTES_CUDA // max(width * dy.itemsize, 1), 1)
-    for first in range(0, len(indices), together):
-        some = slice(first, first + together)
+    for some in _some_tokens(len(indices), width, dy.itemsize):
         inside = (indices[some] >= 0) & (indices[some] < width)
         with torch.autocast(dy.device.type, enabled=False):
             product = dy[some] @ weight.t()

@@ -26,7 +26,7 @@ from .operands import (
     gradient_wanted,
 )
 from .topk import Decode
-from .topk_dense import DENSE_BYTES_CUDA
+from .topk_dense import DENSE_BYTES
 from .topk_gradient import Weight, has_cuda_kernel
 
 _ENCODE = "topk_encode"
@@ -133,7 +133,7 @@ def _encode_cuda(
 ) -> tuple[Tensor, Tensor]:
     codes = values, indices = _encode_fake(x, weight, bias, k, relu)
     if has_cuda_kernel(weight) and k <= _C.topk_most_selected:
-        together = max(DENSE_BYTES_CUDA // (weight.shape[0] * weight.itemsize), 1)
+        together = max(DENSE_BYTES // (weight.shape[0] * weight.itemsize), 1)
         for first in range(0, x.shape[0], together):
             some = slice(first, first + together)
             # torch may give back a transposed product.

@@ -190,10 +190,14 @@ class Coordinates(CoordinateSet):
         found = self._set.maps.get(("samples",))
         if found is not None:
             return found
+        with torch.inference_mode(False):
+            in_index = torch.arange(len(self), dtype=torch.int32, device=self.device)
+            out_index = self.sorted()[:, 0].clone()
+            tap_offsets = torch.tensor([0, len(self)], device="cpu")
         made = KernelMap(
-            in_index=torch.arange(len(self), dtype=torch.int32, device=self.device),
-            out_index=self.sorted()[:, 0].contiguous(),
-            tap_offsets=torch.tensor([0, len(self)], device="cpu"),
+            in_index=in_index,
+            out_index=out_index,
+            tap_offsets=tap_offsets,
             in_order=self.order,
             out_order=None,
             n_in=len(self),
@@ -201,6 +205,8 @@ class Coordinates(CoordinateSet):
             kernel_size=(1,) * self.dims,
             repeats=True,
         )
+        if native.on_gpu(self.coords):
+            vouch(made.tensors, made.n_in, made.n_out)
         # Of a captured graph the memory is its own, and holds nothing before it is replayed.
         if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._set.maps["samples",] = made
@@ -245,7 +251,8 @@ class Coordinates(CoordinateSet):
     ) -> tuple[Coordinates, KernelMap]:
         one = self._set
         if key not in one.children:
-            coords = native.outputs(self.coords, one.order, one.box, window, made, shape)
+            with torch.inference_mode(False):
+                coords = native.outputs(self.coords, one.order, one.box, window, made, shape)
             child = VoxelSet(coords, None, native.bounds(coords), one.batch_size, shape, width)
             self._family.append(child)
             member = _index(self._family, child)  # another thread may have added one, too
@@ -290,9 +297,10 @@ class Coordinates(CoordinateSet):
         transposed: bool,
     ) -> KernelMap:
         walkers, targets = (inputs, outputs) if transposed else (outputs, inputs)
-        walker_of, target_of, ends = native.match(
-            walkers.coords, walkers.order, targets.coords, targets.order, targets.bounds, window
-        )
+        with torch.inference_mode(False):  # or it could never be saved for a backward
+            walker_of, target_of, ends = native.match(
+                walkers.coords, walkers.order, targets.coords, targets.order, targets.bounds, window
+            )
         in_index, out_index = (walker_of, target_of) if transposed else (target_of, walker_of)
         made = KernelMap(
             in_index=in_index,
