@@ -82,7 +82,7 @@ class QuantizedPlan:
         return math.prod(len(size) for size in sizes)
 
 
-def _dynamic_int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _dynamic_int8(weight: Tensor, _: torch.dtype) -> Callable[[Tensor], Tensor]:
     scales = weight.abs().amax(1) / 127
     with warnings.catch_warnings():  # torch prefers another package for making such weights
         warnings.simplefilter("ignore")
@@ -92,18 +92,21 @@ def _dynamic_int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
 
 
-def _int8_weights(weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _int8_weights(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     scales = weight.abs().amax(1) / 127
     numbers = (weight / scales[:, None]).round().to(torch.int8)
-    return lambda x: torch._weight_int8pack_mm(x, numbers, scales.to(x.dtype))
+    scales = scales.to(dtype)
+    return lambda x: torch._weight_int8pack_mm(x, numbers, scales)
 
 
-def _int4_weights(weight: Tensor, group: int = 128) -> Callable[[Tensor], Tensor]:
+def _int4_weights(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    group = 128
     scales = weight.view(len(weight), -1, group).abs().amax(2) / 7
     numbers = (weight / scales.repeat_interleave(group, 1)).round().clamp(-8, 7) + 8
     packed = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
-    with_zeros = torch.stack([scales, torch.zeros_like(scales)], 2).transpose(0, 1).contiguous()
-    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, with_zeros.to(x.dtype))
+    with_zeros = torch.stack([scales, torch.zeros_like(scales)], 2).transpose(0, 1)
+    with_zeros = with_zeros.contiguous().to(dtype)
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, with_zeros)
 
 
 _TORCH_WAYS = {
@@ -118,7 +121,7 @@ def torch_quantised(weight: Tensor, x: Tensor) -> list[Contender]:
     found = []
     for name, make in _TORCH_WAYS.items():
         try:
-            run = partial(make(weight.float()), x)
+            run = partial(make(weight.float(), x.dtype), x)
             run()
         except (RuntimeError, AttributeError, NotImplementedError):
             continue  # not of this dtype or shape, not in this build, not on this machine

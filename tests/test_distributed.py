@@ -123,7 +123,15 @@ def unstructured(rank: int | None = None) -> dict[str, Any]:
         inner = nn.Sequential(
             SparseLinear(24, 32, pattern=pattern), nn.ReLU(), SparseLinear(32, 8, pattern=pattern)
         ).double()
+        if rank is not None:  # what is known of the places of before has to go
+            first = torch.randn(2, 24, generator=torch.Generator().manual_seed(9)).double()
+            inner(first.requires_grad_()).sum().backward()
+            inner.zero_grad()
         model: nn.Module = inner if rank is None else distributed.data_parallel(inner)
+        again = torch.randn(2, 24, generator=torch.Generator().manual_seed(9)).double()
+        inner(again.requires_grad_()).sum().backward()
+        inner.zero_grad()
+        found[f"{name}, dx"] = {"first": again.grad}
         optimizer = adam(model)
         made = recipe.stored(model, optimizer, end=100, every=2)
         for step in range(5):

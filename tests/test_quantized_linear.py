@@ -105,6 +105,14 @@ def test_int8_sums_may_pass_32_bits(cpu_target: str) -> None:
     for form in both_forms(weight):
         y = sparse24_linear_quantized(x, form, x_scale=torch.ones(1), out_dtype=torch.float32)
         assert y.item() == torch.tensor(-(127.0**2) * k / 2).item()
+    for k in (2**18 - 4, 2**18 - 2):  # the last one that has 32 bits, and the first that has not
+        slots = 2 * ((k + 3) // 4)
+        values = torch.full((1, slots), -128, dtype=torch.int8)
+        indices = torch.full((1, (slots + 3) // 4), 0x44, dtype=torch.uint8)
+        weight = Sparse24Quantized(values, indices, torch.ones(1, 1), (1, k), k)
+        x = torch.full((1, k), -128, dtype=torch.int8)
+        y = sparse24_linear_quantized(x, weight, x_scale=torch.ones(1), out_dtype=torch.float32)
+        assert y.item() == 2.0**14 * slots
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -245,6 +245,9 @@ def test_compiled_and_traced_layers(layer: SparseLinearQuantized) -> None:
     )
     x = torch.randn(7, K)
     assert torch.equal(program.module()(x), model(x))
+    for alone in (layer, copy.deepcopy(layer).unpack()):
+        program = torch.export.export(alone, (x,), strict=False)
+        assert torch.equal(program.module()(x), layer(x))
     targets = {str(node.target) for node in program.graph.nodes}
     assert "gossamer.sparse24_linear_quantized.default" in targets
 

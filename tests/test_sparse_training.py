@@ -294,3 +294,32 @@ def test_bad_use_of_the_layer() -> None:
         SparseTrainingLinear(4, 4, projection="soft", refresh=2)
     with pytest.raises(TypeError, match=r"x is torch\.float64"):
         SparseTrainingLinear(4, 4)(torch.randn(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("projection", ["hard", "soft", "transposable"])
+def test_validation_in_inference_mode_between_steps(projection: str) -> None:
+    layer = SparseTrainingLinear(16, 8, projection=projection)
+    x = torch.randn(4, 16, requires_grad=True)
+    for _ in range(2):
+        with torch.inference_mode():
+            expected = layer(x)
+        y = layer(x)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        with torch.no_grad():
+            layer.weight -= 0.1 * layer.weight.grad
+
+
+@pytest.mark.parametrize("in_features", [36, 37])
+def test_transposable_masks_last_where_weights_are_zero_or_groups_short(in_features: int) -> None:
+    layer = SparseTrainingLinear(in_features, 8, projection="transposable", refresh=4)
+    with torch.no_grad():
+        layer.weight[:, ::3] = 0
+    x = torch.randn(4, in_features, requires_grad=True)
+    for _ in range(6):
+        y = layer(x)
+        assert torch.equal(y, copy.deepcopy(layer)(x))
+        y.square().mean().backward()
+        with torch.no_grad():
+            layer.weight -= 0.1 * layer.weight.grad
+        layer.weight.grad = None

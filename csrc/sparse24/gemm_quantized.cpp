@@ -54,8 +54,9 @@ const QuantizedUnit* unit_of(Target target, const QuantizedGemmArgs& args) {
   return nullptr;
 }
 
-// A row of W keeps half of its columns, each product is at most 128 * 128, and sums have 32 bits.
-constexpr int64_t kMaxInt8Columns = (int64_t{1} << 18) - 1;
+// A row of W keeps half of its columns, a group of four at a time; each product is at most 128 *
+// 128, and sums have 31 bits and a sign.
+constexpr int64_t kMaxInt8Columns = (int64_t{1} << 18) - 4;
 
 // What a thread packs of x at once, beside which a block of the weight stays in L2; and what it
 // converts at once of a portable weight.
@@ -196,11 +197,16 @@ QuantizedGemmArgs rows_of(const QuantizedGemmArgs& args, int64_t row, int64_t ro
 
 // ---- many rows ----------------------------------------------------------------------------------
 
+// How many are expanded at once.
+int64_t expanded_blocks(const QuantizedWeight& w) {
+  const Weight expanded{DType::kFloat32, w.n, w.k, nullptr, nullptr, nullptr};
+  return std::clamp<int64_t>(kExpandedBytes / (4 * expanded.block_words()), 1, expanded.blocks());
+}
+
 void many_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int team) {
   const Weight w = without_scales(args.weight);
   Weight expanded{DType::kFloat32, 0, w.k, nullptr, nullptr, nullptr};
-  const int64_t chunk =
-      std::clamp<int64_t>(kExpandedBytes / (4 * expanded.block_words()), 1, w.blocks());
+  const int64_t chunk = expanded_blocks(args.weight);
   const int64_t k = w.records() * kRecordK;
   auto* x = static_cast<float*>(expanded_x.at_least(args.m * k * sizeof(float)));
   auto* sums = static_cast<float*>(unfinished.at_least(args.m * chunk * kBlockN * sizeof(float)));
@@ -229,7 +235,9 @@ void many_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tea
                   std::min(expanded.n, ends.n));
     });
   }
-  expanded_x.release_above(kKeptBytes);
+  for (Scratch* scratch : {&expanded_x, &expanded_weight, &unfinished}) {
+    scratch->release_above(kKeptBytes);
+  }
 }
 
 // The serial kernel reads the portable form only.
@@ -246,10 +254,9 @@ void serial_any(const QuantizedGemmArgs& args) {
   gemm_quantized_serial(portable);
 }
 
-// The same product of an x of 8 bits, which lives until the next call of this thread.
+// The same product of an x of 8 bits, which lies in quantized_x.
 QuantizedGemmArgs with_quantized_x(const QuantizedGemmArgs& args) {
   const int64_t k = args.weight.k;
-  quantized_x.release_above(kKeptBytes);
   auto* scales = static_cast<float*>(quantized_x_scales.at_least(args.m * sizeof(float)));
   void* numbers = quantized_x.at_least(args.m * k);
   quantize_rows({args.m, k, args.x_dtype, args.x, args.x_stride, args.weight.dtype, numbers, scales,
@@ -288,7 +295,11 @@ bool gemm_by(Target target, const QuantizedGemmArgs& args) {
 void gemm_quantized(const QuantizedGemmArgs& args) {
   const QuantizedWeight& w = args.weight;
   if (args.m == 0 || w.n == 0) return;
-  if (!w.four_bit() && args.x_scales == nullptr) return gemm_quantized(with_quantized_x(args));
+  if (!w.four_bit() && args.x_scales == nullptr) {
+    gemm_quantized(with_quantized_x(args));
+    quantized_x.release_above(kKeptBytes);
+    return;
+  }
   const Target target = gossamer::target();  // once: another thread may force a different one
   if (!gemm_by(target, args)) gemm_by(static_cast<Target>(static_cast<int>(target) - 1), args);
 }

@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from .nn import SparseLinear
 from .nn.trainable import TrainableModule
+from .ops.csr_pattern import forget
 from .ops.sparse24 import sparse24_linear_tensors
 
 
@@ -51,7 +52,7 @@ def data_parallel(
     process_group : ProcessGroup, optional
         All ranks by default.
     **options
-        Of DistributedDataParallel.
+        Of DistributedDataParallel; without ``init_sync`` places are not sent, as values are not.
 
     Raises
     ------
@@ -74,8 +75,9 @@ def data_parallel(
     parallel = wrapped(module, process_group=process_group, **options)
     group = parallel.process_group
     for tensor in indices.values():
-        if tensor.numel() > 0:
+        if tensor.numel() > 0 and options.get("init_sync", True):
             dist.broadcast(tensor.view(torch.uint8), dist.get_global_rank(group, 0), group)
+            forget(tensor)  # what was made of it: a broadcast makes no new version
     return parallel
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
+from ._library import calls_cpu_kernel
 from .formats import Sparse24
 from .prune import magnitude_24
 
@@ -54,7 +56,9 @@ def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Spars
     weight = weight.detach()
     if weight.device.type == "cpu":
         return _projected(weight, soft=True, scale=scale)
-    magnitude = F.pad(weight.abs(), (0, -weight.shape[1] % 4)).unflatten(-1, (-1, 4))
+    # A NaN is the largest, as on the CPU.
+    magnitude = weight.abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    magnitude = F.pad(magnitude, (0, -weight.shape[1] % 4)).unflatten(-1, (-1, 4))
     a, b, c, d = magnitude.unbind(-1)
     least = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
     least = torch.minimum(least, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
@@ -72,7 +76,7 @@ def add_dropped_24(gradient: Tensor, weight: Tensor, kept: Tensor, factor: float
     """gradient += factor (weight - kept), in place: a decay of what a projection did not keep."""
     like = (weight.shape, weight.dtype, weight.device)
     tensors = (gradient, weight.detach(), kept)
-    if weight.device.type == "cpu" and all(
+    if calls_cpu_kernel(*tensors) and all(
         (t.shape, t.dtype, t.device) == like and t.is_contiguous() for t in tensors
     ):
         _C.sparse24_add_dropped(*tensors, factor, torch.get_num_threads())

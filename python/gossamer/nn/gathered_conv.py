@@ -79,6 +79,9 @@ def most_gathered_of(x: Tensor, taps: Taps) -> float:
 T = TypeVar("T")
 
 
+_MOST_KEPT = 8  # numbers of images, of one mask
+
+
 class Kept:
     """What was made of a tensor, for as long as that holds the same.
 
@@ -96,6 +99,8 @@ class Kept:
         if kept is None or kept[1] != state or not _same(kept[0], source):
             kept = (_copy(source), state, {})
         if rest not in kept[2]:
+            if len(kept[2]) >= _MOST_KEPT:
+                kept[2].clear()
             # Outside inference mode, or it could never be saved for a backward.
             with torch.inference_mode(False), torch.no_grad():
                 kept[2][rest] = make()

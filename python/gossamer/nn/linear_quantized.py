@@ -264,6 +264,7 @@ class SparseLinearQuantized(PackableModule):
             portable = weight.to_quantized()
             self.values, self.indices = portable.values, portable.indices
             self.panels = self._panels_dtype = None
+            self._tensors_first()
 
     def _hold_panels(self) -> None:
         weight = self.weight
@@ -271,6 +272,11 @@ class SparseLinearQuantized(PackableModule):
             packed = Sparse24QuantizedPanels.from_quantized(weight)
             self.values = self.indices = None
             self.panels, self._panels_dtype = packed.panels, packed.storage
+            self._tensors_first()
+
+    def _tensors_first(self) -> None:
+        # torch.export (not strict) counts on it.
+        self._buffers = dict(sorted(self._buffers.items(), key=lambda entry: entry[1] is None))
 
     def _can_pack(self) -> bool:
         device = self.scales.device

@@ -171,7 +171,7 @@ class SparseTrainingLinear(nn.Linear):
         if self._projected is not None and made_of and self._projected.made_of == made_of:
             return self._projected
         if self._projected is not None and not self._still_holds(weight, self._projected):
-            self.age.add_(1)
+            self.age = self.age + 1
         elif self._projected is not None:
             self._projected.made_of = made_of
             return self._projected
@@ -179,13 +179,19 @@ class SparseTrainingLinear(nn.Linear):
         shape = (self.out_features, self.in_features)
         if self.projection == "soft":
             dense, sparse = soft_threshold_24(weight, float(self.scale))
-        elif not self._searched or int(self.age) >= self.refresh:
+        elif self._has_to_search():
             if self.projection == "hard":
                 dense, sparse = hard_threshold_24(weight)
             else:
-                dense = weight.detach() * transposable_mask_24(weight)
-                sparse = Sparse24.from_dense(dense)
-            self.age.zero_()
+                mask = transposable_mask_24(weight)
+                dense = weight.detach() * mask
+                # By the mask, for a weight that is kept may be 0.
+                sparse = Sparse24.from_dense(
+                    dense if self.in_features % 4 else mask.to(dense.dtype)
+                )
+                values = torch.ops.gossamer.sparse24_gather(dense, sparse.indices)
+                sparse = Sparse24(values, sparse.indices, shape)
+            self.age = torch.zeros_like(self.age)
         else:
             values = torch.ops.gossamer.sparse24_gather(weight.detach(), self.indices)
             sparse = Sparse24(values, self.indices, shape)
@@ -193,6 +199,12 @@ class SparseTrainingLinear(nn.Linear):
         self.indices, self._searched = sparse.indices.contiguous(), True
         self._projected = _Projected(dense, sparse, made_of)
         return self._projected
+
+    def _has_to_search(self) -> bool:
+        # Indices name two places of a last group that has fewer columns, too, of which a mask that
+        # is transposable may keep one or none: they do not say which.
+        partial = self.projection == "transposable" and self.in_features % 4 != 0
+        return not self._searched or partial or int(self.age) >= self.refresh
 
     def _still_holds(self, weight: Tensor, projected: _Projected) -> bool:
         """Whether a weight of unknown age is the one that was projected, by what was kept of it."""
@@ -202,7 +214,8 @@ class SparseTrainingLinear(nn.Linear):
         return torch.equal(kept, projected.sparse.values)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
-        with torch.no_grad():
+        # Outside inference mode, or what is kept could never be saved for a backward.
+        with torch.inference_mode(False), torch.no_grad():
             projected = self._project()
         x, autocast = input, autocast_dtype(input)
         bias: Tensor | None = self.bias

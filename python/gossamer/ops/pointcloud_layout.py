@@ -137,7 +137,7 @@ def _version(t: Tensor) -> int:
 def _check(pairs: tuple[Any, ...], n_in: int, n_out: int, repeats: bool = False) -> bool:
     """As the CPU's border does, for a map can be made by hand: waits for the GPU.
 
-    A pool may have several pairs of an output in a tap (``repeats``).
+    A pool may have several pairs of a row in a tap (``repeats``).
     """
     op = "pointcloud_pool" if repeats else "pointcloud_conv"
     in_index, out_index, tap_offsets, in_order, out_order = pairs
@@ -178,7 +178,7 @@ def _check(pairs: tuple[Any, ...], n_in: int, n_out: int, repeats: bool = False)
                 f"{op}: {name} holds {int(t.min())} to {int(t.max())}, there are {rows} rows"
             )
     for name, t in (("in_index", in_index), ("out_index", out_index)):
-        wrong = (tap[1:] == tap[:-1]) & _descends(t, repeats and t is out_index)
+        wrong = (tap[1:] == tap[:-1]) & _descends(t, repeats)
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0]) + 1
             raise ValueError(
@@ -203,8 +203,7 @@ def _is_wrong(pairs: tuple[Any, ...], tap: Tensor, n_in: int, n_out: int, repeat
             least, most = t.aminmax()
             wrong.append((least < 0) | (most >= rows))
     for t in (in_index, out_index):
-        descends = _descends(t, repeats and t is out_index)
-        wrong.append(((tap[1:] == tap[:-1]) & descends).any())
+        wrong.append(((tap[1:] == tap[:-1]) & _descends(t, repeats)).any())
     if out_order is not None and n_out:
         met = torch.zeros(n_out, dtype=torch.bool, device=tap.device)
         met[out_order.clamp(0, n_out - 1).long()] = True

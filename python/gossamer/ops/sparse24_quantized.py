@@ -47,8 +47,8 @@ def sparse24_linear_quantized(
 
     Kernels read ``Sparse24QuantizedPanels`` of their device; a portable weight is turned into them
     at each call, which takes longer than the product of a few rows. On a CPU int8 products run in
-    int8 (with VNNI where the processor has it), the others in float32; more than 2^18 columns of
-    int8 go by the serial kernel. A GPU needs compute capability 8.0, for float8_e4m3fn 8.9, 9.0 or
+    int8 (with VNNI where the processor has it), the others in float32; 2^18 columns of int8 and
+    more go by the serial kernel. A GPU needs compute capability 8.0, for float8_e4m3fn 8.9, 9.0 or
     12.x, of whose sums tensor cores may keep as few as 14 bits; int4 wants x in bfloat16 or float16
     there and groups of a multiple of 32 columns, int8 at most 2^18 columns.
 

@@ -146,9 +146,11 @@ class StoredDropGrow:
     def _finite(self) -> bool:
         given = [t for seen in self._seen.values() for t in (seen.x, seen.dy) if t is not None]
         finite = all(bool(t.isfinite().all()) for t in given)
-        if not given or self._group is None:
+        if self._group is None:
             return finite
-        on_all = given[0].new_full((), float(finite), dtype=torch.float32)
+        # Of all ranks, one that has seen nothing included: the others wait for it.
+        device = next(iter(self.layers.values())).format.device
+        on_all = torch.full((), float(finite), device=device)
         dist.all_reduce(on_all, dist.ReduceOp.MIN, self._group)
         return bool(on_all)
 
