@@ -93,9 +93,10 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(const CudaConvArgs args)
     if ((entry >> quarter & 1) == 0 || tap >= table.taps) continue;
     const int32_t from = table.neighbours[tap * positions + position];
     if (static_cast<unsigned>(from) >= static_cast<unsigned>(table.n_in)) continue;
-    sums.add(static_cast<const T*>(args.x) + from * args.x_stride,
-             static_cast<const T*>(args.weights) + int64_t{tap} * runs.group_in * args.c_out + output, runs,
-             args.c_out, channel, count);
+    sums.add(
+        static_cast<const T*>(args.x) + from * args.x_stride,
+        static_cast<const T*>(args.weights) + int64_t{tap} * runs.group_in * args.c_out + output,
+        runs, args.c_out, channel, count);
   }
   Run<T, kRun> bias{}, y;
   if (args.bias != nullptr) {

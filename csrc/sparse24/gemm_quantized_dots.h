@@ -5,7 +5,7 @@
 //   Dot16     int8 x int8 as 16-bit numbers, exact int32 sums
 //   DotE4M3   float8 weights widened to float32
 //   DotInt4   4-bit weights widened to float32, x in floating point
-//   DotVNNI   int8 x int8 by VPDPBUSD (gemm_quantized_vnni.cpp)
+//   DotVNNI   int8 x int8 by VPDPBUSD (gemm_quantized_avx512_vnni.cpp)
 //
 // A Dot has:
 //
