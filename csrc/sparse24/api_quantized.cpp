@@ -40,7 +40,7 @@ QuantizedWeight quantized_panels(const TensorView& t, DType dtype, const TensorV
                                  int64_t n, int64_t k, int64_t group) {
   check_device(kOp, "scales", scales, "the weight", t);
   const float* scale = scales_of(scales, dtype, n, k, group);
-  return {dtype, n, k, group, nullptr, nullptr, panels(kOp, t, dtype, n, k).panels, scale};
+  return {panels(kOp, t, dtype, n, k), group, scale};
 }
 
 QuantizedWeight quantized(const TensorView& values, const TensorView& indices,
@@ -52,8 +52,8 @@ QuantizedWeight quantized(const TensorView& values, const TensorView& indices,
   check_device(kOp, "indices", indices, "values", values);
   check_device(kOp, "scales", scales, "values", values);
   const float* scale = scales_of(scales, values.dtype, n, k, group);
-  const QuantizedWeight w{values.dtype, n,    k, group, values.data, indices.as<const uint8_t>(),
-                          nullptr,      scale};
+  const QuantizedWeight w{
+      {values.dtype, n, k, values.data, indices.as<const uint8_t>(), nullptr}, group, scale};
   check_shape(kOp, "values", values, n, w.value_columns());
   check_shape(kOp, "indices", indices, n, w.index_bytes());
   check_contiguous(kOp, "values", values);

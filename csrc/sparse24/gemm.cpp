@@ -1,12 +1,12 @@
 // Cuts a GEMM into tasks and hands them to the kernels of the target in force.
 #include <atomic>
-#include <vector>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/target.h"
 #include "sparse24/gemm_config.h"
 #include "sparse24/gemm_unit.h"
+#include "sparse24/portable_form.h"
 
 namespace gossamer::sparse24 {
 namespace {
@@ -123,14 +123,9 @@ bool gemm_many_rows(const GemmArgs& args, const Unit& unit, const GemmConfig& co
 // The serial kernel reads the portable form only.
 void gemm_serial_any(const GemmArgs& args) {
   if (args.weight.panels == nullptr) return gemm_serial(args);
-  const Weight& w = args.weight;
-  std::vector<char> values(w.n * 2 * w.groups() * size_of(w.dtype));
-  std::vector<uint8_t> indices(w.n * w.index_bytes());
-  from_panels(w, 0, w.blocks(), values.data(), indices.data());
+  const PortableForm form(args.weight);
   GemmArgs portable = args;
-  portable.weight.values = values.data();
-  portable.weight.indices = indices.data();
-  portable.weight.panels = nullptr;
+  form.give_to(portable.weight);
   gemm_serial(portable);
 }
 

@@ -6,13 +6,13 @@
 //               2:4 weights (gemm.cpp) multiplies: float sums only
 #include <array>
 #include <atomic>
-#include <vector>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/target.h"
 #include "sparse24/gemm_config.h"
 #include "sparse24/gemm_quantized_unit.h"
+#include "sparse24/portable_form.h"
 #include "sparse24/quantized.h"
 
 namespace gossamer::sparse24 {
@@ -79,30 +79,27 @@ const float* e4m3_numbers() {
   return numbers.data();
 }
 
-Weight without_scales(const QuantizedWeight& w) {
-  return {w.dtype, w.n, w.k, w.values, w.indices, w.panels};
-}
-
-// The panels of the blocks [begin, end), converted into `scratch` where the weight is portable.
-const uint32_t* panels_of(const Weight& w, int64_t begin, int64_t end, Scratch& scratch) {
+// The panels of the blocks [begin, end), converted now where the weight is portable.
+const uint32_t* panels_of(const Weight& w, int64_t begin, int64_t end) {
   if (w.panels != nullptr) return w.panels + begin * w.block_words();
-  auto* converted = static_cast<uint32_t*>(scratch.at_least(4 * (end - begin) * w.block_words()));
+  auto* converted =
+      static_cast<uint32_t*>(converted_weight.at_least(4 * (end - begin) * w.block_words()));
   to_panels(w, begin, end, converted);
   return converted;
 }
 
 // The scales of 4-bit weights beside a block; none for the other types.
-ScaleLines lines_of(const QuantizedWeight& q, const Weight& w, int64_t block) {
-  if (!q.four_bit()) return {nullptr, w.records()};
-  const int64_t columns = q.scale_columns(), of_record = q.group / kRecordK;
-  const bool by_records = whole_records(q);
+ScaleLines lines_of(const QuantizedWeight& w, int64_t block) {
+  if (!w.four_bit()) return {nullptr, w.records()};
+  const int64_t columns = w.scale_columns(), of_record = w.group / kRecordK;
+  const bool by_records = whole_records(w);
   const int64_t count = by_records ? columns : w.records() * kRecordGroups;
   auto* lines = static_cast<float*>(scale_lines.at_least(count * kBlockN * sizeof(float)));
   for (int lane = 0; lane < kBlockN; ++lane) {
     const int64_t row = block * kBlockN + lane;
-    const float* of_row = q.scales + row * columns;
+    const float* of_row = w.scales + row * columns;
     for (int64_t line = 0; line < count; ++line) {
-      const int64_t column = by_records ? line : 4 * line / q.group;
+      const int64_t column = by_records ? line : 4 * line / w.group;
       lines[line * kBlockN + lane] = row < w.n && column < columns ? of_row[column] : 0.0f;
     }
   }
@@ -132,7 +129,7 @@ XRows rows_at(const QuantizedGemmArgs& args, int64_t row, int64_t rows) {
 // The outputs of the blocks [begin, end) for the rows from `row` on. Whether they may be trusted.
 bool few_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tile, int64_t row,
               int64_t rows, int64_t begin, int64_t end) {
-  const Weight w = without_scales(args.weight);
+  const QuantizedWeight& w = args.weight;
   const int64_t records = ceil_div(w.records(), unit.records_together) * unit.records_together;
   const int64_t tile_bytes = tile * records * unit.record_bytes;
   const int64_t tiles = ceil_div(rows, tile);
@@ -147,7 +144,7 @@ bool few_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tile
   bool trusted = true;
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t last = std::min(first + chunk, end);
-    const uint32_t* panels = panels_of(w, first, last, converted_weight);
+    const uint32_t* panels = panels_of(w, first, last);
     for (int64_t at = 0; at < rows; at += rows_at_once) {
       const int64_t count = std::min(rows_at_once, rows - at);
       if (in_packed != at) {
@@ -155,9 +152,9 @@ bool few_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tile
         in_packed = at;
       }
       for (int64_t block = first; block < last; ++block) {
-        trusted &= unit.run({panels + (block - first) * w.block_words(), w.records(),
-                             lines_of(args.weight, w, block), packed, expanded, tile, count,
-                             ends_at(args, row + at, block * kBlockN)});
+        trusted &=
+            unit.run({panels + (block - first) * w.block_words(), w.records(), lines_of(w, block),
+                      packed, expanded, tile, count, ends_at(args, row + at, block * kBlockN)});
       }
     }
   }
@@ -204,9 +201,9 @@ int64_t expanded_blocks(const QuantizedWeight& w) {
 }
 
 void many_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int team) {
-  const Weight w = without_scales(args.weight);
+  const QuantizedWeight& w = args.weight;
   Weight expanded{DType::kFloat32, 0, w.k, nullptr, nullptr, nullptr};
-  const int64_t chunk = expanded_blocks(args.weight);
+  const int64_t chunk = expanded_blocks(w);
   const int64_t k = w.records() * kRecordK;
   auto* x = static_cast<float*>(expanded_x.at_least(args.m * k * sizeof(float)));
   auto* sums = static_cast<float*>(unfinished.at_least(args.m * chunk * kBlockN * sizeof(float)));
@@ -222,9 +219,8 @@ void many_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tea
     const int64_t blocks = std::min(chunk, w.blocks() - first);
     parallel_ranges(team, blocks, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        unit.expand(panels_of(w, first + block, first + block + 1, converted_weight), w.records(),
-                    lines_of(args.weight, w, first + block),
-                    panels + block * expanded.block_words());
+        unit.expand(panels_of(w, first + block, first + block + 1), w.records(),
+                    lines_of(w, first + block), panels + block * expanded.block_words());
       }
     });
     expanded.n = blocks * kBlockN;
@@ -242,15 +238,10 @@ void many_rows(const QuantizedGemmArgs& args, const QuantizedUnit& unit, int tea
 
 // The serial kernel reads the portable form only.
 void serial_any(const QuantizedGemmArgs& args) {
-  const Weight w = without_scales(args.weight);
-  if (w.panels == nullptr) return gemm_quantized_serial(args);
-  std::vector<char> values(w.n * w.value_columns());
-  std::vector<uint8_t> indices(w.n * w.index_bytes());
-  from_panels(w, 0, w.blocks(), values.data(), indices.data());
+  if (args.weight.panels == nullptr) return gemm_quantized_serial(args);
+  const PortableForm form(args.weight);
   QuantizedGemmArgs portable = args;
-  portable.weight.values = values.data();
-  portable.weight.indices = indices.data();
-  portable.weight.panels = nullptr;
+  form.give_to(portable.weight);
   gemm_quantized_serial(portable);
 }
 
@@ -282,8 +273,8 @@ bool gemm_by(Target target, const QuantizedGemmArgs& args) {
     return few_rows_by_team(args, *unit, team);
   }
   // x and the sums of so many rows are floats in memory.
-  const int64_t rows =
-      std::max<int64_t>(256, kKeptBytes / (4 * ceil_div(w.k, kRecordK) * kRecordK));
+  const int64_t floats = std::max(w.records() * kRecordK, expanded_blocks(w) * kBlockN);
+  const int64_t rows = std::max<int64_t>(256, kKeptBytes / (4 * floats));
   for (int64_t row = 0; row < args.m; row += rows) {
     many_rows(rows_of(args, row, std::min(rows, args.m - row)), *unit, team);
   }

@@ -19,18 +19,12 @@
 
 namespace gossamer::sparse24 {
 
-struct QuantizedWeight {
-  DType dtype;  // kInt8, kE4M3, or kUInt8 for pairs of 4-bit numbers
-  int64_t n, k, group;
-  const void* values;      // portable form,
-  const uint8_t* indices;  // or null and
-  const uint32_t* panels;  // the panels (sparse24.h)
+// Its dtype is kInt8, kE4M3, or kUInt8 for pairs of 4-bit numbers.
+struct QuantizedWeight : Weight {
+  int64_t group;
   const float* scales;
 
   bool four_bit() const { return dtype == DType::kUInt8; }
-  int64_t groups() const { return (k + 3) / 4; }
-  int64_t value_columns() const { return four_bit() ? groups() : 2 * groups(); }
-  int64_t index_bytes() const { return (groups() + 1) / 2; }
   int64_t scale_columns() const { return (k + group - 1) / group; }
   int64_t groups_per_scale() const { return (group + 3) / 4; }
 };
