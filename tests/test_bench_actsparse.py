@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import bench_actsparse
 import pytest
 import relu_lm
-import run
 import torch
 from bench_actsparse import INPUT_MAJOR, NOTHING_ZERO, ActiveCase, ActivePlan, break_even
-from machine import Limits
 from record import OURS
 from shapes import DTYPES
 from timing import Timing
-from tiny_bench import HASTE, LIMITS, TINY
+from tiny_bench import HASTE, LIMITS, TINY, quick_groups
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +58,8 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(run, "QUICK_EFFORT", HASTE)
-    monkeypatch.setattr(Limits, "measure", lambda dtypes, threads: replace(LIMITS, threads=threads))
-    record = tmp_path / "record.json"
     what = ["--feature", "actsparse", "--dtype", "float32", "--shapes", "32x64", "--m", "2"]
-    assert run.main(["--quick", *what, "--json", str(record)]) == 0
-    found = json.loads(record.read_text(), parse_constant=pytest.fail)
-    groups = {entry["group"] for entry in found["benchmarks"]}
+    groups = quick_groups(monkeypatch, tmp_path, *what)
     assert groups == {f"actsparse/float32/32x64/m2/{zeros}" for zeros in ("0%", "50%", "90%")}
     assert "As fast as dense from so many zeros on" in capsys.readouterr().out
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import bench_codes
 import pytest
 import run
 from bench_codes import BAG, DENSE, CodePlan
-from machine import Limits
 from record import OURS
 from shapes import DTYPES, CodeShape
-from tiny_bench import HASTE, LIMITS
+from tiny_bench import HASTE, LIMITS, quick_groups
 
 SHAPE = CodeShape("tiny.sae", 50, 24)
 
@@ -39,13 +36,9 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(run, "QUICK_EFFORT", HASTE)
     monkeypatch.setattr(run, "CODE_KS", (2,))
-    monkeypatch.setattr(Limits, "measure", lambda dtypes, threads: replace(LIMITS, threads=threads))
     monkeypatch.setattr("command_line.CODE_SHAPES", (SHAPE,))
-    record = tmp_path / "record.json"
     what = ["--feature", "codes", "--dtype", "float32", "--shapes", "tiny", "--m", "4"]
-    assert run.main(["--quick", *what, "--json", str(record)]) == 0
-    found = json.loads(record.read_text(), parse_constant=pytest.fail)
-    assert {entry["group"] for entry in found["benchmarks"]} == {"codes/float32/tiny.sae/m4/k2"}
+    groups = quick_groups(monkeypatch, tmp_path, *what)
+    assert groups == {"codes/float32/tiny.sae/m4/k2"}
     assert "k-sparse codes: times faster" in capsys.readouterr().out

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import bench_csr
 import pytest
-import run
 import wide_set
 from bench_csr import CsrCase, CsrPlan, break_even
-from machine import Limits
 from record import OURS
 from rivals import CSR, DEFAULT
 from shapes import DTYPES
 from timing import Timing
-from tiny_bench import HASTE, LIMITS, TINY
+from tiny_bench import HASTE, LIMITS, TINY, quick_groups
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +63,8 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(run, "QUICK_EFFORT", HASTE)
-    monkeypatch.setattr(Limits, "measure", lambda dtypes, threads: replace(LIMITS, threads=threads))
-    record = tmp_path / "record.json"
     what = ["--feature", "csr", "--dtype", "float32", "--shapes", "32x64", "--m", "2"]
-    assert run.main(["--quick", *what, "--json", str(record)]) == 0
-    found = json.loads(record.read_text(), parse_constant=pytest.fail)
-    groups = {entry["group"] for entry in found["benchmarks"]}
+    groups = quick_groups(monkeypatch, tmp_path, *what)
     assert groups == {f"csr/float32/32x64/m2/d{d:g}" for d in bench_csr.DENSITIES}
     assert "As fast as the best dense way" in capsys.readouterr().out
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import bench_grouped
 import pytest
-import run
 import torch
 from bench_grouped import GROUPED_MM, LOOP, GroupedCase, GroupedPlan, draw_counts
-from machine import Limits
 from record import OURS
 from shapes import DTYPES, EXPERT_SHAPES, ExpertShape
-from tiny_bench import HASTE, LIMITS
+from tiny_bench import HASTE, LIMITS, quick_groups
 
 SHAPE = ExpertShape("tiny.up", 4, 24, 16)
 
@@ -64,13 +60,8 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(run, "QUICK_EFFORT", HASTE)
-    monkeypatch.setattr(Limits, "measure", lambda dtypes, threads: replace(LIMITS, threads=threads))
     monkeypatch.setattr("command_line.EXPERT_SHAPES", (SHAPE,))
-    record = tmp_path / "record.json"
     what = ["--feature", "grouped", "--dtype", "float32", "--shapes", "tiny", "--m", "2"]
-    assert run.main(["--quick", *what, "--json", str(record)]) == 0
-    found = json.loads(record.read_text(), parse_constant=pytest.fail)
-    groups = {entry["group"] for entry in found["benchmarks"]}
+    groups = quick_groups(monkeypatch, tmp_path, *what)
     assert groups == {f"grouped/float32/tiny.up/m8/{load}" for load in bench_grouped.LOADS}
     assert "Experts: times faster" in capsys.readouterr().out

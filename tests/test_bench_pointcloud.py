@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import bench_pointcloud
@@ -12,9 +10,8 @@ import pytest
 import run
 import torch
 from bench_pointcloud import JOBS, PLAIN, VoxelPlan
-from machine import Limits
 from record import OURS
-from tiny_bench import HASTE, LIMITS
+from tiny_bench import HASTE, LIMITS, quick_groups
 
 
 @pytest.fixture
@@ -46,13 +43,9 @@ def test_command(
 ) -> None:
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(run, "QUICK_EFFORT", HASTE)
-    monkeypatch.setattr(Limits, "measure", lambda dtypes, threads: replace(LIMITS, threads=threads))
-    record, picture = tmp_path / "record.json", tmp_path / "plot.png"
-    what = ["--quick", "--feature", "pointcloud", "--dtype", "float32"]
-    assert run.main([*what, "--json", str(record), "--plot", str(picture)]) == 0
-    found = json.loads(record.read_text(), parse_constant=pytest.fail)
-    groups = {entry["group"] for entry in found["benchmarks"]}
+    picture = tmp_path / "plot.png"
+    what = ["--feature", "pointcloud", "--dtype", "float32", "--plot", str(picture)]
+    groups = quick_groups(monkeypatch, tmp_path, *what)
     assert len(groups) == 1 + (len(JOBS) - 1) * len(run.QUICK_CHANNELS)
     assert picture.with_stem("plot-scene").stat().st_size > 10_000
     assert "Point clouds: times faster" in capsys.readouterr().out

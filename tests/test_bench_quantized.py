@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import bench_quantized
 import pytest
-import run
 from bench_quantized import UNQUANTISED, QuantizedPlan
-from machine import Limits
 from record import OURS
 from rivals import DEFAULT
 from shapes import DTYPES
-from tiny_bench import HASTE, LIMITS, TINY
+from tiny_bench import HASTE, LIMITS, TINY, quick_groups
 
 
 def test_cases_are_right_and_complete() -> None:
@@ -37,12 +33,7 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(run, "QUICK_EFFORT", HASTE)
-    monkeypatch.setattr(Limits, "measure", lambda dtypes, threads: replace(LIMITS, threads=threads))
-    record = tmp_path / "record.json"
     what = ["--feature", "quantized", "--dtype", "bfloat16", "--shapes", "32x64", "--m", "2"]
-    assert run.main(["--quick", *what, "--json", str(record)]) == 0
-    found = json.loads(record.read_text(), parse_constant=pytest.fail)
-    groups = {entry["group"] for entry in found["benchmarks"]}
+    groups = quick_groups(monkeypatch, tmp_path, *what)
     assert groups == {f"quantized/bfloat16/32x64/m2/{kind}" for kind in bench_quantized.VALUE_TYPES}
     assert "8-bit and 4-bit 2:4" in capsys.readouterr().out
