@@ -78,7 +78,6 @@ def most_gathered_of(x: Tensor, taps: Taps) -> float:
 
 T = TypeVar("T")
 
-
 _MOST_KEPT = 8  # numbers of images, of one mask
 
 
@@ -98,14 +97,15 @@ class Kept:
         state = _state(source)
         if kept is None or kept[1] != state or not _same(kept[0], source):
             kept = (_copy(source), state, {})
-        if rest not in kept[2]:
-            if len(kept[2]) >= _MOST_KEPT:
-                kept[2].clear()
+        made: T | None = kept[2].get(rest)
+        if made is None:
             # Outside inference mode, or it could never be saved for a backward.
             with torch.inference_mode(False), torch.no_grad():
-                kept[2][rest] = make()
+                made = make()
+            if len(kept[2]) >= _MOST_KEPT:
+                kept[2].clear()
+            kept[2][rest] = made
         self.kept = kept
-        made: T = kept[2][rest]
         return made
 
     def __getstate__(self) -> dict[str, Any]:
