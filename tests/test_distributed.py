@@ -14,6 +14,7 @@ from gossamer import Block, Unstructured, distributed
 from gossamer.nn import GroupedLinear, SparseConv2d, SparseLinear, SparseTrainingLinear
 from gossamer.sparsify import SET, Magnitude, OneShot, RigL, Sparsifier
 from torch import Tensor, nn
+from two_ranks import on_two_ranks
 
 STEPS = 3
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
@@ -193,20 +194,14 @@ def mlp_losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float
     return found
 
 
-def one_rank(rank: int, path: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{path}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def found_on(rank: int, path: Path) -> dict[str, Any]:
     found = {"data": data_parallel(rank, path), "tensor": tensor_parallel(rank, path)}
-    found["unstructured"] = unstructured(rank)
-    torch.save(found, path / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {**found, "unstructured": unstructured(rank)}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    ranks = on_two_ranks(found_on, tmp_path)
     model = Net().double()
     whole = losses(model, adam(model), range(2 * STEPS))
     for found in (rank["data"] for rank in ranks):

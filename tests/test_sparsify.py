@@ -32,6 +32,7 @@ from gossamer.sparsify import (
     Unstructured,
 )
 from torch import Tensor, nn
+from two_ranks import on_two_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -253,11 +254,7 @@ def test_accumulation_and_a_scaler_see_what_one_large_batch_sees() -> None:
     assert made.steps == 1
 
 
-def _one_rank(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=2
-    )
+def _masks_and_weights(rank: int, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model = nn.parallel.DistributedDataParallel(net())
     optimizer = sgd(model)
     made = DropGrow(  # the score is of local inputs, so that it differs between the ranks
@@ -276,15 +273,11 @@ def _one_rank(rank: int, path: str) -> None:
         optimizer.step()
         made.step()
         optimizer.zero_grad()
-    torch.save((made.masks, model.module.state_dict()), f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return made.masks, model.module.state_dict()
 
 
 def test_all_ranks_have_the_same_masks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_rank, (str(tmp_path),), nprocs=2)
-    (masks, weights), (others, other_weights) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
-    )
+    (masks, weights), (others, other_weights) = on_two_ranks(_masks_and_weights, tmp_path)
     for name, mask in masks.items():
         assert torch.equal(mask, others[name])
         assert not mask.all()
