@@ -29,12 +29,10 @@
 #include "common/activation.cuh"
 #include "common/check.h"
 #include "common/run.cuh"
+#include "common/warp.cuh"
 
 namespace gossamer::actsparse {
 namespace {
-
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
 
 struct Args {
   int64_t m, n, k;
@@ -135,7 +133,7 @@ __device__ __forceinline__ int place_of(int count, int* totals, int& total) {
   int sum = count;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const int before = __shfl_up_sync(kAll, sum, step);
+    const int before = __shfl_up_sync(kAllLanes, sum, step);
     if (lane >= step) sum += before;
   }
   if (lane == kWarp - 1) totals[warp] = sum;

@@ -12,12 +12,10 @@
 #include "common/activation.cuh"
 #include "common/check.h"
 #include "common/run.cuh"
+#include "common/warp.cuh"
 
 namespace gossamer::actsparse {
 namespace {
-
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
 
 struct Args {
   int64_t m, n, k;
@@ -104,7 +102,7 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearResident) outputs_kerne
         }
       }
     }
-    const unsigned votes = __ballot_sync(kAll, has != 0);
+    const unsigned votes = __ballot_sync(kAllLanes, has != 0);
     if (lane == 0) shared.counts[warp] = __popc(votes);
     __syncthreads();
     int count = 0, place = __popc(votes & ((1u << lane) - 1));
@@ -148,7 +146,7 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearResident) outputs_kerne
       for (int t = 0; t < TM; ++t) {
 #pragma unroll
         for (int step = kWarp / 2; step > 0; step /= 2) {
-          sum[t] += __shfl_xor_sync(kAll, sum[t], step);
+          sum[t] += __shfl_xor_sync(kAllLanes, sum[t], step);
         }
         if (lane == t) total = sum[t];
       }

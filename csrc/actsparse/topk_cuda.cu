@@ -22,14 +22,14 @@
 #include "common/check.h"
 #include "common/ptx.cuh"
 #include "common/run.cuh"
+#include "common/warp.cuh"
 
 namespace gossamer::actsparse::topk {
 namespace {
 
-constexpr int kWarp = 32, kWarps = 8, kThreads = kWarps * kWarp;
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kAhead = 8;   // rows that are on their way at a time
 constexpr int kLong = 512;  // a bag with more pairs is for all warps of the block
-constexpr unsigned kAll = ~0u;
 
 // A lane's columns of a slice: a piece of 16 bytes, or where rows do not allow that, every 32nd.
 template <class T, bool kPieces>
@@ -205,10 +205,10 @@ struct Slice {
     float scales[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      from[i] = matrix + __shfl_sync(kAll, pair.row, at + i) * args.stride;
+      from[i] = matrix + __shfl_sync(kAllLanes, pair.row, at + i) * args.stride;
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) scales[i] = __shfl_sync(kAll, pair.scale, at + i);
+    for (int i = 0; i < kCount; ++i) scales[i] = __shfl_sync(kAllLanes, pair.scale, at + i);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) rows[i] = columns.load(from[i]);
 #pragma unroll
@@ -269,11 +269,11 @@ __device__ __forceinline__ float gather_sums(float (&sum)[kAhead]) {
     for (int i = 0; i < half; ++i) {
       const float given = upper ? sum[i] : sum[i + half];
       const float kept = upper ? sum[i + half] : sum[i];
-      sum[i] = kept + __shfl_xor_sync(kAll, given, 4 * half);
+      sum[i] = kept + __shfl_xor_sync(kAllLanes, given, 4 * half);
     }
   }
-  sum[0] += __shfl_xor_sync(kAll, sum[0], 2);
-  return sum[0] + __shfl_xor_sync(kAll, sum[0], 1);
+  sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 2);
+  return sum[0] + __shfl_xor_sync(kAllLanes, sum[0], 1);
 }
 
 template <class T, int kMine>
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 3) dot_rows(const CudaDots args) {
   const T* rows[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
-    const int64_t row = __shfl_sync(kAll, inside ? static_cast<uint32_t>(mine) : 0u, 4 * i);
+    const int64_t row = __shfl_sync(kAllLanes, inside ? static_cast<uint32_t>(mine) : 0u, 4 * i);
     rows[i] = static_cast<const T*>(args.matrix) + row * args.stride;
   }
   const T* x = static_cast<const T*>(args.x) + token * args.x_stride;

@@ -27,15 +27,15 @@
 #include "actsparse/topk_launch.h"
 #include "common/check.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 
 namespace gossamer::actsparse::topk {
 namespace {
 
-constexpr int kWarp = 32, kThreads = 512;
+constexpr int kThreads = 512;
 constexpr int kRoom = 2048;  // keys that are sorted
 constexpr int kDigits = 256;
-constexpr int kAtOnce = 2;  // that a thread has on their way
-constexpr unsigned kAll = ~0u;
+constexpr int kAtOnce = 2;                // that a thread has on their way
 constexpr uint32_t kLeast = 0x007fffffu;  // order_of(-inf)
 static_assert(kMostSelected == 2 * kThreads, "two groups a thread");
 
@@ -187,7 +187,8 @@ struct Row {
           const uint64_t mine = key_of(entries[i], index(i));
           const bool among = index(i) < width && ((mine ^ key) >> shift) < kDigits;
           const int digit = among ? static_cast<int>(mine >> shift & (kDigits - 1)) : -1;
-          const unsigned same = __match_any_sync(kAll, digit);  // equal ones would wait in a row
+          // Equal ones would wait in a row.
+          const unsigned same = __match_any_sync(kAllLanes, digit);
           if (among && __ffs(static_cast<int>(same)) - 1 == static_cast<int>(threadIdx.x) % kWarp) {
             atomicAdd(&shared.counts[digit], __popc(same));
           }

@@ -3,11 +3,9 @@
 // weight it has to visit, and where each pixel of the tile takes x from.
 #include "blocksparse/cuda.h"
 #include "common/launch.cuh"
+#include "common/warp.cuh"
 
 namespace gossamer::blocksparse {
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // A convolution as the kernels see it. Channels and pixels in elements.
 struct ConvLayout {

@@ -10,10 +10,9 @@
 //   turned    A [inner][row]    B [inner][column]
 #include "common/pieces.cuh"
 #include "common/stored_run.cuh"
+#include "common/warp.cuh"
 
 namespace gossamer {
-
-constexpr int kWarp = 32;
 
 // Pieces of 16 bytes that a line of an operand has, and of which kind it is.
 template <int kLine, bool kTurned>

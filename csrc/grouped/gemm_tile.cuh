@@ -114,7 +114,7 @@ struct ProductTile {
     for (int64_t first = 0; first < args.experts; first += kWarp) {
       const int64_t e = first + lane;
       const bool begins = e < args.experts && args.begin_of(e) / tile_rows + e <= number;
-      before += __popc(__ballot_sync(0xffffffffu, begins));
+      before += __popc(__ballot_sync(kAllLanes, begins));
     }
     return before - 1;
   }

@@ -13,13 +13,13 @@
 // us; the sort of 100,000 masks of 32 bits is four passes, some 30 us.
 #include "common/ceil_div.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "pointcloud/layout_cuda.h"
 
 namespace gossamer::pointcloud {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
-constexpr uint32_t kAllLanes = 0xffffffff;
+constexpr int kThreads = 256;
 constexpr unsigned kMaskBits = 62;  // taps beyond share bits
 
 // Of the thread's pair, in a grid with a row of blocks a tap; false where there is none.

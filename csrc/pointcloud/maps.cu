@@ -22,15 +22,15 @@
 // write the same into it. 2.7 million threads of some 120 instructions are 11 us, whatever the
 // stride: what it divides is multiplied (divisor.h). 11 MB of marks are cleared in 4 us.
 #include "common/ceil_div.h"
+#include "common/warp.cuh"
 #include "pointcloud/maps_cuda.h"
 
 namespace gossamer::pointcloud {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 256;
 // Blocks that fill a multiprocessor with warps: a search waits for memory most of the time.
 constexpr int kResident = 8;
-constexpr uint32_t kAllLanes = 0xffffffff;
 constexpr int64_t kMaxGrid = 1 << 14;  // beyond, a thread numbers more rows
 static_assert(kSearchWalkers == kWarp);
 

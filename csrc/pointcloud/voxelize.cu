@@ -10,13 +10,13 @@
 // same.
 #include "common/ceil_div.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "pointcloud/voxelize_cuda.h"
 
 namespace gossamer::pointcloud {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
-constexpr uint32_t kAllLanes = 0xffffffff;
+constexpr int kThreads = 256;
 using Count = unsigned long long;
 
 __device__ __forceinline__ int64_t my_row() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }

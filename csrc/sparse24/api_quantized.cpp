@@ -140,8 +140,6 @@ void bind_quantize_rows(const TensorView& x, const TensorView& numbers, const Te
 
 // The columns of a step of its sparse products: no scale may change within one.
 constexpr int64_t kGroupMultiple = 32;
-// A row of W keeps half of them, each product is at most 127 * 128, and sums have 32 bits.
-constexpr int64_t kMaxInt8Columns = int64_t{1} << 18;
 
 void check_cuda_kernel(const TensorView& x, DType stored, int64_t k, int64_t group) {
   if (stored != DType::kUInt8 && x.dtype != stored) {

@@ -158,7 +158,7 @@ struct Int4Weights {
 
   __device__ __forceinline__ float unit_scale(int i, int chunk, int unit, int half) const {
     const int lane = threadIdx.x % kWarp;
-    return __shfl_sync(0xffffffffu, held[i][chunk][unit % kHeld],
+    return __shfl_sync(kAllLanes, held[i][chunk][unit % kHeld],
                        lane / 4 * 4 + 2 * half + unit / kHeld);
   }
 };

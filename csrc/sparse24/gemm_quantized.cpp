@@ -54,10 +54,6 @@ const QuantizedUnit* unit_of(Target target, const QuantizedGemmArgs& args) {
   return nullptr;
 }
 
-// A row of W keeps half of its columns, a group of four at a time; each product is at most 128 *
-// 128, and sums have 31 bits and a sign.
-constexpr int64_t kMaxInt8Columns = (int64_t{1} << 18) - 4;
-
 // What a thread packs of x at once, beside which a block of the weight stays in L2; and what it
 // converts at once of a portable weight.
 constexpr int64_t kPackedBytes = 384 << 10, kConvertedBytes = 512 << 10;

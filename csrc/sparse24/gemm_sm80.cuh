@@ -10,11 +10,11 @@
 #include "common/check.h"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "sparse24/cuda.h"
 
 namespace gossamer::sparse24 {
 
-constexpr int kWarp = 32;
 constexpr int kStepBytes = 64;  // of a row of x
 constexpr int kLaneBytes = 16;
 constexpr int kFragmentBytes = kWarp * kLaneBytes;  // the A fragment of a step

@@ -22,6 +22,7 @@
 //   row g      [ a0 of 2c | a2 of 2c | a0 of 2c + 1 | a2 of 2c + 1 ]
 //   row g + 8  [ a1       | a3       | a1           | a3           ]
 #include "common/run.cuh"
+#include "common/warp.cuh"
 #include "sparse24/nibbles.cuh"
 #include "sparse24/pack_cuda.h"
 
@@ -32,7 +33,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 // Enough blocks to fill any GPU several times; beyond, a warp takes more records.
 constexpr int64_t kMaxBlocks = 2048;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // A portable weight, or the place for one, with values of type T and I either const or not.
 template <class T, class I>

@@ -19,6 +19,10 @@
 
 namespace gossamer::sparse24 {
 
+// Columns of an int8 weight whose sums fit 32 bits: a row keeps half of them, a group of four at a
+// time, and a product is at most 128 * 128.
+constexpr int64_t kMaxInt8Columns = (int64_t{1} << 18) - 4;
+
 // Its dtype is kInt8, kE4M3, or kUInt8 for pairs of 4-bit numbers.
 struct QuantizedWeight : Weight {
   int64_t group;

@@ -27,6 +27,7 @@ from .operands import (
     check_dtypes,
     check_features,
     gradient_wanted,
+    row_major,
 )
 
 _OP = "actsparse_linear"
@@ -156,11 +157,11 @@ def _native(
 ) -> Tensor:
     out = _empty_result(x, weight_kn, bias)
     rows = as_rows(x, x.dim())
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = row_major(rows)
     computed = _C.actsparse_linear(
         as_rows(out, out.dim()),
         rows,
-        weight_kn if weight_kn.stride(1) == 1 else weight_kn.contiguous(),
+        row_major(weight_kn),
         None if bias is None else bias.contiguous(),
         threshold,
         activation,
@@ -178,7 +179,7 @@ def _native_cuda(
         return _dense(x, weight_kn, bias, threshold, activation)
     _C.actsparse_linear_cuda(
         as_rows(out, out.dim()),
-        rows if rows.stride(1) == 1 else rows.contiguous(),
+        row_major(rows),
         weight_kn,
         None if bias is None else bias.contiguous(),
         threshold,

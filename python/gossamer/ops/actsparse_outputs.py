@@ -25,6 +25,7 @@ from .operands import (
     check_dtypes,
     check_features,
     gradient_wanted,
+    row_major,
 )
 
 _OP = "actsparse_outputs"
@@ -143,8 +144,8 @@ def _native(
     rows = as_rows(x, x.dim())
     computed = _C.actsparse_outputs(
         as_rows(out, out.dim()),
-        rows if rows.stride(1) == 1 else rows.contiguous(),
-        weight if weight.stride(1) == 1 else weight.contiguous(),
+        row_major(rows),
+        row_major(weight),
         as_rows(wanted, wanted.dim()).contiguous().view(torch.uint8),
         None if bias is None else bias.contiguous(),
         activation,
@@ -158,7 +159,7 @@ def _native_cuda(
 ) -> Tensor:
     out = _fake(x, weight, wanted, bias, activation)
     rows = as_rows(x, x.dim())
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = row_major(rows)
     if not has_outputs_kernel(rows, weight):
         return _dense(x, weight, wanted, bias, activation)
     _C.actsparse_outputs_cuda(

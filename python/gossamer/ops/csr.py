@@ -29,6 +29,7 @@ from .operands import (
     check_dtypes,
     check_features,
     gradient_wanted,
+    row_major,
 )
 
 _OP = "csr_linear"
@@ -143,7 +144,7 @@ def _native(
     known(_OP, crow, col, (outputs, x.shape[1]))
     _C.csr_linear(
         y,
-        x if x.stride(1) == 1 else x.contiguous(),
+        row_major(x),
         values.contiguous(),
         crow.contiguous(),
         col.contiguous(),

@@ -20,6 +20,7 @@ from .. import _C
 from .._library import library
 from ..formats import SparseCsr
 from .csr_pattern import known, transposed
+from .operands import row_major
 
 _INPUT, _VALUES = "csr_input", "csr_values"
 
@@ -30,16 +31,12 @@ def dense_of(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int]) 
     return SparseCsr(values, crow, col, shape).to_dense()
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
 def _input_native(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, inputs: int) -> Tensor:
     dx = _input_fake(dy, values, crow, col, inputs)
     rows, columns, source = transposed(_INPUT, crow, col, (crow.shape[0] - 1, inputs))
     threads, turned = torch.get_num_threads(), values.new_empty(values.shape)
     _C.csr_gather(turned, values.contiguous(), source, threads)
-    _C.csr_linear(dx, _rows(dy), turned, rows, columns, None, "none", threads)
+    _C.csr_linear(dx, row_major(dy), turned, rows, columns, None, "none", threads)
     return dx
 
 
@@ -60,7 +57,7 @@ def _values_native(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     dvalues = _values_fake(dy, x, crow, col)
     known(_VALUES, crow, col, (dy.shape[1], x.shape[1]))
     indices = (crow.contiguous(), col.contiguous())
-    _C.csr_dvalues(dvalues, _rows(dy), _rows(x), *indices, torch.get_num_threads())
+    _C.csr_dvalues(dvalues, row_major(dy), row_major(x), *indices, torch.get_num_threads())
     return dvalues
 
 

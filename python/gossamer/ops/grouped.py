@@ -25,6 +25,7 @@ from .operands import (
     check_devices,
     check_dtypes,
     gradient_wanted,
+    row_major,
 )
 
 _OP = "grouped_linear"
@@ -136,7 +137,7 @@ def _native(
     y = _empty_result(x, weights, offsets, bias)
     _C.grouped_linear(
         y,
-        x if x.stride(1) == 1 else x.contiguous(),
+        row_major(x),
         weights.contiguous(),
         offsets.contiguous(),
         None if bias is None else bias.contiguous(),

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _C
 from .._cuda_module import has_kernels
 from .cuda_workspace import aligned_rows
+from .operands import row_major
 
 # From so many tokens an expert on, a product is bound by its operations, of which Hopper's wgmma,
 # that torch's grouped_mm has, does twice as many a cycle as mma (arithmetic: 2 x 256 of them for
@@ -67,7 +68,7 @@ def linear(
     if bias is None and activation == "none" and _by_torch("linear", x, weights, offsets):
         return _grouped_mm(x, weights.mT, offsets)
     bias = None if bias is None else bias.contiguous()
-    _C.grouped_linear_cuda(y, _rows(x), weights, offsets, bias, activation)
+    _C.grouped_linear_cuda(y, row_major(x), weights, offsets, bias, activation)
     return y
 
 
@@ -76,12 +77,12 @@ def input_gradient(dy: Tensor, weights: Tensor, offsets: Tensor, dx: Tensor) -> 
     weights, offsets = weights.contiguous(), offsets.contiguous()
     if _by_torch("input", dy, weights, offsets):
         return _grouped_mm(dy, weights, offsets)
-    _C.grouped_input_cuda(dx, _rows(dy), weights, offsets)
+    _C.grouped_input_cuda(dx, row_major(dy), weights, offsets)
     return dx
 
 
 def weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor, dweights: Tensor) -> Tensor:
-    _C.grouped_weight_cuda(dweights, _rows(dy), _rows(x), offsets.contiguous())
+    _C.grouped_weight_cuda(dweights, row_major(dy), row_major(x), offsets.contiguous())
     return dweights
 
 
@@ -98,7 +99,3 @@ def _grouped_mm(tokens: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     # In order and within the tensors, which it does not look at.
     ends = offsets.clamp(0, tokens.shape[0]).cummax(0).values.int()
     return F.grouped_mm(aligned_rows(tokens), weights, offs=ends)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()

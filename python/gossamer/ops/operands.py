@@ -59,6 +59,11 @@ def as_rows(x: Tensor, dims: int) -> Tensor:
     return x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)
 
 
+def row_major(t: Tensor) -> Tensor:
+    """A matrix as kernels read it: any distance between rows, none between columns."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
 def check_features(op: str, x: Tensor, dims: int, in_features: int) -> None:
     if dims == 0:
         raise ValueError(f"{op}: x is 0-d, it needs at least one dimension")

@@ -24,6 +24,7 @@ from .operands import (
     check_devices,
     check_dtypes,
     gradient_wanted,
+    row_major,
 )
 from .pointcloud_layout import output_table, pair_segments
 
@@ -148,7 +149,7 @@ def _native(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> T
     y = _empty_result(feats, weight, bias, n_out, groups)
     dense = (None if t is None else t.contiguous() for t in (weight, bias, *pairs))
     rest = (*dense, groups, activation, torch.get_num_threads())
-    _C.pointcloud_conv(y, _rows(feats), *rest)
+    _C.pointcloud_conv(y, row_major(feats), *rest)
     return y
 
 
@@ -162,7 +163,7 @@ def _native_cuda(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any)
         return reference.pointcloud_conv(feats.contiguous(), weight.contiguous(), bias, *operands)
     table = output_table(tuple(pairs), feats.shape[0], n_out)
     dense = (weight.contiguous(), None if bias is None else bias.contiguous())
-    _C.pointcloud_conv_cuda(y, _rows(feats), *dense, *table, groups, activation)
+    _C.pointcloud_conv_cuda(y, row_major(feats), *dense, *table, groups, activation)
     return y
 
 
@@ -195,10 +196,6 @@ def _empty_result(
         )
     check_bias(_OP, bias, weight.shape[2])
     return feats.new_empty((n_out, weight.shape[2]))
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _autograd(feats: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -289,7 +286,7 @@ def _weight_native(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
     dw = _weight_fake(dy, feats, *rest)
     dense = (None if t is None else t.contiguous() for t in pairs)
     rest = (*dense, groups, torch.get_num_threads())
-    _C.pointcloud_conv_weight_grad(dw, _rows(dy), _rows(feats), *rest)
+    _C.pointcloud_conv_weight_grad(dw, row_major(dy), row_major(feats), *rest)
     return dw
 
 
@@ -301,7 +298,9 @@ def _weight_native_cuda(dy: Tensor, feats: Tensor, *rest: Any) -> Tensor:
     segments = pair_segments(tuple(pairs), feats.shape[0], dy.shape[0])
     sums = (len(segments.begins) - 1) * dw[0].numel()
     partial = dw.new_empty(sums, dtype=torch.float32)
-    _C.pointcloud_conv_weight_grad_cuda(dw, _rows(dy), _rows(feats), *segments, groups, partial)
+    _C.pointcloud_conv_weight_grad_cuda(
+        dw, row_major(dy), row_major(feats), *segments, groups, partial
+    )
     return dw
 
 

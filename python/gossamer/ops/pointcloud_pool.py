@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C, reference
 from .._cuda_module import has_kernels
 from .._library import TAGS_NOT_CAPTURED, library
-from .operands import apply_function, gradient_wanted
+from .operands import apply_function, gradient_wanted, row_major
 from .pointcloud_layout import PoolLists, pool_lists
 
 if TYPE_CHECKING:
@@ -91,14 +91,10 @@ def _by_lists(t: Tensor) -> bool:
     return t.device.type == "cuda" and has_kernels(t.device)
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
 def _sum_native(feats: Tensor, *pairs_mean: Any) -> Tensor:
     *pairs, n_out, mean = pairs_mean
     out = feats.new_empty((n_out, feats.shape[1]))
-    operands = (_rows(feats), *pairs, mean, torch.get_num_threads())
+    operands = (row_major(feats), *pairs, mean, torch.get_num_threads())
     _C.pointcloud_sum_pool(out, *operands)
     return out
 
@@ -107,7 +103,7 @@ def _max_native(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
     *pairs, n_out, _ = pairs_n
     out = feats.new_empty((n_out, feats.shape[1]))
     winner = torch.empty_like(out, dtype=torch.int32)
-    operands = (winner, _rows(feats), *pairs, torch.get_num_threads())
+    operands = (winner, row_major(feats), *pairs, torch.get_num_threads())
     _C.pointcloud_max_pool(out, *operands)
     return out, winner
 
@@ -115,7 +111,7 @@ def _max_native(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
 def _max_grad_native(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
     *pairs, n_out = pairs_n
     out = dy.new_empty((n_out, dy.shape[1]))
-    operands = (_rows(dy), winner.contiguous(), *pairs, torch.get_num_threads())
+    operands = (row_major(dy), winner.contiguous(), *pairs, torch.get_num_threads())
     _C.pointcloud_max_pool_grad(out, *operands)
     return out
 
@@ -135,7 +131,7 @@ def reduce_lists(
         partial = out.new_empty(parts * out.numel(), dtype=torch.float64)
         took = torch.empty_like(partial, dtype=torch.int32) if reduce == "max" else None
     operands = (winner, *lists, out_order, reduce, parts, partial, took)
-    _C.pointcloud_pool_cuda(out, _rows(feats), *operands)
+    _C.pointcloud_pool_cuda(out, row_major(feats), *operands)
 
 
 def _sum_cuda(feats: Tensor, *pairs_mean: Any) -> Tensor:

@@ -24,6 +24,7 @@ from .operands import (
     check_devices,
     check_dtypes,
     gradient_wanted,
+    row_major,
 )
 
 _PACK, _LINEAR = "pack_spikes", "spike_linear"
@@ -165,7 +166,7 @@ def _bytes(features: int) -> int:
 
 def _pack_native(x: Tensor) -> Tensor:
     bits = _pack_fake(x)
-    _C.pack_spikes(bits, x if x.stride(1) == 1 else x.contiguous(), torch.get_num_threads())
+    _C.pack_spikes(bits, row_major(x), torch.get_num_threads())
     return bits
 
 
@@ -189,7 +190,7 @@ def _pack_fake(x: Tensor) -> Tensor:
 
 def _linear_native(bits: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:
     y = _linear_empty(bits, weight_kn, bias)
-    weight = weight_kn if weight_kn.stride(1) == 1 else weight_kn.contiguous()
+    weight = row_major(weight_kn)
     added = None if bias is None else bias.contiguous()
     _C.spike_linear(y, bits.contiguous(), weight, added, torch.get_num_threads())
     return y

@@ -25,9 +25,10 @@ from .operands import (
     check_devices,
     check_dtypes,
     gradient_wanted,
+    row_major,
 )
 from .topk_dense import dense_decode, dense_wins
-from .topk_gradient import Values, Weight, check_codes, has_cuda_kernel, named_rows, rows_of
+from .topk_gradient import Values, Weight, check_codes, has_cuda_kernel, named_rows
 
 _DECODE = "topk_decode"
 
@@ -123,7 +124,7 @@ def _decode_native(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor
         y,
         values.contiguous(),
         indices.contiguous(),
-        rows_of(weight),
+        row_major(weight),
         None if bias is None else bias.contiguous(),
         torch.get_num_threads(),
     )
@@ -133,7 +134,7 @@ def _decode_native(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor
 def _decode_cuda(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _decode_fake(values, indices, weight, bias)
     if has_cuda_kernel(weight):
-        operands = (values.contiguous(), indices.contiguous(), rows_of(weight))
+        operands = (values.contiguous(), indices.contiguous(), row_major(weight))
         _C.topk_decode_cuda(y, *operands, None if bias is None else bias.contiguous())
         return y
     if weight.itemsize > 2 or bias is None:

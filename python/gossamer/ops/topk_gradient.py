@@ -22,6 +22,7 @@ from .. import _C
 from .._cuda_module import has_kernels
 from .._library import library
 from .._wide import wide_matmul
+from .operands import row_major
 from .topk_dense import dense_values, dense_values_cuda, dense_weight, dense_wins
 
 _GATHERED_BYTES = 64 << 20  # of the rows that are copied together
@@ -52,16 +53,12 @@ def named_rows(weight: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor]
         yield some, weight[indices[some].long()]
 
 
-def rows_of(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
 def _values_native(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     if dense_wins("values", dy.dtype, indices.shape, weight.shape[0], _C.target()):
         return dense_values(dy, indices, weight)
     values = _values_fake(dy, indices, weight)
     _C.topk_values(
-        values, rows_of(dy), indices.contiguous(), rows_of(weight), torch.get_num_threads()
+        values, row_major(dy), indices.contiguous(), row_major(weight), torch.get_num_threads()
     )
     return values
 
@@ -71,7 +68,7 @@ def _values_cuda(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         return dense_values_cuda(dy, indices, weight)
     values = _values_fake(dy, indices, weight)
     if has_cuda_kernel(weight):
-        _C.topk_values_cuda(values, rows_of(dy), indices.contiguous(), rows_of(weight))
+        _C.topk_values_cuda(values, row_major(dy), indices.contiguous(), row_major(weight))
         return values
     for some, rows in named_rows(weight, indices):
         values[some] = wide_matmul(rows, dy[some].unsqueeze(2)).squeeze(2)
@@ -89,7 +86,7 @@ def _weight_native(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> T
             return dense
     weight = _weight_fake(values, indices, dy, width)
     _C.topk_weight(
-        weight, values.contiguous(), indices.contiguous(), rows_of(dy), torch.get_num_threads()
+        weight, values.contiguous(), indices.contiguous(), row_major(dy), torch.get_num_threads()
     )
     return weight
 
@@ -106,7 +103,7 @@ def _weight_cuda(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Ten
     begins = torch.searchsorted(rows, bounds)
     if has_cuda_kernel(dy):
         codes = (values.contiguous(), indices.contiguous())
-        _C.topk_weight_cuda(weight, *codes, rows_of(dy), begins, order)
+        _C.topk_weight_cuda(weight, *codes, row_major(dy), begins, order)
         return weight
     tokens, share = order // indices.shape[1], values.flatten()[order]
     share = torch.where(rows < width, share, 0)  # the last bag ends where all pairs do
