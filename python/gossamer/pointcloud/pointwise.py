@@ -41,7 +41,11 @@ class Prune(nn.Module):
 
     def __init__(self, mask: Tensor | Callable[[SparseTensor], Tensor]) -> None:
         super().__init__()
-        self.mask = mask
+        self.mask: Tensor | Callable[[SparseTensor], Tensor]
+        if isinstance(mask, Tensor):
+            self.register_buffer("mask", mask, persistent=False)  # goes where the module goes
+        else:
+            self.mask = mask
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """The voxels of ``x`` under the mask, all of its samples, even those left without any."""

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from ..ops.conv_geometry import Sizes, per_axis
 from ..ops.pointcloud_pool import pointcloud_pool
 from .tensor import SparseTensor
-from .window import Target, axes_of, check_input, set_window, window_outputs
+from .window import (
+    Target,
+    axes_of,
+    check_input,
+    set_window,
+    target_coordinates,
+    window_outputs,
+)
 
 
 class _WindowPool(nn.Module):
@@ -36,7 +43,7 @@ class _WindowPool(nn.Module):
 
     def _pool(self, x: SparseTensor, target: Target | None, reduce: str) -> SparseTensor:
         check_input(self, x)
-        given = target.coordinates if isinstance(target, SparseTensor) else target
+        given = target_coordinates(self, target)
         coordinates, kernel_map = window_outputs(self, x.coordinates, given)
         return SparseTensor(coordinates, pointcloud_pool(x.feats, kernel_map, reduce))
 

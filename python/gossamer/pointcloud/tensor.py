@@ -42,7 +42,7 @@ class SparseTensor:
     Raises
     ------
     TypeError
-        If ``coords`` are neither int32 nor int64.
+        If ``coords`` or ``feats`` are no tensors, or coordinates neither int32 nor int64.
     ValueError
         If the numbers of rows differ, rows repeat, or lie outside of the batch or the shape.
 
@@ -68,16 +68,19 @@ class SparseTensor:
         spatial_shape: Sequence[int] | None = None,
         batch_size: int | None = None,
     ) -> None:
+        if not isinstance(feats, Tensor):
+            raise TypeError(f"SparseTensor: feats are {type(feats).__name__}, expected a Tensor")
         if not isinstance(coords, Coordinates):
-            if feats.shape[:1] != coords.shape[:1] or feats.dim() != 2:
-                raise ValueError(_shapes_differ(feats, coords))
             coords = Coordinates(coords, batch_size, spatial_shape, stride)
         elif spatial_shape is not None or batch_size is not None or stride != 1:
             raise ValueError(
                 "SparseTensor: Coordinates have a stride, shape and batch size already"
             )
-        elif feats.dim() != 2 or len(feats) != len(coords):
-            raise ValueError(_shapes_differ(feats, coords.coords))
+        if feats.dim() != 2 or len(feats) != len(coords):
+            raise ValueError(
+                f"SparseTensor: feats have shape {list(feats.shape)} and coords "
+                f"{list(coords.coords.shape)}, expected [N, C] and [N, 1 + D]"
+            )
         if feats.device != coords.device:
             raise ValueError(f"SparseTensor: feats on {feats.device}, coords on {coords.device}")
         self.coordinates = coords
@@ -222,6 +225,9 @@ class SparseTensor:
     def __rsub__(self, other: Any) -> SparseTensor:
         return self._combined(other, lambda mine, theirs: theirs - mine, "-")
 
+    def __rtruediv__(self, other: Any) -> SparseTensor:
+        return self._combined(other, lambda mine, theirs: theirs / mine, "/")
+
     def __neg__(self) -> SparseTensor:
         return self.replace_feats(-self.feats)
 
@@ -232,13 +238,6 @@ class SparseTensor:
             f"{self.batch_size}, spatial_shape={shape}, stride={list(self.stride)}, "
             f"dtype={self.dtype}, device={self.device})"
         )
-
-
-def _shapes_differ(feats: Tensor, coords: Tensor) -> str:
-    return (
-        f"SparseTensor: feats have shape {list(feats.shape)} and coords {list(coords.shape)}, "
-        "expected [N, C] and [N, 1 + D]"
-    )
 
 
 def aligned_feats(first: SparseTensor, other: SparseTensor, name: str) -> Tensor:
@@ -266,6 +265,7 @@ def cat(tensors: Sequence[SparseTensor]) -> SparseTensor:
     ValueError
         If there is no tensor, or the voxels differ.
     """
+    tensors = list(tensors)
     if not tensors:
         raise ValueError("cat: no tensors")
     first = tensors[0]
@@ -292,9 +292,9 @@ def collate(samples: Sequence[SparseTensor | tuple[Tensor, Tensor]]) -> SparseTe
     ValueError
         If there is no sample, or dimensions, strides, channels or devices differ.
     """
-    if not samples:
-        raise ValueError("collate: no samples")
     scenes = [s if isinstance(s, SparseTensor) else _scene(*s) for s in samples]
+    if not scenes:
+        raise ValueError("collate: no samples")
     first = scenes[0]
     expected = (first.dims, first.stride, first.channels, first.device, first.dtype)
     coords, shapes, before = [], [], 0

@@ -40,6 +40,16 @@ def check_input(layer: Any, x: SparseTensor) -> None:
         )
 
 
+def target_coordinates(layer: nn.Module, target: Target | None) -> Coordinates | None:
+    """Raise where a target is something else."""
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(
+            f"{type(layer).__name__}: target is {type(target).__name__}, expected SparseTensor or "
+            "Coordinates"
+        )
+    return target.coordinates if isinstance(target, SparseTensor) else target
+
+
 def set_window(
     layer: Any, stride: Sizes, padding: Sizes, dilation: Sizes, outputs: str = "dense"
 ) -> None:
