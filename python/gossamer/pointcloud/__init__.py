@@ -1,6 +1,7 @@
 """Sparse convolution over the active voxels of 1-D to 4-D grids: point clouds and the like."""
 
 from . import functional, models
+from .combine import cat, collate
 from .convolution import Conv, SubmanifoldConv
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
@@ -38,7 +39,7 @@ from .named import (
 from .points import voxelize
 from .pointwise import BatchNorm, Prune, ReLU
 from .pooling import AvgPool, GlobalAvgPool, GlobalMaxPool, GlobalSumPool, MaxPool
-from .tensor import SparseTensor, cat, collate
+from .tensor import SparseTensor
 from .transposed import ConvTranspose, GenerativeConvTranspose, InverseConv
 
 __all__ = [
