@@ -250,6 +250,10 @@ def test_mistakes() -> None:
         pc.SubmanifoldConv2d(4, 4, 3)(x)
     with pytest.raises(TypeError, match="Tensor, expected SparseTensor"):
         pc.Conv3d(4, 4, 3)(x.dense())
+    of_any = (pc.BatchNorm(4), pc.ReLU(), pc.functional.wrap(nn.GELU()), pc.GlobalMaxPool())
+    for layer in (*of_any, pc.Prune(torch.ones(len(x)) > 0), pc.AvgPool3d(2), pc.cat):
+        with pytest.raises(TypeError, match="x is Tensor, expected SparseTensor"):
+            layer([x.feats] if layer is pc.cat else x.feats)
     with pytest.raises(TypeError, match="target is Tensor, expected SparseTensor or Coord"):
         pc.MaxPool3d(2)(x, x.coords)
     with pytest.raises(ValueError, match="in_channels 4 and out_channels 6 in 3 groups"):

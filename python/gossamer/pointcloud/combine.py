@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tensor import SparseTensor, aligned_feats
+from .tensor import SparseTensor, aligned_feats, check_sparse
 
 
 def cat(tensors: Sequence[SparseTensor]) -> SparseTensor:
@@ -21,6 +21,8 @@ def cat(tensors: Sequence[SparseTensor]) -> SparseTensor:
     tensors = list(tensors)
     if not tensors:
         raise ValueError("cat: no tensors")
+    for tensor in tensors:
+        check_sparse("cat", tensor)
     first = tensors[0]
     feats = [first.feats, *(aligned_feats(first, other, "cat") for other in tensors[1:])]
     return first.replace_feats(torch.cat(feats, 1))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from . import functional
-from .tensor import SparseTensor
+from .tensor import SparseTensor, check_sparse
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -15,6 +15,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
         """``x`` with ``num_features`` channels, normalised."""
+        check_sparse("BatchNorm", x)
         if x.channels != self.num_features:
             raise ValueError(
                 f"BatchNorm: x has {x.channels} channels, the layer normalises {self.num_features}"
@@ -27,6 +28,7 @@ class ReLU(nn.ReLU):
 
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
         """``x``, its features below zero set to zero."""
+        check_sparse("ReLU", x)
         return x.replace_feats(super().forward(x.feats))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.conv_geometry import Sizes, per_axis
 from ..ops.pointcloud_pool import pointcloud_pool
-from .tensor import SparseTensor
+from .tensor import SparseTensor, check_sparse
 from .window import (
     Target,
     axes_of,
@@ -109,10 +109,7 @@ class _GlobalPool(nn.Module):
 
     def forward(self, x: SparseTensor) -> Tensor:
         """``x`` -> [batch_size, C]; a sample without voxels gets zeros."""
-        if not isinstance(x, SparseTensor):
-            raise TypeError(
-                f"{type(self).__name__}: x is {type(x).__name__}, expected SparseTensor"
-            )
+        check_sparse(type(self).__name__, x)
         return pointcloud_pool(x.feats, x.coordinates.samples(), self.reduce)
 
 

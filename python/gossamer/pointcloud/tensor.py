@@ -240,6 +240,12 @@ class SparseTensor:
         )
 
 
+def check_sparse(op: str, x: Any) -> None:
+    """Raise where x is something else."""
+    if not isinstance(x, SparseTensor):
+        raise TypeError(f"{op}: x is {type(x).__name__}, expected SparseTensor")
+
+
 def aligned_feats(first: SparseTensor, other: SparseTensor, name: str) -> Tensor:
     """The features of ``other`` in the order of the rows of ``first``, at the same voxels."""
     a, b = first.coordinates, other.coordinates

@@ -10,7 +10,7 @@ from torch import nn
 from ..ops.conv_geometry import Sizes, per_axis
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
-from .tensor import SparseTensor
+from .tensor import SparseTensor, check_sparse
 
 Target = SparseTensor | Coordinates
 
@@ -32,8 +32,7 @@ def axes_of(layer: nn.Module, kernel_size: Sizes) -> int:
 def check_input(layer: Any, x: SparseTensor) -> None:
     """Raise where x is no sparse tensor of the layer's dimension."""
     name = type(layer).__name__
-    if not isinstance(x, SparseTensor):
-        raise TypeError(f"{name}: x is {type(x).__name__}, expected SparseTensor")
+    check_sparse(name, x)
     if x.dims != len(layer.kernel_size):
         raise ValueError(
             f"{name}: x has {x.dims} spatial axes, the kernel {len(layer.kernel_size)}"
