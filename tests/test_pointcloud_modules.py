@@ -149,6 +149,25 @@ def test_pointwise_layers_are_those_of_torch() -> None:
         pc.functional.wrap(nn.Flatten(0))(x)
 
 
+def test_synchronised_norms_of_one_process_are_the_others() -> None:
+    x = scene(channels=6)
+    inner = nn.Sequential(pc.BatchNorm(6), pc.SubmanifoldConv3d(6, 6, 3), pc.BatchNorm(6))
+    model = nn.Sequential(inner, pc.functional.wrap(nn.BatchNorm1d(6)))
+    twin = pc.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert same_state(model, twin)
+    kinds = [type(m) for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert set(kinds[:-1]) == {pc.SyncBatchNorm}
+    assert kinds[-1] is nn.SyncBatchNorm
+    for step in range(2):
+        assert torch.equal(model(x).feats, twin(x).feats)
+        assert same_state(model, twin), step
+        model, twin = model.eval(), twin.eval()
+    again = pc.SyncBatchNorm.convert_sync_batchnorm(twin)
+    assert torch.equal(again(x).feats, model(x).feats)
+    nothing = pc.SparseTensor(x.coords[:0], x.feats[:0])
+    assert len(pc.SyncBatchNorm(6)(nothing)) == 0
+
+
 def test_nothing_and_a_single_voxel() -> None:
     model = nn.Sequential(
         pc.SubmanifoldConv2d(3, 4, 3),

@@ -37,7 +37,7 @@ from .named import (
     SubmanifoldConv4d,
 )
 from .points import voxelize
-from .pointwise import BatchNorm, Prune, ReLU
+from .pointwise import BatchNorm, Prune, ReLU, SyncBatchNorm
 from .pooling import AvgPool, GlobalAvgPool, GlobalMaxPool, GlobalSumPool, MaxPool
 from .tensor import SparseTensor
 from .transposed import ConvTranspose, GenerativeConvTranspose, InverseConv
@@ -87,6 +87,7 @@ __all__ = [
     "SubmanifoldConv2d",
     "SubmanifoldConv3d",
     "SubmanifoldConv4d",
+    "SyncBatchNorm",
     "cat",
     "collate",
     "functional",
