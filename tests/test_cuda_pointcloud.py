@@ -179,6 +179,23 @@ def test_other_stream_and_autocast() -> None:
             assert layer(x).feats.dtype == torch.bfloat16
 
 
+def test_a_map_freed_while_another_stream_reads_it() -> None:
+    layer, x = pc.SubmanifoldConv3d(16, 16, 3).cuda(), scene(30_000, 16)
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        y = layer(x).feats
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            again = layer(x).feats
+        taken = [len(t) for t in x.coordinates.submanifold(3).tensors if t is not None]
+        del x
+        for count in (*taken, 27 * len(y), len(y)) * 4:  # what would lie where the table lay
+            torch.full((count,), 1 << 20, dtype=torch.int32, device="cuda")
+        torch.cuda.synchronize()
+        assert torch.equal(again, y)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_layers_of_a_scene(dtype: torch.dtype) -> None:
     x = scene(30_000, 70, dtype)

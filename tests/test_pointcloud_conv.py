@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES
 from gossamer import _C, reference
-from gossamer.ops import pointcloud_conv
+from gossamer.ops import pointcloud_conv, pointcloud_layout
+from gossamer.ops.pointcloud_layout import OutputTable
 from gossamer.pointcloud import KernelMap, plain
 from pointcloud_cases import CASES, ConvOracle, PointcloudCase, WeightGradOracle, tensors_of
 from torch import Tensor
@@ -185,6 +187,24 @@ def test_compiled_training_matches_eager() -> None:
     map = TYPICAL.map()
     got = torch.autograd.grad(compiled(*operands, map), operands)
     torch.testing.assert_close(got, torch.autograd.grad(loss(*operands, map), operands))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_other_streams_borrow_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capturing: bool
+) -> None:
+    first, other, made = Mock(), Mock(), Mock()
+    pairs = [Mock(is_cuda=name != "tap_offsets") for name in KernelMap.__annotations__][:3]
+    table = OutputTable(*(Mock(is_cuda=True) for _ in OutputTable._fields))
+    kept = pointcloud_layout._Kept([], table, made, first)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    for stream in (first, other):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        pointcloud_layout._lend(kept, made, first, pairs)
+    first.wait_event.assert_not_called()
+    assert other.wait_event.call_count == (0 if capturing else 1)
+    for t in (*pairs, *table):
+        assert t.record_stream.call_args_list == ([call(other)] if t.is_cuda else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -149,6 +149,25 @@ def test_pointwise_layers_are_those_of_torch() -> None:
         pc.functional.wrap(nn.Flatten(0))(x)
 
 
+def test_synchronised_norms_of_one_process_are_the_others() -> None:
+    x = scene(channels=6)
+    inner = nn.Sequential(pc.BatchNorm(6), pc.SubmanifoldConv3d(6, 6, 3), pc.BatchNorm(6))
+    model = nn.Sequential(inner, pc.functional.wrap(nn.BatchNorm1d(6)))
+    twin = pc.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert same_state(model, twin)
+    kinds = [type(m) for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert set(kinds[:-1]) == {pc.SyncBatchNorm}
+    assert kinds[-1] is nn.SyncBatchNorm
+    for step in range(2):
+        assert torch.equal(model(x).feats, twin(x).feats)
+        assert same_state(model, twin), step
+        model, twin = model.eval(), twin.eval()
+    again = pc.SyncBatchNorm.convert_sync_batchnorm(twin)
+    assert torch.equal(again(x).feats, model(x).feats)
+    nothing = pc.SparseTensor(x.coords[:0], x.feats[:0])
+    assert len(pc.SyncBatchNorm(6)(nothing)) == 0
+
+
 def test_nothing_and_a_single_voxel() -> None:
     model = nn.Sequential(
         pc.SubmanifoldConv2d(3, 4, 3),
@@ -250,6 +269,12 @@ def test_mistakes() -> None:
         pc.SubmanifoldConv2d(4, 4, 3)(x)
     with pytest.raises(TypeError, match="Tensor, expected SparseTensor"):
         pc.Conv3d(4, 4, 3)(x.dense())
+    of_any = (pc.BatchNorm(4), pc.ReLU(), pc.functional.wrap(nn.GELU()), pc.GlobalMaxPool())
+    for layer in (*of_any, pc.Prune(torch.ones(len(x)) > 0), pc.AvgPool3d(2), pc.cat):
+        with pytest.raises(TypeError, match="x is Tensor, expected SparseTensor"):
+            layer([x.feats] if layer is pc.cat else x.feats)
+    with pytest.raises(TypeError, match="target is Tensor, expected SparseTensor or Coord"):
+        pc.MaxPool3d(2)(x, x.coords)
     with pytest.raises(ValueError, match="in_channels 4 and out_channels 6 in 3 groups"):
         pc.Conv3d(4, 6, 3, groups=3)
     with pytest.raises(ValueError, match="a number an axis, or take Conv2d"):
@@ -343,6 +368,52 @@ def test_other_weights_that_do_not_fit() -> None:
         pc.load_spconv({"0.weight": torch.zeros(6, 3, 3, 3, 4)}, grouped)
 
 
+@pytest.mark.parametrize("layout", ["KRSC", "RSKC", "RSCK"])
+def test_layouts_of_spconv(layout: str) -> None:
+    unstrided = [pc.Conv3d(4, 6, 1), pc.SubmanifoldConv3d(4, 6, 1), pc.ConvTranspose3d(4, 6, 1)]
+    strided = [pc.Conv3d(4, 6, 1, 2), pc.ConvTranspose3d(4, 6, 1, (1, 2, 1))]
+    for layer in [*unstrided, *strided, pc.Conv3d(4, 6, (3, 1, 2), 2)]:
+        ours = layer.weight.detach()
+        stored = {
+            "KRSC": ours.movedim(-1, 0),
+            "RSKC": ours.transpose(-1, -2),
+            "RSCK": ours,
+        }[layout].contiguous()
+        if layout != "RSCK" and layer in unstrided:  # read as a matrix [C_in, C_out]
+            stored = ours.reshape(stored.shape)
+        got = pc.load_spconv({"a.weight": stored}, nn.ModuleDict({"a": layer}), layout)
+        assert torch.equal(got["a.weight"], ours), layer
+
+
+def test_other_checkpoints_as_they_are_found() -> None:
+    model = nn.Sequential(pc.Conv3d(4, 6, 3), pc.BatchNorm(6))
+    kernel, norm = torch.randn(27, 4, 6), nn.BatchNorm1d(6).state_dict()
+    theirs = {"0.kernel": kernel, "0.bias": torch.randn(6)}
+    theirs |= {f"1.bn.{name}": t for name, t in norm.items()}
+    parallel = {f"module.{name}": t for name, t in theirs.items()}
+    plain = pc.load_minkowski(theirs, model)
+    assert all(torch.equal(t, plain[n]) for n, t in pc.load_minkowski(parallel, model).items())
+    model.half().load_state_dict(plain)
+    wrapped = nn.Module()
+    wrapped.module = model[0]  # a name of the model's own
+    assert list(pc.load_minkowski({"module.kernel": kernel}, wrapped)) == ["module.weight"]
+    depthwise = nn.Sequential(pc.SubmanifoldConv2d(5, 5, (3, 2), groups=5))
+    taps = torch.randn(6, 5)  # the first axis fastest
+    weight = pc.load_minkowski({"0.kernel": taps}, depthwise)["0.weight"]
+    assert torch.equal(weight[1, 1, 0], taps[4])
+    for load in (pc.load_spconv, pc.load_minkowski, pc.load_torchsparse):
+        stored = "weight" if load is pc.load_spconv else "kernel"
+        with pytest.raises(ValueError, match=rf"none of the 2 entries .*0\.{stored}.*state_dict"):
+            load({"state_dict": theirs, "epoch": 3}, model)
+        for entry, kind in ((None, "NoneType"), (torch.zeros(27, 4, 6).int(), "int32")):
+            with pytest.raises(TypeError, match=rf"0\.{stored} is .*{kind}"):
+                load({f"0.{stored}": entry}, model)
+    with pytest.raises(ValueError, match="dims is 0"):
+        pc.load_minkowski(theirs, dims=0)
+    with pytest.raises(ValueError, match="layout 'HWIO'"):
+        pc.load_spconv(theirs, model, "HWIO")
+
+
 # ---- networks ------------------------------------------------------------------------------
 
 
@@ -407,3 +478,7 @@ def test_inference_first_and_training_second() -> None:
     assert torch.equal(y, expected)
     y.sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+    with torch.inference_mode():  # which makes the voxels, too
+        made = scene()
+        net(made)
+    net(made.replace_feats(made.feats.clone())).sum().backward()

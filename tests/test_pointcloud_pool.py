@@ -124,6 +124,7 @@ def reductions(x: pc.SparseTensor) -> list[tuple[pc.KernelMap, str]]:
     return list(itertools.product(maps, ("max", "mean", "sum")))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, in jacrev
 def test_gradients_of_any_order() -> None:
     x = scene(2, (3, 2, 4), torch.float64)
     feats = torch.randperm(x.feats.numel()).double().view_as(x.feats).requires_grad_()
@@ -134,6 +135,8 @@ def test_gradients_of_any_order() -> None:
 
         torch.autograd.gradcheck(pool, (feats,))
         torch.autograd.gradgradcheck(pool, (feats,), fast_mode=True)
+        rows = torch.func.jacrev(pool)(feats.detach())
+        assert torch.equal(rows, torch.autograd.functional.jacobian(pool, feats.detach()))
 
 
 def test_same_bits_for_any_number_of_threads(threads: int) -> None:

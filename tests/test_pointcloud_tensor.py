@@ -26,6 +26,7 @@ def test_rows_keep_their_order_and_share_the_coordinates() -> None:
     assert torch.equal(y.coords, before)
     assert y.coordinates is x.coordinates
     torch.testing.assert_close(y.feats, 2 * x.feats.exp() - x.feats / 4)
+    torch.testing.assert_close((1 / x).feats, 1 / x.feats)
     assert (y.stride, y.spatial_shape, y.batch_size) == ((1, 1, 1), (9, 10, 11), 3)
     assert repr(x).startswith(f"SparseTensor({len(x)} voxels, 3 channels, 3-D, batch_size=3, spat")
     assert x.to(torch.bfloat16).dtype == torch.bfloat16
@@ -100,6 +101,17 @@ def test_feats_and_coords_must_agree() -> None:
         pc.SparseTensor(x.coordinates, x.feats, stride=2)
     with pytest.raises(ValueError, match=r"give \[1, 3\], expected|give .*expected"):
         x + torch.zeros(2, len(x), 3)
+    for coords, feats in ((x.coords.numpy(), x.feats), (x.coords, [[1.0]] * len(x))):
+        with pytest.raises(TypeError, match=r"(ndarray|list), expected a Tensor"):
+            pc.SparseTensor(coords, feats)
+    sizes = torch.tensor([9, 9, 9]).numpy()  # as a config's array has them
+    numpy = pc.SparseTensor(x.coords, x.feats, sizes[0], sizes, sizes[0])
+    assert (numpy.stride, numpy.spatial_shape, numpy.batch_size) == ((9,) * 3, (9,) * 3, 9)
+    for some, error in ({"batch_size": 2.0}, TypeError), ({"batch_size": 2**40}, ValueError):
+        with pytest.raises(error, match="batch_size is"):
+            pc.SparseTensor(x.coords, x.feats, **some)
+    with pytest.raises(ValueError, match=r"below 2\*\*62"):
+        pc.SparseTensor(x.coords, x.feats, spatial_shape=(2**70, 9, 9))
     every_other = pc.SparseTensor(x.coords.repeat(1, 2)[:, :4], x.feats)  # not contiguous
     assert torch.equal((every_other + x).feats, 2 * x.feats)
 
@@ -156,9 +168,12 @@ def test_gradients_of_voxelize() -> None:
     points = torch.randn(60, 2, dtype=torch.float64)
     features = torch.randn(60, 3, dtype=torch.float64, requires_grad=True)
     for reduce in ("mean", "first", "max"):
-        assert torch.autograd.gradcheck(
-            lambda f, how=reduce: pc.voxelize(points, 1.0, how, f)[0].feats, features
-        )
+
+        def reduced(f: Tensor, how: str = reduce) -> Tensor:
+            return pc.voxelize(points, 1.0, how, f)[0].feats
+
+        assert torch.autograd.gradcheck(reduced, features)
+        assert torch.autograd.gradgradcheck(reduced, features)
     tied = torch.zeros(2, 1, requires_grad=True)
     pc.voxelize(torch.zeros(2, 2), 1.0, "max", tied)[0].feats.sum().backward()
     assert tied.grad.tolist() == [[1], [0]]

@@ -96,8 +96,8 @@ def _kept(
     key = (kind, *map(id, pairs), *map(_version, tensors), n_in, n_out)
     found = _layouts.get(key)
     if found is not None and all(ref() is t for ref, t in zip(found.of, tensors, strict=True)):
-        if found.made is not None:
-            _wait(found.made, found.stream)
+        if found.made is not None and found.stream is not None:
+            _lend(found, found.made, found.stream, tensors)
         return found.layout
     if make is None:
         return None
@@ -122,12 +122,21 @@ def _kept(
     return layout
 
 
-def _wait(made: torch.cuda.Event, by: torch.cuda.Stream | None) -> None:
-    """Have the GPU wait where this call is on another stream than the first one was."""
-    stream = torch.cuda.current_stream(by.device if by is not None else None)
+def _lend(
+    found: _Kept, made: torch.cuda.Event, by: torch.cuda.Stream, tensors: list[Tensor]
+) -> None:
+    """Where this call is on another stream than the first one was, have the GPU wait for that,
+    and the memory be kept until this stream is done with it, too."""
+    stream = torch.cuda.current_stream(by.device)
+    if stream == by:
+        return
     # A capture may not depend on what comes before it, and begins when the GPU is idle.
-    if stream != by and not torch.cuda.is_current_stream_capturing():
+    if not torch.cuda.is_current_stream_capturing():
         stream.wait_event(made)
+    layout = found.layout if isinstance(found.layout, tuple) else ()
+    for t in (*tensors, *layout):
+        if t.is_cuda:  # not the offsets
+            t.record_stream(stream)
 
 
 def _version(t: Tensor) -> int:

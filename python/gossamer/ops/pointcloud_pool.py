@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C, reference
 from .._cuda_module import has_kernels
-from .._library import TAGS_NOT_CAPTURED, library
+from .._library import TAGS_NOT_CAPTURED, is_recorded, library
 from .operands import apply_function, gradient_wanted, row_major
 from .pointcloud_layout import PoolLists, pool_lists
 
@@ -63,10 +63,12 @@ def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -
             "for each input voxel of the map"
         )
     pairs = (*kernel_map.tensors, kernel_map.n_out)
+    # Functorch works on a Function, and not on one that the dispatcher calls.
+    taken, summed = (_max, _sum) if is_recorded() else (_max_autograd, _sum_autograd)
     if reduce == "max":
-        best: Tensor = _max(feats, *pairs, kernel_map.repeats)[0]
+        best: Tensor = taken(feats, *pairs, kernel_map.repeats)[0]
         return best
-    reduced: Tensor = _sum(feats, *pairs, reduce == "mean")
+    reduced: Tensor = summed(feats, *pairs, reduce == "mean")
     return reduced
 
 

@@ -1,6 +1,7 @@
 """Sparse convolution over the active voxels of 1-D to 4-D grids: point clouds and the like."""
 
 from . import functional, models
+from .combine import cat, collate
 from .convolution import Conv, SubmanifoldConv
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
@@ -36,9 +37,9 @@ from .named import (
     SubmanifoldConv4d,
 )
 from .points import voxelize
-from .pointwise import BatchNorm, Prune, ReLU
+from .pointwise import BatchNorm, Prune, ReLU, SyncBatchNorm
 from .pooling import AvgPool, GlobalAvgPool, GlobalMaxPool, GlobalSumPool, MaxPool
-from .tensor import SparseTensor, cat, collate
+from .tensor import SparseTensor
 from .transposed import ConvTranspose, GenerativeConvTranspose, InverseConv
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "SubmanifoldConv2d",
     "SubmanifoldConv3d",
     "SubmanifoldConv4d",
+    "SyncBatchNorm",
     "cat",
     "collate",
     "functional",

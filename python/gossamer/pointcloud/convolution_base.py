@@ -13,7 +13,7 @@ from ..ops.pointcloud import pointcloud_conv
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
 from .tensor import SparseTensor
-from .window import Target, axes_of, check_input
+from .window import Target, axes_of, check_input, target_coordinates
 
 _DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DENSE_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -90,7 +90,7 @@ class Convolution(nn.Module):
                 f"{type(self).__name__}: x has {x.channels} channels, the weight expects "
                 f"{self.in_channels}"
             )
-        given = target.coordinates if isinstance(target, SparseTensor) else target
+        given = target_coordinates(self, target)
         coordinates, kernel_map = self._outputs(x.coordinates, given)
         taps = self.weight.flatten(0, len(self.kernel_size) - 1)
         feats = pointcloud_conv(x.feats, taps, self.bias, kernel_map, self.groups)

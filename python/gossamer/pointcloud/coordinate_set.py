@@ -69,13 +69,14 @@ class CoordinateSet:
         spatial_shape: Sequence[int] | None = None,
         stride: int | Sequence[int] = 1,
     ) -> None:
-        given = coords
-        coords = int32_coords(given)
-        if coords.data_ptr() == given.data_ptr():  # maps outlive what the caller writes into theirs
-            coords = coords.clone()
-        box = native.bounds(coords)
-        one = VoxelSet.checked(coords, box, batch_size, spatial_shape, stride)
-        one.order, repeated, row = native.sort(coords, box)
+        with torch.inference_mode(False):  # or no backward could save them later
+            given, coords = coords, int32_coords(coords)
+            # Maps outlive what the caller writes into theirs.
+            if coords.is_inference() or coords.data_ptr() == given.data_ptr():
+                coords = coords.clone()
+            box = native.bounds(coords)
+            one = VoxelSet.checked(coords, box, batch_size, spatial_shape, stride)
+            one.order, repeated, row = native.sort(coords, box)
         if repeated:
             raise ValueError(
                 f"pointcloud: {repeated} of {len(coords)} coordinates repeat an earlier row, the "

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops.pointcloud_layout import vouch
 from . import native
 from .checks import check_output_shape, sizes
 from .coordinate_set import CoordinateSet, Key, VoxelSet
 from .kernel_map import KernelMap
+from .make_maps import map_between, map_to_samples
 from .native import Window
 from .plain import Size
 
@@ -67,7 +67,7 @@ class Coordinates(CoordinateSet):
         if key not in self._set.maps:
             padding = tuple((k - 1) // 2 * d for k, d in zip(kernel, dilated, strict=True))
             ones = (1,) * self.dims
-            self._set.maps[key] = self._match(self, self, (kernel, ones, padding, dilated), False)
+            self._set.maps[key] = map_between(self, self, (kernel, ones, padding, dilated), False)
         return self._set.maps[key]
 
     def strided(
@@ -190,23 +190,7 @@ class Coordinates(CoordinateSet):
         found = self._set.maps.get(("samples",))
         if found is not None:
             return found
-        with torch.inference_mode(False):
-            in_index = torch.arange(len(self), dtype=torch.int32, device=self.device)
-            out_index = self.sorted()[:, 0].clone()
-            tap_offsets = torch.tensor([0, len(self)], device="cpu")
-        made = KernelMap(
-            in_index=in_index,
-            out_index=out_index,
-            tap_offsets=tap_offsets,
-            in_order=self.order,
-            out_order=None,
-            n_in=len(self),
-            n_out=self.batch_size,
-            kernel_size=(1,) * self.dims,
-            repeats=True,
-        )
-        if native.on_gpu(self.coords):
-            vouch(made.tensors, made.n_in, made.n_out)
+        made = map_to_samples(self)
         # Of a captured graph the memory is its own, and holds nothing before it is replayed.
         if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._set.maps["samples",] = made
@@ -257,7 +241,7 @@ class Coordinates(CoordinateSet):
             self._family.append(child)
             member = _index(self._family, child)  # another thread may have added one, too
             outputs = Coordinates._member(self._family, member)
-            one.maps[key] = self._match(self, outputs, window, made == "spread")
+            one.maps[key] = map_between(self, outputs, window, made == "spread")
             one.children[key] = member
             child.parents[_index(self._family, one), key] = None
         member = one.children[key]
@@ -281,41 +265,13 @@ class Coordinates(CoordinateSet):
                 f"{self.device}"
             )
         if target._family is not self._family:  # its numbers mean nothing here
-            return self._match(self, target, window, transposed)
+            return map_between(self, target, window, transposed)
         member = _index(self._family, target._set)
         key = (*key, "given", member)
         if key not in self._set.maps:
-            self._set.maps[key] = self._match(self, target, window, transposed)
+            self._set.maps[key] = map_between(self, target, window, transposed)
         target._set.parents[_index(self._family, self._set), key] = None
         return self._set.maps[key]
-
-    @staticmethod
-    def _match(
-        inputs: Coordinates,
-        outputs: Coordinates,
-        window: Window,
-        transposed: bool,
-    ) -> KernelMap:
-        walkers, targets = (inputs, outputs) if transposed else (outputs, inputs)
-        with torch.inference_mode(False):  # or it could never be saved for a backward
-            walker_of, target_of, ends = native.match(
-                walkers.coords, walkers.order, targets.coords, targets.order, targets.bounds, window
-            )
-        in_index, out_index = (walker_of, target_of) if transposed else (target_of, walker_of)
-        made = KernelMap(
-            in_index=in_index,
-            out_index=out_index,
-            tap_offsets=ends,
-            in_order=inputs.order,
-            out_order=outputs.order,
-            n_in=len(inputs),
-            n_out=len(outputs),
-            kernel_size=window[0],
-        )
-        if native.on_gpu(inputs.coords):  # which would be waited for to see that the map is right
-            for way in (made, made.transposed()):
-                vouch(way.tensors, way.n_in, way.n_out)
-        return made
 
 
 def _index(family: list[VoxelSet], one: VoxelSet) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .tensor import SparseTensor
+from .tensor import SparseTensor, check_sparse
 
 
 class Wrapped(nn.Module):
@@ -17,6 +17,7 @@ class Wrapped(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """The voxels of ``x`` with ``module(x.feats)``."""
+        check_sparse(type(self.module).__name__, x)
         return x.replace_feats(self.module(x.feats))
 
 
@@ -56,6 +57,7 @@ def prune(x: SparseTensor, mask: Tensor) -> SparseTensor:
     ValueError
         If it has not one entry a voxel.
     """
+    check_sparse("prune", x)
     if mask.dtype != torch.bool:
         raise TypeError(f"prune: the mask is {mask.dtype}, expected torch.bool")
     if mask.shape != (len(x),):

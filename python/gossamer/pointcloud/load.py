@@ -5,9 +5,11 @@ A convolution's weight is [*kernel, C_in, C_out] here. There, with K the number 
 =========== ===================== ==========================================================
 library     stored as             order of the taps
 =========== ===================== ==========================================================
-spconv      [C_out, *kernel, C_in] the last axis fastest; a kernel of one tap is stored like that
-                                  but read as [C_in, C_out]
-Minkowski   [K, C_in, C_out]      the first axis fastest; one tap at stride 1: [C_in, C_out]
+spconv 2    [C_out, *kernel, C_in] the last axis fastest; a kernel of one tap at stride 1 is stored
+                                  like that but read as [C_in, C_out]
+spconv 1    [*kernel, C_in, C_out] the last axis fastest
+Minkowski   [K, C_in, C_out]      the first axis fastest; one tap at stride 1: [C_in, C_out];
+                                  channelwise: [K, C]
 TorchSparse [K, C_in, C_out]      the first axis fastest if K is odd, else the last; one tap at
                                   stride 1: [C_in, C_out]
 =========== ===================== ==========================================================
@@ -27,21 +29,28 @@ from torch import Tensor, nn
 from .convolution_base import Convolution
 
 State = Mapping[str, Tensor]
-Kernel = tuple[int, ...]
+Convert = Callable[[str, Tensor, Convolution | None], Tensor]
 _NORM = r"\.bn\.(weight|bias|running_mean|running_var|num_batches_tracked)$"
 
 
-def load_spconv(state_dict: State, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The ``state_dict`` of a model of spconv 2 layers, for a model of these layers.
+def load_spconv(
+    state_dict: State, model: nn.Module | None = None, layout: str = "KRSC"
+) -> dict[str, Tensor]:
+    """The ``state_dict`` of a model of spconv layers, for a model of these layers.
 
     Parameters
     ----------
     state_dict : mapping of str to Tensor
-        Of any dtype; nothing is copied that needs no copy.
+        Of any floating dtype; nothing is copied that needs no copy. Names that all begin with
+        ``module.``, where the model's do not, lose it.
     model : torch.nn.Module, optional
         The model it is for, with equal names: its convolutions say which entries are theirs and of
         what shape they must be, everything else is passed on. Without it, every entry named
-        ``weight`` with 3 to 6 dimensions is taken for a convolution's.
+        ``weight`` with 3 to 6 dimensions is taken for a convolution's, one of a single tap for that
+        of a layer of stride 1.
+    layout : {"KRSC", "RSKC", "RSCK"}
+        How the weights are stored, in spconv's words: K for C_out, RS for the kernel, C for C_in.
+        The first is that of spconv 2.2 and newer, the last that of spconv 1.
 
     Returns
     -------
@@ -50,8 +59,11 @@ def load_spconv(state_dict: State, model: nn.Module | None = None) -> dict[str, 
 
     Raises
     ------
+    TypeError
+        If a weight is no floating tensor.
     ValueError
-        If a weight has not the shape that its layer expects, or the layer has groups.
+        If a weight has not the shape that its layer expects, the layer has groups, no entry at all
+        is for a convolution of the model, or the layout is unknown.
 
     Examples
     --------
@@ -61,18 +73,31 @@ def load_spconv(state_dict: State, model: nn.Module | None = None) -> dict[str, 
     >>> pc.load_spconv(theirs, model)["0.weight"].shape
     torch.Size([3, 3, 3, 4, 8])
     """
+    if layout not in ("KRSC", "RSKC", "RSCK"):
+        raise ValueError(f"load_spconv: layout {layout!r} is unknown; KRSC, RSKC, RSCK")
 
-    def convert(name: str, weight: Tensor, kernel: Kernel | None) -> Tensor:
-        if kernel is None:
-            kernel = tuple(weight.shape[1:-1])
-        if weight.dim() != len(kernel) + 2 or tuple(weight.shape[1:-1]) != kernel:
+    def convert(name: str, weight: Tensor, layer: Convolution | None) -> Tensor:
+        last = weight.dim() - 1
+        places = {"KRSC": (last, 0), "RSKC": (last, last - 1), "RSCK": (last - 1, last)}
+        channels = places[layout]
+        axes = [axis for axis in range(last + 1) if axis not in channels]
+        found = tuple(weight.shape[axis] for axis in axes)
+        kernel = found if layer is None else layer.kernel_size
+        if len(axes) != last - 1 or found != kernel:
+            inner = ", ".join(map(str, kernel))
+            expected = {
+                "KRSC": f"[C_out, {inner}, C_in]",
+                "RSKC": f"[{inner}, C_out, C_in]",
+                "RSCK": f"[{inner}, C_in, C_out]",
+            }[layout]
             raise ValueError(
-                f"load_spconv: {name} has shape {list(weight.shape)}, expected "
-                f"[C_out, {', '.join(map(str, kernel))}, C_in]"
+                f"load_spconv: {name} has shape {list(weight.shape)}, expected {expected} "
+                f"(layout {layout!r})"
             )
-        if math.prod(kernel) == 1:
-            return weight.reshape(*kernel, weight.shape[-1], weight.shape[0])
-        return weight.permute(*range(1, weight.dim()), 0)
+        steps = getattr(layer, "stride", None) or (1,)
+        if math.prod(kernel) == 1 and max(steps) == 1 and layout != "RSCK":
+            return weight.reshape(*kernel, *(weight.shape[axis] for axis in channels))
+        return weight.permute(*axes, *channels)
 
     return _converted("load_spconv", state_dict, model, "weight", range(3, 7), convert)
 
@@ -88,12 +113,14 @@ def load_minkowski(
     Parameters
     ----------
     state_dict : mapping of str to Tensor
-        Of any dtype; nothing is copied that needs no copy.
+        Of any floating dtype; nothing is copied that needs no copy. Names that all begin with
+        ``module.``, where the model's do not, lose it.
     model : torch.nn.Module, optional
         The model it is for, with equal names otherwise, whose convolutions say what kernels they
-        have. Without it kernels are taken for cubes.
+        have. Without it kernels are taken for cubes. A depthwise layer takes the weight of a
+        MinkowskiChannelwiseConvolution.
     dims : int
-        Spatial axes, where there is no model.
+        Spatial axes, from 1 to 4, where there is no model.
 
     Returns
     -------
@@ -102,9 +129,11 @@ def load_minkowski(
 
     Raises
     ------
+    TypeError
+        If a weight is no floating tensor.
     ValueError
-        If a weight has not the shape that its layer expects, is of no cube, or the layer has
-        groups.
+        If a weight has not the shape that its layer expects, is of no cube, the layer has groups
+        and is not depthwise, or no entry at all is for a convolution of the model.
     """
     return _from_taps("load_minkowski", state_dict, model, dims, lambda taps: True)
 
@@ -126,16 +155,19 @@ def _from_taps(
     dims: int,
     first_fastest: Callable[[int], bool],
 ) -> dict[str, Tensor]:
-    def convert(name: str, weight: Tensor, kernel: Kernel | None) -> Tensor:
+    if not 1 <= dims <= 4:
+        raise ValueError(f"{op}: dims is {dims}, expected 1 to 4")
+
+    def convert(name: str, weight: Tensor, layer: Convolution | None) -> Tensor:
+        stored = list(weight.shape)
         if weight.dim() == 2:
-            weight = weight.unsqueeze(0)
-        taps = weight.shape[0]
-        if kernel is None:
-            kernel = (round(taps ** (1 / dims)),) * dims
-        if weight.dim() != 3 or math.prod(kernel) != taps:
+            weight = weight.unsqueeze(1 if _is_depthwise(layer) else 0)
+        taps = len(weight) if weight.dim() else 0
+        kernel = (round(taps ** (1 / dims)),) * dims if layer is None else layer.kernel_size
+        if weight.dim() != 3 or taps < 1 or math.prod(kernel) != taps:
             raise ValueError(
-                f"{op}: {name} has shape {list(weight.shape)}, expected "
-                f"[{math.prod(kernel)}, C_in, C_out] for a kernel {kernel}"
+                f"{op}: {name} has shape {stored}, expected [{math.prod(kernel)}, C_in, C_out] for "
+                f"a kernel {kernel}"
                 + ("; a model says which others there are" if model is None else "")
             )
         if not first_fastest(taps):
@@ -145,14 +177,26 @@ def _from_taps(
 
     names = None if model is None else {name for name, _ in model.named_modules()}
     renamed = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in _named_as(state_dict, model).items():
         norm = re.search(_NORM, name)
         if norm and (names is None or name[: norm.start() + 3] not in names):
             name = f"{name[: norm.start()]}.{norm[1]}"
-        if name.endswith(".bias") or name == "bias":
-            tensor = tensor.squeeze(0) if tensor.dim() == 2 else tensor
-        renamed[name] = tensor
+        bias = name.rpartition(".")[2] == "bias" and isinstance(tensor, Tensor)
+        renamed[name] = tensor.squeeze(0) if bias and tensor.dim() == 2 else tensor
     return _converted(op, renamed, model, "kernel", (2, 3), convert)
+
+
+def _is_depthwise(layer: Convolution | None) -> bool:
+    return layer is not None and 1 < layer.groups == layer.in_channels == layer.out_channels
+
+
+def _named_as(state_dict: State, model: nn.Module | None) -> State:
+    """Without the ``module.`` that data-parallel training puts before the names of a model."""
+    prefix = "module."
+    ours = model is None or "module" in dict(model.named_children())
+    if ours or not all(name.startswith(prefix) for name in state_dict):
+        return state_dict
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
 
 
 def _converted(
@@ -161,40 +205,42 @@ def _converted(
     model: nn.Module | None,
     stored: str,
     dimensions: range | tuple[int, ...],
-    convert: Callable[[str, Tensor, Kernel | None], Tensor],
+    convert: Convert,
 ) -> dict[str, Tensor]:
     layers = None
     if model is not None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, Convolution)}
-    result = {}
-    for name, tensor in state_dict.items():
+    result, converted = {}, 0
+    for name, tensor in _named_as(state_dict, model).items():
         owner, _, last = name.rpartition(".")
-        ours = f"{owner}.weight" if owner else "weight"
-        if last != stored or (layers is None and tensor.dim() not in dimensions):
+        layer = None if layers is None else layers.get(owner)
+        no_weight = not isinstance(tensor, Tensor) or tensor.dim() not in dimensions
+        if last != stored or (no_weight if layers is None else layer is None):
             result[name] = tensor
-        elif layers is None:
-            result[ours] = convert(name, tensor, None)
-        elif owner not in layers:
-            result[name] = tensor
-        else:
-            result[ours] = _fitting(op, name, tensor, layers[owner], convert)
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: {name} is {kind}, expected a floating tensor")
+        weight = convert(name, tensor, layer)
+        if layer is not None:
+            _check_fit(op, name, tensor, weight, layer)
+        result[f"{owner}.weight" if owner else "weight"] = weight
+        converted += 1
+    if layers and not converted:
+        wanted = ", ".join([f"{n}.{stored}" if n else stored for n in layers][:3])
+        raise ValueError(
+            f"{op}: none of the {len(state_dict)} entries is for a convolution of the model; it "
+            f"has {wanted}, the state_dict {', '.join(map(str, list(state_dict)[:3]))}"
+        )
     return result
 
 
-def _fitting(
-    op: str,
-    name: str,
-    tensor: Tensor,
-    layer: Convolution,
-    convert: Callable[[str, Tensor, Kernel | None], Tensor],
-) -> Tensor:
-    if layer.groups != 1:
+def _check_fit(op: str, name: str, tensor: Tensor, weight: Tensor, layer: Convolution) -> None:
+    if layer.groups != 1 and not (_is_depthwise(layer) and tensor.dim() == 2):
         raise ValueError(f"{op}: {name} is for {layer}, and weights in groups cannot be read")
-    weight = convert(name, tensor, layer.kernel_size)
     if weight.shape != layer.weight.shape:
         raise ValueError(
             f"{op}: {name} has shape {list(tensor.shape)}, with {weight.shape[-2]} input and "
             f"{weight.shape[-1]} output channels; {layer} expects {layer.in_channels} and "
             f"{layer.out_channels}"
         )
-    return weight

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .combine import cat
 from .convolution import Conv, SubmanifoldConv
 from .pointwise import BatchNorm, ReLU
-from .tensor import SparseTensor, cat
+from .tensor import SparseTensor
 from .transposed import InverseConv
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _batch(batch: Tensor, points: Tensor) -> Tensor:
 
 
 def _sizes(voxel_size: float | Sequence[float], dims: int) -> tuple[float, ...]:
-    each = [voxel_size] * dims if isinstance(voxel_size, (int, float)) else voxel_size
+    each = [voxel_size] * dims if isinstance(voxel_size, (int, float, Real)) else voxel_size
     given = tuple(map(float, each))
     if len(given) != dims or not all(v > 0 and math.isfinite(v) for v in given):
         raise ValueError(
@@ -130,7 +131,6 @@ class _Reduced(torch.autograd.Function):
         return feats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         of_point = ctx.voxels.of_point
         if ctx.reduce == "mean":

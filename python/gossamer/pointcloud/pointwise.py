@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
-from .tensor import SparseTensor
+from .tensor import SparseTensor, check_sparse
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -15,6 +17,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
         """``x`` with ``num_features`` channels, normalised."""
+        check_sparse("BatchNorm", x)
         if x.channels != self.num_features:
             raise ValueError(
                 f"BatchNorm: x has {x.channels} channels, the layer normalises {self.num_features}"
@@ -22,11 +25,49 @@ class BatchNorm(nn.BatchNorm1d):
         return x.replace_feats(super().forward(x.feats)) if len(x) else x
 
 
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """`BatchNorm` over the voxels of all processes of a group: ``torch.nn.SyncBatchNorm``."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+        """``x`` with ``num_features`` channels, normalised; it may be empty in some processes."""
+        check_sparse("SyncBatchNorm", x)
+        alone = not (distributed.is_available() and distributed.is_initialized())
+        return x if alone and not len(x) else x.replace_feats(super().forward(x.feats))
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """A model with its BatchNorms, those of dense layers too, replaced by synchronised ones.
+
+        Torch's function of this name makes layers for dense tensors of those for sparse ones.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            Changed in place, unless it is itself a BatchNorm.
+        process_group : optional
+            As for ``torch.nn.SyncBatchNorm``.
+
+        Returns
+        -------
+        torch.nn.Module
+            ``module``, or what it became. Parameters and buffers are the same tensors.
+        """
+        if isinstance(module, _BatchNorm):
+            converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+            if isinstance(module, (BatchNorm, cls)):
+                converted.__class__ = cls
+            return converted
+        for name, child in module.named_children():
+            setattr(module, name, cls.convert_sync_batchnorm(child, process_group))
+        return module
+
+
 class ReLU(nn.ReLU):
     """``torch.nn.ReLU`` of the features."""
 
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
         """``x``, its features below zero set to zero."""
+        check_sparse("ReLU", x)
         return x.replace_feats(super().forward(x.feats))
 
 
@@ -41,7 +82,11 @@ class Prune(nn.Module):
 
     def __init__(self, mask: Tensor | Callable[[SparseTensor], Tensor]) -> None:
         super().__init__()
-        self.mask = mask
+        self.mask: Tensor | Callable[[SparseTensor], Tensor]
+        if isinstance(mask, Tensor):
+            self.register_buffer("mask", mask, persistent=False)  # goes where the module goes
+        else:
+            self.mask = mask
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """The voxels of ``x`` under the mask, all of its samples, even those left without any."""

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 
 from ..ops.conv_geometry import Sizes, per_axis
 from ..ops.pointcloud_pool import pointcloud_pool
-from .tensor import SparseTensor
-from .window import Target, axes_of, check_input, set_window, window_outputs
+from .tensor import SparseTensor, check_sparse
+from .window import (
+    Target,
+    axes_of,
+    check_input,
+    set_window,
+    target_coordinates,
+    window_outputs,
+)
 
 
 class _WindowPool(nn.Module):
@@ -36,7 +43,7 @@ class _WindowPool(nn.Module):
 
     def _pool(self, x: SparseTensor, target: Target | None, reduce: str) -> SparseTensor:
         check_input(self, x)
-        given = target.coordinates if isinstance(target, SparseTensor) else target
+        given = target_coordinates(self, target)
         coordinates, kernel_map = window_outputs(self, x.coordinates, given)
         return SparseTensor(coordinates, pointcloud_pool(x.feats, kernel_map, reduce))
 
@@ -102,10 +109,7 @@ class _GlobalPool(nn.Module):
 
     def forward(self, x: SparseTensor) -> Tensor:
         """``x`` -> [batch_size, C]; a sample without voxels gets zeros."""
-        if not isinstance(x, SparseTensor):
-            raise TypeError(
-                f"{type(self).__name__}: x is {type(x).__name__}, expected SparseTensor"
-            )
+        check_sparse(type(self).__name__, x)
         return pointcloud_pool(x.feats, x.coordinates.samples(), self.reduce)
 
 

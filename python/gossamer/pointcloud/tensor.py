@@ -42,7 +42,7 @@ class SparseTensor:
     Raises
     ------
     TypeError
-        If ``coords`` are neither int32 nor int64.
+        If ``coords`` or ``feats`` are no tensors, or coordinates neither int32 nor int64.
     ValueError
         If the numbers of rows differ, rows repeat, or lie outside of the batch or the shape.
 
@@ -68,16 +68,19 @@ class SparseTensor:
         spatial_shape: Sequence[int] | None = None,
         batch_size: int | None = None,
     ) -> None:
+        if not isinstance(feats, Tensor):
+            raise TypeError(f"SparseTensor: feats are {type(feats).__name__}, expected a Tensor")
         if not isinstance(coords, Coordinates):
-            if feats.shape[:1] != coords.shape[:1] or feats.dim() != 2:
-                raise ValueError(_shapes_differ(feats, coords))
             coords = Coordinates(coords, batch_size, spatial_shape, stride)
         elif spatial_shape is not None or batch_size is not None or stride != 1:
             raise ValueError(
                 "SparseTensor: Coordinates have a stride, shape and batch size already"
             )
-        elif feats.dim() != 2 or len(feats) != len(coords):
-            raise ValueError(_shapes_differ(feats, coords.coords))
+        if feats.dim() != 2 or len(feats) != len(coords):
+            raise ValueError(
+                f"SparseTensor: feats have shape {list(feats.shape)} and coords "
+                f"{list(coords.coords.shape)}, expected [N, C] and [N, 1 + D]"
+            )
         if feats.device != coords.device:
             raise ValueError(f"SparseTensor: feats on {feats.device}, coords on {coords.device}")
         self.coordinates = coords
@@ -222,6 +225,9 @@ class SparseTensor:
     def __rsub__(self, other: Any) -> SparseTensor:
         return self._combined(other, lambda mine, theirs: theirs - mine, "-")
 
+    def __rtruediv__(self, other: Any) -> SparseTensor:
+        return self._combined(other, lambda mine, theirs: theirs / mine, "/")
+
     def __neg__(self) -> SparseTensor:
         return self.replace_feats(-self.feats)
 
@@ -234,11 +240,10 @@ class SparseTensor:
         )
 
 
-def _shapes_differ(feats: Tensor, coords: Tensor) -> str:
-    return (
-        f"SparseTensor: feats have shape {list(feats.shape)} and coords {list(coords.shape)}, "
-        "expected [N, C] and [N, 1 + D]"
-    )
+def check_sparse(op: str, x: Any) -> None:
+    """Raise where x is something else."""
+    if not isinstance(x, SparseTensor):
+        raise TypeError(f"{op}: x is {type(x).__name__}, expected SparseTensor")
 
 
 def aligned_feats(first: SparseTensor, other: SparseTensor, name: str) -> Tensor:
@@ -256,71 +261,3 @@ def aligned_feats(first: SparseTensor, other: SparseTensor, name: str) -> Tensor
         f"SparseTensor {name}: the coordinates differ: {len(a)} voxels of stride {list(a.stride)} "
         f"on {a.device}, {len(b)} of stride {list(b.stride)} on {b.device}"
     )
-
-
-def cat(tensors: Sequence[SparseTensor]) -> SparseTensor:
-    """The channels of tensors at the same voxels side by side, in the rows' order of the first.
-
-    Raises
-    ------
-    ValueError
-        If there is no tensor, or the voxels differ.
-    """
-    if not tensors:
-        raise ValueError("cat: no tensors")
-    first = tensors[0]
-    feats = [first.feats, *(aligned_feats(first, other, "cat") for other in tensors[1:])]
-    return first.replace_feats(torch.cat(feats, 1))
-
-
-def collate(samples: Sequence[SparseTensor | tuple[Tensor, Tensor]]) -> SparseTensor:
-    """One batch of several scenes, row after row.
-
-    Parameters
-    ----------
-    samples : sequence
-        Each a `SparseTensor` of any batch size, or a pair of coordinates [N, D] without batch
-        index and features [N, C]; a scene may be empty. Strides and numbers of channels agree.
-
-    Returns
-    -------
-    SparseTensor
-        The spatial shape is the largest along each axis, if every sample has one.
-
-    Raises
-    ------
-    ValueError
-        If there is no sample, or dimensions, strides, channels or devices differ.
-    """
-    if not samples:
-        raise ValueError("collate: no samples")
-    scenes = [s if isinstance(s, SparseTensor) else _scene(*s) for s in samples]
-    first = scenes[0]
-    expected = (first.dims, first.stride, first.channels, first.device, first.dtype)
-    coords, shapes, before = [], [], 0
-    for i, scene in enumerate(scenes):
-        found = (scene.dims, scene.stride, scene.channels, scene.device, scene.dtype)
-        if found != expected:
-            raise ValueError(
-                f"collate: dimensions, stride, channels, device and dtype are {found} in sample "
-                f"{i}, {expected} in sample 0"
-            )
-        shift = scene.coords.new_tensor([before] + [0] * scene.dims)
-        coords.append(scene.coords + shift)
-        shapes.append(scene.spatial_shape)
-        before += scene.batch_size
-    bounded = [shape for shape in shapes if shape is not None]
-    return SparseTensor(
-        torch.cat(coords),
-        torch.cat([scene.feats for scene in scenes]),
-        stride=first.stride,
-        spatial_shape=tuple(map(max, *bounded, bounded[0]))
-        if len(bounded) == len(shapes)
-        else None,
-        batch_size=before,
-    )
-
-
-def _scene(coords: Tensor, feats: Tensor) -> SparseTensor:
-    batch = coords.new_zeros((len(coords), 1))
-    return SparseTensor(torch.cat([batch, coords], 1), feats, batch_size=1)

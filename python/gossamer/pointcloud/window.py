@@ -10,7 +10,7 @@ from torch import nn
 from ..ops.conv_geometry import Sizes, per_axis
 from .coordinates import Coordinates
 from .kernel_map import KernelMap
-from .tensor import SparseTensor
+from .tensor import SparseTensor, check_sparse
 
 Target = SparseTensor | Coordinates
 
@@ -32,12 +32,21 @@ def axes_of(layer: nn.Module, kernel_size: Sizes) -> int:
 def check_input(layer: Any, x: SparseTensor) -> None:
     """Raise where x is no sparse tensor of the layer's dimension."""
     name = type(layer).__name__
-    if not isinstance(x, SparseTensor):
-        raise TypeError(f"{name}: x is {type(x).__name__}, expected SparseTensor")
+    check_sparse(name, x)
     if x.dims != len(layer.kernel_size):
         raise ValueError(
             f"{name}: x has {x.dims} spatial axes, the kernel {len(layer.kernel_size)}"
         )
+
+
+def target_coordinates(layer: nn.Module, target: Target | None) -> Coordinates | None:
+    """Raise where a target is something else."""
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(
+            f"{type(layer).__name__}: target is {type(target).__name__}, expected SparseTensor or "
+            "Coordinates"
+        )
+    return target.coordinates if isinstance(target, SparseTensor) else target
 
 
 def set_window(
