@@ -217,6 +217,47 @@ def test_gsm_is_sgd_whose_gradient_only_the_salient_get() -> None:
     torch.testing.assert_close(layer.weight.detach(), w)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda m, o: SRSTE(m, o, decay=0.1),
+        lambda m, o: MaskedDecay(m, o, decay=0.1, refresh=1),
+        lambda m, o: STE(m, o, "2:3", decay=0.1),
+        lambda m, o: GSM(m, o, 0.5, 3),
+        lambda m, o: MaskSparsity(m, o, 2, 0.5, strength=0.1),
+    ],
+)
+def test_a_closure_s_gradients_are_changed_as_others_are(recipe: Any) -> None:
+    found, x = [], torch.randn(8, 12)
+    for way in ("none", "first", "named", "several times"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Linear(9, 9))
+        optimizer: Optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        if way == "several times":
+            optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
+        made = recipe(model, optimizer)
+
+        def closure(model: nn.Module = model) -> torch.Tensor:
+            model.zero_grad()
+            loss: torch.Tensor = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if way == "none":
+                closure()
+                optimizer.step()  # type: ignore[call-arg]
+            elif way == "named":
+                optimizer.step(closure=closure)
+            else:
+                optimizer.step(closure)
+            made.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert found[3].isfinite().all()
+
+
 def test_lobster_decays_by_insensitivity() -> None:
     model, layer = one_layer()
     made = LOBSTER(model, 0.5, lambda: 1.0, decay=0.01, every=100)

@@ -147,6 +147,13 @@ def test_the_estimate_is_unbiased_and_of_least_variance() -> None:
     error = drawn.double().mean(0) - groups
     assert (error.abs() <= 4.5 * (variance / draws).sqrt() + 1e-5).all()  # of 24, 1 in 6000 seeds
     torch.testing.assert_close(drawn.var(0), variance, rtol=0.05, atol=1e-4)
+    # In each dtype near both ends of its range, and a p that float16 would round to 0.
+    for dtype, size in ((torch.float64, 1e300), (torch.float64, 1e-300), (torch.float32, 3e37)):
+        drawn = mvue_24((size * groups.to(dtype)).repeat(8000, 1), generator).view(-1, 6, 4)
+        mean = (drawn / size).mean(0)
+        torch.testing.assert_close(mean, groups.to(dtype), rtol=0.1, atol=0.1)
+    tiny = torch.tensor([[6e4, 1e4, 1e-4, 6e-8]], dtype=torch.float16).repeat(1000, 1)
+    assert mvue_24(tiny, generator).isfinite().all()
 
 
 @pytest.mark.parametrize("projection", ["hard", "soft", "transposable"])

@@ -119,7 +119,9 @@ def mvue_24(gradient: Tensor, generator: torch.Generator | None = None) -> Tenso
     """
     columns = gradient.shape[-1]
     padded = F.pad(gradient.detach(), (0, -columns % 4)).unflatten(-1, (-1, 4))
-    magnitude = padded.abs().float()
+    magnitude = padded.abs().to(torch.promote_types(gradient.dtype, torch.float32))
+    # As shares of the largest no sum leaves the range of numbers.
+    magnitude = magnitude / magnitude.amax(-1, keepdim=True)
     total = magnitude.sum(-1, keepdim=True)
     largest, where = magnitude.max(-1, keepdim=True)
     rest = total - largest
@@ -129,9 +131,9 @@ def mvue_24(gradient: Tensor, generator: torch.Generator | None = None) -> Tenso
     p = torch.where(alone, p.scatter(-1, where, 1.0), p)
     # The numbers u and u + 1 lie each in one of the intervals that the p leave side by side.
     u = torch.rand(total.shape, generator=generator, device=generator.device if generator else None)
-    ends = (p.cumsum(-1) - (1 - u).clamp(1e-6).to(p.device)).floor()
+    ends = (p.cumsum(-1) - (1 - u).clamp(1e-6).to(p)).floor()
     chosen = ends > F.pad(ends, (1, 0), value=-1.0)[..., :-1]
-    estimate = torch.where(chosen, padded / p.to(padded.dtype), 0)
+    estimate = torch.where(chosen, padded / p, 0).to(gradient.dtype)
     return estimate.flatten(-2)[..., :columns].contiguous()
 
 

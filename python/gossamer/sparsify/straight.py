@@ -16,6 +16,7 @@ from ..formats import Block
 from ..nn import SparseTrainingLinear
 from ..projection24 import add_dropped_24
 from .computed import Standing
+from .hooks import before_update
 from .kernels import Through
 from .layers import Layer, unwrapped
 from .patterns import NM, Blocks, Pattern, as_pattern
@@ -95,7 +96,7 @@ class STE(Sparsifier):
         self._enter(kernels)
         self._hook = None
         if optimizer is not None and decay > 0:
-            self._hook = optimizer.register_step_pre_hook(self._add_decay)
+            self._hook = before_update(optimizer, self._add_decay)
 
     def _enter(self, kernels: bool) -> None:
         """Let the forward pass see projected weights."""
@@ -149,7 +150,7 @@ class STE(Sparsifier):
         ]
 
     @torch.no_grad()
-    def _add_decay(self, *_: Any) -> None:
+    def _add_decay(self) -> None:
         """Add decay (W - M W) to the gradients, which are dense."""
         for layer in self.layers:
             grad, fast = layer.weight.grad, self._swapped.get(layer.name)

@@ -177,5 +177,6 @@ class MAD(Sparsifier):
 
     def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state)
-        if self.steps >= self.schedule.at:  # type: ignore[attr-defined]
-            self.detach()
+        self.score.detach()
+        if self.steps < self.schedule.at:  # type: ignore[attr-defined]
+            self.score.attach(self.layers)
