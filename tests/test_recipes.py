@@ -14,6 +14,7 @@ from gossamer.prune import magnitude_24
 from gossamer.sparsify import (
     DRESS,
     DSTEE,
+    GBLR,
     GMP,
     GSM,
     HESSO,
@@ -256,6 +257,25 @@ def test_a_closure_s_gradients_are_changed_as_others_are(recipe: Any) -> None:
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert found[3].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda m: STE(m),
+        lambda m: SSTE(m, include="linear*"),
+        lambda m: STE(m, pattern=Block(4, 4), sparsity=0.5, include="linear*", kernels=True),
+        lambda m: GBLR(m, 8, 0.5, 4, include="linear*"),
+    ],
+)
+def test_inference_of_an_encoder_multiplies_what_training_does(recipe: Any) -> None:
+    """Torch's fast path would multiply by the dense weights."""
+    model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    recipe(model)
+    x = torch.randn(2, 5, 16)
+    y = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), y.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_lobster_decays_by_insensitivity() -> None:

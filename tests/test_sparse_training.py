@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -290,6 +291,20 @@ def test_a_layer_made_in_inference_mode_follows_its_weight() -> None:
                     wanted = soft_threshold_24(layer.weight, float(layer.scale))[0]
                 torch.testing.assert_close(layer(x), nn.functional.linear(x, wanted, layer.bias))
                 layer.weight.copy_(torch.randn(4, 8))
+
+
+def test_a_frozen_scale_stays_what_it_is() -> None:
+    layer = SparseTrainingLinear(16, 8, projection="soft")
+    state, scale = copy.deepcopy(layer.state_dict()), float(layer.scale)
+    assert float(layer.bfloat16().float().half().scale) == scale
+    assert layer.float().scale.dtype == torch.float64
+    for change, text in (
+        ({"scale": torch.tensor(math.nan)}, "scale: nan is not finite"),
+        ({"age": torch.tensor(-3)}, "age: -3 steps"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            layer.load_state_dict({**state, **change})
+        assert float(layer.scale) == scale
 
 
 def test_bad_use_of_the_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..projection24 import (
     soft_threshold_24,
     transposable_mask_24,
 )
+from .called import keep_called
 
 PROJECTIONS = ("hard", "soft", "transposable")
 # From so many rows on the product gains more from panels than they take to be made.
@@ -114,6 +116,7 @@ class SparseTrainingLinear(nn.Linear):
         self._projected: _Projected | None = None
         self._searched = False
         self.freeze_scale()
+        keep_called(self)
 
     @classmethod
     def from_dense(
@@ -240,6 +243,13 @@ class SparseTrainingLinear(nn.Linear):
             f"mvue={self.mvue}"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseTrainingLinear:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:  # frozen: not rounded with the weight
+            self.scale = scale.to(self.scale.device)
+        return self
+
     def _bring_up_to_date(self) -> None:
         """Project the weight as it is, so that what is saved goes on as the layer itself does.
 
@@ -254,6 +264,13 @@ class SparseTrainingLinear(nn.Linear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        age, scale = (state_dict.get(prefix + name) for name in ("age", "scale"))
+        if isinstance(age, Tensor) and age.numel() == 1 and not age.is_meta and int(age) < 0:
+            args[-1].append(f"{prefix}age: {int(age)} steps, expected a number from 0 on")
+            return
+        if isinstance(scale, Tensor) and not scale.is_meta and not bool(scale.isfinite().all()):
+            args[-1].append(f"{prefix}scale: {float(scale)} is not finite")
+            return
         given = state_dict.get(f"{prefix}indices")
         if isinstance(given, Tensor) and given.shape == self.indices.shape and given.any():
             values = torch.zeros(len(given), 2 * ((self.in_features + 3) // 4), device=given.device)

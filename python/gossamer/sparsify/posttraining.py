@@ -227,7 +227,10 @@ def each_input(
         for hook in hooks:
             hook.remove()
     if rows == 0:
-        raise ValueError(f"prune_after_training: {layer.name}: no calibration batch reaches it")
+        raise ValueError(
+            f"prune_after_training: {layer.name}: no calibration batch reaches it; "
+            f"exclude={layer.name!r} leaves it alone"
+        )
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

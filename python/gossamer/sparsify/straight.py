@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from ..conversion.report import ConversionReport
 from ..conversion.selection import layer_sites
 from ..convert import convert
 from ..formats import Block
 from ..nn import SparseTrainingLinear
+from ..nn.called import keep_called
 from ..projection24 import add_dropped_24
 from .computed import Standing
 from .hooks import before_update
@@ -90,6 +92,7 @@ class STE(Sparsifier):
             raise ValueError(f"{op}: has the pattern 2:4, got {pattern}")
         self.decay, self.refresh, self.log_every = decay, refresh, log_every
         self._swapped: dict[str, SparseTrainingLinear] = {}
+        self._kept_called: list[RemovableHandle] = []
         super().__init__(
             model, pattern, Magnitude(), Standing(sparsity), optimizer=optimizer, **options
         )
@@ -126,6 +129,7 @@ class STE(Sparsifier):
                     setattr(holder, attribute, fast)
             elif kernels:
                 layer.module.forward = Through(layer, _never, straight=True)
+                self._kept_called.append(keep_called(layer.module))
             else:
                 parametrize.register_parametrization(layer.module, "weight", _Masked(layer))
 
@@ -189,6 +193,8 @@ class STE(Sparsifier):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        for handle in self._kept_called:
+            handle.remove()
 
     @torch.no_grad()
     def finalize(self, **options: Any) -> ConversionReport:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...conversion.selection import layer_sites, left_out
+from ...nn.called import keep_called
 from ...prune import blocks_kept
 from ..allocation import share_out
 from ..layers import Names, unwrapped
@@ -82,6 +83,7 @@ class GBLRLinear(nn.Module):
         self.widths = nn.ParameterList([empty(blocks), empty(blocks)])
         self.bias = empty(out_features) if bias else None
         self.reset_parameters()
+        keep_called(self)
 
     @property
     def sizes(self) -> tuple[int, int]:
