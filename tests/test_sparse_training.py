@@ -293,6 +293,25 @@ def test_a_layer_made_in_inference_mode_follows_its_weight() -> None:
                 layer.weight.copy_(torch.randn(4, 8))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+@pytest.mark.parametrize("projection", ["hard", "soft"])
+def test_a_compiled_step_is_the_eager_one(projection: str) -> None:
+    layers = [SparseTrainingLinear(18, 8, projection=projection) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    run = torch.compile(layers[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 300, 7):  # by panels and without
+        x = torch.randn(rows, 18)
+        for layer, call in zip(layers, (run, layers[1]), strict=True):
+            layer.zero_grad()
+            call(x).square().mean().backward()
+            with torch.no_grad():
+                layer.weight.sub_(layer.weight.grad)
+        with torch.no_grad():
+            assert torch.equal(run(x), layers[1](x))
+    for held, same in zip(*(layer.state_dict().values() for layer in layers), strict=True):
+        assert torch.equal(held, same)
+
+
 def test_a_frozen_scale_stays_what_it_is() -> None:
     layer = SparseTrainingLinear(16, 8, projection="soft")
     state, scale = copy.deepcopy(layer.state_dict()), float(layer.scale)

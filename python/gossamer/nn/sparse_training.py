@@ -31,7 +31,9 @@ class SparseTrainingLinear(nn.Linear):
     """``y = x P(W)ᵀ + b``, P(W) 2:4 and anew at each step, the gradient of P(W) given to W.
 
     The forward product runs through the 2:4 kernels. The weight is a dense Parameter; a
-    ``state_dict`` holds it beside the three buffers below.
+    ``state_dict`` holds it beside the three buffers below. A graph of ``torch.compile`` holds the
+    layer whole where each step searches anew ("hard" or "soft", ``refresh`` 1), and breaks at it
+    otherwise.
 
     Parameters
     ----------
@@ -181,10 +183,11 @@ class SparseTrainingLinear(nn.Linear):
         self._projected = None  # its memory serves the next one
         shape = (self.out_features, self.in_features)
         if self.projection == "soft":
-            dense, sparse = soft_threshold_24(weight, float(self.scale))
+            dense, sparse = self._thresholded(weight)
+            self.age = torch.zeros_like(self.age)
         elif self._has_to_search():
             if self.projection == "hard":
-                dense, sparse = hard_threshold_24(weight)
+                dense, sparse = self._thresholded(weight)
             else:
                 mask = transposable_mask_24(weight)
                 dense = weight.detach() * mask
@@ -203,6 +206,11 @@ class SparseTrainingLinear(nn.Linear):
         self._projected = _Projected(dense, sparse, made_of)
         return self._projected
 
+    def _thresholded(self, weight: Tensor) -> tuple[Tensor, Sparse24]:
+        if self.projection == "soft":
+            return soft_threshold_24(weight, self.scale)
+        return hard_threshold_24(weight)
+
     def _has_to_search(self) -> bool:
         # Indices name two places of a last group that has fewer columns, too, of which a mask that
         # is transposable may keep one or none: they do not say which.
@@ -217,9 +225,15 @@ class SparseTrainingLinear(nn.Linear):
         return torch.equal(kept, projected.sparse.values)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
-        # Outside inference mode, or what is kept could never be saved for a backward.
-        with torch.inference_mode(False), torch.no_grad():
-            projected = self._project()
+        follows = self.projection != "transposable" and self.refresh == 1
+        if follows and torch.compiler.is_compiling():
+            # Nothing is kept from step to step, so a graph may hold it whole.
+            with torch.no_grad():
+                projected = _Projected(*self._thresholded(whole(self.weight)), ())
+        else:
+            # Outside inference mode, or what is kept could never be saved for a backward.
+            with torch.inference_mode(False), torch.no_grad():
+                projected = self._project()
         x, autocast = input, autocast_dtype(input)
         bias: Tensor | None = self.bias
         dense, sparse = projected.dense, projected.sparse
