@@ -204,6 +204,18 @@ def test_scores_are_those_of_their_papers(name: str) -> None:
     assert not layer._forward_hooks
 
 
+def test_a_copy_of_the_model_has_a_score_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    made = Sparsifier(model, "2:4", sparsify.WandaScore(), OneShot(0.5, at=1))
+    model(torch.randn(5, 8))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        other(torch.randn(7, 8))
+    assert made.score.rows == {"0": 5}
+
+
 def test_lottery_rounds_prune_a_fifth_and_rewind() -> None:
     model = net()
     begin = copy.deepcopy(model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -241,18 +242,20 @@ class InputScore(Score):
         for layer in layers:
             check_inputs_seen(layer.module)
         for layer in layers:
-
-            def see(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                output: Any,
-                layer: Layer = layer,
-            ) -> None:
-                given = args[0] if args else next(iter(kwargs.values()))
-                self.see(layer, given.detach())
-
+            # No local function: a copy of the model is to have a score of its own.
+            see = functools.partial(self._see_call, layer)
             self._hooks.append(layer.module.register_forward_hook(see, with_kwargs=True))
+
+    def _see_call(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        self.see(layer, given.detach())
 
     def detach(self) -> None:
         for hook in self._hooks:
