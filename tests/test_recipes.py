@@ -278,6 +278,21 @@ def test_inference_of_an_encoder_multiplies_what_training_does(recipe: Any) -> N
         torch.testing.assert_close(model.eval()(x), y.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+def test_a_layer_that_is_compiled_alone_is_masked_where_it_is() -> None:
+    model = nn.Sequential(torch.compile(nn.Linear(16, 8), backend="eager"))
+    x = torch.randn(4, 16)
+    dense = model(x).detach()
+    with pytest.raises(ValueError, match="a plain Linear inside a model is expected"):
+        SSTE(model)
+    with pytest.raises(ValueError, match="the model holds no"):
+        GBLR(model, 4, 0.5, 4)
+    assert torch.equal(model(x), dense)
+    (layer,) = STE(model).layers
+    expected = nn.functional.linear(x, magnitude_24(layer.weight), layer.module.bias)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_lobster_decays_by_insensitivity() -> None:
     model, layer = one_layer()
     made = LOBSTER(model, 0.5, lambda: 1.0, decay=0.01, every=100)

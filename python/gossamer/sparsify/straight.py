@@ -20,7 +20,7 @@ from ..projection24 import add_dropped_24
 from .computed import Standing
 from .hooks import before_update
 from .kernels import Through
-from .layers import Layer, unwrapped
+from .layers import Layer, replaceable, unwrapped
 from .patterns import NM, Blocks, Pattern, as_pattern
 from .scores import Magnitude
 from .sparsifier import Sparsifier
@@ -110,7 +110,7 @@ class STE(Sparsifier):
             for layer in self.layers
             if self.pattern == NM(2, 4)
             and type(layer.module) is nn.Linear
-            and sites[layer.name].holders
+            and replaceable(sites[layer.name])
         }
         for layer in self.layers:  # before any is changed
             if self.projection != "hard" and layer.name not in swapped:

@@ -13,7 +13,7 @@ from ...conversion.selection import layer_sites, left_out
 from ...nn.called import keep_called
 from ...prune import blocks_kept
 from ..allocation import share_out
-from ..layers import Names, unwrapped
+from ..layers import Names, replaceable, unwrapped
 from ..patterns import check_sparsity
 
 
@@ -215,7 +215,9 @@ class GBLR:
         plain = unwrapped(model)
         sites = layer_sites(plain)
         out = left_out(plain, sites, include, exclude, "GBLR")
-        chosen = [s for s in sites if s not in out and type(s.module) is nn.Linear and s.holders]
+        chosen = [
+            s for s in sites if s not in out and type(s.module) is nn.Linear and replaceable(s)
+        ]
         if not chosen:
             raise ValueError("GBLR: the model holds no torch.nn.Linear that is named")
         for site in chosen:
