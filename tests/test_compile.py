@@ -53,7 +53,7 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ops.sparse24_gather,
         (torch.randn(6, 10, requires_grad=True), SPARSE.indices),
     ),
-    "project": (ops.sparse24_project, (torch.randn(6, 10), True, 1.5)),
+    "project": (ops.sparse24_project, (torch.randn(6, 10), True, torch.tensor(1.5))),
     "validate": (ops.sparse24_validate, (*PARTS, 10)),
     "to_panels": (ops.sparse24_to_panels, (*PARTS, 10)),
     "from_panels": (ops.sparse24_from_panels, (PANELS, 10, 6, torch.float32)),

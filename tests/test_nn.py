@@ -253,6 +253,10 @@ def test_torch_pruning_and_parametrisation_are_seen() -> None:
     prune.custom_from_mask(layer, "values", mask)
     parametrize.register_parametrization(layer, "bias", Doubled())
     assert torch.equal(layer(x), expected(x))
+    before = copy.deepcopy(expected.state_dict())
+    with pytest.raises(ValueError, match="parametrize cannot hold a tensor named 'values'"):
+        parametrize.register_parametrization(expected, "values", Doubled())
+    assert all(torch.equal(t, before[name]) for name, t in expected.state_dict().items())
 
 
 class Doubled(nn.Module):

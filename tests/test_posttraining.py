@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from gossamer import Block, sparsify
@@ -129,6 +131,18 @@ def test_a_permutation_keeps_more() -> None:
     assert float(after) > 1.2 * float(before)
     with pytest.raises(ValueError, match="multiple of 4"):
         channel_permutation(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "nettrim"])
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_inputs_that_say_nothing_prune_nothing(method: str, value: float) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    weight = model[0].weight.detach().clone()
+    x = torch.ones(5, 8)
+    x[3, 2] = value
+    with pytest.raises(ValueError, match="0: its inputs, or their squares, are not finite"):
+        prune_after_training(model, [x], "2:4", method, progress=False)
+    assert torch.equal(model[0].weight, weight)
 
 
 def test_bad_use() -> None:

@@ -14,6 +14,7 @@ from gossamer.prune import magnitude_24
 from gossamer.sparsify import (
     DRESS,
     DSTEE,
+    GBLR,
     GMP,
     GSM,
     HESSO,
@@ -215,6 +216,81 @@ def test_gsm_is_sgd_whose_gradient_only_the_salient_get() -> None:
         optimizer.step()
         made.step()
     torch.testing.assert_close(layer.weight.detach(), w)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda m, o: SRSTE(m, o, decay=0.1),
+        lambda m, o: MaskedDecay(m, o, decay=0.1, refresh=1),
+        lambda m, o: STE(m, o, "2:3", decay=0.1),
+        lambda m, o: GSM(m, o, 0.5, 3),
+        lambda m, o: MaskSparsity(m, o, 2, 0.5, strength=0.1),
+    ],
+)
+def test_a_closure_s_gradients_are_changed_as_others_are(recipe: Any) -> None:
+    found, x = [], torch.randn(8, 12)
+    for way in ("none", "first", "named", "several times"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Linear(9, 9))
+        optimizer: Optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        if way == "several times":
+            optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
+        made = recipe(model, optimizer)
+
+        def closure(model: nn.Module = model) -> torch.Tensor:
+            model.zero_grad()
+            loss: torch.Tensor = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if way == "none":
+                closure()
+                optimizer.step()  # type: ignore[call-arg]
+            elif way == "named":
+                optimizer.step(closure=closure)
+            else:
+                optimizer.step(closure)
+            made.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert found[3].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda m: STE(m),
+        lambda m: SSTE(m, include="linear*"),
+        lambda m: STE(m, pattern=Block(4, 4), sparsity=0.5, include="linear*", kernels=True),
+        lambda m: GBLR(m, 8, 0.5, 4, include="linear*"),
+    ],
+)
+def test_inference_of_an_encoder_multiplies_what_training_does(recipe: Any) -> None:
+    """Torch's fast path would multiply by the dense weights."""
+    model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    recipe(model)
+    x = torch.randn(2, 5, 16)
+    y = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), y.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+def test_a_layer_that_is_compiled_alone_is_masked_where_it_is() -> None:
+    model = nn.Sequential(torch.compile(nn.Linear(16, 8), backend="eager"))
+    x = torch.randn(4, 16)
+    dense = model(x).detach()
+    with pytest.raises(ValueError, match="a plain Linear inside a model is expected"):
+        SSTE(model)
+    with pytest.raises(ValueError, match="the model holds no"):
+        GBLR(model, 4, 0.5, 4)
+    assert torch.equal(model(x), dense)
+    (layer,) = STE(model).layers
+    expected = nn.functional.linear(x, magnitude_24(layer.weight), layer.module.bias)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_lobster_decays_by_insensitivity() -> None:

@@ -212,6 +212,11 @@ def test_eau_de_qn_follows_the_best_copy_and_prunes_the_others() -> None:
     weights = made.networks[best].state_dict()
     for key, value in made.target.state_dict().items():
         assert torch.equal(value, weights[key])
+    held = [
+        {t.data_ptr() for state in o.state.values() for t in state.values() if t.dim() > 0}
+        for o in made.optimizers
+    ]
+    assert len(set().union(*held)) == sum(map(len, held))  # no moments are shared
     level = made.levels[best]
     for i, (its, sparsifier) in enumerate(zip(made.levels, made.sparsifiers, strict=True)):
         assert i == best or level < its <= 0.8
@@ -260,6 +265,12 @@ def test_fed_tiny_chooses_by_the_clients_batch_norms() -> None:
     before = copy.deepcopy(model.state_dict())
     chosen = select_mask(model, candidates, clients, nn.functional.mse_loss)
     assert chosen == expected.index(min(expected))
+
+    def no_number_at_first(y: Tensor, wanted: Tensor, calls: list[int] = []) -> Tensor:  # noqa: B006
+        calls.append(1)
+        return nn.functional.mse_loss(y, wanted) * (math.nan if len(calls) == 1 else 1.0)
+
+    assert select_mask(model, candidates, clients, no_number_at_first) != 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -309,6 +320,33 @@ def test_tscnc_s_penalties_are_their_formulas() -> None:
         for v in weights
     )
     torch.testing.assert_close(made.penalty(), expected)
+
+
+def test_mad_sees_on_where_an_earlier_state_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"not of Conv2d.*reflect"):
+        MAD(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), 0.5)
+
+    def train(model: nn.Module, made: MAD, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            model.zero_grad()
+            model(x).square().mean().backward()
+            made.step()
+
+    model, copied = (nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)) for _ in range(2))
+    copied.load_state_dict(model.state_dict())
+    made, other = MAD(model, 0.5, samples=3), MAD(copied, 0.2, samples=3)
+    train(model, made, range(1))
+    weights, state = copy.deepcopy(model.state_dict()), made.state_dict()
+    train(copied, other, range(5))  # beyond what it looks at
+    copied.load_state_dict(weights)
+    other.load_state_dict(state)
+    other.schedule.sparsity = 0.5
+    train(model, made, range(1, 4))
+    train(copied, other, range(1, 4))
+    assert made.sparsity == pytest.approx(0.5, abs=0.06)
+    for name, mask in made.masks.items():
+        assert torch.equal(mask, other.masks[name])
 
 
 def test_mad_s_saliency_is_the_curvature_of_blocks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -147,6 +148,13 @@ def test_the_estimate_is_unbiased_and_of_least_variance() -> None:
     error = drawn.double().mean(0) - groups
     assert (error.abs() <= 4.5 * (variance / draws).sqrt() + 1e-5).all()  # of 24, 1 in 6000 seeds
     torch.testing.assert_close(drawn.var(0), variance, rtol=0.05, atol=1e-4)
+    # In each dtype near both ends of its range, and a p that float16 would round to 0.
+    for dtype, size in ((torch.float64, 1e300), (torch.float64, 1e-300), (torch.float32, 3e37)):
+        drawn = mvue_24((size * groups.to(dtype)).repeat(8000, 1), generator).view(-1, 6, 4)
+        mean = (drawn / size).mean(0)
+        torch.testing.assert_close(mean, groups.to(dtype), rtol=0.1, atol=0.1)
+    tiny = torch.tensor([[6e4, 1e4, 1e-4, 6e-8]], dtype=torch.float16).repeat(1000, 1)
+    assert mvue_24(tiny, generator).isfinite().all()
 
 
 @pytest.mark.parametrize("projection", ["hard", "soft", "transposable"])
@@ -283,6 +291,39 @@ def test_a_layer_made_in_inference_mode_follows_its_weight() -> None:
                     wanted = soft_threshold_24(layer.weight, float(layer.scale))[0]
                 torch.testing.assert_close(layer(x), nn.functional.linear(x, wanted, layer.bias))
                 layer.weight.copy_(torch.randn(4, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+@pytest.mark.parametrize("projection", ["hard", "soft"])
+def test_a_compiled_step_is_the_eager_one(projection: str) -> None:
+    layers = [SparseTrainingLinear(18, 8, projection=projection) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    run = torch.compile(layers[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 300, 7):  # by panels and without
+        x = torch.randn(rows, 18)
+        for layer, call in zip(layers, (run, layers[1]), strict=True):
+            layer.zero_grad()
+            call(x).square().mean().backward()
+            with torch.no_grad():
+                layer.weight.sub_(layer.weight.grad)
+        with torch.no_grad():
+            assert torch.equal(run(x), layers[1](x))
+    for held, same in zip(*(layer.state_dict().values() for layer in layers), strict=True):
+        assert torch.equal(held, same)
+
+
+def test_a_frozen_scale_stays_what_it_is() -> None:
+    layer = SparseTrainingLinear(16, 8, projection="soft")
+    state, scale = copy.deepcopy(layer.state_dict()), float(layer.scale)
+    assert float(layer.bfloat16().float().half().scale) == scale
+    assert layer.float().scale.dtype == torch.float64
+    for change, text in (
+        ({"scale": torch.tensor(math.nan)}, "scale: nan is not finite"),
+        ({"age": torch.tensor(-3)}, "age: -3 steps"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            layer.load_state_dict({**state, **change})
+        assert float(layer.scale) == scale
 
 
 def test_bad_use_of_the_layer() -> None:

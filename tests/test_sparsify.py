@@ -142,6 +142,9 @@ def test_the_cubic_schedule_has_the_values_of_the_paper() -> None:
     cubic = Cubic(0.9, 100, 1100)
     values = [cubic.at(100 + round(1000 * part)) for part in (0, 0.1, 0.25, 0.5, 0.75, 1)]
     assert values == pytest.approx([0, 0.244, 0.520, 0.788, 0.886, 0.900], abs=6e-4)
+    for schedule, first in ((Cubic(0.9, 0, 0), 0.9), (Cubic(0.9, 0, 9, initial=0.5), 0.5)):
+        made = Sparsifier(nn.Linear(20, 20), Unstructured(), Magnitude(), schedule)
+        assert made.sparsity == pytest.approx(first)  # before the first step
     grow = DropAndGrow(0.9, 1000)
     assert [grow.at(t) for t in (0, 500, 1000)] == pytest.approx([0.3, 0.15, 0])
 
@@ -199,6 +202,18 @@ def test_scores_are_those_of_their_papers(name: str) -> None:
     assert len(layer._forward_hooks) == (name in ("WandaScore", "SecondOrder"))
     made.detach()
     assert not layer._forward_hooks
+
+
+def test_a_copy_of_the_model_has_a_score_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    made = Sparsifier(model, "2:4", sparsify.WandaScore(), OneShot(0.5, at=1))
+    model(torch.randn(5, 8))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        other(torch.randn(7, 8))
+    assert made.score.rows == {"0": 5}
 
 
 def test_lottery_rounds_prune_a_fifth_and_rewind() -> None:
@@ -297,6 +312,16 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
         Sparsifier(net(), "2:4", sparsify.SNIP(), OneShot(0.5, at=1)).load_state_dict(state)
     with pytest.raises(ValueError, match="recipe"):
         made.load_state_dict({**state, "recipe": "Other"})
+    masks = {name: mask.to(torch.uint8) for name, mask in state["masks"].items()}
+    for change, text in (
+        ({"masks": masks}, r"the mask of 0 is torch.uint8, expected torch.bool"),
+        ({"masks": list(masks)}, "masks are a list, expected a dict"),
+        ({"steps": -1}, "the state is of -1 steps"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            made.load_state_dict({**state, **change})
+    with pytest.raises(ValueError, match="the state has no 'history'"):
+        made.load_state_dict({k: v for k, v in state.items() if k != "history"})
     saved = io.BytesIO()
     torch.save(state, saved)
     saved.seek(0)

@@ -28,7 +28,7 @@ def hard_threshold_24(weight: Tensor) -> tuple[Tensor, Sparse24]:
     return dense, Sparse24.from_dense(dense)
 
 
-def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Sparse24]:
+def soft_threshold_24(weight: Tensor, scale: float | Tensor = 1.0) -> tuple[Tensor, Sparse24]:
     """scale S(w), S(w) = sign(w) max(|w| - t, 0), t the second smallest magnitude of each four.
 
     At most two of four are left, and S is continuous in the weight, where keeping the two largest
@@ -39,7 +39,8 @@ def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Spars
     weight : Tensor
         [N, K] of a floating-point dtype; K need not be a multiple of 4: what is missing counts as
         zeros.
-    scale : float
+    scale : float or Tensor
+        0-d, of a compiled graph.
 
     Returns
     -------
@@ -67,7 +68,8 @@ def soft_threshold_24(weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Spars
     return dense, Sparse24.from_dense(dense)
 
 
-def _projected(weight: Tensor, soft: bool, scale: float) -> tuple[Tensor, Sparse24]:
+def _projected(weight: Tensor, soft: bool, scale: float | Tensor) -> tuple[Tensor, Sparse24]:
+    scale = torch.as_tensor(scale, dtype=torch.float64)
     dense, values, indices = torch.ops.gossamer.sparse24_project(weight, soft, scale)
     return dense, Sparse24(values, indices, (weight.shape[0], weight.shape[1]))
 
@@ -119,7 +121,9 @@ def mvue_24(gradient: Tensor, generator: torch.Generator | None = None) -> Tenso
     """
     columns = gradient.shape[-1]
     padded = F.pad(gradient.detach(), (0, -columns % 4)).unflatten(-1, (-1, 4))
-    magnitude = padded.abs().float()
+    magnitude = padded.abs().to(torch.promote_types(gradient.dtype, torch.float32))
+    # As shares of the largest no sum leaves the range of numbers.
+    magnitude = magnitude / magnitude.amax(-1, keepdim=True)
     total = magnitude.sum(-1, keepdim=True)
     largest, where = magnitude.max(-1, keepdim=True)
     rest = total - largest
@@ -128,10 +132,13 @@ def mvue_24(gradient: Tensor, generator: torch.Generator | None = None) -> Tenso
     p = (magnitude * scale).nan_to_num(nan=0.0, posinf=0.0)
     p = torch.where(alone, p.scatter(-1, where, 1.0), p)
     # The numbers u and u + 1 lie each in one of the intervals that the p leave side by side.
-    u = torch.rand(total.shape, generator=generator, device=generator.device if generator else None)
-    ends = (p.cumsum(-1) - (1 - u).clamp(1e-6).to(p.device)).floor()
+    if generator is None:
+        u = torch.rand(total.shape, device=total.device)
+    else:
+        u = torch.rand(total.shape, generator=generator, device=generator.device)
+    ends = (p.cumsum(-1) - (1 - u).clamp(1e-6).to(p)).floor()
     chosen = ends > F.pad(ends, (1, 0), value=-1.0)[..., :-1]
-    estimate = torch.where(chosen, padded / p.to(padded.dtype), 0)
+    estimate = torch.where(chosen, padded / p, 0).to(gradient.dtype)
     return estimate.flatten(-2)[..., :columns].contiguous()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..projection24 import (
     soft_threshold_24,
     transposable_mask_24,
 )
+from .called import keep_called
 
 PROJECTIONS = ("hard", "soft", "transposable")
 # From so many rows on the product gains more from panels than they take to be made.
@@ -29,7 +31,9 @@ class SparseTrainingLinear(nn.Linear):
     """``y = x P(W)ᵀ + b``, P(W) 2:4 and anew at each step, the gradient of P(W) given to W.
 
     The forward product runs through the 2:4 kernels. The weight is a dense Parameter; a
-    ``state_dict`` holds it beside the three buffers below.
+    ``state_dict`` holds it beside the three buffers below. A graph of ``torch.compile`` holds the
+    layer whole where each step searches anew ("hard" or "soft", ``refresh`` 1), and breaks at it
+    otherwise.
 
     Parameters
     ----------
@@ -114,6 +118,7 @@ class SparseTrainingLinear(nn.Linear):
         self._projected: _Projected | None = None
         self._searched = False
         self.freeze_scale()
+        keep_called(self)
 
     @classmethod
     def from_dense(
@@ -178,10 +183,11 @@ class SparseTrainingLinear(nn.Linear):
         self._projected = None  # its memory serves the next one
         shape = (self.out_features, self.in_features)
         if self.projection == "soft":
-            dense, sparse = soft_threshold_24(weight, float(self.scale))
+            dense, sparse = self._thresholded(weight)
+            self.age = torch.zeros_like(self.age)
         elif self._has_to_search():
             if self.projection == "hard":
-                dense, sparse = hard_threshold_24(weight)
+                dense, sparse = self._thresholded(weight)
             else:
                 mask = transposable_mask_24(weight)
                 dense = weight.detach() * mask
@@ -200,6 +206,11 @@ class SparseTrainingLinear(nn.Linear):
         self._projected = _Projected(dense, sparse, made_of)
         return self._projected
 
+    def _thresholded(self, weight: Tensor) -> tuple[Tensor, Sparse24]:
+        if self.projection == "soft":
+            return soft_threshold_24(weight, self.scale)
+        return hard_threshold_24(weight)
+
     def _has_to_search(self) -> bool:
         # Indices name two places of a last group that has fewer columns, too, of which a mask that
         # is transposable may keep one or none: they do not say which.
@@ -214,9 +225,15 @@ class SparseTrainingLinear(nn.Linear):
         return torch.equal(kept, projected.sparse.values)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
-        # Outside inference mode, or what is kept could never be saved for a backward.
-        with torch.inference_mode(False), torch.no_grad():
-            projected = self._project()
+        follows = self.projection != "transposable" and self.refresh == 1
+        if follows and torch.compiler.is_compiling():
+            # Nothing is kept from step to step, so a graph may hold it whole.
+            with torch.no_grad():
+                projected = _Projected(*self._thresholded(whole(self.weight)), ())
+        else:
+            # Outside inference mode, or what is kept could never be saved for a backward.
+            with torch.inference_mode(False), torch.no_grad():
+                projected = self._project()
         x, autocast = input, autocast_dtype(input)
         bias: Tensor | None = self.bias
         dense, sparse = projected.dense, projected.sparse
@@ -240,6 +257,13 @@ class SparseTrainingLinear(nn.Linear):
             f"mvue={self.mvue}"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseTrainingLinear:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:  # frozen: not rounded with the weight
+            self.scale = scale.to(self.scale.device)
+        return self
+
     def _bring_up_to_date(self) -> None:
         """Project the weight as it is, so that what is saved goes on as the layer itself does.
 
@@ -254,6 +278,13 @@ class SparseTrainingLinear(nn.Linear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        age, scale = (state_dict.get(prefix + name) for name in ("age", "scale"))
+        if isinstance(age, Tensor) and age.numel() == 1 and not age.is_meta and int(age) < 0:
+            args[-1].append(f"{prefix}age: {int(age)} steps, expected a number from 0 on")
+            return
+        if isinstance(scale, Tensor) and not scale.is_meta and not bool(scale.isfinite().all()):
+            args[-1].append(f"{prefix}scale: {float(scale)} is not finite")
+            return
         given = state_dict.get(f"{prefix}indices")
         if isinstance(given, Tensor) and given.shape == self.indices.shape and given.any():
             values = torch.zeros(len(given), 2 * ((self.in_features + 3) // 4), device=given.device)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from .._cuda_module import obstacle
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, BlockSparse, BlockSparsePanels, SparseCsr
@@ -172,6 +174,16 @@ class TrainableModule(PackableModule):
         """
         self._values_require_grad = requires_grad
         return super().requires_grad_(requires_grad)
+
+    def __delattr__(self, name: str) -> None:
+        # Torch would go on to put it into a ModuleDict, which has a method of that name, and leave
+        # the layer without it.
+        if name == "values" and sys._getframe(1).f_code is register_parametrization.__code__:
+            raise ValueError(
+                f"{type(self).__name__}: torch.nn.utils.parametrize cannot hold a tensor named "
+                "'values'; parametrise the dense layer and make a sparse one of its weight"
+            )
+        super().__delattr__(name)
 
     @property
     def weight_requires_grad(self) -> bool:

@@ -62,15 +62,16 @@ def _gather_fake(dense: Tensor, indices: Tensor) -> Tensor:
     return dense.new_empty(sparse24_shapes(*dense.shape)[0])
 
 
-def _project_native(weight: Tensor, soft: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _project_native(weight: Tensor, soft: bool, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     refuse_gradient("projection24", weight)
     dense, values, indices = _project_fake(weight, soft, scale)
     threads = torch.get_num_threads()
-    _C.sparse24_project(weight.contiguous(), soft, scale, dense, values, indices, threads)
+    contiguous = weight.contiguous()
+    _C.sparse24_project(contiguous, soft, float(scale), dense, values, indices, threads)
     return dense, values, indices
 
 
-def _project_fake(weight: Tensor, soft: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _project_fake(weight: Tensor, soft: bool, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dense = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return dense, *_from_dense_fake(weight)
 
@@ -131,7 +132,7 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _gather_native,
         _gather_fake,
     ),
-    "sparse24_project(Tensor weight, bool soft, float scale) -> (Tensor, Tensor, Tensor)": (
+    "sparse24_project(Tensor weight, bool soft, Tensor scale) -> (Tensor, Tensor, Tensor)": (
         _project_native,
         _project_fake,
     ),

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from ..conversion.eligibility import Obstacles
-from ..conversion.selection import layer_sites, left_out
+from ..conversion.selection import LayerSite, layer_sites, left_out
 from .patterns import Pattern
 
 Names = str | Iterable[str]
@@ -146,6 +146,13 @@ def find_layers(
     if not layers:
         raise ValueError(f"{op}: the model has no linear layer and no convolution to sparsify")
     return layers
+
+
+def replaceable(site: LayerSite) -> bool:
+    """Whether another layer may take its place: not where it is the model, or compiled alone."""
+    # The name, since asking for the class would import the compiler.
+    compiled = any(type(holder).__name__ == "OptimizedModule" for holder, _ in site.holders)
+    return bool(site.holders) and not compiled
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -199,7 +199,7 @@ def each_input(
     Raises
     ------
     ValueError
-        If no batch reaches it, or its inputs cannot be seen as rows.
+        If no batch reaches it, or its inputs are not finite or cannot be seen as rows.
     """
     rows = 0
 
@@ -207,6 +207,10 @@ def each_input(
         nonlocal rows
         given = args[0] if args else next(iter(kwargs.values()))
         x = input_rows(module, given.detach()).float()
+        if not bool(x.square().sum().isfinite()):
+            raise ValueError(
+                f"prune_after_training: {layer.name}: its inputs, or their squares, are not finite"
+            )
         rows += len(x)
         use(x)
 
@@ -227,7 +231,10 @@ def each_input(
         for hook in hooks:
             hook.remove()
     if rows == 0:
-        raise ValueError(f"prune_after_training: {layer.name}: no calibration batch reaches it")
+        raise ValueError(
+            f"prune_after_training: {layer.name}: no calibration batch reaches it; "
+            f"exclude={layer.name!r} leaves it alone"
+        )
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

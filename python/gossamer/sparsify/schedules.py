@@ -109,6 +109,10 @@ class Cubic(Schedule):
         left = 1 - max(0, step - self.begin) / (self.end - self.begin)
         return self.sparsity + (self.initial - self.sparsity) * left**3
 
+    def start(self, sparsifier: Sparsifier) -> None:
+        if self.begin == 0 and self.at(0) > 0:
+            sparsifier.prune_to(self.at(0))
+
     def update(self, sparsifier: Sparsifier) -> None:
         step = sparsifier.steps
         due = self.begin <= step <= self.end and (step - self.begin) % self.every == 0

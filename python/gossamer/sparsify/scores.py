@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -205,19 +206,27 @@ class Taylor(Averaged):
         return self.mean(layer)
 
 
-def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """What each output is a sum over: [rows, K], K the entries of a weight's row.
+def check_inputs_seen(layer: nn.Module) -> None:
+    """Raise ValueError of a convolution whose inputs ``input_rows`` cannot lay out."""
+    if hasattr(layer, "kernel_size") and not (
+        isinstance(layer, nn.Conv2d)
+        and layer.groups == 1
+        and not isinstance(layer.padding, str)
+        and layer.padding_mode == "zeros"
+    ):
+        raise ValueError(
+            "inputs are seen of linear layers and of Conv2d with one group and a number of zeros "
+            f"around them, not of {layer}"
+        )
 
-    Raises
-    ------
-    ValueError
-        Of a convolution that is not 2-D with one group.
-    """
-    if not hasattr(layer, "kernel_size"):
+
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each output is a sum over: [rows, K], K the entries of a weight's row."""
+    check_inputs_seen(layer)
+    if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
-    if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or isinstance(layer.padding, str):
-        raise ValueError("inputs are seen of linear layers and of Conv2d with one group")
-    unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    padding: Any = layer.padding  # no string
+    unfolded = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     return unfolded.transpose(1, 2).flatten(0, 1)
 
 
@@ -231,18 +240,22 @@ class InputScore(Score):
 
     def attach(self, layers: Sequence[Layer]) -> None:
         for layer in layers:
-
-            def see(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                output: Any,
-                layer: Layer = layer,
-            ) -> None:
-                given = args[0] if args else next(iter(kwargs.values()))
-                self.see(layer, given.detach())
-
+            check_inputs_seen(layer.module)
+        for layer in layers:
+            # No local function: a copy of the model is to have a score of its own.
+            see = functools.partial(self._see_call, layer)
             self._hooks.append(layer.module.register_forward_hook(see, with_kwargs=True))
+
+    def _see_call(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        self.see(layer, given.detach())
 
     def detach(self) -> None:
         for hook in self._hooks:

@@ -21,8 +21,13 @@ from .patterns import Pattern, as_pattern
 from .report import MaskChange, SparsityReport
 from .schedules import Schedule
 from .scores import Score
+from .states import check_keys, check_masks
 
 _VERSION = 1
+_KEYS = (
+    *("version", "recipe", "pattern", "score", "schedule of", "steps", "masks", "scores"),
+    *("schedule", "generator", "initial", "history"),
+)
 
 
 class Sparsifier:
@@ -337,9 +342,11 @@ class Sparsifier:
         Raises
         ------
         ValueError
-            If it is of another recipe, pattern, score, schedule or model; nothing is changed then.
+            If a part is missing or of another recipe, pattern, score, schedule or model; nothing
+            is changed then.
         """
         op = type(self).__name__
+        check_keys(op, state, _KEYS)
         for key, own in (
             ("version", _VERSION),
             ("recipe", op),
@@ -349,24 +356,16 @@ class Sparsifier:
         ):
             if state.get(key) != own:
                 raise ValueError(f"{op}: {key} of the state is {state.get(key)!r}, not {own!r}")
-        shapes = {layer.name: tuple(layer.kept.shape) for layer in self.layers}
-        given = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        if given != shapes:
-            wrong = sorted(
-                name for name in {*shapes, *given} if shapes.get(name) != given.get(name)
-            )
-            first = wrong[0]
-            raise ValueError(
-                f"{op}: masks of another model: {first} has units {shapes.get(first)} here and "
-                f"{given.get(first)} there ({len(wrong)} layers differ)"
-            )
+        check_masks(op, {layer.name: layer.kept for layer in self.layers}, state["masks"])
+        history = [MaskChange.from_state(change) for change in state["history"]]
+        scores = list(zip(self._scores(), state["scores"], strict=True))
+        self.generator.set_state(state["generator"])
         self.steps = state["steps"]
         for layer in self.layers:
             layer.take(state["masks"][layer.name].to(layer.weight.device))
-        for score, saved in zip(self._scores(), state["scores"], strict=True):
+        for score, saved in scores:
             score.load_state_dict(saved)
         self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generator"])
         self._initial = {name: value.clone() for name, value in state["initial"].items()}
-        self.history = [MaskChange.from_state(change) for change in state["history"]]
+        self.history = history
         self.apply()

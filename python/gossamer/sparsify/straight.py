@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from ..conversion.report import ConversionReport
 from ..conversion.selection import layer_sites
 from ..convert import convert
 from ..formats import Block
 from ..nn import SparseTrainingLinear
+from ..nn.called import keep_called
 from ..projection24 import add_dropped_24
 from .computed import Standing
+from .hooks import before_update
 from .kernels import Through
-from .layers import Layer, unwrapped
+from .layers import Layer, replaceable, unwrapped
 from .patterns import NM, Blocks, Pattern, as_pattern
 from .scores import Magnitude
 from .sparsifier import Sparsifier
@@ -89,13 +92,14 @@ class STE(Sparsifier):
             raise ValueError(f"{op}: has the pattern 2:4, got {pattern}")
         self.decay, self.refresh, self.log_every = decay, refresh, log_every
         self._swapped: dict[str, SparseTrainingLinear] = {}
+        self._kept_called: list[RemovableHandle] = []
         super().__init__(
             model, pattern, Magnitude(), Standing(sparsity), optimizer=optimizer, **options
         )
         self._enter(kernels)
         self._hook = None
         if optimizer is not None and decay > 0:
-            self._hook = optimizer.register_step_pre_hook(self._add_decay)
+            self._hook = before_update(optimizer, self._add_decay)
 
     def _enter(self, kernels: bool) -> None:
         """Let the forward pass see projected weights."""
@@ -106,7 +110,7 @@ class STE(Sparsifier):
             for layer in self.layers
             if self.pattern == NM(2, 4)
             and type(layer.module) is nn.Linear
-            and sites[layer.name].holders
+            and replaceable(sites[layer.name])
         }
         for layer in self.layers:  # before any is changed
             if self.projection != "hard" and layer.name not in swapped:
@@ -125,6 +129,7 @@ class STE(Sparsifier):
                     setattr(holder, attribute, fast)
             elif kernels:
                 layer.module.forward = Through(layer, _never, straight=True)
+                self._kept_called.append(keep_called(layer.module))
             else:
                 parametrize.register_parametrization(layer.module, "weight", _Masked(layer))
 
@@ -149,7 +154,7 @@ class STE(Sparsifier):
         ]
 
     @torch.no_grad()
-    def _add_decay(self, *_: Any) -> None:
+    def _add_decay(self) -> None:
         """Add decay (W - M W) to the gradients, which are dense."""
         for layer in self.layers:
             grad, fast = layer.weight.grad, self._swapped.get(layer.name)
@@ -188,6 +193,8 @@ class STE(Sparsifier):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        for handle in self._kept_called:
+            handle.remove()
 
     @torch.no_grad()
     def finalize(self, **options: Any) -> ConversionReport:

@@ -111,7 +111,7 @@ class EauDeQN:
             if i == best:
                 continue
             network.load_state_dict(states[0])
-            its_optimizer.load_state_dict(states[1])
+            its_optimizer.load_state_dict(copy.deepcopy(states[1]))  # torch would share it
             self.sparsifiers[i].load_state_dict(states[2])
             self.levels[i] = min(self.sparsity, 1 - (1 - level) * (1 - self.rate * u))
             self.sparsifiers[i].prune_to(self.levels[i])

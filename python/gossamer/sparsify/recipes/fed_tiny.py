@@ -132,7 +132,9 @@ def select_mask(
             sum(float(loss(pruned(x), y)) for x, y in batches) / len(batches) for batches in clients
         ]
         found.append(sum(losses) / len(losses))
-    return found.index(min(found))
+    # A loss that is no number is no least one.
+    ranked = [x if x == x else float("inf") for x in found]
+    return ranked.index(min(ranked))
 
 
 class TopGradients(Score):

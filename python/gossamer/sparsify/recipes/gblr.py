@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...conversion.selection import layer_sites, left_out
+from ...nn.called import keep_called
 from ...prune import blocks_kept
 from ..allocation import share_out
-from ..layers import Names, unwrapped
+from ..layers import Names, replaceable, unwrapped
 from ..patterns import check_sparsity
 
 
@@ -82,6 +83,7 @@ class GBLRLinear(nn.Module):
         self.widths = nn.ParameterList([empty(blocks), empty(blocks)])
         self.bias = empty(out_features) if bias else None
         self.reset_parameters()
+        keep_called(self)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -213,7 +215,9 @@ class GBLR:
         plain = unwrapped(model)
         sites = layer_sites(plain)
         out = left_out(plain, sites, include, exclude, "GBLR")
-        chosen = [s for s in sites if s not in out and type(s.module) is nn.Linear and s.holders]
+        chosen = [
+            s for s in sites if s not in out and type(s.module) is nn.Linear and replaceable(s)
+        ]
         if not chosen:
             raise ValueError("GBLR: the model holds no torch.nn.Linear that is named")
         for site in chosen:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...formats import Block
 from ..allocation import select_globally
+from ..hooks import before_update
 from ..patterns import Pattern, Unstructured
 from ..schedules import OneShot
 from ..scores import Magnitude, WeightGradient
@@ -51,10 +52,10 @@ class GSM(Sparsifier):
         super().__init__(
             model, pattern or Unstructured(), Magnitude(), schedule, optimizer=optimizer, **options
         )
-        self._hook = optimizer.register_step_pre_hook(self._mask_gradients)
+        self._hook = before_update(optimizer, self._mask_gradients)
 
     @torch.no_grad()
-    def _mask_gradients(self, *_: Any) -> None:
+    def _mask_gradients(self) -> None:
         if self.steps >= self.schedule.at:  # type: ignore[attr-defined]
             return
         units = [self.scored(layer, self._saliency) for layer in self.layers]

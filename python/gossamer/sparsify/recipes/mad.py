@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,19 +81,17 @@ class KroneckerSaliency(InputScore):
     def attach(self, layers: Sequence[Layer]) -> None:
         super().attach(layers)
         for layer in layers:
-
-            def see_gradient(g: Tensor, layer: Layer = layer) -> None:
-                rows = g.movedim(1, -1) if len(layer.shape) > 2 else g
-                rows = rows.reshape(-1, layer.shape[0]).float()
-                self._last["G " + layer.name] = (rows.square().sum(0), len(rows))
-
-            def await_gradient(
-                module: nn.Module, args: Any, y: Tensor, see: Any = see_gradient
-            ) -> None:
-                if y.requires_grad:
-                    y.register_hook(see)
-
+            await_gradient = functools.partial(self._await_gradient, layer)
             self._hooks.append(layer.module.register_forward_hook(await_gradient))
+
+    def _await_gradient(self, layer: Layer, module: nn.Module, args: Any, y: Tensor) -> None:
+        def see(g: Tensor) -> None:
+            rows = g.movedim(1, -1) if len(layer.shape) > 2 else g
+            rows = rows.reshape(-1, layer.shape[0]).float()
+            self._last["G " + layer.name] = (rows.square().sum(0), len(rows))
+
+        if y.requires_grad:
+            y.register_hook(see)
 
     def see(self, layer: Layer, x: Tensor) -> None:
         rows = input_rows(layer.module, x).float()
@@ -177,5 +176,6 @@ class MAD(Sparsifier):
 
     def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state)
-        if self.steps >= self.schedule.at:  # type: ignore[attr-defined]
-            self.detach()
+        self.score.detach()
+        if self.steps < self.schedule.at:  # type: ignore[attr-defined]
+            self.score.attach(self.layers)

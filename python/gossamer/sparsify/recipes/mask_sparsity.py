@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import select_globally
+from ..hooks import before_update
 from ..layers import unwrapped
 from ..patterns import check_sparsity
+from ..states import check_keys, check_masks
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -73,10 +75,10 @@ class MaskSparsity:
         self.select, self.sparsity, self.threshold = select, sparsity, threshold
         self.strength, self.steps = strength, 0
         self.masks = {n: torch.zeros_like(m.weight).bool() for n, m in self.norms.items()}
-        self._hook = optimizer.register_step_pre_hook(self._add_term)
+        self._hook = before_update(optimizer, self._add_term)
 
     @torch.no_grad()
-    def _add_term(self, *_: Any) -> None:
+    def _add_term(self) -> None:
         for name, norm in self.norms.items():
             if norm.weight.grad is not None:
                 term = self.strength * norm.weight.sign()
@@ -111,8 +113,7 @@ class MaskSparsity:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave; ValueError if it is of another model."""
-        given = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        if given != {name: tuple(mask.shape) for name, mask in self.masks.items()}:
-            raise ValueError("MaskSparsity: masks of another model")
+        check_keys("MaskSparsity", state, ("steps", "masks"))
+        check_masks("MaskSparsity", self.masks, state["masks"])
         self.steps = state["steps"]
         self.masks = {name: mask.clone() for name, mask in state["masks"].items()}

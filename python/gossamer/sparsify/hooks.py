@@ -1,0 +1,34 @@
+"""What recipes do to gradients between the backward pass and the optimizer's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+
+def before_update(optimizer: torch.optim.Optimizer, change: Callable[[], None]) -> RemovableHandle:
+    """Let gradients be changed right before an optimizer uses them.
+
+    Where its ``step`` is given a closure there are none before that has run, so then ``change``
+    comes after each run of it (LBFGS needs several).
+    """
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            change()
+            return None
+
+        def changed() -> Any:
+            loss = closure()
+            change()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": changed}
+        return (args[0], changed, *args[2:]), kwargs
+
+    return optimizer.register_step_pre_hook(hook)
