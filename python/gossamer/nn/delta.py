@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.actsparse import actsparse_linear
-from ..ops.conv_at import Taps
+from ..ops.conv_at import Taps, taps_for
+from ..ops.gathered_conv import GatheredWeight, most_gathered_of
 from ..ops.operands import autocast_dtype, autocast_to
 from ..ops.pointcloud import pointcloud_conv
 from .activation_sparse import ActSparseLinear
-from .gathered_conv import GatheredWeight, check_gathered, conv_arguments, most_gathered_of, taps_of
+from .gathered_conv import check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -273,7 +274,7 @@ class DeltaConv2d(nn.Conv2d):
         seen, before = self.streams.seen, self.streams.output
         assert seen is not None
         assert before is not None
-        self.taps = taps_of(self, change, self.taps)
+        self.taps = taps_for(change, self.kernel_size, steps_of(self), self.taps)
         at = self.taps.touched(changed).flatten().nonzero().squeeze(-1)
         if len(at) > most_gathered_of(change, self.taps) * before[:, 0].numel():
             change = change.masked_fill(~changed.unsqueeze(1), 0)

@@ -8,18 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv_at import Taps
-from ..ops.pointcloud import pointcloud_conv
-from ..pointcloud.kernel_map import KernelMap
-from .gathered_conv import (
-    GatheredWeight,
-    Kept,
-    check_gathered,
-    conv_arguments,
-    is_transformed,
-    most_gathered_of,
-    taps_of,
-)
+from .._library import is_recorded
+from ..ops.conv_at import out_size
+from ..ops.gathered_conv import is_transformed
+from ..ops.masked_conv import Positions, masked_conv, recorded_masked_conv
+from .gathered_conv import check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,6 +47,9 @@ class PositionMaskedConv2d(nn.Conv2d):
     -----
     Which pixels a mask needs is kept for the last size of the batch and of its images, and, while
     no gradient is wanted, a copy of the weight in the order of the kernels, until that changes.
+    ``torch.compile`` and ``torch.export`` record the layer as one op, whose result is in
+    channels-last and which has first derivatives only.
+
     Weights that are not finite do not reach outputs by way of the padding's zeros where positions
     are computed alone.
 
@@ -77,8 +73,7 @@ class PositionMaskedConv2d(nn.Conv2d):
         check_gathered("PositionMaskedConv2d", self)
         self.register_buffer("mask", None)
         self.out_size: tuple[int, int] | None = None  # of the last call
-        self.taps: Taps | None = None
-        self._positions, self._map, self._gathered_weight = Kept(), Kept(), GatheredWeight()
+        self._positions = Positions()
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d) -> Self:
@@ -107,46 +102,24 @@ class PositionMaskedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C_out, OH, OW]."""
-        self.taps = taps = taps_of(self, input, self.taps)
-        self.out_size = taps.out_size
-        if self.mask is None:
+        steps = steps_of(self)
+        size = out_size(input.shape[-2:], self.kernel_size, steps)
+        if not torch.compiler.is_exporting():  # whose sizes are symbols
+            self.out_size = size
+        mask = self.mask
+        if mask is None:
             return super().forward(input)
-        if self.mask.shape != taps.out_size:
+        if mask.shape != size:
             raise ValueError(
-                f"PositionMaskedConv2d: the mask has shape {list(self.mask.shape)}, the output "
-                f"{list(taps.out_size)}"
+                f"PositionMaskedConv2d: the mask has shape {list(mask.shape)}, the output "
+                f"{list(size)}"
             )
-        found = self._positions_of(input, taps) if input.dim() == 4 else None
-        if found is None:
-            return super().forward(input).masked_fill(~self.mask, 0)
-        at, kernel_map, by_tap = found
-        pixels = input.permute(0, 2, 3, 1).reshape(kernel_map.n_in, self.in_channels)
-        computed = pointcloud_conv(pixels, by_tap, self.bias, kernel_map)
-        shape = (len(input), *taps.out_size, self.out_channels)
-        y = computed.new_zeros(shape).flatten(0, 2).index_copy_(0, at, computed)
-        return y.view(shape).permute(0, 3, 1, 2)
-
-    # What is kept from call to call depends on the entries of the mask and of the weight.
-    @torch.compiler.disable
-    def _positions_of(self, x: Tensor, taps: Taps) -> tuple[Tensor, KernelMap, Tensor] | None:
-        """Those of all images, with their map and the weight, or None where all are computed."""
-        mask, images = self.mask, len(x)
-        assert mask is not None
-        if is_transformed():
-            return None
-        kept = self._positions.of(mask, (), lambda: mask.flatten().nonzero().squeeze(-1))
-        if len(kept) > most_gathered_of(x, taps) * mask.numel():
-            return None
-
-        def map_of_images() -> tuple[Tensor, KernelMap]:
-            first = torch.arange(images, device=mask.device).unsqueeze(-1) * mask.numel()
-            at = (first + kept).flatten()
-            pixels = taps.size[0] * taps.size[1]
-            given = torch.ones((images, pixels), dtype=torch.bool, device=mask.device)
-            return at, taps.map_at(at, given)
-
-        at, kernel_map = self._map.of(mask, (images, taps.size), map_of_images)
-        return at, kernel_map, self._gathered_weight.by_tap(self.weight)
+        operands = (input, self.weight, self.bias, mask, steps)
+        if input.dim() == 4 and is_recorded():
+            return recorded_masked_conv(*operands)
+        if input.dim() == 4 and not is_transformed():
+            return masked_conv(*operands, self._positions)
+        return super().forward(input).masked_fill(~mask, 0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mask = state_dict.get(prefix + "mask")
