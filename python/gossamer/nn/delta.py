@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from ..ops.gathered_conv import GatheredWeight, changes_pay, most_gathered_of
 from ..ops.operands import autocast_dtype, autocast_to
 from ..ops.pointcloud import pointcloud_conv
 from .activation_sparse import ActSparseLinear
+from .checkpoint import CheckedModule, check_dense
 from .gathered_conv import check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class DeltaLinear(_Remembering, ActSparseLinear):
         return f"{super().extra_repr()}, refresh_every={self.refresh_every}"
 
 
-class DeltaConv2d(_Remembering, nn.Conv2d):
+class DeltaConv2d(_Remembering, CheckedModule, nn.Conv2d):
     """A 2-D convolution over time that computes the outputs which see a changed pixel.
 
     A pixel has changed where any of its channels differs by more than ``threshold`` from what was
@@ -278,6 +279,9 @@ class DeltaConv2d(_Remembering, nn.Conv2d):
         )
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
+
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        check_dense(given, {"weight": self.weight, "bias": self.bias}, assign)
 
     def reset(self, streams: Tensor | Sequence[int] | None = None) -> None:
         """Start all streams anew, or those of the first dimension that are named."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,14 @@ from .._library import is_recorded
 from ..ops.conv_at import out_size
 from ..ops.gathered_conv import is_transformed
 from ..ops.masked_conv import Positions, masked_conv, recorded_masked_conv
+from .checkpoint import CheckedModule, check_dense
 from .gathered_conv import check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PositionMaskedConv2d(nn.Conv2d):
+class PositionMaskedConv2d(CheckedModule, nn.Conv2d):
     """A 2-D convolution of some output positions; the others are 0 in every channel and image.
 
     Where few positions are kept they alone are computed, gradients too, by the kernels of
@@ -67,6 +69,7 @@ class PositionMaskedConv2d(nn.Conv2d):
     """
 
     mask: Tensor | None
+    optional_state = frozenset({"mask"})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,12 +95,7 @@ class PositionMaskedConv2d(nn.Conv2d):
         ValueError
             If it does not have two dimensions.
         """
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"PositionMaskedConv2d: the mask is {mask.dtype}, expected torch.bool")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"PositionMaskedConv2d: the mask has shape {list(mask.shape)}, expected [OH, OW]"
-            )
+        _check_mask(mask)
         self.mask = None if mask is None else mask.to(self.weight.device, copy=True)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -121,10 +119,26 @@ class PositionMaskedConv2d(nn.Conv2d):
             return masked_conv(*operands, self._positions)
         return super().forward(input).masked_fill(~mask, 0)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        mask = state_dict.get(prefix + "mask")
-        self.set_mask(mask)  # of whatever size it is, or none
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        check_dense(given, {"weight": self.weight, "bias": self.bias}, assign)
+        _check_mask(given.get("mask"))
+
+    def _load_checked_state(self, *args: Any) -> None:
+        self.set_mask(args[0].get(args[1] + "mask"))  # of whatever size it is, or none
+        super()._load_checked_state(*args)
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"PositionMaskedConv2d: the mask is {what}, expected torch.bool")
+    if mask.dim() != 2 or mask.layout != torch.strided:
+        raise ValueError(
+            f"PositionMaskedConv2d: the mask has shape {list(mask.shape)} and layout "
+            f"{mask.layout}, expected [OH, OW], strided"
+        )
 
 
 class PositionMaskScheduler:
