@@ -134,19 +134,17 @@ class ActSparseLinear(CheckedModule):
         if "_extra_state" in given:
             _threshold_of(given["_extra_state"])
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As ``torch.nn.Module``'s, also of a ``torch.nn.Linear``'s; a failing load does nothing.
 
         Raises
         ------
         RuntimeError
-            If an entry is not valid or, when ``strict``, if keys are missing or unexpected.
+            If an entry is not valid or, when strict, if keys are missing or unexpected.
         """
         own = dict(state_dict)
         self._take_dense(own, "")
-        return super().load_state_dict(own, strict, assign)
+        return super().load_state_dict(own, *args, **kwargs)
 
     def _take_dense(self, state_dict: dict[str, Any], prefix: str) -> None:
         dense = state_dict.get(prefix + "weight")
