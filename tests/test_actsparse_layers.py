@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import gossamer
@@ -231,3 +232,39 @@ def test_calibration_mistakes() -> None:
         gossamer.calibrate_thresholds(small_mlp(), [], 0.5)
     with pytest.raises(TypeError, match=r"a batch is a tensor.*got str"):
         gossamer.calibrate_thresholds(small_mlp(), ["text"], 0.5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gossamer.nn.ActSparseLinear(6, 5, threshold=0.1),
+        lambda: gossamer.nn.DeltaLinear(6, 5),
+        lambda: gossamer.nn.DeltaConv2d(6, 5, 3),
+        lambda: gossamer.nn.PositionMaskedConv2d(6, 5, 3),
+        lambda: gossamer.nn.TopKAutoencoder(6, 20, 4),
+    ],
+    ids=["ActSparseLinear", "DeltaLinear", "DeltaConv2d", "PositionMaskedConv2d", "Autoencoder"],
+)
+def test_a_load_that_fails_leaves_the_layer_as_it_was(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    if isinstance(layer, gossamer.nn.PositionMaskedConv2d):
+        layer.set_mask(torch.rand(4, 4) < 0.5)
+    before = {key: t.clone() for key, t in layer.state_dict().items()}
+    good = {key: t ^ True if t.dtype == torch.bool else t + 1 for key, t in before.items()}
+    bad = {"words": "words", "numbers": [1.0], "complex": torch.zeros(5, dtype=torch.complex64)}
+    for key, held in before.items():
+        wrong = {**bad, "shape": held.new_zeros((1, 2, 3)), "integers": held.to(torch.int8)}
+        for given in wrong.values():
+            for assign in (False, True):
+                with pytest.raises(RuntimeError, match=key):
+                    layer.load_state_dict({**good, key: given}, assign=assign)
+        for number in (float("nan"), -1.0):
+            if key == "_extra_state":
+                with pytest.raises(RuntimeError, match="threshold"):
+                    layer.load_state_dict({**good, key: torch.tensor(number)})
+        if key != "mask":
+            with pytest.raises(RuntimeError, match=key):
+                layer.load_state_dict({k: t for k, t in good.items() if k != key})
+    assert all(torch.equal(t, before[key]) for key, t in layer.state_dict().items())
+    layer.load_state_dict(good)
+    assert all(torch.equal(t, good[key]) for key, t in layer.state_dict().items())

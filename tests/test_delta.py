@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from gossamer.nn import DeltaConv2d, DeltaLinear
+from gossamer.nn import DeltaConv2d, DeltaLinear, delta
 from torch import Tensor, nn
 
 
@@ -45,6 +45,13 @@ def test_linear_is_that_of_an_input_within_the_threshold() -> None:
     assert not torch.equal(seen, x)
 
 
+@pytest.fixture
+def _changes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For layers too small to gain by it."""
+    monkeypatch.setattr(delta, "changes_pay", lambda *_: True)
+
+
+@pytest.mark.usefixtures("_changes_pay")
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv_without_threshold_is_dense(stride: int) -> None:
     dense = nn.Conv2d(16, 8, 3, stride, padding=1, dilation=stride)
@@ -116,6 +123,7 @@ def test_conv_mistakes() -> None:
         DeltaConv2d.from_dense(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("_changes_pay")
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_callers_may_write_to_input_and_output(kind: str) -> None:
     dense: nn.Module = nn.Linear(6, 5) if kind == "linear" else nn.Conv2d(6, 5, 3, padding=1)
@@ -134,3 +142,42 @@ def test_autocast_gives_every_step_its_dtype() -> None:
     layer = DeltaLinear.from_dense(nn.Linear(6, 5))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert {layer(torch.randn(2, 6)).dtype for _ in range(3)} == {torch.bfloat16}
+
+
+def test_conv_is_the_dense_one_where_changes_do_not_pay(cpu_target: str) -> None:
+    walk = steps(3, 2, 64, 16, 16)
+    for channels, size, dtype, pays in (
+        (64, 16, torch.float32, cpu_target != "serial"),
+        (64, 8, torch.float32, False),
+        (63, 16, torch.float32, False),
+        (64, 16, torch.bfloat16, cpu_target not in ("serial", "amx_bf16")),
+    ):
+        dense = nn.Conv2d(channels, 3, 3, padding=1).to(dtype)
+        layer = DeltaConv2d.from_dense(dense)
+        with torch.no_grad():
+            for x in walk[:, :, :channels, :size, :size].to(dtype):
+                torch.testing.assert_close(layer(x), dense(x), rtol=2e-2, atol=2e-2)
+            assert (layer.streams.seen is not None) == pays
+            with pytest.raises(ValueError, match=r"reset\(\)"):
+                layer(x[:1])
+            layer.threshold = 1e-6
+            for x in walk[:, :, :channels, :size, :size].to(dtype):
+                torch.testing.assert_close(layer(x), dense(x), rtol=2e-2, atol=2e-2)
+            assert layer.streams.seen is not None
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_other_weights_start_the_streams_anew(kind: str) -> None:
+    make = (lambda: nn.Linear(6, 5)) if kind == "linear" else (lambda: nn.Conv2d(6, 5, 1))
+    layer = (DeltaLinear if kind == "linear" else DeltaConv2d).from_dense(make(), 1e-6)  # type: ignore[arg-type]
+    x, other = torch.randn(2, 6) if kind == "linear" else torch.randn(2, 6, 4, 4), make()
+    with torch.no_grad():
+        layer(x)
+        layer.load_state_dict(other.state_dict())
+        torch.testing.assert_close(layer(x), other(x))
+        torch.testing.assert_close(layer.double()(x.double()), other.double()(x.double()))
+    layer = type(layer).from_dense(make(), 0.0, 2)  # type: ignore[arg-type]
+    with torch.no_grad():
+        layer(x)
+        with pytest.raises(ValueError, match=r"reset\(\)"):  # where all is computed anew, too
+            layer(x[:1])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from gossamer.nn import PositionMaskedConv2d, PositionMaskScheduler
-from gossamer.nn.gathered_conv import most_gathered
+from gossamer.ops import masked_conv
+from gossamer.ops.gathered_conv import most_gathered
 from torch import Tensor, nn
 
 CONVS = (
@@ -99,11 +101,8 @@ def test_what_is_kept_follows_its_tensors() -> None:
         layer.set_mask(torch.rand(5, 5) < 0.4)
         check(layer, size=5)
     check(layer, size=5)
-    compiled = torch.compile(layer, backend="aot_eager")
-    x = torch.randn(2, 16, 5, 5)
-    torch.testing.assert_close(compiled(x), layer(x))
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        assert layer(torch.randn(2, 16, 5, 5)).dtype == torch.bfloat16
 
 
 def test_where_positions_are_computed_alone() -> None:
@@ -221,3 +220,63 @@ def test_functional_transforms_are_those_of_the_dense_convolution() -> None:
         _, moved = torch.func.jvp(call, (weights[0],), (weights[1],))
         at = call(weights[1]) - layer.bias.detach().view(-1, 1, 1) * layer.mask
     torch.testing.assert_close(moved, at, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_holds_it_whole() -> None:
+    dense = nn.Conv2d(16, 8, 3, padding=1, stride=(2, 1))
+    layer = PositionMaskedConv2d.from_dense(dense)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def check(call: Callable[[Tensor], Tensor], images: int) -> None:
+        x = torch.randn(images, 16, 20, 22, requires_grad=True)
+        y, wanted = call(x), dense(x)
+        if layer.mask is not None:
+            wanted = wanted.masked_fill(~layer.mask, 0)
+        torch.testing.assert_close(y, wanted)
+        operands, dy = [x, *dense.parameters()], torch.randn_like(wanted)
+        found, expected = (torch.autograd.grad(t, operands, dy) for t in (y, wanted))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    check(compiled, 2)
+    assert layer.out_size == (10, 22)
+    for kept in (0.1, 0.9, 0.3):  # masks of one size share the graph
+        layer.set_mask(torch.rand(10, 22) < kept)
+        check(compiled, 2)
+        check(compiled, 3)
+    assert layer.mask is not None
+    layer.mask[:4] = False
+    check(compiled, 2)
+    with torch.no_grad():
+        dense.weight.mul_(2)
+    check(compiled, 3)
+    x = torch.randn(2, 16, 20, 22)
+    check(torch.export.export(layer, (x,)).module(), 2)
+    check(layer, 2)  # to which an export does nothing
+    steps = ([2, 1], [1, 1], [1, 1])
+    operands = (x.requires_grad_(), dense.weight, dense.bias, layer.mask, *steps)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.gossamer.masked_conv.default, operands, test_utils=checks)
+    gradients = (torch.randn(2, 8, 10, 22), x, dense.weight, layer.mask, *steps, [True] * 3)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.ops.gossamer.masked_conv_gradients(*gradients)
+    gradients = tuple(t.detach() if isinstance(t, Tensor) else t for t in gradients)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.gossamer.masked_conv_gradients.default, gradients, test_utils=checks
+    )
+
+
+def test_what_a_graph_keeps_ends_with_its_mask() -> None:
+    layer = PositionMaskedConv2d(16, 8, 3, padding=1)
+    layer.set_mask(torch.rand(20, 20) < 0.1)
+    assert layer.mask is not None
+    before = len(masked_conv._positions)
+    steps = ([1, 1], [1, 1], [1, 1])
+    for _ in range(2):
+        torch.ops.gossamer.masked_conv(
+            torch.randn(1, 16, 20, 20), layer.weight, layer.bias, layer.mask, *steps
+        )
+    assert len(masked_conv._positions) == before + 1
+    layer.set_mask(None)
+    assert len(masked_conv._positions) == before

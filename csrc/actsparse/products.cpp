@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "actsparse/unit.h"
@@ -71,24 +72,33 @@ int64_t find_wanted(const uint8_t* wanted, int64_t tokens, int64_t n, ActiveRow*
 
 // Costs in readings of the whole weight from memory: of the rows that are read, of each token's
 // sums, of a row that a token adds; and of a dense product, which is torch's, for the weight and
-// each token. Measured on Emerald Rapids at 4096 x 14336 and 1 to 64 tokens, there with AMX for
-// bfloat16 and AVX-512's own float16.
+// each token. Measured on Emerald Rapids at 4096 x 14336 and 1 to 64 tokens; what torch does with
+// fewer instructions by keeping oneDNN from the others, at 4096 x 4096.
 struct Costs {
   double row, token, product, dense, dense_token;
 };
-constexpr Costs kFloat32 = {1.1, 0.015, 0.12, 2.0, 0.044};
-constexpr Costs kBFloat16 = {1.1, 0.03, 0.15, 2.15, 0.007};
-constexpr Costs kFloat16 = {1.1, 0.03, 0.15, 2.2, 0.08};
-// Of outputs, beside the other layout of a dense weight.
-constexpr Costs kFloat32Outputs = {1.1, 0.0, 0.12, 3.4, 0.02};
-constexpr Costs k16BitsOutputs = {1.1, 0.0, 0.25, 1.4, 0.01};
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
-const Costs& linear_costs(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return kFloat32;
-    case DType::kBFloat16: return kBFloat16;
-    default: return kFloat16;
-  }
+// Of 16 bits by what torch has for them. CPUs with AMX have AVX-512's own float16, too. Without
+// either its products take up to a thousand times as long as those of float32 (the weight's layout
+// is not the one that it is quick with).
+double dense_token_of_16_bits(DType dtype, double by_tiles) {
+  const Target best = target();
+  if (dtype == DType::kFloat16) return best >= Target::kAMXBF16 ? 0.08 : kNever;
+  if (best >= Target::kAMXBF16) return by_tiles;
+  if (best >= Target::kAVX512BF16) return 0.2;
+  return best >= Target::kAVX512 ? 0.7 : kNever;
+}
+
+Costs linear_costs(DType dtype) {
+  if (dtype == DType::kFloat32) return {1.1, 0.015, 0.12, 2.0, 0.044};
+  return {1.1, 0.03, 0.15, 2.15, dense_token_of_16_bits(dtype, 0.007)};
+}
+
+// Beside the other layout of a dense weight.
+Costs outputs_costs(DType dtype) {
+  if (dtype == DType::kFloat32) return {1.1, 0.0, 0.12, 3.4, 0.02};
+  return {1.1, 0.0, 0.25, 1.4, dense_token_of_16_bits(dtype, 0.01)};
 }
 
 // Of m tokens, judged by the first ones and by the rows of `most` that they have active.
@@ -119,7 +129,7 @@ bool linear_tile(const LinearArgs& args, const Unit& unit, int64_t first, int64_
   const Tokens x = {at(args.x, first * args.x_stride), args.x_stride, count, args.threshold};
   ActiveRow* rows = rows_for(args.k);
   const int64_t row_count = find_active(unit, x, args.k, args.threads, rows);
-  const Costs& costs = linear_costs(args.dtype);
+  const Costs costs = linear_costs(args.dtype);
   if (first == 0 && dense_wins(costs, args.m, count, rows, row_count, args.k)) return false;
   const double work = static_cast<double>(row_count * args.n * count);
   parallel_ranges(
@@ -145,7 +155,7 @@ bool outputs_tile(const OutputsArgs& args, const Unit& unit, int64_t first, int6
   const int64_t size = size_of(args.dtype);
   ActiveRow* rows = rows_for(args.n);
   const int64_t row_count = find_wanted(args.wanted + first * args.n, count, args.n, rows);
-  const Costs& costs = args.dtype == DType::kFloat32 ? kFloat32Outputs : k16BitsOutputs;
+  const Costs costs = outputs_costs(args.dtype);
   if (first == 0 && dense_wins(costs, args.m, count, rows, row_count, args.n)) return false;
   auto* out = static_cast<char*>(args.out) + first * args.n * size;
   std::memset(out, 0, count * args.n * size);
@@ -179,6 +189,7 @@ bool for_tiles(const Args& args, const Tile& tile) {
 }  // namespace
 
 bool linear(const LinearArgs& args) {
+  if (args.n == 0) return true;
   const Unit* unit = choose(args.dtype).unit;
   if (unit == nullptr) {
     linear_serial(args);
@@ -189,6 +200,7 @@ bool linear(const LinearArgs& args) {
 }
 
 bool outputs(const OutputsArgs& args) {
+  if (args.n == 0) return true;
   const Unit* unit = choose(args.dtype).unit;
   if (unit == nullptr) {
     outputs_serial(args);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..ops.actsparse import actsparse_linear
 from ..ops.actsparse_outputs import actsparse_outputs
+from .checkpoint import CheckedModule, check_dense
 
 # Leaves for torch.fx, which could not follow their branches on x.
 torch.fx.wrap("actsparse_linear")
 torch.fx.wrap("actsparse_outputs")
 
 
-class ActSparseLinear(nn.Module):
+class ActSparseLinear(CheckedModule):
     """``y = x Wᵀ + b`` that skips inputs with ``|x| <= threshold`` (``gossamer.actsparse_linear``).
 
     With a threshold of 0 it is ``torch.nn.Linear``, gradients included. The weight is held once,
@@ -125,13 +126,35 @@ class ActSparseLinear(nn.Module):
         return torch.tensor(self.threshold, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.threshold = _checked(float(state))
+        self.threshold = _threshold_of(state)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        dense = state_dict.pop(prefix + "weight", None)
-        if dense is not None:  # of a torch.nn.Linear
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        held = {"weight_kn": self.weight_kn, "bias": self.bias}
+        check_dense(given, held, assign)
+        if "_extra_state" in given:
+            _threshold_of(given["_extra_state"])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ``torch.nn.Module``'s, also of a ``torch.nn.Linear``'s; a failing load does nothing.
+
+        Raises
+        ------
+        RuntimeError
+            If an entry is not valid or, when strict, if keys are missing or unexpected.
+        """
+        own = dict(state_dict)
+        self._take_dense(own, "")
+        return super().load_state_dict(own, *args, **kwargs)
+
+    def _take_dense(self, state_dict: dict[str, Any], prefix: str) -> None:
+        dense = state_dict.get(prefix + "weight")
+        if isinstance(dense, Tensor) and dense.dim() == 2:  # of a torch.nn.Linear
+            del state_dict[prefix + "weight"]
             state_dict[prefix + "weight_kn"] = dense.t().contiguous()
             state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._take_dense(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -145,6 +168,15 @@ def _checked(threshold: float) -> float:
     if not 0 <= threshold < math.inf:
         raise ValueError(f"ActSparseLinear: threshold is {threshold}, expected 0 or more, finite")
     return float(threshold)
+
+
+def _threshold_of(state: Any) -> float:
+    if not isinstance(state, Tensor) or state.numel() != 1 or not state.is_floating_point():
+        raise TypeError(
+            f"ActSparseLinear: '_extra_state' is {state!r:.60}, expected the threshold, one "
+            "floating-point number as a tensor"
+        )
+    return _checked(float(state))
 
 
 def _squared_relu(x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ SavedWeight = Sparse24 | Sparse24Conv | BlockSparse | SparseCsr | Sparse24Quanti
 class CheckedModule(nn.Module):
     """A module whose checkpoints are looked at as a whole before it takes any of them over."""
 
+    optional_state: frozenset[str] = frozenset()  # keys that a checkpoint may have or lack
+
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
         """Raise TypeError or ValueError where loading the module's own entries would break it."""
         raise NotImplementedError
@@ -42,8 +44,8 @@ class CheckedModule(nn.Module):
         # Torch reports wrong keys after it has loaded the others.
         if strict and not self._modules and not self._load_state_dict_pre_hooks:
             own = self.state_dict().keys()
-            missing = [key for key in own if key not in state_dict]
-            unexpected = [key for key in state_dict if key not in own]
+            missing = [k for k in own if k not in state_dict and k not in self.optional_state]
+            unexpected = [k for k in state_dict if k not in own and k not in self.optional_state]
             if missing or unexpected:
                 raise RuntimeError(
                     f"Error(s) in loading state_dict for {type(self).__name__}: "
@@ -75,6 +77,36 @@ class CheckedModule(nn.Module):
     def _load_checked_state(self, *args: Any) -> None:
         """Take over what was checked, with the arguments of ``_load_from_state_dict``."""
         super()._load_from_state_dict(*args)
+
+
+def check_dense(given: Mapping[str, Any], held: Mapping[str, Tensor | None], assign: bool) -> None:
+    """Raise where loading dense tensors in the place of those that a layer holds would break it.
+
+    Parameters
+    ----------
+    given : mapping
+        The checkpoint's entries for this layer. What it lacks stays as the layer has it.
+    held : mapping
+        Those of the layer, by their names; None for one that it does not have.
+    assign : bool
+        Whether the layer takes the tensors themselves over, or copies them into its own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an entry has the wrong kind, dtype or shape, or, when assigned, another dtype than the
+        layer's others.
+    """
+    after = {}
+    for key, own in held.items():
+        if own is None:
+            continue
+        after[key] = own
+        if key in given:
+            _check_floating(key, given[key], own, assign)
+            after[key] = given[key]
+    if assign and len({t.dtype for t in after.values()}) > 1:
+        raise TypeError(f"the dtypes differ: { {key: t.dtype for key, t in after.items()} }")
 
 
 def check_weight(
@@ -116,15 +148,7 @@ def check_weight(
     if bias is None or "bias" not in given:
         return
     loaded_bias = given["bias"]
-    if not isinstance(loaded_bias, Tensor) or loaded_bias.dtype not in VALUE_DTYPES:
-        what = loaded_bias.dtype if isinstance(loaded_bias, Tensor) else type(loaded_bias).__name__
-        raise TypeError(f"'bias' is {what}, expected a floating-point tensor")
-    if loaded_bias.layout != torch.strided or loaded_bias.shape != bias.shape:
-        raise ValueError(
-            f"'bias' has shape {list(loaded_bias.shape)} and layout {loaded_bias.layout}, "
-            f"expected {list(bias.shape)}, strided"
-        )
-    _check_content("bias", loaded_bias, bias, assign)
+    _check_floating("bias", loaded_bias, bias, assign)
     if not assign:
         return
     if isinstance(loaded, Sparse24Quantized):
@@ -147,6 +171,18 @@ def _kind(weight: SavedWeight) -> str:
     if isinstance(weight, (BlockSparse, Sparse24Conv)) and weight.groups > 1:
         kind += f" of {weight.groups} groups"
     return kind
+
+
+def _check_floating(key: str, given: Any, held: Tensor, assign: bool) -> None:
+    if not isinstance(given, Tensor) or given.dtype not in VALUE_DTYPES:
+        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{key!r} is {what}, expected a floating-point tensor")
+    if given.layout != torch.strided or given.shape != held.shape:
+        raise ValueError(
+            f"{key!r} has shape {list(given.shape)} and layout {given.layout}, "
+            f"expected {list(held.shape)}, strided"
+        )
+    _check_content(key, given, held, assign)
 
 
 def _check_content(key: str, given: Tensor, held: Tensor, assign: bool) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.actsparse import actsparse_linear
-from ..ops.conv_at import Taps
+from ..ops.conv_at import Taps, out_size, taps_for
+from ..ops.gathered_conv import GatheredWeight, changes_pay, most_gathered_of
 from ..ops.operands import autocast_dtype, autocast_to
 from ..ops.pointcloud import pointcloud_conv
 from .activation_sparse import ActSparseLinear
-from .gathered_conv import GatheredWeight, check_gathered, conv_arguments, most_gathered_of, taps_of
+from .checkpoint import CheckedModule, check_dense
+from .gathered_conv import check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,12 +32,25 @@ class _Streams:
     def __init__(self) -> None:
         self.seen: Tensor | None = None
         self.output: Tensor | None = None
+        self.shape: torch.Size | None = None  # of x
         self.steps = 0  # since all of it was computed anew
 
     def start(self, x: Tensor, y: Tensor) -> Tensor:
         # Copies: x and y are the caller's, to be written to.
         self.seen, self.output, self.steps = _wide(x).clone(), _wide(y).clone(), 0
+        self.shape = x.shape
         return y
+
+    def skip(self, x: Tensor) -> None:
+        """Remember nothing of a step whose output is computed from all of x."""
+        self.seen, self.output, self.shape = None, None, x.shape
+
+    def check_shape(self, op: str, x: Tensor) -> None:
+        if self.shape is not None and x.shape != self.shape:
+            raise ValueError(
+                f"{op}: x has shape {list(x.shape)}, the streams had {list(self.shape)}; "
+                "reset() starts others"
+            )
 
     def went_on(self, x: Tensor, output: Tensor) -> Tensor:
         """Take over the next running sum, and give the caller a copy in the dtype of results."""
@@ -48,25 +63,38 @@ class _Streams:
     def due(self, refresh_every: int | None) -> bool:
         return self.seen is None or (refresh_every is not None and self.steps + 1 >= refresh_every)
 
-    def change(self, op: str, x: Tensor) -> Tensor:
+    def change(self, x: Tensor) -> Tensor:
         """x minus what was seen, in the dtype of x."""
         assert self.seen is not None
-        if x.shape != self.seen.shape:
-            raise ValueError(
-                f"{op}: x has shape {list(x.shape)}, the streams had {list(self.seen.shape)}; "
-                "reset() starts others"
-            )
         self.steps += 1
         return (_wide(x) - self.seen).to(x.dtype)
 
+    def forget(self) -> None:
+        self.seen = self.output = self.shape = None
+
     def reset(self, streams: Tensor | Sequence[int] | None, silent: Tensor | float) -> None:
         """Forget all, or make some streams those whose input was 0."""
-        if streams is None or self.seen is None or self.output is None:
-            self.seen = self.output = None
+        if streams is None:
+            self.forget()
+        if self.seen is None or self.output is None:
             return
         self.seen, self.output = self.seen.clone(), self.output.clone()
         self.seen[streams] = 0
         self.output[streams] = silent
+
+
+class _Remembering(nn.Module):
+    """What a layer remembers is of the weights it had, where they were."""
+
+    streams: _Streams
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.streams.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.streams.forget()
+        super()._load_from_state_dict(*args)
 
 
 def _writable(t: Tensor) -> Tensor:
@@ -93,7 +121,7 @@ def _checked_refresh(op: str, refresh_every: int | None) -> int | None:
     return refresh_every
 
 
-class DeltaLinear(ActSparseLinear):
+class DeltaLinear(_Remembering, ActSparseLinear):
     """A linear layer over time: ``y_t = y_{t-1} + W Δ_t``, Δ the inputs that have changed.
 
     A change of at most ``threshold`` is left out and stays part of the next one, so that y is
@@ -123,7 +151,7 @@ class DeltaLinear(ActSparseLinear):
     -----
     For inference only. x [..., K] has the same leading dimensions at every step, one stream an
     entry. A NaN or an infinity stays in its stream until that is reset or refreshed. The streams
-    are no part of a ``state_dict``.
+    are no part of a ``state_dict``; loading one, or ``to()``, starts them anew.
 
     References
     ----------
@@ -170,10 +198,11 @@ class DeltaLinear(ActSparseLinear):
         """[..., K] of one step to [..., N]."""
         _check("DeltaLinear", self, input)
         streams = self.streams
+        streams.check_shape("DeltaLinear", input)
         with torch.no_grad():
             if streams.due(self.refresh_every):
                 return streams.start(input, actsparse_linear(input, self.weight_kn, self.bias))
-            change = streams.change("DeltaLinear", input)
+            change = streams.change(input)
             assert streams.seen is not None
             assert streams.output is not None
             # NaN is above any threshold.
@@ -186,7 +215,7 @@ class DeltaLinear(ActSparseLinear):
         return f"{super().extra_repr()}, refresh_every={self.refresh_every}"
 
 
-class DeltaConv2d(nn.Conv2d):
+class DeltaConv2d(_Remembering, CheckedModule, nn.Conv2d):
     """A 2-D convolution over time that computes the outputs which see a changed pixel.
 
     A pixel has changed where any of its channels differs by more than ``threshold`` from what was
@@ -213,8 +242,9 @@ class DeltaConv2d(nn.Conv2d):
     For inference only, over batches [B, C, H, W] of the same shape, one stream an image. Where so
     many pixels have changed that the dense convolution of the changes takes less time, that is
     computed. Finding and remembering what has changed takes some four passes over x, in float32,
-    which a dense layer has no need of: on a CPU the layer pays with 64 channels and more, few
-    changes and several images in float32, and does not in bfloat16 beside AMX.
+    which a dense layer has no need of. Without a threshold the layer is therefore the dense one
+    where few changes could not save that: on a CPU below 64 channels or 256 output positions, and
+    in bfloat16 beside AMX. With one it has to find them, and is slower there.
 
     References
     ----------
@@ -250,6 +280,9 @@ class DeltaConv2d(nn.Conv2d):
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        check_dense(given, {"weight": self.weight, "bias": self.bias}, assign)
+
     def reset(self, streams: Tensor | Sequence[int] | None = None) -> None:
         """Start all streams anew, or those of the first dimension that are named."""
         bias = 0.0 if self.bias is None else _wide(self.bias.detach()).view(-1, 1, 1)
@@ -261,10 +294,15 @@ class DeltaConv2d(nn.Conv2d):
         if input.dim() != 4:
             raise ValueError(f"DeltaConv2d: x has shape {list(input.shape)}, expected [B, C, H, W]")
         streams = self.streams
+        streams.check_shape("DeltaConv2d", input)
         with torch.no_grad():
+            size = out_size(input.shape[-2:], self.kernel_size, steps_of(self))
+            if self.threshold == 0 and not changes_pay(input, size):
+                streams.skip(input)
+                return super().forward(input)
             if streams.due(self.refresh_every):
                 return streams.start(input, super().forward(input))
-            change = streams.change("DeltaConv2d", input)
+            change = streams.change(input)
             changed = ~(change.abs().amax(1) <= self.threshold)  # NaN is above any
             return streams.went_on(input, self._add(change, changed))
 
@@ -273,7 +311,7 @@ class DeltaConv2d(nn.Conv2d):
         seen, before = self.streams.seen, self.streams.output
         assert seen is not None
         assert before is not None
-        self.taps = taps_of(self, change, self.taps)
+        self.taps = taps_for(change, self.kernel_size, steps_of(self), self.taps)
         at = self.taps.touched(changed).flatten().nonzero().squeeze(-1)
         if len(at) > most_gathered_of(change, self.taps) * before[:, 0].numel():
             change = change.masked_fill(~changed.unsqueeze(1), 0)

@@ -1,149 +1,12 @@
-"""What the convolutions that compute some output positions only have in common."""
+"""What the layers that compute some output positions only have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import nn
 
-from .. import _C
-from ..ops.conv_at import Taps, weight_by_tap
-from ..ops.operands import autocast_dtype
-
-# In channels-last, and where the pixels of a channel lie together.
-_MOST = {
-    torch.float32: (0.5, 0.5),
-    torch.bfloat16: (0.25, 0.35),
-    torch.float16: (0.5, 0.5),
-}
-_MOST_OF_FEW_CHANNELS = {torch.float32: 0.12, torch.bfloat16: 0.0, torch.float16: 0.2}
-
-
-def most_gathered(
-    dtype: torch.dtype,
-    channels: int,
-    taps: int,
-    positions: int,
-    channels_last: bool,
-    target: str,
-) -> float:
-    """The share of a convolution's positions up to which to compute them alone.
-
-    Above it torch's convolution of all takes less time. Measured on two cores of an Emerald Rapids
-    for the layers of a ResNet-50; on a GPU nobody has measured it.
-
-    Parameters
-    ----------
-    dtype : torch.dtype
-        In which it is computed.
-    channels, taps : int
-        Of the input, and of the kernel.
-    positions : int
-        Of all images, those that are left out, too.
-    channels_last : bool
-        Of the input. Other pixels are brought there, all of them, which takes longer than a 1x1
-        kernel does.
-    target : str
-        Of the CPU, or "cuda".
-    """
-    if target == "cuda":
-        return 0.35
-    if target == "serial" or dtype not in _MOST or (taps == 1 and not channels_last):
-        return 0.0
-    if dtype == torch.bfloat16 and positions < 512:  # making the weights ready takes too long
-        return 0.0
-    if channels < 16:
-        return _MOST_OF_FEW_CHANNELS[dtype]
-    return _MOST[dtype][0 if channels_last else 1]
-
-
-def most_gathered_of(x: Tensor, taps: Taps) -> float:
-    """The same of images x [B, C, H, W]."""
-    positions, in_kernel = taps.pixels.shape
-    if not (x.is_cpu or x.is_cuda):
-        return -1.0  # there are no kernels
-    autocast = autocast_dtype(x)
-    return most_gathered(
-        x.dtype if autocast is None else autocast,
-        x.shape[1],
-        in_kernel,
-        len(x) * positions,
-        x.is_contiguous(memory_format=torch.channels_last),
-        "cuda" if x.is_cuda else _C.target(),
-    )
-
-
-T = TypeVar("T")
-
-_MOST_KEPT = 8  # numbers of images, of one mask
-
-
-class Kept:
-    """What was made of a tensor, for as long as that holds the same.
-
-    On a CPU its entries are compared. A GPU would have to be waited for, so there its versions are,
-    of which writes through ``.data`` make none. It is neither copied nor saved with the layer that
-    has it.
-    """
-
-    kept: tuple[Tensor, Any, dict[Any, Any]] | None = None
-
-    def of(self, source: Tensor, rest: Any, make: Callable[[], T]) -> T:
-        """``make()``, or its result of last time, if the rest it was made of is the same, too."""
-        kept = self.kept  # once: another thread may replace it
-        state = _state(source)
-        if kept is None or kept[1] != state or not _same(kept[0], source):
-            kept = (_copy(source), state, {})
-        made: T | None = kept[2].get(rest)
-        if made is None:
-            # Outside inference mode, or it could never be saved for a backward.
-            with torch.inference_mode(False), torch.no_grad():
-                made = make()
-            if len(kept[2]) >= _MOST_KEPT:
-                kept[2].clear()
-            kept[2][rest] = made
-        self.kept = kept
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-def _state(t: Tensor) -> tuple[Any, ...]:
-    version = None if t.is_cpu or t.is_inference() else (id(t), t.data_ptr(), t._version)
-    return t.dtype, t.device, t.shape, version
-
-
-def _copy(t: Tensor) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return t.clone() if t.is_cpu else t  # which is held, so that no other has its id
-
-
-def _same(known: Tensor, t: Tensor) -> bool:
-    if not t.is_cpu:
-        return not t.is_inference()  # nobody counts its versions
-    return torch.equal(known, t)
-
-
-class GatheredWeight:
-    """The weight of a convolution as the point clouds' kernels want it."""
-
-    def __init__(self) -> None:
-        self._by_tap = Kept()
-
-    def by_tap(self, weight: Tensor) -> Tensor:
-        """[kh kw, C, C_out], differentiable where that is wanted."""
-        if not weight.is_cpu or (torch.is_grad_enabled() and weight.requires_grad):
-            return weight_by_tap(weight)
-        return self._by_tap.of(weight, (), lambda: weight_by_tap(weight.detach()))
-
-
-def is_transformed() -> bool:
-    """Whether functorch or a forward derivative goes through what is computed here."""
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+from ..ops.conv_at import Steps
 
 
 def check_gathered(op: str, conv: nn.Conv2d) -> None:
@@ -164,13 +27,7 @@ def conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
     return conv.in_channels, conv.out_channels, *size, *rest
 
 
-def taps_of(conv: nn.Conv2d, x: Tensor, known: Taps | None) -> Taps:
-    """The pixels of each output position for images of this size."""
-    height, width = x.shape[-2:]
-    if known is not None and known.size == (height, width) and known.pixels.device == x.device:
-        return known
-    kernel, stride, padding, dilation = (
-        (int(way[0]), int(way[1]))
-        for way in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    )
-    return Taps((height, width), kernel, stride, padding, dilation, x.device)
+def steps_of(conv: nn.Conv2d) -> Steps:
+    """Stride, padding and dilation."""
+    assert not isinstance(conv.padding, str)
+    return conv.stride, conv.padding, conv.dilation

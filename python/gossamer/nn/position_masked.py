@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv_at import Taps
-from ..ops.pointcloud import pointcloud_conv
-from ..pointcloud.kernel_map import KernelMap
-from .gathered_conv import (
-    GatheredWeight,
-    Kept,
-    check_gathered,
-    conv_arguments,
-    is_transformed,
-    most_gathered_of,
-    taps_of,
-)
+from .._library import is_recorded
+from ..ops.conv_at import out_size
+from ..ops.gathered_conv import is_transformed
+from ..ops.masked_conv import Positions, masked_conv, recorded_masked_conv
+from .checkpoint import CheckedModule, check_dense
+from .gathered_conv import check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PositionMaskedConv2d(nn.Conv2d):
+class PositionMaskedConv2d(CheckedModule, nn.Conv2d):
     """A 2-D convolution of some output positions; the others are 0 in every channel and image.
 
     Where few positions are kept they alone are computed, gradients too, by the kernels of
@@ -54,6 +49,9 @@ class PositionMaskedConv2d(nn.Conv2d):
     -----
     Which pixels a mask needs is kept for the last size of the batch and of its images, and, while
     no gradient is wanted, a copy of the weight in the order of the kernels, until that changes.
+    ``torch.compile`` and ``torch.export`` record the layer as one op, whose result is in
+    channels-last and which has first derivatives only.
+
     Weights that are not finite do not reach outputs by way of the padding's zeros where positions
     are computed alone.
 
@@ -71,14 +69,14 @@ class PositionMaskedConv2d(nn.Conv2d):
     """
 
     mask: Tensor | None
+    optional_state = frozenset({"mask"})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_gathered("PositionMaskedConv2d", self)
         self.register_buffer("mask", None)
         self.out_size: tuple[int, int] | None = None  # of the last call
-        self.taps: Taps | None = None
-        self._positions, self._map, self._gathered_weight = Kept(), Kept(), GatheredWeight()
+        self._positions = Positions()
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d) -> Self:
@@ -97,61 +95,50 @@ class PositionMaskedConv2d(nn.Conv2d):
         ValueError
             If it does not have two dimensions.
         """
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"PositionMaskedConv2d: the mask is {mask.dtype}, expected torch.bool")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"PositionMaskedConv2d: the mask has shape {list(mask.shape)}, expected [OH, OW]"
-            )
+        _check_mask(mask)
         self.mask = None if mask is None else mask.to(self.weight.device, copy=True)
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C_out, OH, OW]."""
-        self.taps = taps = taps_of(self, input, self.taps)
-        self.out_size = taps.out_size
-        if self.mask is None:
+        steps = steps_of(self)
+        size = out_size(input.shape[-2:], self.kernel_size, steps)
+        if not torch.compiler.is_exporting():  # whose sizes are symbols
+            self.out_size = size
+        mask = self.mask
+        if mask is None:
             return super().forward(input)
-        if self.mask.shape != taps.out_size:
+        if mask.shape != size:
             raise ValueError(
-                f"PositionMaskedConv2d: the mask has shape {list(self.mask.shape)}, the output "
-                f"{list(taps.out_size)}"
+                f"PositionMaskedConv2d: the mask has shape {list(mask.shape)}, the output "
+                f"{list(size)}"
             )
-        found = self._positions_of(input, taps) if input.dim() == 4 else None
-        if found is None:
-            return super().forward(input).masked_fill(~self.mask, 0)
-        at, kernel_map, by_tap = found
-        pixels = input.permute(0, 2, 3, 1).reshape(kernel_map.n_in, self.in_channels)
-        computed = pointcloud_conv(pixels, by_tap, self.bias, kernel_map)
-        shape = (len(input), *taps.out_size, self.out_channels)
-        y = computed.new_zeros(shape).flatten(0, 2).index_copy_(0, at, computed)
-        return y.view(shape).permute(0, 3, 1, 2)
+        operands = (input, self.weight, self.bias, mask, steps)
+        if input.dim() == 4 and is_recorded():
+            return recorded_masked_conv(*operands)
+        if input.dim() == 4 and not is_transformed():
+            return masked_conv(*operands, self._positions)
+        return super().forward(input).masked_fill(~mask, 0)
 
-    # What is kept from call to call depends on the entries of the mask and of the weight.
-    @torch.compiler.disable
-    def _positions_of(self, x: Tensor, taps: Taps) -> tuple[Tensor, KernelMap, Tensor] | None:
-        """Those of all images, with their map and the weight, or None where all are computed."""
-        mask, images = self.mask, len(x)
-        assert mask is not None
-        if is_transformed():
-            return None
-        kept = self._positions.of(mask, (), lambda: mask.flatten().nonzero().squeeze(-1))
-        if len(kept) > most_gathered_of(x, taps) * mask.numel():
-            return None
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        check_dense(given, {"weight": self.weight, "bias": self.bias}, assign)
+        _check_mask(given.get("mask"))
 
-        def map_of_images() -> tuple[Tensor, KernelMap]:
-            first = torch.arange(images, device=mask.device).unsqueeze(-1) * mask.numel()
-            at = (first + kept).flatten()
-            pixels = taps.size[0] * taps.size[1]
-            given = torch.ones((images, pixels), dtype=torch.bool, device=mask.device)
-            return at, taps.map_at(at, given)
+    def _load_checked_state(self, *args: Any) -> None:
+        self.set_mask(args[0].get(args[1] + "mask"))  # of whatever size it is, or none
+        super()._load_checked_state(*args)
 
-        at, kernel_map = self._map.of(mask, (images, taps.size), map_of_images)
-        return at, kernel_map, self._gathered_weight.by_tap(self.weight)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        mask = state_dict.get(prefix + "mask")
-        self.set_mask(mask)  # of whatever size it is, or none
-        super()._load_from_state_dict(state_dict, prefix, *args)
+def _check_mask(mask: Any) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"PositionMaskedConv2d: the mask is {what}, expected torch.bool")
+    if mask.dim() != 2 or mask.layout != torch.strided:
+        raise ValueError(
+            f"PositionMaskedConv2d: the mask has shape {list(mask.shape)} and layout "
+            f"{mask.layout}, expected [OH, OW], strided"
+        )
 
 
 class PositionMaskScheduler:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.topk import topk_decode
 from ..ops.topk_encoder import topk_encode
+from .checkpoint import CheckedModule, check_dense
 
 torch.fx.wrap("topk_encode")  # leaves: torch.fx could not follow their branches
 torch.fx.wrap("topk_decode")
 
 
-class TopKAutoencoder(nn.Module):
+class TopKAutoencoder(CheckedModule):
     """``y = topk(relu(W_e (x - b_d) + b_e)) W_d + b_d`` with k active latents a token.
 
     Parameters
@@ -87,6 +91,9 @@ class TopKAutoencoder(nn.Module):
         """Scale the decoder's rows to length 1, as is usual after each step of an optimizer."""
         self.decoder_weight.copy_(F.normalize(self.decoder_weight, dim=-1))
 
+    def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
+        check_dense(given, dict(self.named_parameters()), assign)
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., d_model] to values and indices, both [..., k]."""
         return topk_encode(x - self.decoder_bias, self.encoder_weight, self.encoder_bias, k=self.k)
@@ -97,7 +104,8 @@ class TopKAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] to its reconstruction."""
-        return self.decode(*self.encode(x))
+        code = self.encode(x)
+        return self.decode(code[0], code[1])  # torch.fx could not unpack it
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, width={self.width}, k={self.k}"

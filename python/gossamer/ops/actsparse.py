@@ -192,7 +192,8 @@ def _native_cuda(
 def _dense(
     x: Tensor, weight_kn: Tensor, bias: Tensor | None, threshold: float, activation: str
 ) -> Tensor:
-    y = F.linear(masked(x, threshold), weight_kn.t(), bias)
+    # Of bfloat16 rows with gaps oneDNN multiplies what lies in the gaps, by 0.
+    y = F.linear(masked(x, threshold).contiguous(), weight_kn.t(), bias)
     activate = activation_of(_OP, activation)
     return y if activate is None else activate(y)
 

@@ -176,7 +176,7 @@ def _native_cuda(
 def _dense(
     x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
-    y = F.linear(x, weight, bias)
+    y = F.linear(x.contiguous(), weight, bias)  # as in actsparse_linear
     activate = activation_of(_OP, activation)
     return torch.where(wanted, y if activate is None else activate(y), 0)
 

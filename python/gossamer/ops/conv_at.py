@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..pointcloud.kernel_map import KernelMap
 from .pointcloud_layout import vouch
+
+Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]  # stride, padding, dilation: a pair each
+
+
+def out_size(size: Sequence[int], kernel: Sequence[int], steps: Steps) -> tuple[int, int]:
+    """Height and width of the output."""
+    height, width = (
+        max((extent + 2 * pad - apart * (k - 1) - 1) // step + 1, 0)
+        for extent, k, step, pad, apart in zip(size, kernel, *steps, strict=True)
+    )
+    return height, width
 
 
 class Taps:
@@ -19,22 +32,19 @@ class Taps:
     def __init__(
         self,
         size: tuple[int, int],
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        kernel: tuple[int, ...],
+        steps: Steps,
         device: torch.device,
     ) -> None:
         ways = []
-        for extent, k, step, pad, apart in zip(
-            size, kernel, stride, padding, dilation, strict=True
+        for outputs, k, step, pad, apart in zip(
+            out_size(size, kernel, steps), kernel, *steps, strict=True
         ):
-            outputs = (extent + 2 * pad - apart * (k - 1) - 1) // step + 1
-            first = torch.arange(max(outputs, 0), device=device) * step - pad
+            first = torch.arange(outputs, device=device) * step - pad
             ways.append(first.view(-1, 1) + apart * torch.arange(k, device=device))
         rows, columns = ways
         self.size, self.out_size, self.kernel = size, (len(rows), len(columns)), kernel
-        self.steps = stride, padding, dilation
+        self.steps = steps
         row, column = rows[:, None, :, None], columns[None, :, None, :]
         inside = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
         pixels = torch.where(inside, row * size[1] + column, size[0] * size[1])
@@ -74,6 +84,14 @@ class Taps:
             for way in (made, made.transposed()):
                 vouch(way.tensors, way.n_in, way.n_out)
         return made
+
+
+def taps_for(x: Tensor, kernel: Sequence[int], steps: Steps, known: Taps | None) -> Taps:
+    """Those of images of this size: the known ones, if they are."""
+    size = (x.shape[-2], x.shape[-1])
+    if known is not None and known.size == size and known.pixels.device == x.device:
+        return known
+    return Taps(size, tuple(kernel), steps, x.device)
 
 
 def weight_by_tap(weight: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def pointcloud_conv(
     return y
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """The tensors of a kernel map, in the order in which the ops take them."""
 
     in_index: Tensor
@@ -124,10 +124,8 @@ class _Pairs(NamedTuple):
     in_order: Tensor | None
     out_order: Tensor | None
 
-    def transposed(self) -> _Pairs:
-        return _Pairs(
-            self.out_index, self.in_index, self.tap_offsets, self.out_order, self.in_order
-        )
+    def transposed(self) -> Pairs:
+        return Pairs(self.out_index, self.in_index, self.tap_offsets, self.out_order, self.in_order)
 
 
 _MAP = "Tensor in_index, Tensor out_index, Tensor tap_offsets, Tensor? in_order, Tensor? out_order"
@@ -234,12 +232,12 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         feats, weight, *tensors = ctx.saved_tensors
-        pairs, groups, wanted = _Pairs(*tensors), ctx.groups, ctx.needs_input_grad
+        pairs, groups, wanted = Pairs(*tensors), ctx.groups, ctx.needs_input_grad
         dx = dw = db = None
         if wanted[0]:
-            dx = _feats_gradient(dy, weight, pairs, ctx.n_in, groups)
+            dx = feats_gradient(dy, weight, pairs, ctx.n_in, groups)
         if wanted[1]:
-            dw = _weight_gradient(dy, feats, *pairs, groups)
+            dw = weight_gradient(dy, feats, *pairs, groups)
         if wanted[2]:
             db = dy.sum(0)
         return dx, dw, db, *(None,) * 7
@@ -263,17 +261,17 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dy, feats, *tensors = ctx.saved_tensors
-        pairs, groups, wanted = _Pairs(*tensors), ctx.groups, ctx.needs_input_grad
+        pairs, groups, wanted = Pairs(*tensors), ctx.groups, ctx.needs_input_grad
         ddy = _conv(feats, grad, None, *pairs, dy.shape[0], groups) if wanted[0] else None
-        dx = _feats_gradient(dy, grad, pairs, feats.shape[0], groups) if wanted[1] else None
+        dx = feats_gradient(dy, grad, pairs, feats.shape[0], groups) if wanted[1] else None
         return ddy, dx, *(None,) * 6
 
 
 _conv = apply_function(_Conv)
-_weight_gradient = apply_function(_WeightGradient)
+weight_gradient = apply_function(_WeightGradient)
 
 
-def _feats_gradient(dy: Tensor, weight: Tensor, pairs: _Pairs, n_in: int, groups: int) -> Tensor:
+def feats_gradient(dy: Tensor, weight: Tensor, pairs: Pairs, n_in: int, groups: int) -> Tensor:
     taps, group_in, outputs = weight.shape
     by_group = weight.view(taps, group_in, groups, outputs // groups).transpose(1, 3)
     transposed = by_group.reshape(taps, outputs // groups, groups * group_in)
@@ -314,6 +312,6 @@ library.impl("pointcloud_conv", _native_cuda, "CUDA")
 library.impl("pointcloud_conv", _autograd, "Autograd")
 library.impl("pointcloud_conv_weight_grad", _weight_native, "CPU")
 library.impl("pointcloud_conv_weight_grad", _weight_native_cuda, "CUDA")
-library.impl("pointcloud_conv_weight_grad", _weight_gradient, "Autograd")
+library.impl("pointcloud_conv_weight_grad", weight_gradient, "Autograd")
 torch.library.register_fake("gossamer::pointcloud_conv", _fake, lib=library)
 torch.library.register_fake("gossamer::pointcloud_conv_weight_grad", _weight_fake, lib=library)

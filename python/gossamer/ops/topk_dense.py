@@ -105,7 +105,7 @@ def dense_decode(
 
 def dense_values(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """``topk_values``: the products with all rows, of which the named ones are kept."""
-    values = dy.new_empty(indices.shape)
+    values, dy = dy.new_empty(indices.shape), dy.contiguous()  # as in topk_encode
     for some in _some_tokens(len(dy), weight.shape[0], dy.itemsize):
         with torch.autocast("cpu", enabled=False):
             product = dy[some] @ weight.t()

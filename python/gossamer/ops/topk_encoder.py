@@ -114,6 +114,7 @@ def _encode_native(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
     values, indices = _encode_empty(x, weight, bias, k)
+    x = x.contiguous()  # or oneDNN multiplies what lies between rows of bfloat16, by 0
     tokens, width = x.shape[0], weight.shape[0]
     together = min(max(_DENSE_BYTES // (width * weight.itemsize), 1), tokens)
     dense = weight.new_empty((together, width))
