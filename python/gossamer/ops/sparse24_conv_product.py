@@ -19,6 +19,7 @@ from .._library import is_recorded, library
 from ..formats import Sparse24Conv, sparse24_shapes
 from ..formats.geometry import channels_last, taps_of
 from ..formats.sparse24_conv import sparse24_matrix_shape
+from .conv_geometry import output_sizes
 from .conv_operands import (
     LAST,
     Geometry,
@@ -139,11 +140,31 @@ def _dense(
     check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
     memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
     weight = _dense_weight(stored, indices, geometry, x.dtype)
-    steps = (geometry.stride, geometry.padding, geometry.dilation)
-    y = _CONVS[x.dim()](x, weight, bias, *steps, geometry.groups)
+    if _is_misread(x, geometry):
+        x, geometry = _one_window(x, geometry)
+    y = _CONVS[x.dim()](x, weight, bias, *geometry.steps, geometry.groups)
     y = finish(SPARSE24_CONV, y, residual, activation)
     # torch's conv1d returns a view, which could not be written to where gradients are recorded.
     return y.data.contiguous(memory_format=memory_format)
+
+
+def _is_misread(x: Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN's tiles (AMX) may read memory beside x, as they do up to torch 2.13 at least.
+
+    They do where a row has one output, of a stride: results are garbage, or the process ends.
+    """
+    if not x.is_cpu or x.dtype.itemsize != 2 or geometry.stride[-1] == 1:
+        return False
+    return output_sizes(SPARSE24_CONV, x, geometry.shape[2:], *geometry.steps)[-1] == 1
+
+
+def _one_window(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """The same convolution of what the one output of each row sees, without stride or padding."""
+    *stride, _ = geometry.stride
+    *padding, around = geometry.padding
+    width = geometry.dilation[-1] * (geometry.shape[-1] - 1) + 1
+    x = F.pad(x, (around, around))[..., :width]
+    return x, geometry._replace(stride=(*stride, 1), padding=(*padding, 0))
 
 
 def _dense_weight(
