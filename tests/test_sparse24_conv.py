@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -221,6 +222,7 @@ def test_windows_that_torch_misreads(dtype: torch.dtype, channels_last: bool) ->
         ((6, 1), (1, 2), (1, 20), (1, 4)),
         ((1,), (1,), (3,), (2,)),
         ((4, 1), (2, 1), (3, 2), (0, 5)),
+        ((1, 1), (1, 5), (2, 2), (0, 2)),
         ((5, 5, 3), (3, 3, 2), (2, 1, 2), (1, 0, 0)),
         ((1, 11, 3), (5, 2, 3), (1, 1, 1), (2, 0, 0)),
         ((1, 10, 1), (1, 5, 1), (1, 2, 3), (0, 0, 1)),
@@ -232,6 +234,15 @@ def test_windows_that_torch_misreads(dtype: torch.dtype, channels_last: bool) ->
         weight, x = weight_of(case), case.x()
         y = sparse24_conv(x, weight, **case.geometry)
         oracle(case, x, weight, None).check(y)
+        exact, dy = weight.to(torch.float64), torch.randn_like(y)
+        want = _dvalues(exact, x.double(), dy.double(), case)
+        error = (_dvalues(weight, x, dy, case) - want).abs().max()
+        assert error <= 2.0**-6 * want.abs().max()
+
+
+def _dvalues(weight: Sparse24Conv, x: Tensor, dy: Tensor, case: ConvCase) -> Tensor:
+    y = sparse24_conv(x, replace(weight, values=weight.values.requires_grad_()), **case.geometry)
+    return torch.autograd.grad(y, weight.values, dy)[0]
 
 
 def test_derivatives(serial_target: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .conv_geometry import check_channels, output_sizes
@@ -92,6 +93,36 @@ def as_5d(t: Tensor, channels_last: bool) -> Tensor:
     return t.view(*t.shape[:axis], *(1,) * (5 - t.dim()), *t.shape[axis:])
 
 
+def is_misread(x: Tensor, geometry: Geometry, outputs: Sequence[int]) -> bool:
+    """Whether oneDNN's tiles (AMX) may read memory beside x, as they do in torch 2.13.
+
+    They do, for y and for the weight's gradient, where an axis of a stride or with padding has one
+    output, or a window may lie in the padding alone: results are garbage, or the process ends.
+    """
+    if not x.is_cpu or x.dtype.itemsize != 2:
+        return False
+    axes = zip(x.shape[2:], outputs, geometry.shape[2:], *geometry.steps, strict=True)
+    return any(
+        (count == 1 and (stride > 1 or padding > 0))
+        or padding > dilation * (kernel - 1)
+        or size < dilation
+        for size, count, kernel, stride, padding, dilation in axes
+    )
+
+
+def without_padding(
+    x: Tensor, geometry: Geometry, outputs: Sequence[int]
+) -> tuple[Tensor, Geometry]:
+    """The same convolution of an x that is padded, and of no stride where that has one output."""
+    x = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
+    stride = list(geometry.stride)
+    for axis, count in enumerate(outputs):
+        if count == 1:
+            window = geometry.dilation[axis] * (geometry.shape[axis + 2] - 1) + 1
+            x, stride[axis] = x.narrow(axis + 2, 0, window), 1
+    return x, geometry._replace(stride=stride, padding=[0] * len(stride))
+
+
 def dense_gradients(
     dy: Tensor,
     x: Tensor | None,
@@ -103,6 +134,21 @@ def dense_gradients(
     shape = geometry.shape
     if len(shape) == 2:
         return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
+    if x is not None and is_misread(x, geometry, dy.shape[2:]):
+        dx, _ = dense_gradients(dy, None, dense, x_shape, geometry)
+        x, geometry = without_padding(x, geometry, dy.shape[2:])
+        return dx, _dense_gradients(dy, x, None, x.shape, geometry)[1]
+    return _dense_gradients(dy, x, dense, x_shape, geometry)
+
+
+def _dense_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    dense: Tensor | None,
+    x_shape: Sequence[int],
+    geometry: Geometry,
+) -> tuple[Tensor | None, Tensor | None]:
+    shape = geometry.shape
     wanted = (dense is not None, x is not None, False)
     if not any(wanted):
         return None, None

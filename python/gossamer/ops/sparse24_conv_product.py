@@ -29,7 +29,9 @@ from .conv_operands import (
     empty_result,
     finish,
     is_channels_last,
+    is_misread,
     residual_in_5d,
+    without_padding,
 )
 from .operands import activation_of, apply_function, check_devices, gradient_wanted
 from .sparse24_layout import Gather
@@ -141,42 +143,12 @@ def _dense(
     memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
     weight = _dense_weight(stored, indices, geometry, x.dtype)
     outputs = output_sizes(SPARSE24_CONV, x, geometry.shape[2:], *geometry.steps)
-    if _is_misread(x, geometry, outputs):
-        x, geometry = _without_padding(x, geometry, outputs)
+    if is_misread(x, geometry, outputs):
+        x, geometry = without_padding(x, geometry, outputs)
     y = _CONVS[x.dim()](x, weight, bias, *geometry.steps, geometry.groups)
     y = finish(SPARSE24_CONV, y, residual, activation)
     # torch's conv1d returns a view, which could not be written to where gradients are recorded.
     return y.data.contiguous(memory_format=memory_format)
-
-
-def _is_misread(x: Tensor, geometry: Geometry, outputs: Sequence[int]) -> bool:
-    """Whether oneDNN's tiles (AMX) may read memory beside x, as they do in torch 2.13.
-
-    They do where an axis of a stride or with padding has one output, or a window may lie in the
-    padding alone: results are garbage, or the process ends.
-    """
-    if not x.is_cpu or x.dtype.itemsize != 2:
-        return False
-    axes = zip(x.shape[2:], outputs, geometry.shape[2:], *geometry.steps, strict=True)
-    return any(
-        (count == 1 and (stride > 1 or padding > 0))
-        or padding > dilation * (kernel - 1)
-        or size < dilation
-        for size, count, kernel, stride, padding, dilation in axes
-    )
-
-
-def _without_padding(
-    x: Tensor, geometry: Geometry, outputs: Sequence[int]
-) -> tuple[Tensor, Geometry]:
-    """The same convolution of an x that is padded, and of no stride where that has one output."""
-    x = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
-    stride = list(geometry.stride)
-    for axis, count in enumerate(outputs):
-        if count == 1:
-            window = geometry.dilation[axis] * (geometry.shape[axis + 2] - 1) + 1
-            x, stride[axis] = x.narrow(axis + 2, 0, window), 1
-    return x, geometry._replace(stride=stride, padding=[0] * len(stride))
 
 
 def _dense_weight(
