@@ -97,17 +97,19 @@ def is_misread(x: Tensor, geometry: Geometry, outputs: Sequence[int]) -> bool:
     """Whether oneDNN's tiles (AMX) may read memory beside x, as they do in torch 2.13.
 
     They do, for y and for the weight's gradient, where an axis of a stride or with padding has one
-    output, or a window may lie in the padding alone: results are garbage, or the process ends.
+    output, or where padding is beside an x smaller than the window or is as wide as that: results
+    are garbage, or the process ends.
     """
     if not x.is_cpu or x.dtype.itemsize != 2:
         return False
     axes = zip(x.shape[2:], outputs, geometry.shape[2:], *geometry.steps, strict=True)
-    return any(
-        (count == 1 and (stride > 1 or padding > 0))
-        or padding > dilation * (kernel - 1)
-        or size < dilation
-        for size, count, kernel, stride, padding, dilation in axes
-    )
+    for size, count, kernel, stride, padding, dilation in axes:
+        window = dilation * (kernel - 1) + 1
+        if count == 1 and stride > 1:
+            return True
+        if padding > 0 and (count == 1 or size < window or padding >= window):
+            return True
+    return False
 
 
 def without_padding(
@@ -135,20 +137,10 @@ def dense_gradients(
     if len(shape) == 2:
         return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
     if x is not None and is_misread(x, geometry, dy.shape[2:]):
-        dx, _ = dense_gradients(dy, None, dense, x_shape, geometry)
+        if dense is not None:  # whose product with dy is right
+            dx, _ = dense_gradients(dy, None, dense, x_shape, geometry)
+            return dx, dense_gradients(dy, x, None, x_shape, geometry)[1]
         x, geometry = without_padding(x, geometry, dy.shape[2:])
-        return dx, _dense_gradients(dy, x, None, x.shape, geometry)[1]
-    return _dense_gradients(dy, x, dense, x_shape, geometry)
-
-
-def _dense_gradients(
-    dy: Tensor,
-    x: Tensor | None,
-    dense: Tensor | None,
-    x_shape: Sequence[int],
-    geometry: Geometry,
-) -> tuple[Tensor | None, Tensor | None]:
-    shape = geometry.shape
     wanted = (dense is not None, x is not None, False)
     if not any(wanted):
         return None, None
