@@ -265,6 +265,10 @@ ERRORS = {
     "stride": (ValueError, "stride 0", lambda: conv(stride=0)),
     "strides": (ValueError, r"stride \(1, 2, 3\)", lambda: conv(stride=(1, 2, 3))),
     "stride of words": (TypeError, "stride", lambda: conv(stride=("1", "2"))),
+    "no tensor": (TypeError, "x is NoneType", lambda: conv(None)),
+    "no tensor, linear": (TypeError, "x is int", lambda: blocksparse_linear(3, LINEAR)),
+    "stride of a fraction": (TypeError, r"stride 1\.5, expected whole", lambda: conv(stride=1.5)),
+    "huge padding": (ValueError, r"padding 4611.*2\*\*30", lambda: conv(padding=2**62)),
     "padding": (ValueError, "padding -1", lambda: conv(padding=-1)),
     "padding in words": (ValueError, "'full'", lambda: conv(padding="full")),
     "same with stride": (

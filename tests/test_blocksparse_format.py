@@ -149,6 +149,7 @@ WRONG_DENSE = {
     "no rows": (ValueError, r"\[0, 4\]", lambda: make(torch.ones(0, 4))),
     "no taps": (ValueError, r"\[4, 4, 0\]", lambda: make(torch.ones(4, 4, 0))),
     "whole numbers": (TypeError, "int64", lambda: make(torch.ones(4, 4).long())),
+    "sparse": (TypeError, "sparse_coo", lambda: make(torch.ones(4, 4).to_sparse())),
     "not a tensor": (TypeError, "list", lambda: make([[1.0]])),
     "meta": (ValueError, "meta", lambda: make(torch.ones(4, 4, device="meta"))),
     "no block": (TypeError, r"\(2, 2\)", lambda: BlockSparse.from_dense(WEIGHT, (2, 2))),

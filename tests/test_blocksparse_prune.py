@@ -63,7 +63,9 @@ def test_global_scope_ranks_all_weights_together() -> None:
     assert [sum(kept(together[0], block)), sum(kept(together[1], block, 3))] == [0, 7]
     alone = magnitude_blocks(large, block, 0.5, groups=3, scope="global")
     assert torch.equal(alone, by_layer[1])
-    assert magnitude_blocks([], block, 0.5) == []
+    assert (
+        magnitude_blocks([], block, 0.5) == magnitude_blocks([], block, 0.5, scope="global") == []
+    )
 
 
 def test_input_is_untouched_and_gradients_reach_the_kept() -> None:
@@ -88,6 +90,7 @@ MISTAKES = {
     "negative density": (ValueError, "density -0.5", {"density": -0.5}),
     "density above 1": (ValueError, r"density 1\.5", {"density": 1.5}),
     "density that is none": (ValueError, "density nan", {"density": math.nan}),
+    "density of words": (TypeError, "'half'", {"density": "half"}),
     "scope": (ValueError, "'model'", {"scope": "model"}),
     "block": (TypeError, r"\(2, 4\)", {"block": (2, 4)}),
     "whole numbers": (TypeError, "int64", {"weight": torch.ones(4, 4).long()}),

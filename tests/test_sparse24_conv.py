@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -207,6 +208,42 @@ def test_bfloat16_is_dense_where_cores_multiply_it(cpu_target: str) -> None:
     torch.testing.assert_close(
         sparse24_conv(x, weight), F.conv2d(x, weight.to_dense()), rtol=2e-2, atol=2e-2
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_windows_that_torch_misreads(dtype: torch.dtype, channels_last: bool) -> None:
+    # oneDNN's tiles read memory beside x where a stride has one output, or only padding is seen.
+    junk = [torch.full((300_000,), 1e38) for _ in range(4)]
+    del junk
+    for extents, kernel, stride, padding in (
+        ((10, 5), (1, 5), (1, 2), (2, 0)),
+        ((8, 3), (5, 5), (1, 2), (1, 1)),
+        ((6, 1), (1, 2), (1, 20), (1, 4)),
+        ((1,), (1,), (3,), (2,)),
+        ((2,), (3,), (3,), (2,)),
+        ((4, 1), (2, 1), (3, 2), (0, 5)),
+        ((1, 1), (1, 5), (2, 2), (0, 2)),
+        ((5, 5, 3), (3, 3, 2), (2, 1, 2), (1, 0, 0)),
+        ((1, 11, 3), (5, 2, 3), (1, 1, 1), (2, 0, 0)),
+        ((1, 10, 1), (1, 5, 1), (1, 2, 3), (0, 0, 1)),
+    ):
+        case = typical(
+            group_in=5, groups=3, kernel=kernel, extents=extents, stride=stride, padding=padding,
+            dilation=(1,) * len(kernel), dtype=dtype, channels_last=channels_last,
+        )  # fmt: skip
+        weight, x = weight_of(case), case.x()
+        y = sparse24_conv(x, weight, **case.geometry)
+        oracle(case, x, weight, None).check(y)
+        exact, dy = weight.to(torch.float64), torch.randn_like(y)
+        want = _dvalues(exact, x.double(), dy.double(), case)
+        error = (_dvalues(weight, x, dy, case) - want).abs().max()
+        assert error <= 2.0**-6 * want.abs().max()
+
+
+def _dvalues(weight: Sparse24Conv, x: Tensor, dy: Tensor, case: ConvCase) -> Tensor:
+    y = sparse24_conv(x, replace(weight, values=weight.values.requires_grad_()), **case.geometry)
+    return torch.autograd.grad(y, weight.values, dy)[0]
 
 
 def test_derivatives(serial_target: str) -> None:

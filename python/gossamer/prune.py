@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -119,10 +120,10 @@ def magnitude_blocks(
     if scope not in ("layer", "global"):
         raise ValueError(f"magnitude_blocks: scope {scope!r}, expected 'layer' or 'global'")
     norms = [_block_norms(w, block, g) for w, g in zip(weights, each, strict=True)]
-    if scope == "layer":
+    if scope == "layer" or not norms:
         masks = [_largest(norm, density) for norm in norms]
     else:
-        where = norms[0].device if norms else None
+        where = norms[0].device
         together = _largest(torch.cat([norm.flatten().to(where) for norm in norms]), density)
         parts = together.split([norm.numel() for norm in norms])
         masks = [part.view_as(norm) for part, norm in zip(parts, norms, strict=True)]
@@ -185,6 +186,8 @@ def largest_places(weight: Tensor, density: float) -> Tensor:
 
 
 def check_density(op: str, density: float) -> None:
+    if not isinstance(density, (Real, Tensor)):
+        raise TypeError(f"{op}: density {density!r}, expected a number")
     if not 0 < density <= 1:
         raise ValueError(f"{op}: density {density}, expected above 0 and at most 1")
 

@@ -69,9 +69,13 @@ class SavedWeight(StoredWeight):
 
 
 def check_dense(op: str, weight: Any) -> None:
-    """Raise TypeError unless ``weight`` is a tensor of a dtype that weights are stored in."""
-    if not isinstance(weight, Tensor) or weight.dtype not in VALUE_DTYPES:
-        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(
-            f"{op}: weight is {what}, expected a tensor of float32, bfloat16, float16 or float64"
-        )
+    """Raise TypeError unless it is a strided tensor of a dtype that weights are stored in."""
+    what = type(weight).__name__
+    if isinstance(weight, Tensor):
+        strided = weight.layout == torch.strided
+        if strided and weight.dtype in VALUE_DTYPES:
+            return
+        what = str(weight.dtype if strided else weight.layout)
+    raise TypeError(
+        f"{op}: weight is {what}, expected a tensor of float32, bfloat16, float16 or float64"
+    )

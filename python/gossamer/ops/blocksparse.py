@@ -10,7 +10,7 @@ from ..formats import BlockSparse, BlockSparsePanels
 from .blocksparse_product import CONV, LINEAR, native, product
 from .conv_geometry import Sizes, prepare
 from .conv_operands import check_residual
-from .operands import as_rows, check_features
+from .operands import as_rows, check_features, check_tensor
 
 
 def blocksparse_linear(
@@ -77,6 +77,7 @@ def blocksparse_linear_tensors(
     residual: Tensor | None = None,
 ) -> Tensor:
     """``blocksparse_linear`` on values, or on panels of blocks of ``packed_cols`` columns."""
+    check_tensor(LINEAR, x)
     dims = x.dim()
     check_features(LINEAR, x, dims, shape[1])
     blocks = (values, crow_indices, col_indices)

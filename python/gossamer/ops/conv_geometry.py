@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operands import check_tensor
+
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 Sizes = int | Sequence[int]
+_LARGEST = 2**30  # of what the kernels count with
 
 
 def per_axis(op: str, name: str, given: Sizes, axes: int, lowest: int) -> tuple[int, ...]:
-    """One whole number an axis, each at least ``lowest``; one alone stands for all.
+    """One whole number an axis, from ``lowest`` to 2**30; one alone stands for all.
 
     Raises
     ------
@@ -23,13 +26,17 @@ def per_axis(op: str, name: str, given: Sizes, axes: int, lowest: int) -> tuple[
         If they are something else.
     """
     whole = (int, torch.SymInt)
-    numbers = (given,) * axes if isinstance(given, whole) else tuple(given)
-    if not all(isinstance(number, whole) for number in numbers):
+    numbers = (given,) * axes if isinstance(given, whole) else given
+    sequence = isinstance(numbers, Sequence) and not isinstance(numbers, str)
+    if not sequence or not all(isinstance(number, whole) for number in numbers):
         raise TypeError(f"{op}: {name} {given!r}, expected whole numbers")
+    numbers = tuple(numbers)
     if len(numbers) == 1:
         numbers *= axes
-    if len(numbers) != axes or any(number < lowest for number in numbers):
-        raise ValueError(f"{op}: {name} {given!r}, expected {axes} number(s) from {lowest} on")
+    if len(numbers) != axes or any(not lowest <= number <= _LARGEST for number in numbers):
+        raise ValueError(
+            f"{op}: {name} {given!r}, expected {axes} number(s) from {lowest} to 2**30"
+        )
     return numbers
 
 
@@ -118,6 +125,7 @@ def prepare(
     TypeError, ValueError
         If x does not fit the weight, or an argument says nothing.
     """
+    check_tensor(op, x)
     axes = len(shape) - 2
     batched = x.dim() == axes + 2
     if not batched and x.dim() != axes + 1:

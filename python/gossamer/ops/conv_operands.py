@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .conv_geometry import check_channels, output_sizes
@@ -92,6 +93,38 @@ def as_5d(t: Tensor, channels_last: bool) -> Tensor:
     return t.view(*t.shape[:axis], *(1,) * (5 - t.dim()), *t.shape[axis:])
 
 
+def is_misread(x: Tensor, geometry: Geometry, outputs: Sequence[int]) -> bool:
+    """Whether oneDNN's tiles (AMX) may read memory beside x, as they do in torch 2.13.
+
+    They do, for y and for the weight's gradient, where an axis of a stride or with padding has one
+    output, or where padding is beside an x smaller than the window or is as wide as that: results
+    are garbage, or the process ends.
+    """
+    if not x.is_cpu or x.dtype.itemsize != 2:
+        return False
+    axes = zip(x.shape[2:], outputs, geometry.shape[2:], *geometry.steps, strict=True)
+    for size, count, kernel, stride, padding, dilation in axes:
+        window = dilation * (kernel - 1) + 1
+        if count == 1 and stride > 1:
+            return True
+        if padding > 0 and (count == 1 or size < window or padding >= window):
+            return True
+    return False
+
+
+def without_padding(
+    x: Tensor, geometry: Geometry, outputs: Sequence[int]
+) -> tuple[Tensor, Geometry]:
+    """The same convolution of an x that is padded, and of no stride where that has one output."""
+    x = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
+    stride = list(geometry.stride)
+    for axis, count in enumerate(outputs):
+        if count == 1:
+            window = geometry.dilation[axis] * (geometry.shape[axis + 2] - 1) + 1
+            x, stride[axis] = x.narrow(axis + 2, 0, window), 1
+    return x, geometry._replace(stride=stride, padding=[0] * len(stride))
+
+
 def dense_gradients(
     dy: Tensor,
     x: Tensor | None,
@@ -103,6 +136,11 @@ def dense_gradients(
     shape = geometry.shape
     if len(shape) == 2:
         return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
+    if x is not None and is_misread(x, geometry, dy.shape[2:]):
+        if dense is not None:  # whose product with dy is right
+            dx, _ = dense_gradients(dy, None, dense, x_shape, geometry)
+            return dx, dense_gradients(dy, x, None, x_shape, geometry)[1]
+        x, geometry = without_padding(x, geometry, dy.shape[2:])
     wanted = (dense is not None, x is not None, False)
     if not any(wanted):
         return None, None

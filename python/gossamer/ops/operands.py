@@ -54,6 +54,11 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any
     return apply
 
 
+def check_tensor(op: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x is {type(x).__name__}, expected a torch.Tensor")
+
+
 def as_rows(x: Tensor, dims: int) -> Tensor:
     """x [..., K] as a matrix; a view where its strides allow."""
     return x if dims == 2 else x.unsqueeze(0) if dims == 1 else x.flatten(0, -2)

@@ -19,6 +19,7 @@ from .._library import is_recorded, library
 from ..formats import Sparse24Conv, sparse24_shapes
 from ..formats.geometry import channels_last, taps_of
 from ..formats.sparse24_conv import sparse24_matrix_shape
+from .conv_geometry import output_sizes
 from .conv_operands import (
     LAST,
     Geometry,
@@ -28,7 +29,9 @@ from .conv_operands import (
     empty_result,
     finish,
     is_channels_last,
+    is_misread,
     residual_in_5d,
+    without_padding,
 )
 from .operands import activation_of, apply_function, check_devices, gradient_wanted
 from .sparse24_layout import Gather
@@ -139,8 +142,10 @@ def _dense(
     check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
     memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
     weight = _dense_weight(stored, indices, geometry, x.dtype)
-    steps = (geometry.stride, geometry.padding, geometry.dilation)
-    y = _CONVS[x.dim()](x, weight, bias, *steps, geometry.groups)
+    outputs = output_sizes(SPARSE24_CONV, x, geometry.shape[2:], *geometry.steps)
+    if is_misread(x, geometry, outputs):
+        x, geometry = without_padding(x, geometry, outputs)
+    y = _CONVS[x.dim()](x, weight, bias, *geometry.steps, geometry.groups)
     y = finish(SPARSE24_CONV, y, residual, activation)
     # torch's conv1d returns a view, which could not be written to where gradients are recorded.
     return y.data.contiguous(memory_format=memory_format)
