@@ -132,7 +132,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, expert = self.router(x).softmax(-1).max(-1)
         order = expert.argsort(stable=True)
-        offsets = torch.bincount(expert, minlength=4).cumsum(0)
+        offsets = nn.functional.one_hot(expert, 4).sum(0).cumsum(0)
         y = self.down(self.up(x[order], offsets).relu(), offsets)
         return torch.zeros_like(x).index_copy(0, order, y) * weight.unsqueeze(-1)
 

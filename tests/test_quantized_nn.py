@@ -80,7 +80,9 @@ def test_dequantize_gives_a_trainable_layer(
     assert back.values.grad is not None
     if value_type == "int4":  # x is not rounded: the same layer, to rounding
         x = torch.randn(3, K).to(dtype)
-        torch.testing.assert_close(layer(x), back(x))
+        # Its weights are rounded to the dtype, which the layer's are not.
+        rounding = {"rtol": 0.02, "atol": 2e-3} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(layer(x), back(x), **rounding)
 
 
 def test_fresh_layers_are_valid_and_zero() -> None:

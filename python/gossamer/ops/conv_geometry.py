@@ -32,7 +32,7 @@ def per_axis(op: str, name: str, given: Sizes, axes: int, lowest: int) -> tuple[
         raise TypeError(f"{op}: {name} {given!r}, expected whole numbers")
     numbers = tuple(numbers)
     if len(numbers) == 1:
-        numbers *= axes
+        numbers = numbers * axes
     if len(numbers) != axes or any(not lowest <= number <= _LARGEST for number in numbers):
         raise ValueError(
             f"{op}: {name} {given!r}, expected {axes} number(s) from {lowest} to 2**30"

@@ -93,7 +93,7 @@ def sparse24_linear(
     columns = sparse24_columns(indices, in_features)
     kept = values.where(columns < in_features, 0)
     rows = x.reshape(-1, x.shape[-1])
-    by_column = F.pad(rows.t(), (0, 0, 0, 4 * ((in_features + 3) // 4) - in_features))
+    by_column = F.pad(rows, (0, 4 * ((in_features + 3) // 4) - in_features)).t()
     y = rows.new_empty(rows.shape[0], values.shape[0])
     # As many outputs at once as see 32 MiB of float64.
     together = max((1 << 22) // max(columns.shape[1] * rows.shape[0], 1), 1)
