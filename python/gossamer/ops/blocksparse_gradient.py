@@ -143,7 +143,9 @@ def dx_of(
             by_blocks: Tensor = _product()(dy, *blocks, None, None, *transposed, "none")
             return by_blocks
         # How many blocks a phase has is known where there are numbers alone, and not per sample.
-        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        # A backward that is traced holds tensors of another type; torch 2.9 does not say more.
+        traced = torch.compiler.is_compiling() or type(col) is not Tensor
+        if not (traced or torch._C._are_functorch_transforms_active()):
             return _dx_by_phases(dy, (values, crow, col), x_shape, geometry)
     shape, groups = geometry.shape, geometry.groups
     dense = ToDense.apply(values, crow, col, shape[0], taps_of(shape), shape[1], groups)
