@@ -173,6 +173,9 @@ def test_other_weights_start_the_streams_anew(kind: str) -> None:
     x, other = torch.randn(2, 6) if kind == "linear" else torch.randn(2, 6, 4, 4), make()
     with torch.no_grad():
         layer(x)
+        with pytest.raises(RuntimeError, match="bias"):  # which does nothing
+            layer.load_state_dict({**other.state_dict(), "bias": torch.zeros(3)})
+        assert layer.streams.seen is not None
         layer.load_state_dict(other.state_dict())
         torch.testing.assert_close(layer(x), other(x))
         torch.testing.assert_close(layer.double()(x.double()), other.double()(x.double()))

@@ -166,6 +166,24 @@ def test_synchronised_norms_of_one_process_are_the_others() -> None:
     assert torch.equal(again(x).feats, model(x).feats)
     nothing = pc.SparseTensor(x.coords[:0], x.feats[:0])
     assert len(pc.SyncBatchNorm(6)(nothing)) == 0
+    norm = pc.BatchNorm(6)
+    shared = pc.SyncBatchNorm.convert_sync_batchnorm(nn.ModuleDict({"a": norm, "b": norm}))
+    assert isinstance(shared, nn.ModuleDict)
+    assert type(shared["a"]) is pc.SyncBatchNorm
+    assert shared["a"] is shared["b"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_synchronised_norm_of_a_group_of_one_trains_on_a_cpu(tmp_path: Path) -> None:
+    x, norm, twin = scene(channels=6), pc.BatchNorm(6), pc.SyncBatchNorm(6)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        assert torch.equal(norm(x).feats, twin(x).feats)
+        assert same_state(norm, twin)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_nothing_and_a_single_voxel() -> None:
@@ -393,6 +411,16 @@ def test_other_checkpoints_as_they_are_found() -> None:
     parallel = {f"module.{name}": t for name, t in theirs.items()}
     plain = pc.load_minkowski(theirs, model)
     assert all(torch.equal(t, plain[n]) for n, t in pc.load_minkowski(parallel, model).items())
+    head = torch.randn(1, 5)  # a bias of no convolution
+    assert pc.load_minkowski({**theirs, "2.bias": head}, model)["2.bias"] is head
+    for load in (pc.load_spconv, pc.load_minkowski):  # one prefix goes, not two
+        with pytest.raises(ValueError, match="none of the 1 entries"):
+            load(
+                {
+                    "module.module.0.kernel": kernel,
+                },
+                model,
+            )
     model.half().load_state_dict(plain)
     wrapped = nn.Module()
     wrapped.module = model[0]  # a name of the model's own

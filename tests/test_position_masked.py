@@ -52,6 +52,26 @@ def test_is_the_masked_dense_convolution(kept: float) -> None:
         )
 
 
+def test_16_bits_where_torch_would_read_beside_x() -> None:
+    dense = nn.Conv2d(15, 15, (5, 5), (1, 2), 1).bfloat16()
+    layer = PositionMaskedConv2d.from_dense(dense)
+    x = torch.randn(2, 15, 8, 3).bfloat16()
+    layer.set_mask(torch.ones(6, 1, dtype=torch.bool))
+    exact = nn.functional.conv2d(x.float(), dense.weight.float(), dense.bias.float(), (1, 2), 1)
+    for _ in range(5):
+        y = layer(x)
+        torch.testing.assert_close(y.float(), exact, rtol=0.02, atol=0.02)
+        (dw,) = torch.autograd.grad(y.sum(), layer.weight)
+        assert dw.abs().max() < 100
+
+
+def test_part_of_a_checkpoint_leaves_the_mask() -> None:
+    layer = PositionMaskedConv2d(4, 4, 3)
+    layer.set_mask(torch.ones(2, 2, dtype=torch.bool))
+    layer.load_state_dict({"bias": torch.zeros(4)}, strict=False)
+    assert layer.mask is not None
+
+
 def test_what_is_no_number_stays_out_of_masked_positions() -> None:
     layer = PositionMaskedConv2d(16, 3, 3, padding=1)
     x = torch.randn(1, 16, 6, 6)

@@ -259,6 +259,21 @@ def test_a_closure_s_gradients_are_changed_as_others_are(recipe: Any) -> None:
     assert found[3].isfinite().all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_decay_is_of_gradients_that_a_scaler_has_unscaled(fused: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    made = SRSTE(model, optimizer, decay=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(torch.randn(4, 8)).sum() * 0).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    made.step()
+    kept = magnitude_24(before)
+    torch.testing.assert_close(model[0].weight.detach(), before - 0.05 * (before - kept))
+
+
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -157,6 +157,16 @@ def test_the_estimate_is_unbiased_and_of_least_variance() -> None:
     assert mvue_24(tiny, generator).isfinite().all()
 
 
+def test_an_estimate_beside_a_dominant_entry_is_two_of_four() -> None:
+    small = torch.tensor([1.0, 1.7e-7, 1.7e-7, 5e-8]).repeat(4000, 1)
+    uneven = torch.randn(20_000, 4) * (6 * torch.randn(20_000, 4)).exp()
+    for gradient in (small, uneven, uneven.bfloat16()):
+        drawn = mvue_24(gradient)
+        assert int((drawn != 0).sum(-1).max()) <= 2
+        assert bool(drawn.isfinite().all())
+    assert bool((mvue_24(small) != 0).any(0).all())  # what is small is drawn, too
+
+
 @pytest.mark.parametrize("projection", ["hard", "soft", "transposable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_layer_multiplies_the_projection_and_trains_the_weight(

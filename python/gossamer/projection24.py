@@ -126,7 +126,8 @@ def mvue_24(gradient: Tensor, generator: torch.Generator | None = None) -> Tenso
     magnitude = magnitude / magnitude.amax(-1, keepdim=True)
     total = magnitude.sum(-1, keepdim=True)
     largest, where = magnitude.max(-1, keepdim=True)
-    rest = total - largest
+    # Summed up without it: a difference would lose what is small beside it.
+    rest = magnitude.scatter(-1, where, 0.0).sum(-1, keepdim=True)
     alone = largest > rest
     scale = torch.where(alone, 1 / rest, 2 / total)
     p = (magnitude * scale).nan_to_num(nan=0.0, posinf=0.0)

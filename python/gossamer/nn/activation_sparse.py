@@ -123,7 +123,7 @@ class ActSparseLinear(CheckedModule):
         return actsparse_linear(input, self.weight_kn, self.bias, self.threshold)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.threshold, dtype=torch.float64)
+        return torch.tensor(self.threshold, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.threshold = _threshold_of(state)
@@ -170,8 +170,13 @@ def _checked(threshold: float) -> float:
     return float(threshold)
 
 
+def _is_number(state: Any) -> bool:
+    floating = isinstance(state, Tensor) and state.is_floating_point()
+    return floating and state.numel() == 1 and not state.is_meta
+
+
 def _threshold_of(state: Any) -> float:
-    if not isinstance(state, Tensor) or state.numel() != 1 or not state.is_floating_point():
+    if not _is_number(state):
         raise TypeError(
             f"ActSparseLinear: '_extra_state' is {state!r:.60}, expected the threshold, one "
             "floating-point number as a tensor"

@@ -83,7 +83,7 @@ class _Streams:
         self.output[streams] = silent
 
 
-class _Remembering(nn.Module):
+class _Remembering(CheckedModule):
     """What a layer remembers is of the weights it had, where they were."""
 
     streams: _Streams
@@ -92,9 +92,9 @@ class _Remembering(nn.Module):
         self.streams.forget()
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_checked_state(self, *args: Any) -> None:
         self.streams.forget()
-        super()._load_from_state_dict(*args)
+        super()._load_checked_state(*args)
 
 
 def _writable(t: Tensor) -> Tensor:
@@ -243,8 +243,8 @@ class DeltaConv2d(_Remembering, CheckedModule, nn.Conv2d):
     many pixels have changed that the dense convolution of the changes takes less time, that is
     computed. Finding and remembering what has changed takes some four passes over x, in float32,
     which a dense layer has no need of. Without a threshold the layer is therefore the dense one
-    where few changes could not save that: on a CPU below 64 channels or 256 output positions, and
-    in bfloat16 beside AMX. With one it has to find them, and is slower there.
+    where few changes could not save that: on a CPU below 64 channels or 256 output positions, of
+    1x1 kernels, and in bfloat16 beside AMX. With one it has to find them, and is slower there.
 
     References
     ----------
@@ -297,7 +297,7 @@ class DeltaConv2d(_Remembering, CheckedModule, nn.Conv2d):
         streams.check_shape("DeltaConv2d", input)
         with torch.no_grad():
             size = out_size(input.shape[-2:], self.kernel_size, steps_of(self))
-            if self.threshold == 0 and not changes_pay(input, size):
+            if self.threshold == 0 and not changes_pay(input, self.kernel_size, size):
                 streams.skip(input)
                 return super().forward(input)
             if streams.due(self.refresh_every):

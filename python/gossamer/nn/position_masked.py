@@ -47,7 +47,7 @@ class PositionMaskedConv2d(CheckedModule, nn.Conv2d):
 
     Notes
     -----
-    Which pixels a mask needs is kept for the last size of the batch and of its images, and, while
+    Which pixels a mask needs is kept for the last sizes of the batch and of its images, and, while
     no gradient is wanted, a copy of the weight in the order of the kernels, until that changes.
     ``torch.compile`` and ``torch.export`` record the layer as one op, whose result is in
     channels-last and which has first derivatives only.
@@ -124,7 +124,9 @@ class PositionMaskedConv2d(CheckedModule, nn.Conv2d):
         _check_mask(given.get("mask"))
 
     def _load_checked_state(self, *args: Any) -> None:
-        self.set_mask(args[0].get(args[1] + "mask"))  # of whatever size it is, or none
+        state, prefix = args[:2]
+        if prefix + "mask" in state or prefix + "weight" in state:
+            self.set_mask(state.get(prefix + "mask"))  # of whatever size it is, or none
         super()._load_checked_state(*args)
 
 

@@ -215,7 +215,8 @@ class SparseTrainingLinear(nn.Linear):
         # Indices name two places of a last group that has fewer columns, too, of which a mask that
         # is transposable may keep one or none: they do not say which.
         partial = self.projection == "transposable" and self.in_features % 4 != 0
-        return not self._searched or partial or int(self.age) >= self.refresh
+        always = not self._searched or partial or self.refresh == 1
+        return always or int(self.age) >= self.refresh
 
     def _still_holds(self, weight: Tensor, projected: _Projected) -> bool:
         """Whether a weight of unknown age is the one that was projected, by what was kept of it."""

@@ -75,6 +75,7 @@ def finish(op: str, y: Tensor, residual: Tensor | None, activation: str) -> Tens
 
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -123,6 +124,16 @@ def without_padding(
             window = geometry.dilation[axis] * (geometry.shape[axis + 2] - 1) + 1
             x, stride[axis] = x.narrow(axis + 2, 0, window), 1
     return x, geometry._replace(stride=stride, padding=[0] * len(stride))
+
+
+def dense_conv(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """torch's convolution with a dense weight, of an x that it reads right."""
+    outputs = output_sizes(op, x, geometry.shape[2:], *geometry.steps)
+    if is_misread(x, geometry, outputs):
+        x, geometry = without_padding(x, geometry, outputs)
+    return _CONVS[x.dim()](x, weight, bias, *geometry.steps, geometry.groups)
 
 
 def dense_gradients(

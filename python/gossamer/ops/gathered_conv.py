@@ -76,7 +76,7 @@ def most_gathered_of(x: Tensor, taps: Taps) -> float:
     )
 
 
-def changes_pay(x: Tensor, out_size: tuple[int, int]) -> bool:
+def changes_pay(x: Tensor, kernel: tuple[int, ...], out_size: tuple[int, int]) -> bool:
     """Whether few changes of images x take less time than the dense convolution of all of x.
 
     What is found and remembered takes some passes over x in any case, and looking at the weight one
@@ -89,7 +89,11 @@ def changes_pay(x: Tensor, out_size: tuple[int, int]) -> bool:
     dtype, target = x.dtype if autocast is None else autocast, _C.target()
     if target == "serial" or (dtype == torch.bfloat16 and target == "amx_bf16"):
         return False
-    return x.shape[1] >= 64 and len(x) * out_size[0] * out_size[1] >= 256
+    positions = len(x) * out_size[0] * out_size[1]
+    if kernel == (1, 1) or x.shape[1] < 64 or positions < 256:
+        return False
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return most_gathered(dtype, x.shape[1], kernel[0] * kernel[1], positions, last, target) > 0
 
 
 T = TypeVar("T")

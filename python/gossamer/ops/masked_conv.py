@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import TAGS_NOT_CAPTURED, library
 from ..pointcloud.kernel_map import KernelMap
 from .conv_at import Steps, Taps, out_size, taps_for
+from .conv_operands import Geometry, dense_conv, dense_gradients
 from .gathered_conv import GatheredWeight, Kept, most_gathered_of
 from .operands import autocast_dtype, autocast_to, check_bias, check_devices, gradient_wanted
 from .pointcloud import Pairs, feats_gradient, pointcloud_conv, weight_gradient
@@ -32,6 +32,9 @@ class Positions:
     def __init__(self) -> None:
         self._taps: Taps | None = None
         self._kept, self._map, self._weight = Kept(), Kept(), GatheredWeight()
+
+    def __reduce__(self) -> tuple[type[Positions], tuple[()]]:
+        return Positions, ()  # neither copied nor saved with the layer that has them
 
     def of(
         self, x: Tensor, weight: Tensor, mask: Tensor, steps: Steps
@@ -65,7 +68,8 @@ def masked_conv(
     """[B, C, H, W] to [B, C_out, OH, OW], 0 where the [OH, OW] mask is False."""
     found = positions.of(x, weight, mask, steps)
     if found is None:
-        return F.conv2d(x, weight, bias, *steps).masked_fill(~mask, 0)
+        geometry = Geometry(weight.shape, 1, *steps)
+        return dense_conv(_OP, x, weight, bias, geometry).masked_fill(~mask, 0)
     at, kernel_map, by_tap = found
     computed = pointcloud_conv(_pixels(x), by_tap, bias, kernel_map)
     shape = (len(x), *mask.shape, weight.shape[0])
@@ -105,11 +109,11 @@ _gradients_op = torch.ops.gossamer.masked_conv_gradients.default
 
 # By where a mask lies, which a graph and its backward agree on. What is kept compares its content.
 _positions: OrderedDict[tuple[Any, ...], Positions] = OrderedDict()
-_MOST_MASKS = 64
+_MOST_MASKS = 256
 
 
 def _positions_of(mask: Tensor, weight: Tensor, steps: Steps) -> Positions:
-    key = (mask.device, mask.data_ptr(), weight.data_ptr(), *map(tuple, steps))
+    key = (mask.device, mask.data_ptr(), *map(tuple, (weight.shape, *steps)))
     found = _positions.pop(key, None)
     if found is None:
         found = Positions()
@@ -156,11 +160,12 @@ def _gradients(
     found = _positions_of(mask, weight, steps).of(x, weight, mask, steps)
     if found is None:
         dy = dy.masked_fill(~mask, 0)
-        outputs = [weight.shape[0]]
-        made = torch.ops.aten.convolution_backward(
-            dy, x, weight, outputs, *steps, False, [0, 0], 1, wanted
+        geometry = Geometry(weight.shape, 1, *steps)
+        given = (x if wanted[1] else None, weight if wanted[0] else None)
+        made = (*dense_gradients(dy, *given, x.shape, geometry), dy.sum((0, 2, 3)))
+        dx, dw, db = (
+            t if w and t is not None else x.new_empty(0) for t, w in zip(made, wanted, strict=True)
         )
-        dx, dw, db = (x.new_empty(0) if t is None else t for t in made)
     else:
         dx, dw, db = (x.new_empty(0) for _ in range(3))
         at, kernel_map, by_tap = found

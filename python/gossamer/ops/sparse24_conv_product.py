@@ -19,25 +19,22 @@ from .._library import is_recorded, library
 from ..formats import Sparse24Conv, sparse24_shapes
 from ..formats.geometry import channels_last, taps_of
 from ..formats.sparse24_conv import sparse24_matrix_shape
-from .conv_geometry import output_sizes
 from .conv_operands import (
     LAST,
     Geometry,
     as_5d,
     check_residual,
+    dense_conv,
     dense_gradients,
     empty_result,
     finish,
     is_channels_last,
-    is_misread,
     residual_in_5d,
-    without_padding,
 )
 from .operands import activation_of, apply_function, check_devices, gradient_wanted
 from .sparse24_layout import Gather
 
 SPARSE24_CONV = "sparse24_conv"
-_CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def product(x: Tensor, stored: Tensor, *rest: Any) -> Tensor:
@@ -142,10 +139,7 @@ def _dense(
     check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
     memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
     weight = _dense_weight(stored, indices, geometry, x.dtype)
-    outputs = output_sizes(SPARSE24_CONV, x, geometry.shape[2:], *geometry.steps)
-    if is_misread(x, geometry, outputs):
-        x, geometry = without_padding(x, geometry, outputs)
-    y = _CONVS[x.dim()](x, weight, bias, *geometry.steps, geometry.groups)
+    y = dense_conv(SPARSE24_CONV, x, weight, bias, geometry)
     y = finish(SPARSE24_CONV, y, residual, activation)
     # torch's conv1d returns a view, which could not be written to where gradients are recorded.
     return y.data.contiguous(memory_format=memory_format)

@@ -99,7 +99,9 @@ def load_spconv(
             return weight.reshape(*kernel, *(weight.shape[axis] for axis in channels))
         return weight.permute(*axes, *channels)
 
-    return _converted("load_spconv", state_dict, model, "weight", range(3, 7), convert)
+    return _converted(
+        "load_spconv", _named_as(state_dict, model), model, "weight", range(3, 7), convert
+    )
 
 
 def load_minkowski(
@@ -175,13 +177,16 @@ def _from_taps(
         axes = range(len(kernel) - 1, -1, -1)
         return weight.unflatten(0, kernel[::-1]).permute(*axes, -2, -1)
 
-    names = None if model is None else {name for name, _ in model.named_modules()}
+    modules = {} if model is None else dict(model.named_modules())
+    names = None if model is None else modules.keys()
+    convs = {name for name, module in modules.items() if isinstance(module, Convolution)}
     renamed = {}
     for name, tensor in _named_as(state_dict, model).items():
         norm = re.search(_NORM, name)
         if norm and (names is None or name[: norm.start() + 3] not in names):
             name = f"{name[: norm.start()]}.{norm[1]}"
-        bias = name.rpartition(".")[2] == "bias" and isinstance(tensor, Tensor)
+        owner, _, last = name.rpartition(".")
+        bias = last == "bias" and isinstance(tensor, Tensor) and (owner in convs or model is None)
         renamed[name] = tensor.squeeze(0) if bias and tensor.dim() == 2 else tensor
     return _converted(op, renamed, model, "kernel", (2, 3), convert)
 
@@ -211,7 +216,7 @@ def _converted(
     if model is not None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, Convolution)}
     result, converted = {}, 0
-    for name, tensor in _named_as(state_dict, model).items():
+    for name, tensor in state_dict.items():
         owner, _, last = name.rpartition(".")
         layer = None if layers is None else layers.get(owner)
         no_weight = not isinstance(tensor, Tensor) or tensor.dim() not in dimensions

@@ -26,13 +26,18 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """`BatchNorm` over the voxels of all processes of a group: ``torch.nn.SyncBatchNorm``."""
+    """`BatchNorm` over the voxels of all processes of a group: ``torch.nn.SyncBatchNorm``.
+
+    Trained on several processes it needs a GPU in each, as torch's does.
+    """
 
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
         """``x`` with ``num_features`` channels, normalised; it may be empty in some processes."""
         check_sparse("SyncBatchNorm", x)
-        alone = not (distributed.is_available() and distributed.is_initialized())
-        return x if alone and not len(x) else x.replace_feats(super().forward(x.feats))
+        grouped = distributed.is_available() and distributed.is_initialized()
+        if grouped and self.training and distributed.get_world_size(self.process_group) > 1:
+            return x.replace_feats(super().forward(x.feats))
+        return x.replace_feats(_BatchNorm.forward(self, x.feats)) if len(x) else x
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -52,14 +57,24 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         torch.nn.Module
             ``module``, or what it became. Parameters and buffers are the same tensors.
         """
-        if isinstance(module, _BatchNorm):
-            converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
-            if isinstance(module, (BatchNorm, cls)):
-                converted.__class__ = cls
-            return converted
-        for name, child in module.named_children():
-            setattr(module, name, cls.convert_sync_batchnorm(child, process_group))
-        return module
+        done: dict[nn.Module, nn.Module] = {}  # a layer may stand in several places
+
+        def convert(layer: nn.Module) -> nn.Module:
+            if layer in done:
+                return done[layer]
+            done[layer] = made = layer
+            if isinstance(layer, _BatchNorm):
+                made = nn.SyncBatchNorm.convert_sync_batchnorm(layer, process_group)
+                if isinstance(layer, (BatchNorm, cls)):
+                    made.__class__ = cls
+                done[layer] = made
+            else:
+                for name, child in layer._modules.items():
+                    if child is not None:
+                        layer._modules[name] = convert(child)
+            return made
+
+        return convert(module)
 
 
 class ReLU(nn.ReLU):

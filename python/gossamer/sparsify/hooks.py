@@ -19,6 +19,7 @@ def before_update(optimizer: torch.optim.Optimizer, change: Callable[[], None]) 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
+            _unscale(optimizer)
             change()
             return None
 
@@ -32,3 +33,15 @@ def before_update(optimizer: torch.optim.Optimizer, change: Callable[[], None]) 
         return (args[0], changed, *args[2:]), kwargs
 
     return optimizer.register_step_pre_hook(hook)
+
+
+def _unscale(optimizer: torch.optim.Optimizer) -> None:
+    """Do now what a fused optimizer does with the gradients of a GradScaler as it uses them."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(scale.to(parameter.grad.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from .. import reference
 from ..formats import Block, BlockSparse, Sparse24, SparseCsr, Unstructured
 from ..formats.csr import from_keys
 from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
+from ..ops.conv_operands import Geometry, dense_gradients
 from ..ops.csr import csr_linear
 from ..ops.sparse24 import sparse24_linear
 from .layers import Layer
@@ -111,11 +112,10 @@ class _Straight(torch.autograd.Function):
         dy = g
         if x.dim() < weight.dim():  # one image
             dy, x = g[None], x[None]
-        found = torch.ops.aten.convolution_backward(
-            *(dy, x, weight.to(g.dtype), None, conv.stride, conv.padding, conv.dilation),
-            *(False, [0] * (weight.dim() - 2), conv.groups, [False, True, False]),
-        )
-        return g, found[1].to(weight.dtype), None, None
+        geometry = Geometry(weight.shape, conv.groups, conv.stride, conv.padding, conv.dilation)
+        _, found = dense_gradients(dy, x, None, x.shape, geometry)
+        assert found is not None
+        return g, found.to(weight.dtype), None, None
 
 
 @dataclass(eq=False)

@@ -343,7 +343,7 @@ class Sparsifier:
         ------
         ValueError
             If a part is missing or of another recipe, pattern, score, schedule or model; nothing
-            is changed then.
+            is changed then. What scores and schedules hold in their parts is not looked into.
         """
         op = type(self).__name__
         check_keys(op, state, _KEYS)
