@@ -162,10 +162,9 @@ def _gradients(
         dy = dy.masked_fill(~mask, 0)
         geometry = Geometry(weight.shape, 1, *steps)
         given = (x if wanted[1] else None, weight if wanted[0] else None)
-        made = (*dense_gradients(dy, *given, x.shape, geometry), dy.sum((0, 2, 3)))
-        dx, dw, db = (
-            t if w and t is not None else x.new_empty(0) for t, w in zip(made, wanted, strict=True)
-        )
+        bias_gradient = dy.sum((0, 2, 3)) if wanted[2] else None
+        made = (*dense_gradients(dy, *given, x.shape, geometry), bias_gradient)
+        dx, dw, db = (x.new_empty(0) if t is None else t for t in made)
     else:
         dx, dw, db = (x.new_empty(0) for _ in range(3))
         at, kernel_map, by_tap = found
