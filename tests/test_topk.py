@@ -53,9 +53,10 @@ CASES = (
     Case(2, 7, 30, 300),  # threads share the columns
     Case(65, 12, 90, 129),  # and the tokens
     Case(6, 60, 60, 1000),  # k = width
+    Case(3, 20, 8, 2100),  # two strips of columns, several groups of rows
 )
 # Past L2 with each row named often, so that tiles are copied: of one block, and of several.
-TILED = (Case(2300, 12, 3000, 400), Case(3000, 60, 20000, 83))
+TILED = (Case(2300, 20, 3000, 400), Case(3000, 90, 20000, 83))
 
 
 NATIVE = (topk_decode, ops.topk_values, ops.topk_weight)

@@ -116,8 +116,8 @@ struct LinearKernels : Finish<S, T> {
           at[r] = rows[r] + c;
           ahead[r] = last ? following[r] : at[r] + kStrip;
         }
-        AddRows<S>::template add_up_to<T>(count, at, factors, y + c, min(kStrip, task.columns - c),
-                                          ahead);
+        AddRows<S>::template add_to<T>(count, at, factors, y + c, min(kStrip, task.columns - c),
+                                       ahead);
       }
     }
   }

@@ -60,7 +60,7 @@ Blocks sort_by_block(const Bags& args, int64_t blocks, int block_bits) {
   for (int64_t& entry : sorted.begins) before += std::exchange(entry, before);
   // Each entry moves from its bag's begin to its end,
   parallel_ranges(threads, args.bags, [&](int64_t first, int64_t last) {
-    for_pairs(first, last, [&](int64_t i, int64_t block, int64_t& at) {
+    for_pairs(first, last, [&](int64_t i, int64_t, int64_t& at) {
       sorted.rows[at] = args.rows[i] & ((1u << block_bits) - 1);
       sorted.scales[at++] = static_cast<const float*>(args.scales)[i];
     });
@@ -81,12 +81,12 @@ class Tiles {
     slices_ = ceil_div(args.columns, kSlice);
   }
 
-  // Copying costs about what three direct reads of float32 do; 16-bit ones are cheaper, while the
-  // loop over a tile takes as long.
+  // Copying costs as much as four direct reads of float32, which go through memory in one piece;
+  // 16-bit ones are cheaper, while the loop over a tile takes as long.
   // Sums are read and written once for each block, and out in short pieces.
   bool worth_it() const {
     const int64_t pairs = begin_of(args_, args_.bags);
-    const int64_t least_uses = size_ == 2 ? 8 : 4;  // of a row
+    const int64_t least_uses = size_ == 2 ? 12 : 6;  // of a row
     return args_.columns >= kSlice && args_.matrix_rows * args_.columns * size_ > l2_bytes() &&
            pairs >= least_uses * args_.matrix_rows &&
            pairs >= args_.bags * std::max<int64_t>(blocks_, 8);
@@ -167,6 +167,11 @@ class Tiles {
   int block_bits_ = 0;  // rows of a block, as a power of 2
   int64_t size_, blocks_, block_rows_, slices_;
 };
+
+float* sums_of_strip() {
+  constexpr int64_t kPadding = 16;  // the widest register
+  return static_cast<float*>(sums_scratch.at_least((kStrip + kPadding) * 4));
+}
 
 // Where the bag lies at which `share` of the work is done, an empty bag being worth two pairs.
 int64_t bag_at(const Bags& args, int64_t share, int64_t of) {
@@ -265,11 +270,13 @@ void sum_bags(const Bags& args) {
   constexpr int64_t kBagsEach = 4;  // with fewer a thread, threads share the columns of all bags
   if (args.bags >= kBagsEach * threads) {
     parallel_run(threads, [&](int thread, int team) {
-      unit->sum(args, bag_at(args, thread, team), bag_at(args, thread + 1, team), 0, args.columns);
+      const int64_t first = bag_at(args, thread, team), last = bag_at(args, thread + 1, team);
+      unit->sum(args, first, last, 0, args.columns, sums_of_strip());
     });
   } else {
     parallel_ranges(threads, ceil_div(args.columns, kSlice), [&](int64_t first, int64_t last) {
-      unit->sum(args, 0, args.bags, first * kSlice, std::min(last * kSlice, args.columns));
+      const int64_t end = std::min(last * kSlice, args.columns);
+      unit->sum(args, 0, args.bags, first * kSlice, end, sums_of_strip());
     });
   }
 }

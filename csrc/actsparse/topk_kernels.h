@@ -1,6 +1,7 @@
 #pragma once
 // k-sparse codes over a vector vocabulary S (common/simd_*.h) and a storage type T. Registers run
-// along the columns; a bag's sums stay in registers while its rows go by.
+// along the columns.
+#include "actsparse/add_rows.h"
 #include "actsparse/topk_unit.h"
 #include "common/simd_finish.h"
 
@@ -17,101 +18,62 @@ template <class S, class T>
 struct Kernels {
   using F = typename S::F;
   static constexpr int kLanes = S::kLanes;
-  static constexpr int kWidest = kLanes == 16 ? 16 : 8;  // registers of sums
   static constexpr int kSliceRegisters = kSlice / kLanes;
-  static constexpr int64_t kAhead = 6;  // rows that are fetched before they are met
   static constexpr int64_t kLine = 64 / sizeof(T);
 
   static int64_t begin_of(const int64_t* begins, int64_t k, int64_t bag) {
     return begins == nullptr ? bag * k : begins[bag];
   }
 
-  static void store(T* out, F sum, const T* bias) {
-    S::store(out, bias == nullptr ? sum : S::add(sum, S::load(bias)));
-  }
-
-  // kRegisters of columns from `column` on of one bag. What comes after its last row is fetched
-  // too: the next columns of the bag, or the next bag, `next` columns on.
-  template <int kRegisters>
-  static void sum_block(const Bags& b, int64_t begin, int64_t end, int64_t column, int64_t pairs,
-                        int64_t next, T* out) {
-    const T* matrix = static_cast<const T*>(b.matrix) + column;
+  // A few rows of one bag at a time, each in one piece, as prefetchers like them: sums that stayed
+  // in registers would visit each row once for every few lines of it.
+  static void sum(const Bags& b, int64_t first_bag, int64_t last_bag, int64_t first, int64_t last,
+                  float* sums) {
+    using Add = AddRows<S>;
+    const T *matrix = static_cast<const T*>(b.matrix), *bias = static_cast<const T*>(b.bias);
     const auto* scales = static_cast<const float*>(b.scales);
-    F sum[kRegisters];
-#pragma GCC unroll 16
-    for (F& s : sum) s = S::zero();
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t later = i + kAhead;
-      const T* ahead = matrix;
-      if (later >= end && next != 0) {
-        later -= end - begin;
-        ahead += next;
-      }
-      if (later < pairs) {
-        ahead += b.rows[later] * b.stride;
-#pragma GCC unroll 16
-        for (int64_t c = 0; c < kRegisters * kLanes; c += kLine) __builtin_prefetch(ahead + c);
-      }
-      const T* row = matrix + b.rows[i] * b.stride;
-      const F scale = S::set1(scales[i]);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRegisters; ++r) {
-        sum[r] = S::fma(scale, S::load(row + r * kLanes), sum[r]);
-      }
-    }
-    const T* bias = b.bias == nullptr ? nullptr : static_cast<const T*>(b.bias) + column;
-#pragma GCC unroll 16
-    for (int r = 0; r < kRegisters; ++r) {
-      store(out + column + r * kLanes, sum[r], bias == nullptr ? nullptr : bias + r * kLanes);
-    }
-  }
-
-  // The columns after the last whole register: the last kLanes columns of the matrix, or all of
-  // them with zeros behind where there are fewer.
-  static F load_last(const T* row, int64_t columns) {
-    if (columns >= kLanes) return S::load(row + columns - kLanes);
-    T padded[kLanes] = {};
-    __builtin_memcpy(padded, row, columns * sizeof(T));
-    return S::load(padded);
-  }
-
-  static void sum_last(const Bags& b, int64_t begin, int64_t end, T* out) {
-    F sum = S::zero();
-    for (int64_t i = begin; i < end; ++i) {
-      const T* row = static_cast<const T*>(b.matrix) + b.rows[i] * b.stride;
-      const F scale = S::set1(static_cast<const float*>(b.scales)[i]);
-      sum = S::fma(scale, load_last(row, b.columns), sum);
-    }
-    if (b.bias != nullptr) {
-      sum = S::add(sum, load_last(static_cast<const T*>(b.bias), b.columns));
-    }
-    T last[kLanes];
-    S::store(last, sum);
-    const int64_t rest = b.columns % kLanes;
-    const T* from = b.columns >= kLanes ? last + kLanes - rest : last;
-    __builtin_memcpy(out + b.columns - rest, from, rest * sizeof(T));
-  }
-
-  template <int kRegisters>
-  static void sum_columns(const Bags& b, int64_t begin, int64_t end, int64_t column, int64_t last,
-                          int64_t pairs, T* out) {
-    constexpr int64_t kColumns = kRegisters * kLanes;
-    for (; column + kColumns <= last; column += kColumns) {
-      const int64_t next = column + 2 * kColumns <= last ? kColumns : 0;
-      sum_block<kRegisters>(b, begin, end, column, pairs, next, out);
-    }
-    if constexpr (kRegisters > 1) {
-      sum_columns<kRegisters / 2>(b, begin, end, column, last, pairs, out);
-    }
-  }
-
-  static void sum(const Bags& b, int64_t first_bag, int64_t last_bag, int64_t first, int64_t last) {
     const int64_t pairs = begin_of(b.begins, b.k, last_bag);
     for (int64_t bag = first_bag; bag < last_bag; ++bag) {
       const int64_t begin = begin_of(b.begins, b.k, bag), end = begin_of(b.begins, b.k, bag + 1);
-      T* out = static_cast<T*>(b.out) + bag * b.columns;
-      sum_columns<kWidest>(b, begin, end, first, last, pairs, out);
-      if (last == b.columns && last % kLanes != 0) sum_last(b, begin, end, out);
+      for (int64_t column = first; column < last; column += kStrip) {
+        const int64_t columns = last - column < kStrip ? last - column : kStrip;
+        T* out = static_cast<T*>(b.out) + bag * b.columns + column;
+        const T* added = bias == nullptr ? nullptr : bias + column;
+        if (begin == end && added == nullptr) __builtin_memset(out, 0, columns * sizeof(T));
+        if (begin == end && added != nullptr) __builtin_memcpy(out, added, columns * sizeof(T));
+        const auto zero = [](int64_t) GOSSAMER_INLINE { return S::zero(); };
+        const auto load = [=](int64_t c) GOSSAMER_INLINE { return S::load(sums + c); };
+        const auto store = [=](int64_t c, F sum, int64_t)
+                               GOSSAMER_INLINE { S::store(sums + c, sum); };
+        const auto finish = [=](int64_t c, F sum, int64_t count) GOSSAMER_INLINE {
+          if (added != nullptr) sum = S::add(sum, Finish<S, T>::load_some(added + c, count));
+          if (count == kLanes) return S::store(out + c, sum);
+          T last[kLanes];
+          S::store(last, sum);
+          __builtin_memcpy(out + c, last, count * sizeof(T));
+        };
+        for (int64_t i = begin, to; i < end; i = to) {
+          to = end - i < Add::kMost ? end : i + Add::kMost;
+          const T *rows[Add::kMost], *ahead[Add::kMost];
+          for (int64_t r = 0; r < to - i; ++r) {
+            rows[r] = matrix + b.rows[i + r] * b.stride + column;
+            // What is fetched meanwhile: a later row, of the next strip or bag if need be.
+            int64_t later = i + r + Add::kMost, next = column;
+            if (later >= end) next = column + columns < last ? column + columns : first;
+            if (next > column) later -= end - begin;
+            ahead[r] = later < pairs ? matrix + b.rows[later] * b.stride + next : rows[r];
+          }
+          const int count = static_cast<int>(to - i);
+          const auto add = [&](const auto& start) {
+            if (to < end) {
+              Add::template add_rows<Add::kMost>(rows, scales + i, columns, ahead, start, store);
+            } else {
+              Add::template add_up_to<T>(count, rows, scales + i, columns, ahead, start, finish);
+            }
+          };
+          i == begin ? add(zero) : add(load);
+        }
+      }
     }
   }
 

@@ -1,6 +1,8 @@
-"""Products by torch whose sums nobody has rounded yet: what a GPU runs where it has no kernel."""
+"""Products by torch in a wider type: where sums are rounded later, or torch is slow without."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,3 +31,35 @@ def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
     # autocast, which stays on within an op, would make 16-bit operands of these again.
     with torch.autocast(a.device.type, enabled=False):
         return a.to(wide(a.dtype)) @ b.to(wide(b.dtype))
+
+
+FEW_ROWS = 16  # of a, for which dot products with the rows of a transposed b are fast enough
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, through float32 where torch has only loops for a 16-bit type.
+
+    Measured on two cores of Zen 3, 256 rows and 4096x1024 in bfloat16: with b as it lies 20 ms
+    instead of 3.2 s, with a transposed 21 instead of 280, with b transposed 22 instead of 110.
+    """
+    if has_loops_only(a):
+        rows = a.shape[-2] if a.dim() > 1 else 1
+        if rows >= FEW_ROWS or not b.t().is_contiguous():
+            return wide_matmul(a, b).to(a.dtype)
+    return a @ b
+
+
+def has_loops_only(t: Tensor) -> bool:
+    """Whether oneDNN lacks the dtype on this CPU, and torch multiplies number by number."""
+    return t.is_cpu and t.dtype in _BY_ONEDNN and not _by_onednn(t.dtype)
+
+
+_BY_ONEDNN = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+
+
+@cache
+def _by_onednn(dtype: torch.dtype) -> bool:
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, _BY_ONEDNN[dtype])()

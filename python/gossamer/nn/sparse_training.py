@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .._sharded import whole
+from .._wide import matmul
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Panels
 from ..ops.operands import autocast_dtype, autocast_to
 from ..ops.sparse24 import sparse24_linear_tensors
@@ -360,14 +361,14 @@ class _Straight(torch.autograd.Function):
                 if ctx.both:
                     dx = _product(dy, Sparse24.from_dense(dense.t().contiguous()), None)
                 else:
-                    dx = dy @ dense
+                    dx = matmul(dy, dense)
             if ctx.needs_input_grad[1]:
                 rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
                 if ctx.mvue and len(rows) > 0:
                     estimate = Sparse24.from_dense(mvue_24(rows.t().contiguous()))
                     dweight = _product(inputs.t().contiguous(), estimate, None).t()
                 else:
-                    dweight = rows.t() @ inputs
+                    dweight = matmul(rows.t(), inputs)
             if ctx.needs_input_grad[2]:
                 db = dy.reshape(-1, dy.shape[-1]).sum(0)
         return dx, dweight, db, None, None, None, None, None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._wide import matmul
 from .operands import as_rows
 
 
@@ -57,13 +58,13 @@ class Linear(torch.autograd.Function):
         x, weight_kn = ctx.saved_tensors
         dx = dweight = db = None
         if ctx.needs_input_grad[0] and ctx.threshold == 0:
-            dx = dy @ weight_kn.t()
+            dx = matmul(dy, weight_kn.t())
         elif ctx.needs_input_grad[0]:
             wanted = active(x, ctx.threshold)
             dx = Outputs.apply(dy, weight_kn, wanted, None)
         if ctx.needs_input_grad[1]:
             rows = as_rows(masked(x, ctx.threshold), x.dim())
-            dweight = rows.t() @ as_rows(dy, dy.dim())
+            dweight = matmul(rows.t(), as_rows(dy, dy.dim()))
         if ctx.needs_input_grad[2]:
             db = as_rows(dy, dy.dim()).sum(0)
         return dx, dweight, db, None
@@ -95,7 +96,7 @@ class Outputs(torch.autograd.Function):
             dx = Linear.apply(dy, weight, None, 0.0)
         rows = as_rows(dy, dy.dim())
         if ctx.needs_input_grad[1]:
-            dweight = rows.t() @ as_rows(x, x.dim())
+            dweight = matmul(rows.t(), as_rows(x, x.dim()))
         if ctx.needs_input_grad[3]:
             db = rows.sum(0)
         return dx, dweight, None, db

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._wide import has_loops_only, matmul
 from .conv_geometry import check_channels, output_sizes
 from .operands import activation_of, check_bias
 
@@ -130,6 +131,9 @@ def dense_conv(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """torch's convolution with a dense weight, of an x that it reads right."""
+    if has_loops_only(x):
+        wide = (x.float(), weight.float(), None if bias is None else bias.float())
+        return _CONVS[x.dim()](*wide, *geometry.steps, geometry.groups).to(x.dtype)
     outputs = output_sizes(op, x, geometry.shape[2:], *geometry.steps)
     if is_misread(x, geometry, outputs):
         x, geometry = without_padding(x, geometry, outputs)
@@ -146,7 +150,8 @@ def dense_gradients(
     """(dx, dW); dx where the weight is given, dW where x is."""
     shape = geometry.shape
     if len(shape) == 2:
-        return None if dense is None else dy @ dense, None if x is None else dy.t() @ x
+        dx = None if dense is None else matmul(dy, dense)
+        return dx, None if x is None else matmul(dy.t(), x)
     if x is not None and is_misread(x, geometry, dy.shape[2:]):
         if dense is not None:  # whose product with dy is right
             dx, _ = dense_gradients(dy, None, dense, x_shape, geometry)
@@ -164,7 +169,7 @@ def dense_gradients(
         dy.new_empty(1).expand(x_shape) if x is None else x,
         dy.new_empty(1).expand(shape) if dense is None else dense,
     ]
-    if dy.dtype == torch.float16 and dy.is_cpu:  # torch has no such kernel on every CPU
+    if has_loops_only(dy) or (dy.is_cpu and dy.dtype == torch.float16):  # torch has no kernel
         operands = [operand.float() for operand in operands]
     rest = (None, *geometry.steps, False, (0,) * len(shape[2:]), geometry.groups, wanted)
     dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *rest)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import library
+from .._wide import has_loops_only, matmul
 from . import grouped_cuda
 
 
@@ -31,10 +32,17 @@ def groups_of(offsets: Tensor, experts: int, tokens: int) -> Iterator[tuple[int,
         begin = end
 
 
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if has_loops_only(a):
+        out.copy_(matmul(a, b))
+    else:
+        torch.mm(a, b, out=out)
+
+
 def _input_native(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     dx = _input_fake(dy, weights, offsets)
     for expert, tokens in groups_of(offsets, len(weights), len(dy)):
-        torch.mm(dy[tokens], weights[expert], out=dx[tokens])
+        _write_product(dx[tokens], dy[tokens], weights[expert])
     return dx
 
 
@@ -54,7 +62,7 @@ def _weight_native(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         left = dy[tokens].t()
         # oneDNN's 16-bit product takes twice as long where its left side lies transposed.
         left = left.contiguous() if dy.dtype.itemsize == 2 else left
-        torch.mm(left, x[tokens], out=dweights[expert])
+        _write_product(dweights[expert], left, x[tokens])
     return dweights
 
 

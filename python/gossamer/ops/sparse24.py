@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _C
 from .._cuda_module import on_cuda
 from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
+from .._wide import matmul
 from ..formats import Sparse24, Sparse24Panels
 from .cuda_workspace import aligned_rows, workspace
 from .operands import (
@@ -260,9 +261,10 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if indices is None:
                 values, indices = _from_panels(values, ctx.in_features, ctx.out_features, ctx.dtype)
-            dx = dy @ ToDense.apply(values, indices, ctx.in_features)
+            dx = matmul(dy, ToDense.apply(values, indices, ctx.in_features))
         if ctx.needs_input_grad[1]:
-            dweight = dy.reshape(-1, ctx.out_features).t() @ x.reshape(-1, ctx.in_features)
+            rows = dy.reshape(-1, ctx.out_features)
+            dweight = matmul(rows.t(), x.reshape(-1, ctx.in_features))
             dvalues = Gather.apply(dweight, indices)
         if ctx.needs_input_grad[3]:
             db = dy.reshape(-1, ctx.out_features).sum(0)

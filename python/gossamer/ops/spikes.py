@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import TAGS_NOT_CAPTURED, calls_cpu_kernel, is_recorded, library
-from .._wide import wide_matmul
+from .._wide import matmul, wide_matmul
 from .actsparse_cuda import has_rows_kernel, rows_workspace
 from .operands import (
     apply_function,
@@ -249,7 +249,9 @@ class _Bits(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        dweight = unpack_spikes(bits, ctx.features, dy.dtype).t() @ dy if wanted[1] else None
+        dweight = None
+        if wanted[1]:
+            dweight = matmul(unpack_spikes(bits, ctx.features, dy.dtype).t(), dy)
         return None, dweight, dy.sum(0) if wanted[2] else None
 
 
@@ -270,8 +272,8 @@ class _Spikes(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         x = unpack_spikes(bits, weight_kn.shape[0], dy.dtype) if wanted[1] else None
         return (
-            dy @ weight_kn.t() if wanted[0] else None,
-            None if x is None else x.t() @ dy,
+            matmul(dy, weight_kn.t()) if wanted[0] else None,
+            None if x is None else matmul(x.t(), dy),
             dy.sum(0) if wanted[2] else None,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, is_recorded, library
+from .._wide import FEW_ROWS, has_loops_only
 from .operands import (
     apply_function,
     as_rows,
@@ -116,6 +117,8 @@ def _encode_native(
     values, indices = _encode_empty(x, weight, bias, k)
     x = x.contiguous()  # or oneDNN multiplies what lies between rows of bfloat16, by 0
     tokens, width = x.shape[0], weight.shape[0]
+    if has_loops_only(x) and tokens >= FEW_ROWS:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     together = min(max(_DENSE_BYTES // (width * weight.itemsize), 1), tokens)
     dense = weight.new_empty((together, width))
     for first in range(0, tokens, max(together, 1)):
@@ -125,6 +128,7 @@ def _encode_native(
             torch.mm(x[some], weight.t(), out=part)
         else:
             torch.addmm(bias, x[some], weight.t(), out=part)
+        part = part.to(values.dtype)
         _C.topk_select(values[some], indices[some], part, relu, torch.get_num_threads())
     return values, indices
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import reference
+from .._wide import matmul
 from ..formats import Block, BlockSparse, Sparse24, SparseCsr, Unstructured
 from ..formats.csr import from_keys
 from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
@@ -107,7 +108,7 @@ class _Straight(torch.autograd.Function):
         weight, x = ctx.saved_tensors
         x, conv = x.to(g.dtype), ctx.module
         if isinstance(conv, nn.Linear):
-            rows = g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            rows = matmul(g.reshape(-1, g.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
             return g, rows.to(weight.dtype), None, None
         dy = g
         if x.dim() < weight.dim():  # one image

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._wide import matmul
 from ..conversion.selection import layer_sites, left_out
 from ..formats import SparseCsr, Unstructured, random_places, update_pattern
 from ..nn import SparseLinear
@@ -184,7 +185,7 @@ class StoredDropGrow:
         keys = live.new_empty(0)
         rows = max(1, _CHUNK // shape[1])
         for first in range(0, shape[0], rows):
-            gradient = (dy[:, first : first + rows].t() @ x).float()
+            gradient = matmul(dy[:, first : first + rows].t(), x).float()
             if self._group is not None:  # the ranks' parts of one batch
                 dist.all_reduce(gradient, group=self._group)
             gradient = gradient.abs().flatten()
