@@ -15,6 +15,7 @@ from bench_sparse24 import check_answer
 from gossamer import _C, grouped_linear
 from machine import Limits
 from record import OURS, Case
+from rivals import THROUGH_FLOAT32, has_instructions_for
 from shapes import DTYPES, TOLERANCES, ExpertShape
 from timing import Contender, Effort, measure
 from torch import Tensor
@@ -87,6 +88,10 @@ def _loop(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
 def rivals(x: Tensor, weights: Tensor, counts: Tensor) -> list[Contender]:
     """The dense ways of torch, on the same weights."""
     contenders = [Contender(LOOP, partial(_loop, x, weights, counts.tolist()))]
+    if not has_instructions_for(x.dtype):
+        wide = weights.float()
+        through = lambda: _loop(x.float(), wide, counts.tolist()).to(x.dtype)  # noqa: E731
+        contenders.append(Contender(THROUGH_FLOAT32, through))
     ends = counts.cumsum(0, dtype=torch.int32)
     try:
         grouped_mm = partial(F.grouped_mm, x, weights.mT, offs=ends)

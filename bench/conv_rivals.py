@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from rivals import THROUGH_FLOAT32, has_instructions_for
 from timing import Contender
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ def dense_convs(conv: nn.Conv2d, x: Tensor) -> list[Contender]:
         Contender(CONV_DEFAULT, lambda: conv(x)),
         Contender("torch channels_last", lambda: conv_last(last)),
     ]
+    if not has_instructions_for(x.dtype):
+        wide = copy.deepcopy(conv_last).float()
+        contenders.append(Contender(THROUGH_FLOAT32, lambda: wide(last.float()).to(x.dtype)))
     for name, make in {"to_mkldnn": _to_mkldnn, "oneDNN packed": _onednn_packed}.items():
         try:
             contender = make(name, conv_last, x if name == "to_mkldnn" else last)

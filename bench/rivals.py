@@ -16,7 +16,7 @@ from timing import Contender
 from torch import Tensor, nn
 
 DEFAULT = "F.linear"  # what a model runs if nobody does anything about it
-CSR, BSR = "torch CSR", "torch BSR"
+CSR, BSR, THROUGH_FLOAT32 = "torch CSR", "torch BSR", "through float32"
 
 Linear = Callable[[Tensor], Tensor]  # x [M, K] -> y [M, N]
 
@@ -75,7 +75,7 @@ def _csr(weight: Tensor, rows: int) -> Linear:
     return lambda x: (csr @ x.t()).t()  # its fastest form from two rows on
 
 
-def _has_instructions_for(dtype: torch.dtype) -> bool:
+def has_instructions_for(dtype: torch.dtype) -> bool:
     """Whether torch multiplies this dtype in hardware, as far as it can say."""
     if dtype is torch.bfloat16:
         return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
@@ -111,8 +111,8 @@ def dense_linears(weights: Sequence[Tensor], x: Tensor) -> list[Contender]:
     ways = {"oneDNN packed": _onednn_packed}
     if dtype is torch.float32:
         ways["MKL packed"] = _mkl_packed
-    if not _has_instructions_for(dtype):
-        ways["through float32"] = _through_float32
+    if not has_instructions_for(dtype):
+        ways[THROUGH_FLOAT32] = _through_float32
     for name, make in ways.items():
         try:
             run = _rotate(make, weights, x)
