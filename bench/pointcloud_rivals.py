@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from gossamer.pointcloud import KernelMap
+from rivals import has_instructions_for
 from timing import Contender
 from torch import Tensor
 
@@ -19,7 +20,10 @@ SPCONV = "spconv, 1 thread"
 
 
 def torch_features(map: KernelMap) -> Callable[[Tensor, Tensor], Tensor]:
-    """A tap at a time: gather, multiply, add. The rows are looked up beforehand."""
+    """A tap at a time: gather, multiply, add. The rows are looked up beforehand.
+
+    Types that a CPU cannot multiply go through float32.
+    """
     sizes = map.tap_offsets.diff().tolist()
 
     def rows(index: Tensor, order: Tensor | None) -> tuple[Tensor, ...]:
@@ -30,6 +34,8 @@ def torch_features(map: KernelMap) -> Callable[[Tensor, Tensor], Tensor]:
     )
 
     def run(feats: Tensor, weight: Tensor) -> Tensor:
+        if feats.is_cpu and not has_instructions_for(feats.dtype):
+            return run(feats.float(), weight.float()).to(feats.dtype)
         y = feats.new_zeros(map.n_out, weight.shape[2])
         for (rows_in, rows_out), tap in zip(taps, weight, strict=True):
             y.index_add_(0, rows_out, feats.index_select(0, rows_in) @ tap)
