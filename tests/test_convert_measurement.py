@@ -146,6 +146,8 @@ def test_cost_table_of_intel_is_another() -> None:
     assert worth_swapping(512, 512, "float32", "avx512", intel=False)[0]
     assert not worth_swapping(512, 512, "float32", "avx512", intel=True)[0]
     assert worth_swapping(1024, 1024, "float32", "amx_bf16", intel=True)[0]
+    assert worth_swapping(512, 512, "bfloat16", "avx2", loops=True)[0]
+    assert not worth_swapping(512, 512, "bfloat16", "avx2")[0]
 
 
 def test_without_a_sample_the_cost_table_decides(cpu_target: str) -> None:

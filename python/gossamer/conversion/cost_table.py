@@ -20,22 +20,31 @@ _SMALLEST_WEIGHT_INTEL = {
     ("avx512_bf16", "float32"): 1024 * 1024,
     ("amx_bf16", "float32"): 1024 * 1024,
 }
+# Two Zen 3 cores, where torch multiplies the dtype number by number:
+_SMALLEST_WEIGHT_LOOPS = {("avx2", "bfloat16"): 512 * 512}
 # Of weights this large those with 16, 24 or 32 outputs or inputs still lost at some number of rows.
 _SMALLEST_SIDE = 64
 NO_FIGURES = "cost table: no figures for {}; with a sample_input it is measured"
 
 
 def worth_swapping(
-    out_features: int, in_features: int, dtype: str, target: str, intel: bool = False
+    out_features: int,
+    in_features: int,
+    dtype: str,
+    target: str,
+    intel: bool = False,
+    loops: bool = False,
 ) -> tuple[bool, str]:
     """The verdict of the cost table, and the reason for it.
 
     A pure function of the weight, of the target in force (``gossamer.info().target``), or "cuda"
-    for a layer on a GPU, and of whether the cores are Intel's.
+    for a layer on a GPU, of whether the cores are Intel's, and whether torch has only loops for
+    the dtype there.
     """
     if target == "cuda":
         return False, NO_FIGURES.format("GPUs")
-    smallest = (_SMALLEST_WEIGHT_INTEL if intel else _SMALLEST_WEIGHT).get((target, dtype))
+    table = _SMALLEST_WEIGHT_INTEL if intel else _SMALLEST_WEIGHT
+    smallest = (table | _SMALLEST_WEIGHT_LOOPS if loops else table).get((target, dtype))
     if smallest is None:
         return False, f"cost table: {dtype} on {target} does not gain at every number of rows"
     if min(out_features, in_features) < _SMALLEST_SIDE:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import _C
+from .._wide import has_loops_only
 from ..formats import (
     Block,
     BlockSparse,
@@ -178,7 +179,7 @@ def _gain(
         if is_conv(layer):
             return False, NO_FIGURES.format("convolutions"), {}
         sizes = (weight.shape[0], weight.shape[1])
-        where = (_target(weight), _C.intel_cores())
+        where = (_target(weight), _C.intel_cores(), has_loops_only(weight))
         return (*worth_swapping(*sizes, dtype_name(weight.dtype), *where), {})
     if (commonest := calls.commonest) is None:
         return False, "the sample does not reach it", {}
