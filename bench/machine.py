@@ -23,6 +23,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 KIB, MIB = 1024, 1024**2
 # Vendor, family and model (None: any), where the brand does not tell.
 CORES = {
+    ("AuthenticAMD", 25, 1): "zen3",
     ("AuthenticAMD", 26, None): "zen5",
     ("GenuineIntel", 6, 143): "sapphirerapids",
     ("GenuineIntel", 6, 207): "emeraldrapids",

@@ -540,6 +540,7 @@ def test_short_names_of_machines() -> None:
     assert gpu_name("NVIDIA H100 80GB HBM3") == "h100"
     assert gpu_name("NVIDIA A100-SXM4-80GB") == "a100"
     assert gpu_name("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
+    assert cpu_name({"vendor_id_raw": "AuthenticAMD", "family": 25, "model": 1}) == "cpu-zen3"
     assert cpu_name({"vendor_id_raw": "AuthenticAMD", "family": 26}) == "cpu-zen5"
     assert cpu_name({"brand_raw": "Apple M3 (Pro)"}) == "cpu-apple-m3-pro"
     assert cpu_name({}) == "cpu-unknown"

@@ -179,8 +179,9 @@ def _gain(
         if is_conv(layer):
             return False, NO_FIGURES.format("convolutions"), {}
         sizes = (weight.shape[0], weight.shape[1])
-        where = (_target(weight), _C.intel_cores(), has_loops_only(weight))
-        return (*worth_swapping(*sizes, dtype_name(weight.dtype), *where), {})
+        where, dtype = _target(weight), dtype_name(weight.dtype)
+        cores = {"intel": _C.intel_cores(), "loops": has_loops_only(weight)}
+        return (*worth_swapping(*sizes, dtype, where, **cores), {})
     if (commonest := calls.commonest) is None:
         return False, "the sample does not reach it", {}
     # What a layer says of itself, and how much of it is stored.
