@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from bench_sparse24 import check_answer
 from gossamer import _C, topk_decode
+from gossamer._wide import has_loops_only
 from machine import Limits
 from record import OURS, Case
-from rivals import has_instructions_for
 from shapes import DTYPES, TOLERANCES, CodeShape
 from timing import Contender, Effort, measure
 from torch import Tensor
@@ -73,13 +73,13 @@ class CodePlan:
 def rivals(values: Tensor, indices: Tensor, weight: Tensor) -> list[Contender]:
     """The ways of torch; the codes of the dense one are scattered beforehand.
 
-    That multiplies in float32 where the machine cannot multiply the type.
+    That multiplies in float32 where torch has only loops for the type on this CPU.
     """
     bag = partial(F.embedding_bag, indices, weight, mode="sum", per_sample_weights=values)
     found = [Contender(BAG, bag)]
     if 2e-9 * len(values) * weight.numel() <= DENSE_GFLOP:
         codes = values.new_zeros(len(values), len(weight)).scatter_add_(1, indices, values)
-        wide = weight.dtype if has_instructions_for(weight.dtype) else torch.float32
+        wide = torch.float32 if has_loops_only(weight) else weight.dtype
         operands = (codes.to(wide), weight.to(wide))
         found.append(Contender(DENSE, lambda: torch.mm(*operands).to(weight.dtype)))
     return found

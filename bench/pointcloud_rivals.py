@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from gossamer._wide import has_loops_only
 from gossamer.pointcloud import KernelMap
-from rivals import has_instructions_for
 from timing import Contender
 from torch import Tensor
 
@@ -22,7 +22,7 @@ SPCONV = "spconv, 1 thread"
 def torch_features(map: KernelMap) -> Callable[[Tensor, Tensor], Tensor]:
     """A tap at a time: gather, multiply, add. The rows are looked up beforehand.
 
-    Types that a CPU cannot multiply go through float32.
+    Types for which torch has only loops on this CPU go through float32.
     """
     sizes = map.tap_offsets.diff().tolist()
 
@@ -34,7 +34,7 @@ def torch_features(map: KernelMap) -> Callable[[Tensor, Tensor], Tensor]:
     )
 
     def run(feats: Tensor, weight: Tensor) -> Tensor:
-        if feats.is_cpu and not has_instructions_for(feats.dtype):
+        if has_loops_only(feats):
             return run(feats.float(), weight.float()).to(feats.dtype)
         y = feats.new_zeros(map.n_out, weight.shape[2])
         for (rows_in, rows_out), tap in zip(taps, weight, strict=True):

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from gossamer import reference
+from gossamer import _wide, reference
 from gossamer.formats import Sparse24Panels
 from gossamer.nn import SparseLinear, SparseTrainingLinear
 from gossamer.projection24 import (
@@ -304,13 +304,19 @@ def test_a_layer_made_in_inference_mode_follows_its_weight() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("projection", ["hard", "soft"])
-def test_a_compiled_step_is_the_eager_one(projection: str) -> None:
-    layers = [SparseTrainingLinear(18, 8, projection=projection) for _ in range(2)]
+def test_a_compiled_step_is_the_eager_one(
+    projection: str, dtype: torch.dtype, loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_wide, "_LOOPS", frozenset([torch.bfloat16] if loops else []))
+    torch._dynamo.reset()  # each case compiles the same code anew, and there is a limit
+    layers = [SparseTrainingLinear(18, 8, projection=projection).to(dtype) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     run = torch.compile(layers[0], fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 300, 7):  # by panels and without
-        x = torch.randn(rows, 18)
+        x = torch.randn(rows, 18).to(dtype)
         for layer, call in zip(layers, (run, layers[1]), strict=True):
             layer.zero_grad()
             call(x).square().mean().backward()

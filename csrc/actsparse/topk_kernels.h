@@ -33,10 +33,13 @@ struct Kernels {
     const T *matrix = static_cast<const T*>(b.matrix), *bias = static_cast<const T*>(b.bias);
     const auto* scales = static_cast<const float*>(b.scales);
     const int64_t pairs = begin_of(b.begins, b.k, last_bag);
+    // Of one length, since as many columns are fetched of the next strip as are added of this one.
+    const int64_t strips = (last - first + kStripColumns - 1) / kStripColumns;
+    const int64_t strip = ((last - first + strips - 1) / strips + kSlice - 1) / kSlice * kSlice;
     for (int64_t bag = first_bag; bag < last_bag; ++bag) {
       const int64_t begin = begin_of(b.begins, b.k, bag), end = begin_of(b.begins, b.k, bag + 1);
-      for (int64_t column = first; column < last; column += kStrip) {
-        const int64_t columns = last - column < kStrip ? last - column : kStrip;
+      for (int64_t column = first; column < last; column += strip) {
+        const int64_t columns = last - column < strip ? last - column : strip;
         T* out = static_cast<T*>(b.out) + bag * b.columns + column;
         const T* added = bias == nullptr ? nullptr : bias + column;
         if (begin == end && added == nullptr) __builtin_memset(out, 0, columns * sizeof(T));

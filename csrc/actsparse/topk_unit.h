@@ -8,8 +8,8 @@
 
 namespace gossamer::actsparse::topk {
 
-constexpr int64_t kStrip = 2048;  // columns whose sums stay in the first-level cache
-constexpr int64_t kSlice = 64;    // columns of a tile: whole registers of any instruction set
+constexpr int64_t kStripColumns = 2048;  // whose sums stay in the first-level cache
+constexpr int64_t kSlice = 64;  // columns of a tile: whole registers of any instruction set
 
 // Some rows of the matrix, kSlice columns of them side by side, and what the pairs of some bags
 // add up to with them.
@@ -25,8 +25,7 @@ struct TileSums {
 };
 
 struct Unit {
-  // Columns from first to last of some bags. `sums` is scratch of so many, at most kStrip, and of a
-  // register more.
+  // Columns from first to last of some bags. `sums` has room for kStripColumns and a register more.
   void (*sum)(const Bags& args, int64_t first_bag, int64_t last_bag, int64_t first, int64_t last,
               float* sums);
   void (*sum_tile)(const TileSums& task);

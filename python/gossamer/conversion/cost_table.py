@@ -44,7 +44,9 @@ def worth_swapping(
     if target == "cuda":
         return False, NO_FIGURES.format("GPUs")
     table = _SMALLEST_WEIGHT_INTEL if intel else _SMALLEST_WEIGHT
-    smallest = (table | _SMALLEST_WEIGHT_LOOPS if loops else table).get((target, dtype))
+    smallest = (table | _SMALLEST_WEIGHT_LOOPS if loops and not intel else table).get(
+        (target, dtype)
+    )
     if smallest is None:
         return False, f"cost table: {dtype} on {target} does not gain at every number of rows"
     if min(out_features, in_features) < _SMALLEST_SIDE:

@@ -180,8 +180,8 @@ def _gain(
             return False, NO_FIGURES.format("convolutions"), {}
         sizes = (weight.shape[0], weight.shape[1])
         where, dtype = _target(weight), dtype_name(weight.dtype)
-        cores = {"intel": _C.intel_cores(), "loops": has_loops_only(weight)}
-        return (*worth_swapping(*sizes, dtype, where, **cores), {})
+        cpu = {"intel": _C.intel_cores(), "loops": has_loops_only(weight)}
+        return (*worth_swapping(*sizes, dtype, where, **cpu), {})
     if (commonest := calls.commonest) is None:
         return False, "the sample does not reach it", {}
     # What a layer says of itself, and how much of it is stored.

@@ -15,7 +15,7 @@ from ..ops.operands import autocast_dtype, autocast_to
 from ..ops.pointcloud import pointcloud_conv
 from .activation_sparse import ActSparseLinear
 from .checkpoint import CheckedModule, check_dense
-from .gathered_conv import check_gathered, conv_arguments, steps_of
+from .gathered_conv import WideConv2d, check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -215,7 +215,7 @@ class DeltaLinear(_Remembering, ActSparseLinear):
         return f"{super().extra_repr()}, refresh_every={self.refresh_every}"
 
 
-class DeltaConv2d(_Remembering, CheckedModule, nn.Conv2d):
+class DeltaConv2d(_Remembering, CheckedModule, WideConv2d):
     """A 2-D convolution over time that computes the outputs which see a changed pixel.
 
     A pixel has changed where any of its channels differs by more than ``threshold`` from what was

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .._wide import has_loops_only
 from ..ops.conv_at import Steps
+
+
+class WideConv2d(nn.Conv2d):
+    """torch's layer, in float32 where torch has only loops for a 16-bit type."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not has_loops_only(input):
+            return super()._conv_forward(input, weight, bias)
+        wide = (input.float(), weight.float(), None if bias is None else bias.float())
+        with torch.autocast("cpu", enabled=False):
+            return super()._conv_forward(*wide).to(input.dtype)
 
 
 def check_gathered(op: str, conv: nn.Conv2d) -> None:

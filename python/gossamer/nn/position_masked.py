@@ -14,13 +14,13 @@ from ..ops.conv_at import out_size
 from ..ops.gathered_conv import is_transformed
 from ..ops.masked_conv import Positions, masked_conv, recorded_masked_conv
 from .checkpoint import CheckedModule, check_dense
-from .gathered_conv import check_gathered, conv_arguments, steps_of
+from .gathered_conv import WideConv2d, check_gathered, conv_arguments, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PositionMaskedConv2d(CheckedModule, nn.Conv2d):
+class PositionMaskedConv2d(CheckedModule, WideConv2d):
     """A 2-D convolution of some output positions; the others are 0 in every channel and image.
 
     Where few positions are kept they alone are computed, gradients too, by the kernels of

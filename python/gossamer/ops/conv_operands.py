@@ -102,7 +102,7 @@ def is_misread(x: Tensor, geometry: Geometry, outputs: Sequence[int]) -> bool:
     output, or where padding is beside an x smaller than the window or is as wide as that: results
     are garbage, or the process ends.
     """
-    if not x.is_cpu or x.dtype.itemsize != 2:
+    if not x.is_cpu or x.dtype.itemsize != 2 or has_loops_only(x):
         return False
     axes = zip(x.shape[2:], outputs, geometry.shape[2:], *geometry.steps, strict=True)
     for size, count, kernel, stride, padding, dilation in axes:
@@ -131,10 +131,11 @@ def dense_conv(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """torch's convolution with a dense weight, of an x that it reads right."""
+    outputs = output_sizes(op, x, geometry.shape[2:], *geometry.steps)
     if has_loops_only(x):
         wide = (x.float(), weight.float(), None if bias is None else bias.float())
-        return _CONVS[x.dim()](*wide, *geometry.steps, geometry.groups).to(x.dtype)
-    outputs = output_sizes(op, x, geometry.shape[2:], *geometry.steps)
+        with torch.autocast("cpu", enabled=False):
+            return _CONVS[x.dim()](*wide, *geometry.steps, geometry.groups).to(x.dtype)
     if is_misread(x, geometry, outputs):
         x, geometry = without_padding(x, geometry, outputs)
     return _CONVS[x.dim()](x, weight, bias, *geometry.steps, geometry.groups)
@@ -169,7 +170,8 @@ def dense_gradients(
         dy.new_empty(1).expand(x_shape) if x is None else x,
         dy.new_empty(1).expand(shape) if dense is None else dense,
     ]
-    if has_loops_only(dy) or (dy.is_cpu and dy.dtype == torch.float16):  # torch has no kernel
+    # Of float16 torch has no such kernel on some CPUs.
+    if has_loops_only(dy) or (dy.is_cpu and dy.dtype == torch.float16):
         operands = [operand.float() for operand in operands]
     rest = (None, *geometry.steps, False, (0,) * len(shape[2:]), geometry.groups, wanted)
     dx, dweight, _ = torch.ops.aten.convolution_backward(*operands, *rest)

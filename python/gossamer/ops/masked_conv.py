@@ -68,6 +68,7 @@ def masked_conv(
     """[B, C, H, W] to [B, C_out, OH, OW], 0 where the [OH, OW] mask is False."""
     found = positions.of(x, weight, mask, steps)
     if found is None:
+        x, weight, bias = _autocast(x, weight, bias)
         geometry = Geometry(weight.shape, 1, *steps)
         return dense_conv(_OP, x, weight, bias, geometry).masked_fill(~mask, 0)
     at, kernel_map, by_tap = found
@@ -77,14 +78,21 @@ def masked_conv(
     return y.view(shape).permute(0, 3, 1, 2)
 
 
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    autocast = autocast_dtype(x)
+    if autocast is None:
+        return x, weight, bias
+    bias = None if bias is None else autocast_to(bias, autocast)
+    return autocast_to(x, autocast), autocast_to(weight, autocast), bias
+
+
 def recorded_masked_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, steps: Steps
 ) -> Tensor:
     """The same, for graphs: in channels-last, and without second derivatives."""
-    autocast = autocast_dtype(x)
-    if autocast is not None:
-        x, weight = autocast_to(x, autocast), autocast_to(weight, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+    x, weight, bias = _autocast(x, weight, bias)
     y: Tensor = _op(x, weight, bias, mask, *steps)
     return y
 

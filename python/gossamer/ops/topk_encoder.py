@@ -43,6 +43,8 @@ def topk_encode(
 
     The pre-activations are torch's dense product, of some tokens at a time: at most 32 MiB of them
     exist at once (256 MiB on a GPU). One pass over each token's finds its k largest (two on a GPU).
+    On a CPU for which torch has only loops over a 16-bit type, from 16 tokens on x and the weight
+    are multiplied in float32, of which there are copies meanwhile.
 
     Parameters
     ----------
@@ -119,7 +121,8 @@ def _encode_native(
     tokens, width = x.shape[0], weight.shape[0]
     if has_loops_only(x) and tokens >= FEW_ROWS:
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    together = min(max(_DENSE_BYTES // (width * weight.itemsize), 1), tokens)
+    each = weight.itemsize if weight.dtype == values.dtype else weight.itemsize + values.itemsize
+    together = min(max(_DENSE_BYTES // (width * each), 1), tokens)
     dense = weight.new_empty((together, width))
     for first in range(0, tokens, max(together, 1)):
         some = slice(first, first + together)
