@@ -141,7 +141,7 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer rows and rounds: about three minutes")
+    add("--quick", action="store_true", help="fewer rows and rounds: three to seven minutes")
     add("--feature", type=_comma_list, metavar="A,B", help=f"of {', '.join(FEATURES)}; default all")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     on_gpu = "on a GPU bf16, fp16, fp8, int8, int4, fp32"

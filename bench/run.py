@@ -1,6 +1,6 @@
 """How fast is gossamer on this machine, and is it right?
 
-    python bench/run.py --quick          about three minutes: layers and a whole model
+    python bench/run.py --quick          three to seven minutes: layers and a whole model
     python bench/run.py --json --plot    everything, kept under bench/results
     python bench/run.py --device cuda    on a GPU, against cuBLAS and cuSPARSELt
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,3 +66,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def has_loops_only(t: Tensor) -> bool:
     """Whether oneDNN lacks the dtype on this CPU, and torch multiplies number by number."""
     return t.is_cpu and t.dtype in _LOOPS
+
+
+def conv_in_float32(
+    conv: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    """``conv(x, weight, bias, *rest)``, for an x on a CPU of which ``has_loops_only`` is true."""
+    wide = (x.float(), weight.float(), None if bias is None else bias.float())
+    with torch.autocast("cpu", enabled=False):  # which would undo it
+        return conv(*wide, *rest).to(x.dtype)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._wide import has_loops_only
+from .._wide import conv_in_float32, has_loops_only
 from ..ops.conv_at import Steps
 
 
@@ -17,9 +16,7 @@ class WideConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not has_loops_only(input):
             return super()._conv_forward(input, weight, bias)
-        wide = (input.float(), weight.float(), None if bias is None else bias.float())
-        with torch.autocast("cpu", enabled=False):
-            return super()._conv_forward(*wide).to(input.dtype)
+        return conv_in_float32(super()._conv_forward, input, weight, bias)
 
 
 def check_gathered(op: str, conv: nn.Conv2d) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._wide import has_loops_only, matmul
+from .._wide import conv_in_float32, has_loops_only, matmul
 from .conv_geometry import check_channels, output_sizes
 from .operands import activation_of, check_bias
 
@@ -132,13 +132,12 @@ def dense_conv(
 ) -> Tensor:
     """torch's convolution with a dense weight, of an x that it reads right."""
     outputs = output_sizes(op, x, geometry.shape[2:], *geometry.steps)
+    conv = _CONVS[x.dim()]
     if has_loops_only(x):
-        wide = (x.float(), weight.float(), None if bias is None else bias.float())
-        with torch.autocast("cpu", enabled=False):
-            return _CONVS[x.dim()](*wide, *geometry.steps, geometry.groups).to(x.dtype)
+        return conv_in_float32(conv, x, weight, bias, *geometry.steps, geometry.groups)
     if is_misread(x, geometry, outputs):
         x, geometry = without_padding(x, geometry, outputs)
-    return _CONVS[x.dim()](x, weight, bias, *geometry.steps, geometry.groups)
+    return conv(x, weight, bias, *geometry.steps, geometry.groups)
 
 
 def dense_gradients(
