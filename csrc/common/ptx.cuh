@@ -17,6 +17,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// Keeps a value in a register, where the compiler would rather compute it again in every turn of a
+// loop, from the number of the thread on.
+template <class T>  // of 4 or 8 bytes
+__device__ __forceinline__ T keep(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+  return value;
+}
+
 // ---- numbers ------------------------------------------------------------------------------------
 
 // What products of T are summed in.

@@ -80,7 +80,10 @@ constexpr int kDecodeWarps = 8;
 // Stages of x: while one is read, two are on their way, which covers the latency of the L2.
 constexpr int kDecodeStages = 3;
 // All stages together take 96 KB: two such blocks fit a Hopper's multiprocessor, one any other's.
-constexpr int64_t kDecodeStageBytes = 32 << 10;
+// Beside int4 weights, which are in shared memory, too, they take 24, unless one slice is larger.
+constexpr int64_t decode_stage_bytes(DType dtype) {
+  return (dtype == DType::kUInt8 ? 8 : 32) << 10;
+}
 
 constexpr int decode_tile_m(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
 
@@ -108,13 +111,33 @@ constexpr int decode_tile_n(int tile_m, int warps_k, DType dtype) {
 // four, for which 16 bytes a lane hold the int4 weights.
 constexpr int decode_chunk_bytes(DType dtype) { return dtype == DType::kUInt8 ? 256 : 128; }
 
+// int4 weights wait in shared memory, where each warp brings its own so many chunks before it
+// multiplies them: of two row tiles 3 KB for 256 columns, which are too few on their way one record
+// ahead, since widening them takes long. The tiles for more rows of x have more to do with each.
+constexpr int decode_chunks_ahead(int tile_m) { return tile_m <= 16 ? 4 : 2; }
+// A chunk of a row tile there, of each lane 16 bytes of weights, 8 of metadata, and up to 8 of the
+// scales of the tile's rows.
+constexpr int kDecodeChunkBytes = 1024;
+
+constexpr int64_t decode_ring_bytes(int tile_m, DType dtype) {
+  if (dtype != DType::kUInt8) return 0;
+  return int64_t{kDecodeWarps} * decode_row_tiles(tile_m, dtype) * decode_chunks_ahead(tile_m) *
+         kDecodeChunkBytes;
+}
+
 // A stage holds, for every row of x and each of the warps_k warps along K, this much: what the warp
 // multiplies with a whole record, or as much of it as fits, a chunk at least; with few rows it is
 // up to four records, because at every new stage the warps of a block wait for each other.
+// Weights that are asked for in chunks must not be so two stages before their x (decode() counts
+// both in the same groups), so that a slice is half of the chunks that are ahead.
 constexpr int decode_slice_bytes(int64_t m, DType dtype, int warps_k) {
   const int record = static_cast<int>(kFragmentColumns * x_size(dtype));
+  const int chunks = dtype == DType::kUInt8 ? decode_chunks_ahead(decode_tile_m(m)) / 2 : 1;
   int slice = 4 * record;
-  while (slice > decode_chunk_bytes(dtype) && m * warps_k * slice > kDecodeStageBytes) slice /= 2;
+  while (slice > chunks * decode_chunk_bytes(dtype) &&
+         m * warps_k * slice > decode_stage_bytes(dtype)) {
+    slice /= 2;
+  }
   return slice;
 }
 
@@ -127,7 +150,7 @@ constexpr int64_t decode_shared_bytes(int64_t m, DType dtype, int tile_m, int wa
   const int64_t x = kDecodeStages * m * warps_k * decode_slice_bytes(m, dtype, warps_k);
   const int64_t sums =
       int64_t{warps_k} * tile_m * (decode_tile_n(tile_m, warps_k, dtype) + kSumPadding) * 4;
-  return std::max(x, sums);
+  return std::max(x, sums) + decode_ring_bytes(tile_m, dtype);
 }
 
 // A model of the time, in bytes at a multiprocessor's share of the DRAM bandwidth (33 KB are about
@@ -138,9 +161,10 @@ constexpr int64_t decode_shared_bytes(int64_t m, DType dtype, int tile_m, int wa
 //   plus, with split_k > 1, a fence and the last block's sum of all partial sums of its tile
 //
 // A multiprocessor's rate is bounded by the L2 (kL2Rate shares) and by what its warps have in
-// flight: each has one record of each of its row tiles on its way. The constants are those with
-// which the model chose best on an H200: of some 30 ways to cut up each of 21 products of up to 16
-// rows it took ones that were within 1 % of the fastest in the mean, and within 8 %.
+// flight: each has one record of each of its row tiles on its way, of int4 weights up to two. The
+// constants are those with which the model chose best on an H200: of some 30 ways to cut up each of
+// 21 products of up to 16 rows it took ones that were within 1 % of the fastest in the mean, and
+// within 8 %.
 struct DecodeModel {
   static constexpr double kL2Rate = 1.5;
   static constexpr double kInFlight = 48 << 10;      // bytes for a rate of one share
@@ -175,8 +199,11 @@ struct DecodeModel {
     const auto x = static_cast<double>(block_m() * depth * kFragmentColumns * x_size(dtype));
     const auto partial =
         static_cast<double>(config.split_k > 1 ? block_m() * config.tile_n * 4 : 0);
+    const int64_t ahead =  // records of a warp
+        dtype == DType::kUInt8 ? decode_chunks_ahead(config.tile_m) / 2 : 1;
     const double in_flight =
-        static_cast<double>(row_tiles * std::min<int64_t>(config.warps_k, depth)) * record_bytes;
+        static_cast<double>(row_tiles * std::min<int64_t>(config.warps_k * ahead, depth)) *
+        record_bytes;
     // So many blocks of a multiprocessor at a time, as many times as it takes.
     const auto round = [&](int64_t count) {
       if (count == 0) return 0.0;

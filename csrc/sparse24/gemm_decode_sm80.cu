@@ -12,20 +12,20 @@ struct StoredWeights {
   using R = Record<T>;
   static constexpr DType kType = DType::kBFloat16;  // which stands for all but int4
   static constexpr int kRowTiles = decode_row_tiles(8 * kTokenTiles, kType);
-  static constexpr int kChunkSteps = 2;
+  static constexpr int kChunkSteps = 2, kAhead = 0, kRingBytes = 0;
 
   const DecodeArgs& args;
   const char* next[kRowTiles];  // the record that is loaded, at this lane's bytes
   uint64_t evict_first;
   uint32_t a[kRowTiles][R::kSteps][4], metadata[kRowTiles][4], next_metadata[kRowTiles][4];
 
-  __device__ __forceinline__ StoredWeights(const DecodeArgs& args, int tile, int record,
-                                           bool exists)
+  __device__ __forceinline__ StoredWeights(const DecodeArgs& args, int tile, int record, int last,
+                                           unsigned char* /*ring*/)
       : args(args), evict_first(ptx::l2_evict_first()) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       next[i] = lane_record(args, tile + i, record, R::kBytes);
-      if (!exists) continue;
+      if (record >= last) continue;
       load_weights(metadata[i], next[i] + R::kMetadata, evict_first);
 #pragma unroll
       for (int step = 0; step < R::kSteps; ++step) {

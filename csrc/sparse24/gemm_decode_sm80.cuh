@@ -9,10 +9,10 @@
 // and about 0.9 us of latency under load, 32 KB must be on their way all the time.
 //
 //   weights   global memory -> registers, in fragment order: 16 bytes a lane are the A operand of a
-//             step (int4: of four, once widened). The registers are refilled from the warp's next
-//             record as soon as their products are issued, so each warp has a whole record (4.5
-//             KB; 8-bit: 2.5 KB; int4: 1.5 KB for each of two or three) on its way, 8 or 16 warps
-//             of a multiprocessor 24 to 73 KB.
+//             step. The registers are refilled from the warp's next record as soon as their
+//             products are issued, so each warp has a whole record (4.5 KB; 8-bit: 2.5 KB) on its
+//             way, 8 or 16 warps of a multiprocessor 20 to 73 KB. int4 weights go through shared
+//             memory, a ring for each warp, by cp.async.
 //   x         global memory (mostly L2) -> shared memory by cp.async, three stages; read as the B
 //             operand by ldmatrix. Only the m rows there are: the rows of a tile of 8 past the last
 //             one read that one again, and nobody looks at those columns of D.
@@ -57,6 +57,7 @@ struct DecodeArgs {
   int row_tiles, records;
   int warps_k, split_k;
   int row_shift, slice_shift;  // log2 of the 16-byte pieces of a row of a stage, and of a slice
+  int ring;                    // bytes of shared memory before the warps' rings of int4 weights
   void* workspace;
   int32_t* counters;
 };
@@ -96,7 +97,6 @@ struct XStages {
         }
       }
     }
-    ptx::cp_async_commit();  // also an empty group: waits count groups
   }
 };
 
@@ -198,12 +198,21 @@ __device__ __forceinline__ void copy(T (&to)[N][M], const T (&from)[N][M]) {
 //   using X, Sum               the types of x and of the sums
 //   kType                      the weights', for gemm_cuda_config.h
 //   kRowTiles, kChunkSteps     steps are multiplied in chunks of so many
-//   Weights(args, tile, record, exists)   loads the first record, if it exists
-//   advance(record)            starts to load the next record, with what has to be there first
+//   kAhead                     chunks that are asked for before they are multiplied; 0: a record,
+//                              in registers
+//   kRingBytes                 of shared memory for a warp's weights
+//   Weights(args, tile, record, last, ring)   of the records from `record` on, before `last`;
+//                              `ring`: the warp's shared memory
+//   advance(record)            kAhead = 0: starts to load the next record
+//   load(chunk)                otherwise: asks for that chunk of the record that is `kAhead` ahead
 //   multiply(sum, chunk, load_x, has_next)   sum += the products of a chunk; load_x(b, j, step)
-//                              brings the B operand of tile j of x. Then refills the registers
-//                              from the next record
+//                              brings the B operand of tile j of x. kAhead = 0: then refills the
+//                              registers from the next record
 //   rotate()                   to the next record
+//
+// Waits count groups of cp.async, of which all threads make as many, some of them empty: one for
+// each stage of x; or, where weights are among them, one for each chunk, with the stage of x that
+// is asked for in the same turn.
 template <class Weights, int kTokenTiles>
 __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(8 * kTokenTiles, Weights::kType))
     decode(const DecodeArgs args) {
@@ -213,6 +222,8 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(8 * kTokenTiles,
   constexpr int kTileM = 8 * kTokenTiles;
   constexpr int kChunks = Record<X>::kSteps / Weights::kChunkSteps;
   constexpr int kChunkBytes = Weights::kChunkSteps * kStepBytes;  // of a row of x
+  constexpr int kAhead = Weights::kAhead;
+  static_assert(kAhead % kChunks == 0);
   unsigned char* shared = shared_memory<unsigned char>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_k = warp % args.warps_k, warp_n = warp / args.warps_k;
@@ -239,10 +250,21 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(8 * kTokenTiles,
   const int tile = (block_n * warps_n + warp_n) * kRowTiles;
   const int last = tile < args.row_tiles ? end : begin;
   int record = begin + warp_k;
-  Weights weights(args, tile, record, record < last);
-
+  Weights weights(args, tile, record, last, shared + args.ring + warp * Weights::kRingBytes);
+  if constexpr (kAhead > 0) weights.load(0);
 #pragma unroll
-  for (int stage = 0; stage < kDecodeStages - 1; ++stage) stages.load<X>(args, stage);
+  for (int stage = 0; stage < kDecodeStages - 1; ++stage) {
+    stages.load<X>(args, stage);
+    if constexpr (kAhead == 0) ptx::cp_async_commit();
+  }
+  if constexpr (kAhead > 0) {
+#pragma unroll
+    for (int i = 1; i <= kAhead; ++i) {
+      ptx::cp_async_commit();
+      if (i % kChunks == 0) weights.rotate();
+      if (i < kAhead) weights.load(i % kChunks);
+    }
+  }
 
   // Lane 8c + r gives ldmatrix row r of a tile of x, piece c of a step's four. An odd step is 64
   // bytes on, in the swizzled piece the same as an xor with 64.
@@ -261,23 +283,30 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(8 * kTokenTiles,
     const bool is_active = record < last;
     record += args.warps_k;
     const bool has_next = record < last;
-    if (has_next) weights.advance(record);
+    if constexpr (kAhead == 0) {
+      if (has_next) weights.advance(record);
+    }
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int chunk_of_slice = (round * kChunks + chunk) & (chunks_per_slice - 1);
+      if constexpr (kAhead > 0) ptx::cp_async_wait<kAhead - 1>();
       if (chunk_of_slice == 0) {
-        ptx::cp_async_wait<kDecodeStages - 2>();
+        if constexpr (kAhead == 0) ptx::cp_async_wait<kDecodeStages - 2>();
         __syncthreads();  // this stage is there, and nobody reads the one before it any more
         stages.load<X>(args, stage + kDecodeStages - 1);
+        if constexpr (kAhead == 0) ptx::cp_async_commit();
         x = stages.at(args, stage++);
       }
-      if (!is_active) continue;
       const unsigned char* of_chunk = x + chunk_of_slice * kChunkBytes;
       const auto load_x = [&](uint32_t (&b)[4], int j, int step) {
         ptx::ldmatrix(
             b, of_chunk + (x_offset[j] ^ (step % 2 * kStepBytes)) + step / 2 * 2 * kStepBytes);
       };
-      weights.multiply(sum, chunk, load_x, has_next);
+      if (is_active) weights.multiply(sum, chunk, load_x, has_next);
+      if constexpr (kAhead > 0) {
+        weights.load(chunk);
+        ptx::cp_async_commit();
+      }
     }
     weights.rotate();
   }
@@ -319,6 +348,7 @@ void launch_decode(const CudaGemmArgs& args, const GroupScales& groups, cudaStre
   const int64_t size = size_of(args.dtype), m = std::min<int64_t>(args.m, config.tile_m);
   const int64_t token_tiles = ceil_div(args.m, config.tile_m);
   const int slice_pieces = decode_slice_bytes(m, weights, config.warps_k) / 16;
+  const int64_t shared = decode_shared_bytes(m, weights, config.tile_m, config.warps_k);
   const DecodeArgs decode_args{
       epilogue_of(args),
       groups,
@@ -334,12 +364,12 @@ void launch_decode(const CudaGemmArgs& args, const GroupScales& groups, cudaStre
       config.split_k,
       log2_of(slice_pieces * config.warps_k),
       log2_of(slice_pieces),
+      static_cast<int>(shared - decode_ring_bytes(config.tile_m, weights)),
       args.workspace,
       args.counters,
   };
   const dim3 grid(static_cast<unsigned>(ceil_div(args.n, config.tile_n) * token_tiles),
                   static_cast<unsigned>(config.split_k));
-  const int64_t shared = decode_shared_bytes(m, weights, config.tile_m, config.warps_k);
   launch(kernel, grid, kDecodeThreads, static_cast<size_t>(shared), stream, decode_args);
 }
 

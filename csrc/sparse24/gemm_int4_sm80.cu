@@ -13,19 +13,21 @@
 //                                                   scale a row: a group that does not end
 //           [ 1 step |        |        |        ]   other multiples of 32
 //
-// The scales of a chunk are refilled with its weights. A quad needs those of its rows g and g + 8
-// for one unit, or four: lane 4g + t holds those of row g + 8 (t / 2), of the first two of four
-// units (t even) or the last two (t odd), and gives them to the others by shuffles.
+// A warp's weights come to a ring in shared memory by cp.async, four chunks ahead up to 16 rows of
+// x (two records of 3 KB for each of 16 warps: 96 KB on their way in a multiprocessor), two above.
+// In registers, where they were before, one record was on its way, and only while the warp did not
+// widen it: two thirds of the DRAM's rate on an H200. Each lane brings and reads its own 16 bytes
+// of weights and 8 of metadata. The scales of a chunk come with them, a lane's share for all, which
+// is why the lanes of the warp wait for each other.
 //
 // What the arithmetic may cost: at 4.8 TB/s, 132 multiprocessors and 1.7 GHz (H200) each gets 21
 // bytes a cycle. A step of a row tile, 256 weights kept, is 192 bytes with its metadata: 9 cycles,
 // in which the four schedulers issue 36 instructions of a warp. To widen its word takes 11: three
 // SHF and four LOP3, at half rate 14 of the 36 cycles, and four HFMA2. With 8 rows of x and units
-// of four steps the loop has 24 instructions beside the product, with all addresses, shuffles and
-// loads, and 26 with 16 rows; units of one step, 32, for which the scales of groups of 32 columns
-// make it 12 cycles. Shared memory gives x at 128 bytes a cycle: 4 cycles a step for 8 rows of x,
-// by two row tiles 2 of the 9. So up to 16 rows the DRAM sets the pace, at 32 (three tiles: 5 of 9)
-// it should, and at 64 (16 of 9) it is x.
+// of four steps the loop has 21 instructions beside the product, with all addresses and copies, and
+// 23 with 16 rows. Shared memory gives x at 128 bytes a cycle: 4 cycles a step for 8 rows of x, by
+// two row tiles 2 of the 9, and the ring takes 3, once in and once out. So up to 16 rows the DRAM
+// sets the pace, at 32 (three tiles) it should, and at 64 (16 of 9) it is x.
 #include "sparse24/gemm_decode_sm80.cuh"
 #include "sparse24/int4.cuh"
 
@@ -39,127 +41,174 @@ struct Int4Weights {
   static constexpr DType kType = DType::kUInt8;
   static constexpr int kRowTiles = decode_row_tiles(8 * kTokenTiles, kType);
   static constexpr int kTileRows = kRowTiles * kFragmentRows;
+  static constexpr int kAhead = decode_chunks_ahead(8 * kTokenTiles);
   static constexpr int kChunkSteps = 4;
   static constexpr int kSteps = Record<T>::kSteps, kChunks = kSteps / kChunkSteps;
   static constexpr int kMetadata = kChunks * kFragmentBytes;
   static constexpr int kBytes = kMetadata + kFragmentBytes;
   static constexpr int kChunkUnits = kChunkSteps / kUnitSteps;
-  static constexpr int kHeld = (kChunkUnits + 1) / 2;  // a lane's scales of a chunk and row tile
+  // With 64 rows of x there are registers for two steps at a time.
+  static constexpr int kUnrolled = kTokenTiles < 8 ? kChunkSteps : 2;
+  static constexpr int kReadSteps = kUnitSteps < kUnrolled ? kUnitSteps : kUnrolled;
+  // Scales of a chunk that a lane brings: of one unit, and of every kLaneRows-th row.
+  static constexpr int kLaneRows = kWarp / kChunkUnits;
+  static constexpr int kLaneScales = (kTileRows + kLaneRows - 1) / kLaneRows;
+  // A chunk of a row tile in the ring: 16 bytes of weights for each lane, then as many of which 8
+  // are its metadata, and 8 the scales of some rows g and g + 8 for some unit.
+  static constexpr int kMetadataAt = kFragmentBytes, kScalesAt = kMetadataAt + 8;
+  static constexpr int kSlot = kRowTiles * kDecodeChunkBytes;
+  static constexpr int kRingBytes = kAhead * kSlot;
+  static_assert(kDecodeWarps * kRingBytes == decode_ring_bytes(8 * kTokenTiles, kType));
+  static_assert(kFragmentRows / 2 * kChunkUnits <= kWarp);
+  static_assert(kScalesAt + kWarp * kLaneBytes <= kDecodeChunkBytes + 8);
 
-  const DecodeArgs& args;
-  const int tiles_after;   // that exist
-  const char* next;        // the record that is loaded, of the first tile at this lane's bytes
-  const float* scales;     // of the first row of the first tile, which the others count from
-  int held_row, last_row;  // the one of that tile whose scales this lane holds; the last one
+  const GroupScales& groups;
+  const int warps_k, last;
   const uint64_t evict_first;
-  int next_record;
-  uint32_t words[kRowTiles][kChunks][4], metadata[kRowTiles][4], next_metadata[kRowTiles][4];
-  float held[kRowTiles][kChunks][kHeld];
+  // Of this lane: its bytes, the row and the place of the scale it brings, and of those it reads.
+  const int bytes_at, own_row, own_scale, first_scale;
+  unsigned char* slots;  // of the record that is multiplied
+  int turn = 0;
+  int next_record;              // the one that is asked for,
+  const char* next[kRowTiles];  // its tiles at this lane's bytes
+  const float* scales;          // of the first row
+  int last_row;                 // of these rows, from 0 on
 
-  __device__ __forceinline__ Int4Weights(const DecodeArgs& args, int tile, int record, bool exists)
-      : args(args),
-        tiles_after(max(args.row_tiles - 1 - tile, 0)),
-        next(lane_record(args, tile, record, kBytes)),
+  __device__ __forceinline__ Int4Weights(const DecodeArgs& args, int tile, int record, int last,
+                                         unsigned char* ring)
+      : groups(args.groups),
+        warps_k(args.warps_k),
+        last(last),
         evict_first(ptx::l2_evict_first()),
+        bytes_at(hold(lane() * kLaneBytes)),
+        own_row(hold(lane() / kChunkUnits)),
+        own_scale(hold(kScalesAt + scale_at(lane() / kChunkUnits, lane() % kChunkUnits))),
+        first_scale(hold(kScalesAt + scale_at(lane() / 4, 0))),
+        slots(ring),
         next_record(record) {
+    // A row tile past the last one is that again, and so are rows: their sums go nowhere.
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) next[i] = lane_record(args, tile + i, record, kBytes);
     const int64_t first = int64_t{min(tile, args.row_tiles - 1)} * kFragmentRows;
-    scales = args.groups.scales + first * args.groups.columns;
-    held_row = threadIdx.x % kWarp / 4 + threadIdx.x % 4 / 2 * 8;
+    scales = hold(groups.scales + first * groups.columns);
     last_row = static_cast<int>(min(args.epilogue.n - 1 - first, int64_t{kTileRows - 1}));
-    if (exists) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        load_piece(metadata[i], i, kChunks);
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) load_piece(words[i][chunk], i, chunk);
-      }
-    }
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) load_scales(chunk, exists);
   }
 
-  __device__ __forceinline__ void advance(int record) {
-    next += args.warps_k * kBytes;
-    next_record = record;
+  __device__ __forceinline__ void load(int chunk) {
+    if (next_record < last) {
+      unsigned char* slot = slots + chunk * kSlot;
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) load_piece(next_metadata[i], i, kChunks);
+      for (int i = 0; i < kRowTiles; ++i) {
+        unsigned char* to = slot + bytes_at + i * kDecodeChunkBytes;
+        ptx::cp_async16_hint(to, next[i] + chunk * kFragmentBytes, kLaneBytes, evict_first);
+        ptx::cp_async8(to + kMetadataAt, next[i] + kMetadata + chunk * 8);
+      }
+      // Units past the last column have no scales, and their sums are 0.
+      const unsigned column = column_of_unit(
+          groups, (next_record * kChunks + chunk) * kChunkUnits + lane() % kChunkUnits);
+      const bool inside = column < groups.columns;
+#pragma unroll
+      for (int k = 0; k < kLaneScales; ++k) {
+        const int row = own_row + k * kLaneRows;
+        if (kTileRows % kLaneRows != 0 && row >= kTileRows) continue;
+        ptx::cp_async4(slot + own_scale + scale_at(k * kLaneRows, 0),
+                       scales + (inside ? min(row, last_row) * groups.columns + column : 0),
+                       inside ? 4 : 0);
+      }
+    }
+    if (chunk < kChunks - 1) return;
+    next_record += warps_k;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) next[i] += warps_k * kBytes;
   }
 
   template <class LoadX>
   __device__ __forceinline__ void multiply(float (&sum)[kRowTiles][kTokenTiles][4], int chunk,
-                                           const LoadX& load_x, bool has_next) {
-#pragma unroll
+                                           const LoadX& load_x, bool /*has_next*/) {
+    const unsigned char* slot = slots + chunk * kSlot;
+    __syncwarp();  // the scales, which other lanes have brought, are there
+#pragma unroll(kUnrolled / kReadSteps)
     for (int unit = 0; unit < kChunkUnits; ++unit) {
       // Or the compiler widens all units at once, and has too few registers.
       if (unit > 0) __syncwarp();
       float part[kRowTiles][kTokenTiles][4] = {};
-      float scale[kRowTiles][2];  // of rows g and g + 8
+      float2 scale[kRowTiles];  // of rows g and g + 8
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) scale[i][half] = unit_scale(i, chunk, unit, half);
+        const int at = first_scale + scale_at(i * kFragmentRows, unit);
+        read(scale[i], slot + at);
       }
+#pragma unroll 1
+      for (int first = 0; first < kUnitSteps; first += kReadSteps) {
+        Words<kReadSteps> words[kRowTiles];
+        Words<(kReadSteps + 1) / 2> metadata[kRowTiles];  // each of two steps
 #pragma unroll
-      for (int s = 0; s < kUnitSteps; ++s) {
-        const int step_of_chunk = unit * kUnitSteps + s, step = chunk * kChunkSteps + step_of_chunk;
-        uint32_t a[kRowTiles][4];
+        for (int i = 0; i < kRowTiles; ++i) {
+          const int step = unit * kUnitSteps + first;  // of the chunk
+          const unsigned char* from = slot + bytes_at + i * kDecodeChunkBytes;
+          read(words[i], from + step * 4);
+          read(metadata[i], from + kMetadataAt + step / 2 * 4);
+        }
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) widen<T>(a[i], words[i][chunk][step_of_chunk]);
+        for (int s = 0; s < kReadSteps; ++s) {
+          const int step = unit * kUnitSteps + first + s;
+          uint32_t a[kRowTiles][4];
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          uint32_t b[4];
-          load_x(b, j, step_of_chunk);
+          for (int i = 0; i < kRowTiles; ++i) widen<T>(a[i], words[i].word[s]);
 #pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            multiply_step<T>(part[i][j], a[i], b, metadata[i][metadata_word<T>(step)], step);
-            if (s < kUnitSteps - 1) continue;
+          for (int j = 0; j < kTokenTiles; ++j) {
+            uint32_t b[4];
+            load_x(b, j, step);
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              sum[i][j][r] = __fmaf_rn(part[i][j][r], scale[i][r / 2], sum[i][j][r]);
+            for (int i = 0; i < kRowTiles; ++i) {
+              const uint32_t word = metadata[i].word[metadata_word<T>(s)];
+              multiply_step<T>(part[i][j], a[i], b, word, kReadSteps > 1 ? s : unit);
             }
           }
         }
       }
-    }
-    if (!has_next) return;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) load_piece(words[i][chunk], i, chunk);
-    load_scales(chunk, true);
-  }
-
-  __device__ __forceinline__ void rotate() { copy(metadata, next_metadata); }
-
- private:
-  __device__ __forceinline__ void load_piece(uint32_t (&registers)[4], int i, int piece) const {
-    // A tile past the last one is that again: its sums go nowhere.
-    const auto tile_bytes = static_cast<uint32_t>(args.records) * kBytes;
-    const uint64_t tiles = static_cast<uint32_t>(min(i, tiles_after));
-    load_weights(registers, next + tiles * tile_bytes + piece * kFragmentBytes, evict_first);
-  }
-
-  // Units past the last column have no scales, and their sums are 0.
-  __device__ __forceinline__ void load_scales(int chunk, bool exists) {
-    const GroupScales& groups = args.groups;
-    const unsigned first =
-        (next_record * kChunks + chunk) * kChunkUnits + threadIdx.x % 2 * (kChunkUnits / 2);
-    unsigned column = column_of_unit(groups, first);
-    unsigned unit_of_group = first - column * groups.units;
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      const bool inside = exists && column < groups.columns;
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
-        const unsigned row = min(held_row + i * kFragmentRows, last_row);
-        held[i][chunk][h] = inside ? __ldg(scales + (row * groups.columns + column)) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const float by = r < 2 ? scale[i].x : scale[i].y;
+            sum[i][j][r] = __fmaf_rn(part[i][j][r], by, sum[i][j][r]);
+          }
+        }
       }
-      if (++unit_of_group == groups.units) ++column, unit_of_group = 0;
     }
+    __syncwarp();  // no lane reads the slot any more
   }
 
-  __device__ __forceinline__ float unit_scale(int i, int chunk, int unit, int half) const {
-    const int lane = threadIdx.x % kWarp;
-    return __shfl_sync(kAllLanes, held[i][chunk][unit % kHeld],
-                       lane / 4 * 4 + 2 * half + unit / kHeld);
+  __device__ __forceinline__ void rotate() {
+    constexpr int kRecords = kAhead / kChunks;  // that the ring holds
+    static_assert(kRecords <= 2);
+    if constexpr (kRecords == 1) return;
+    slots += (turn == 0 ? 1 : -1) * kChunks * kSlot;
+    turn ^= 1;
+  }
+
+ private:
+  template <int N>
+  struct alignas(4 * N) Words {
+    uint32_t word[N];
+  };
+  template <class V>
+  static __device__ __forceinline__ void read(V& to, const unsigned char* from) {
+    to = *reinterpret_cast<const V*>(from);
+  }
+  // With scales for every step, or 64 rows of x, there are no registers for it.
+  template <class V>
+  static __device__ __forceinline__ V hold(V value) {
+    return kChunkUnits == 1 && kTokenTiles < 8 ? ptx::keep(value) : value;
+  }
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+  // Where a scale lies, after kScalesAt. What this is of 8, 16 or 32 rows, and of a unit, adds up.
+  static __device__ __forceinline__ constexpr int scale_at(int row, int unit) {
+    return row / kFragmentRows * kDecodeChunkBytes + row / 8 % 2 * 4 +
+           (row % 8 * kChunkUnits + unit) * kLaneBytes;
   }
 };
 

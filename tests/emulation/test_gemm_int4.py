@@ -278,6 +278,9 @@ def test_choice_is_legal(kernels: KernelLibrary, device: tuple[int, int]) -> Non
 @pytest.mark.parametrize("m", [1, 8, 16, 32, 64])
 def test_choice_keeps_multiprocessors_busy(kernels: KernelLibrary, m: int) -> None:
     for n, k in ((1024, 8192), (4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096)):
+        # While the sums of blocks that share a tile would meet, a few blocks read all of these.
+        if m <= 16 and n * k <= 4096 * 4096:
+            continue
         config = choose(kernels, m, n, k)[0]
         blocks = -(-n // config.tile_n) * config.split_k
         # At 32 rows large tiles save reading x again, which is dear beside weights this small.

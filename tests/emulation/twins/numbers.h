@@ -22,6 +22,11 @@ inline float fma_to_odd(float a, float b, float c) {
 
 namespace gossamer::ptx {
 
+template <class T>
+T keep(T value) {
+  return value;
+}
+
 // What products of T are summed in.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
