@@ -116,6 +116,14 @@ def test_what_is_no_number_is_active(actsparse_target: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_threshold_of_minus_zero_is_zero(actsparse_target: str, dtype: torch.dtype) -> None:
+    for rows in (1, 3):
+        x, weight = torch.randn(rows, 33).relu().to(dtype), torch.randn(33, 23).to(dtype)
+        expected = actsparse_linear(x, weight)
+        assert torch.equal(actsparse_linear(x, weight, threshold=-0.0), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threshold_is_rounded_as_torch_does(actsparse_target: str, dtype: torch.dtype) -> None:
     """Of inputs around 0.1 those are active that torch says are above it."""
     around = torch.tensor([0.1], dtype=dtype)

@@ -82,6 +82,21 @@ def test_other_memory_is_another_pattern() -> None:
     torch.testing.assert_close(x.grad, a.weight.to_dense().detach().sum(0).expand(3, 40))
 
 
+def test_a_pattern_that_was_changed_unseen_is_transposed_again() -> None:
+    x = torch.randn(5, 30, requires_grad=True)
+    dense = torch.randn(12, 30) * (torch.rand(12, 30) < 0.3)
+    weight, other = SparseCsr.from_dense(dense), SparseCsr.from_dense(dense.flip(1))
+    csr_linear(x, weight).sum().backward()
+    weight.col_indices.numpy()[:] = other.col_indices.numpy()  # as .data and collectives do
+    x.grad = None
+    csr_linear(x, weight).sum().backward()
+    changed = SparseCsr(weight.values, weight.crow_indices, other.col_indices, (12, 30))
+    torch.testing.assert_close(x.grad, changed.to_dense().sum(0).expand(5, -1))
+    weight.col_indices.numpy()[0] = -1
+    with pytest.raises(ValueError, match=r"col_indices\[0\] is -1"):
+        csr_linear(x, weight).sum().backward()
+
+
 def test_no_rows_have_gradients_of_zero() -> None:
     layer, x = SparseLinear(6, 5, pattern=Unstructured(0.5)), torch.zeros(0, 6, requires_grad=True)
     layer(x).sum().backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES, SumOracle
@@ -206,6 +207,29 @@ def test_indices_are_looked_at_again_after_a_change() -> None:
         given["col_indices"][0] = 9
         with pytest.raises(ValueError, match="outside of"):
             csr_linear_tensors(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [70, 40_000])
+@pytest.mark.parametrize("m", [1, 3, 4, 40])
+def test_changes_that_torch_does_not_count(
+    csr_target: str, m: int, k: int, dtype: torch.dtype
+) -> None:
+    # Columns are not checked again: they must not lead out of x. Rows are.
+    x, weight, _ = CsrCase(m, 33, k, 0.05).operands(dtype)
+    csr_linear(x, weight)
+    crow, col = weight.crow_indices.numpy(), weight.col_indices.numpy()
+    col[::3] = np.iinfo(col.dtype).max
+    col[1::3] = np.iinfo(col.dtype).min
+    y = csr_linear(x, weight)
+    _C.csr_dvalues(weight.values.detach().clone(), y, x, weight.crow_indices, weight.col_indices, 2)
+    crow[5] = 2**31 - 1
+    with pytest.raises(ValueError, match=r"crow_indices\[6\] is .*, below .* 2147483647"):
+        csr_linear(x, weight)
+    crow[5] = crow[4]
+    crow[-1] += 1
+    with pytest.raises(ValueError, match="the last of crow_indices is"):
+        csr_linear(x, weight)
 
 
 def test_targets_say_what_runs(cpu_target: str) -> None:

@@ -45,7 +45,7 @@ inline double checked_threshold(const char* op, double threshold, DType dtype) {
   }
   GOSSAMER_CHECK(threshold >= 0 && std::isfinite(rounded), op, ": threshold is ", threshold,
                  ", expected 0 or more, and finite in ", name(dtype));
-  return rounded;
+  return std::fabs(rounded);  // kernels compare bits, of which -0 has the largest
 }
 
 }  // namespace gossamer::actsparse

@@ -37,6 +37,7 @@ struct Simd : SimdOffsets {
   static I set1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I min_unsigned(I a, I b) { return _mm256_min_epu32(a, b); }
   static I min(I a, I b) { return _mm256_min_epi32(a, b); }
   static I max(I a, I b) { return _mm256_max_epi32(a, b); }
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }

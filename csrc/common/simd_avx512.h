@@ -40,6 +40,7 @@ struct Simd : SimdOffsets {
   static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I min_unsigned(I a, I b) { return _mm512_min_epu32(a, b); }
   static I min(I a, I b) { return _mm512_min_epi32(a, b); }  // of signed lanes
   static I max(I a, I b) { return _mm512_max_epi32(a, b); }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }

@@ -1,5 +1,5 @@
 // The border of products with an unstructured weight: what Python hands over is checked here, once.
-// What the indices say is checked by csr_validate, once for each pattern: at every product it would
+// What the columns say is checked by csr_validate, once for each pattern: at every product it would
 // take as long as that of a single row of x.
 #include <pybind11/stl.h>
 
@@ -63,6 +63,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& v
   check_on_cpu(op, "values", values);
   check_vector(op, "values", values, values.numel());
   const Pattern pattern = checked_pattern(op, crow, col, n, k, values.shape[0]);
+  validate_rows(op, pattern, values.shape[0]);
   linear({values.dtype, pattern, values.data, rows, x.data, x.strides[0],
           bias_of(op, bias, n, values.dtype, x), activation_of(op, activation), out.data, threads});
 }
@@ -80,6 +81,7 @@ void bind_dvalues(const TensorView& out, const TensorView& dy, const TensorView&
   check_dtype(op, "dvalues", out, x.dtype);
   check_vector(op, "dvalues", out, col.numel());
   const Pattern pattern = checked_pattern(op, crow, col, n, k, col.numel());
+  validate_rows(op, pattern, col.numel());
   dvalues(
       {x.dtype, pattern, rows, dy.data, dy.strides[0], x.data, x.strides[0], out.data, threads});
 }
@@ -103,6 +105,15 @@ void bind(py::module_& m) {
       },
       py::arg("op"), py::arg("crow_indices"), py::arg("col_indices"), py::arg("n"), py::arg("k"),
       release());
+  m.def(
+      "csr_fingerprint",
+      [](const TensorView& crow, const TensorView& col, int64_t n, int64_t k) {
+        constexpr const char* op = "csr_fingerprint";
+        const Pattern pattern = checked_pattern(op, crow, col, n, k, col.numel());
+        validate_rows(op, pattern, col.numel());
+        return fingerprint(pattern);
+      },
+      py::arg("crow_indices"), py::arg("col_indices"), py::arg("n"), py::arg("k"), release());
   m.def(
       "csr_transpose",
       [](const TensorView& crow, const TensorView& col, int64_t n, int64_t k,

@@ -29,6 +29,12 @@ struct Pattern {
   bool wide;  // int32 columns, not int16
 
   int64_t nnz() const { return crow[n]; }
+  // Of place j; within the weight, whatever was written to col since it was checked.
+  template <class Index>
+  int64_t column(int64_t j) const {
+    const auto number = static_cast<uint32_t>(static_cast<const Index*>(col)[j]);
+    return number < k ? number : k - 1;
+  }
 };
 
 // Columns of this many and fewer are numbered by int16.
@@ -63,8 +69,12 @@ struct DvaluesArgs {
 void dvalues(const DvaluesArgs& args);
 void dvalues_serial(const DvaluesArgs& args);
 
-// ValueError, with the values, where the indices are none of such a weight.
+// ValueError, with the values, where the indices are none of such a weight; of the rows alone,
+// which takes next to nothing, at each product.
 void validate(const char* op, const Pattern& pattern, int64_t count);
+void validate_rows(const char* op, const Pattern& pattern, int64_t count);
+// A number that is another one for other indices, all but certainly.
+uint64_t fingerprint(const Pattern& pattern);
 // The pattern with rows and columns exchanged, and of each of its places the one that it had.
 void transpose(const Pattern& pattern, int32_t* crow, void* col, bool wide, int32_t* source);
 

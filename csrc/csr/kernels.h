@@ -25,6 +25,12 @@ struct Kernels : Finish<S, T> {
     return static_cast<const Index*>(pattern.col);
   }
 
+  // Somebody may have written other columns since they were checked: then sums are wrong, and no
+  // memory but that of x is read.
+  static I load_columns(const Index* col, I last) {
+    return S::min_unsigned(S::load_index(col), last);
+  }
+
   // ---- gather ------------------------------------------------------------------------------
   template <int Tokens>
   static void add_gathered(const T* values, I col, const float* x, int64_t stride,
@@ -40,7 +46,7 @@ struct Kernels : Finish<S, T> {
   // before x.
   template <int Tokens>
   static void add_rest(const T* values, const Index* col, int64_t j, int64_t end, int64_t nnz,
-                       const GatherTask& task, F (&sum)[Tokens]) {
+                       I last, const GatherTask& task, F (&sum)[Tokens]) {
     static constexpr uint32_t kPast[32] = {0,   0,   0,   0,   0,   0,   0,   0,   0,   0,   0,
                                            0,   0,   0,   0,   0,   ~0u, ~0u, ~0u, ~0u, ~0u, ~0u,
                                            ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
@@ -57,7 +63,7 @@ struct Kernels : Finish<S, T> {
     const I past = S::load_words(kPast + 16 - (end - j));
     const I kept = S::as_int(S::load(values));
     const F weight = S::as_float(S::sub(kept, S::and_(kept, past)));
-    const I index = S::or_(S::load_index(col), past);
+    const I index = S::or_(load_columns(col, last), past);
 #pragma GCC unroll 3
     for (int t = 0; t < Tokens; ++t) {
       sum[t] = S::fma(weight, S::gather(task.x + t * task.x_stride, index), sum[t]);
@@ -70,6 +76,7 @@ struct Kernels : Finish<S, T> {
     const Index* col = columns(task.pattern);
     const int32_t* crow = task.pattern.crow;
     const int64_t nnz = task.pattern.nnz();
+    const I last = S::set1(static_cast<uint32_t>(task.pattern.k - 1));
     for (int64_t first = task.first; first < task.last; first += kLanes) {
       const int64_t count = task.last - first < kLanes ? task.last - first : kLanes;
       F lanes[Tokens][kLanes];
@@ -82,9 +89,9 @@ struct Kernels : Finish<S, T> {
         for (; j + kLanes <= end; j += kLanes) {
           __builtin_prefetch(values + j + kAhead);
           __builtin_prefetch(col + j + kAhead);
-          add_gathered(values + j, S::load_index(col + j), task.x, task.x_stride, sum);
+          add_gathered(values + j, load_columns(col + j, last), task.x, task.x_stride, sum);
         }
-        if (j < end) add_rest(values, col, j, end, nnz, task, sum);
+        if (j < end) add_rest(values, col, j, end, nnz, last, task, sum);
 #pragma GCC unroll 3
         for (int t = 0; t < Tokens; ++t) lanes[t][i] = sum[t];
       }
@@ -125,7 +132,7 @@ struct Kernels : Finish<S, T> {
     const Index* col = columns(pattern);
     const int64_t nnz = pattern.nnz();
     const I before = S::set1(static_cast<uint32_t>(first));
-    const I past = S::set1(static_cast<uint32_t>(limit));
+    const I width = S::set1(static_cast<uint32_t>(limit - first));
     const I step = S::set1(static_cast<uint32_t>(tile));
     int count = 0;
     while (count < kChunk && j + count < end) {
@@ -147,17 +154,16 @@ struct Kernels : Finish<S, T> {
           from_values = w;
         }
       }
-      const I number = S::load_index(from);
-      S::store_words(reinterpret_cast<uint32_t*>(places.offsets) + count,
-                     S::times(S::sub(number, before), step));
+      const I in_pass = S::min_unsigned(S::sub(S::load_index(from), before), width);
+      S::store_words(reinterpret_cast<uint32_t*>(places.offsets) + count, S::times(in_pass, step));
       if (sizeof(T) != sizeof(float) && values != nullptr) {
         S::store(places.widened + count, S::load(from_values));
       }
       constexpr uint32_t kAll = (1u << kLanes) - 1;
-      uint32_t below = S::above(past, number);
+      uint32_t below = S::above(width, in_pass);
       if (left < kLanes) below &= (1u << left) - 1;
       if (below != kAll) {  // else the next ones need not wait for how many these are
-        count += __builtin_popcount(below);
+        count += __builtin_ctz(~below);
         break;
       }
       count += kLanes;

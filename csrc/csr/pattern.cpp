@@ -1,4 +1,6 @@
 // What is done to indices alone.
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/check.h"
@@ -44,16 +46,40 @@ void transpose_places(const Pattern& pattern, int32_t* crow, To* col, int32_t* s
 
 }  // namespace
 
-void validate(const char* op, const Pattern& pattern, int64_t count) {
+void validate_rows(const char* op, const Pattern& pattern, int64_t count) {
   const int32_t* crow = pattern.crow;
   GOSSAMER_CHECK(crow[0] == 0, op, ": crow_indices[0] is ", crow[0], ", expected 0");
-  for (int64_t i = 0; i < pattern.n; ++i) {
+  bool wrong = false;  // without a branch to a place, for the compiler's vectors
+  for (int64_t i = 0; i < pattern.n; ++i) wrong |= crow[i] > crow[i + 1];
+  for (int64_t i = 0; wrong && i < pattern.n; ++i) {
     GOSSAMER_CHECK(crow[i] <= crow[i + 1], op, ": crow_indices[", i + 1, "] is ", crow[i + 1],
                    ", below the one before it, ", crow[i]);
   }
   GOSSAMER_CHECK(crow[pattern.n] == count, op, ": the last of crow_indices is ", crow[pattern.n],
                  ", there are ", count, " values");
+}
+
+void validate(const char* op, const Pattern& pattern, int64_t count) {
+  validate_rows(op, pattern, count);
   pattern.wide ? validate_columns<int32_t>(op, pattern) : validate_columns<int16_t>(op, pattern);
+}
+
+// Each word of the bytes by an odd number of its own, modulo 2^64.
+static uint64_t weigh(const void* data, int64_t bytes, uint64_t sum) {
+  constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
+  const auto* from = static_cast<const char*>(data);
+  for (int64_t i = 0; i < bytes; i += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, from + i, std::min<int64_t>(8, bytes - i));
+    sum += (word ^ (word >> 32)) * (kOdd + 2 * static_cast<uint64_t>(i));
+  }
+  return sum;
+}
+
+uint64_t fingerprint(const Pattern& pattern) {
+  const int64_t size = pattern.wide ? sizeof(int32_t) : sizeof(int16_t);
+  const uint64_t of_rows = weigh(pattern.crow, (pattern.n + 1) * int64_t{sizeof(int32_t)}, 0);
+  return weigh(pattern.col, pattern.nnz() * size, of_rows * 31);
 }
 
 void transpose(const Pattern& pattern, int32_t* crow, void* col, bool wide, int32_t* source) {

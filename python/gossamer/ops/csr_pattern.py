@@ -20,6 +20,7 @@ class Known:
     versions: tuple[int, int, int, int]
     shape: tuple[int, int]
     transposed: tuple[Tensor, Tensor, Tensor] | None = None
+    fingerprint: int = 0  # of the indices that were transposed
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -37,7 +38,8 @@ def known(op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Known:
     if crow.is_inference() or col.is_inference():
         check_indices(op, crow.cpu(), col.cpu(), shape)
         return Known(crow, (0, 0, 0, 0), shape)
-    # Who writes through .data is not counted, but whoever puts other memory there is seen.
+    # Who writes through .data, NumPy or a collective is not counted, and what such columns say is
+    # not checked again; but whoever puts other memory there is seen.
     versions = (crow._version, col._version, crow.data_ptr(), col.data_ptr())
     found: Known | None = _known.get(col)
     if (
@@ -60,12 +62,14 @@ def transposed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(crow, col, source) on the CPU: of the transposed weight, of ``values[source]``."""
     pattern = known(op, crow, col, shape)
-    if pattern.transposed is None:
+    n, k = shape
+    # Beside a gradient this is next to nothing, and changes that torch does not count are seen.
+    fingerprint = _C.csr_fingerprint(crow.contiguous(), col.contiguous(), n, k)
+    if pattern.transposed is None or pattern.fingerprint != fingerprint:
         with torch.inference_mode(False):
-            n, k = shape
             crow_out = torch.empty(k + 1, dtype=torch.int32)
             col_out = torch.empty(col.shape[0], dtype=column_dtype(n))
             source = torch.empty(col.shape[0], dtype=torch.int32)
             _C.csr_transpose(crow.contiguous(), col.contiguous(), n, k, crow_out, col_out, source)
-        pattern.transposed = (crow_out, col_out, source)
+        pattern.transposed, pattern.fingerprint = (crow_out, col_out, source), fingerprint
     return pattern.transposed
