@@ -47,7 +47,9 @@ constexpr int kBlockBytes = 226 << 10;  // of shared memory, but for barriers an
 //   kPieces                            uint4 of a lane for a record of 16 rows, beside one of
 //                                      metadata
 //   W(args, row_tile)                  for this warp's 16 rows
-//   prepare<kParts>(args, record, part)      asks for what does not come with the stage
+//   announce(args, record, count)      brings nearer what does not come with these records' stages
+//   prepare<kParts>(args, record, part)      asks for that of a part of a record,
+//   take()                             and that is what is multiplied next
 //   multiply(sum, stage, part, accumulate)   adds the products of a part to the sums
 template <class W, int kTokens>
 struct Stage {
@@ -129,22 +131,23 @@ __device__ void produce(StreamShared<W, kTokens>& shared, const StreamArgs& args
   constexpr int kRecord = (W::kPieces + 1) * 32;
   Ring<StreamShared<W, kTokens>::kStages> ring;
   const int64_t end = first_of_block(args, blockIdx.x + 1);
-  for (int64_t at = first_of_block(args, blockIdx.x); at < end; ++at) {
-    const int tile = static_cast<int>(at / args.records);
-    const int record = static_cast<int>(at % args.records);
-    const int tile_n = tile / args.tiles_m, tile_m = tile % args.tiles_m;
-    for (int part = 0; part < S::kParts; ++part, ring.advance()) {
+  for (int64_t at = first_of_block(args, blockIdx.x); at < end;) {
+    const Segment segment(args, at, end);
+    at += segment.count;
+    const int tile_n = segment.tile / args.tiles_m, tile_m = segment.tile % args.tiles_m;
+    for (int i = 0; i < segment.count * S::kParts; ++i, ring.advance()) {
+      const int record = segment.first + i / S::kParts, part = i % S::kParts;
       S& stage = shared.stages[ring.stage];
       uint64_t* full = &shared.full[ring.stage];
       // The first round finds the stages empty: the phase before the first counts as ended.
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
       ptx::mbarrier_arrive_expect_tx(full, S::kWeightBytes + S::kXBytes);
-      for (int i = 0; i < kRowTiles; ++i) {
+      for (int t = 0; t < kRowTiles; ++t) {
         // Rows past N take the last tile of 16: what they multiply is not stored, but their
         // metadata have to be legal.
-        const int row_tile = min(tile_n * kRowTiles + i, args.weight_tiles - 1);
+        const int row_tile = min(tile_n * kRowTiles + t, args.weight_tiles - 1);
         const uint4* from = args.weights + (int64_t{row_tile} * args.records + record) * kRecord;
-        uint4* to = stage.weights.data() + i * S::kSize;
+        uint4* to = stage.weights.data() + t * S::kSize;
         if constexpr (S::kParts == 1) {
           ptx::bulk_load(to, from, S::kSize * 16, full);
         } else {
@@ -193,8 +196,10 @@ struct StoredWeights {
   static constexpr int kPieces = 2 * Record<T>::kSteps;
 
   __device__ StoredWeights(const StreamArgs&, int /*row_tile*/) {}
+  __device__ void announce(const StreamArgs&, int /*record*/, int /*count*/) {}
   template <int kParts>
   __device__ void prepare(const StreamArgs&, int /*record*/, int /*part*/) {}
+  __device__ void take() {}
 
   // Multiplies what a stage holds, `part` of a record.
   template <int kTokens>
@@ -231,7 +236,7 @@ struct Int4Weights {
   static constexpr int kUnits = 2 * Record<T>::kSteps / kUnitHalves;  // of a record
 
   const float* of_rows[2];  // their scales
-  float scales[kUnits][2];
+  float coming[kUnits][2], scales[kUnits][2];
 
   // Rows past N take the scales of the last: what they multiply is not stored.
   __device__ Int4Weights(const StreamArgs& args, int row_tile) {
@@ -243,8 +248,24 @@ struct Int4Weights {
     }
   }
 
-  // Asks for the scales of a part of a record, which come while its stage is waited for. Past the
-  // last column there are none, and the sums are 0.
+  // The scales of a row's records lie side by side, 16 of them in a line that DRAM would else be
+  // waited for.
+  __device__ __forceinline__ void announce(const StreamArgs& args, int record, int count) {
+    if (threadIdx.x % 4 > 1) return;
+    const unsigned columns = args.groups.columns;
+    const unsigned begin = min(column_of_unit(args.groups, record * kUnits), columns);
+    const unsigned end =
+        min(column_of_unit(args.groups, (record + count) * kUnits - 1) + 1, columns);
+    const float* row = of_rows[threadIdx.x % 4];
+    constexpr uintptr_t kAligned = ~uintptr_t{15};
+    const auto first = reinterpret_cast<uintptr_t>(row + begin) & kAligned;
+    const auto last = reinterpret_cast<uintptr_t>(row + end) & kAligned;
+    if (first < last) {
+      ptx::bulk_prefetch(reinterpret_cast<const void*>(first), static_cast<int>(last - first));
+    }
+  }
+
+  // Past the last column there are no scales, and the sums are 0.
   template <int kParts>
   __device__ __forceinline__ void prepare(const StreamArgs& args, int record, int part) {
     constexpr int kUnitsHere = kUnits / kParts;
@@ -254,8 +275,16 @@ struct Int4Weights {
           column_of_unit(args.groups, record * kUnits + part * kUnitsHere + unit);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scales[unit][half] = column < args.groups.columns ? __ldg(of_rows[half] + column) : 0.0f;
+        coming[unit][half] = column < args.groups.columns ? __ldg(of_rows[half] + column) : 0.0f;
       }
+    }
+  }
+
+  __device__ __forceinline__ void take() {
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) scales[unit][half] = coming[unit][half];
     }
   }
 
@@ -362,6 +391,7 @@ template <class W, int kTokens>
 __device__ void consume(StreamShared<W, kTokens>& shared, const StreamArgs& args) {
   using S = Stage<W, kTokens>;
   using T = typename W::X;
+  constexpr bool kEarly = S::kParts == 1;  // there are registers for what two stages need
   Ring<StreamShared<W, kTokens>::kStages> ring;
   const int warpgroup = threadIdx.x / kWarpgroup;
   const int64_t end = first_of_block(args, blockIdx.x + 1);
@@ -371,10 +401,18 @@ __device__ void consume(StreamShared<W, kTokens>& shared, const StreamArgs& args
     W weights(args, segment.tile / args.tiles_m * kRowTiles + static_cast<int>(threadIdx.x) / 32);
     ptx::Accumulator<T> sums[1][kTokens / 2];
     auto& sum = sums[0];
+    if (kEarly) {
+      weights.announce(args, segment.first, segment.count);
+      weights.template prepare<S::kParts>(args, segment.first, 0);
+    }
     for (int record = 0; record < segment.count; ++record) {
 #pragma unroll
       for (int part = 0; part < S::kParts; ++part, ring.advance()) {
-        weights.template prepare<S::kParts>(args, segment.first + record, part);
+        if (!kEarly) weights.template prepare<S::kParts>(args, segment.first + record, part);
+        weights.take();
+        if (kEarly && record + 1 < segment.count) {
+          weights.template prepare<S::kParts>(args, segment.first + record + 1, part);
+        }
         ptx::mbarrier_wait(&shared.full[ring.stage], ring.phase);
         weights.template multiply<kTokens>(sum, shared.stages[ring.stage], part,
                                            record > 0 || part > 0);
