@@ -225,6 +225,15 @@ def test_outputs_of_indices() -> None:
     assert z[0, 0, 3] == y[0, 0, 3]
 
 
+def test_outputs_lie_as_x_whatever_the_mask(actsparse_target: str) -> None:
+    x, weight = torch.randn(64, 16), torch.randn(8, 16)
+    for wanted in (torch.rand(8, 64).t() < 0.5, torch.ones(8, 64, dtype=torch.bool).t()):
+        y = actsparse_outputs(x, weight, wanted)
+        assert y.is_contiguous()
+        dense = (x.double() @ weight.double().t()) * wanted
+        torch.testing.assert_close(y, dense.float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_product_that_a_gpu_without_kernels_runs(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -253,6 +262,7 @@ X, WEIGHT, GATE = torch.randn(5, 8), torch.randn(8, 4), torch.rand(5, 4) < 0.5
         ({"bias": torch.zeros(4).half()}, TypeError, "bias is torch.float16"),
         ({"activation": "tanh"}, ValueError, "tanh"),
         ({"threshold": -0.5}, ValueError, "threshold is -0.5"),
+        ({"threshold": None}, TypeError, "threshold is None, expected a number"),
         ({"threshold": float("nan")}, ValueError, "threshold is nan"),
         ({"threshold": 1e39}, ValueError, r"threshold is 1e\+39.*finite in float32"),
     ],
@@ -277,6 +287,7 @@ def test_mistakes(change: dict[str, Any], error: type, text: str, gradient: bool
         ({"wanted": torch.zeros(2, 1).long()}, ValueError, r"wanted has shape \[2, 1\]"),
         ({"wanted": GATE.byte()}, TypeError, "wanted is torch.uint8"),
         ({"wanted": GATE.float(), "threshold": -0.5}, ValueError, "threshold is -0.5"),
+        ({"wanted": GATE.float(), "threshold": None}, TypeError, "threshold is None"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias has shape \[8\], expected \[4\]"),
         ({"activation": "tanh"}, ValueError, "tanh"),
     ],

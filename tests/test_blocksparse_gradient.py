@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import compress, product
 
@@ -19,6 +20,20 @@ from torch.func import functional_call, grad, jvp, vmap
 
 ops = torch.ops.gossamer
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
+def check_nested_transforms(
+    layer: Callable[[Tensor, Tensor], Tensor], operands: tuple[Tensor, Tensor]
+) -> None:
+    def length(x: Tensor, values: Tensor, inner: int) -> Tensor:
+        return grad(lambda *given: layer(*given).pow(3).sum(), inner)(x, values).square().sum()
+
+    for inner in (0, 1):
+        y = layer(*operands).pow(3).sum()
+        (first,) = torch.autograd.grad(y, operands[inner], create_graph=True)
+        wanted = torch.autograd.grad(first.square().sum(), operands)
+        got = grad(length, (0, 1))(*(t.detach() for t in operands), inner)
+        torch.testing.assert_close(got, wanted)
 
 
 def double(*shape: int) -> Tensor:
@@ -130,6 +145,7 @@ def test_derivatives_by_transposed_blocks(
     got = torch.autograd.grad(compiled(*operands).square().sum(), operands)
     want = torch.autograd.grad(layer(*operands).square().sum(), operands)
     torch.testing.assert_close(got, want)
+    check_nested_transforms(layer, operands)
 
 
 def test_when_dx_goes_by_blocks() -> None:
@@ -237,6 +253,7 @@ def test_derivatives_by_live_blocks(serial_target: str, kernel: tuple[int, ...])
     got = torch.autograd.grad(compiled(*operands).square().sum(), operands)
     want = torch.autograd.grad(layer(*operands).square().sum(), operands)
     torch.testing.assert_close(got, want)
+    check_nested_transforms(layer, operands)
 
 
 def test_when_dvalues_go_by_blocks(serial_target: str) -> None:

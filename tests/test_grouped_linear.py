@@ -126,6 +126,7 @@ X, WEIGHTS = torch.randn(5, 8), torch.randn(3, 4, 8)
         ({"offsets": torch.tensor([0, 1, 2, 5])}, ValueError, r"shape \[4\], expected \[3\]"),
         ({"offsets": torch.tensor([1.0, 2, 5])}, TypeError, "float32, expected int32 or int64"),
         ({"offsets": torch.tensor([[1, 2, 5]])}, ValueError, r"shape \[1, 3\]"),
+        ({"offsets": [1, 2, 5]}, TypeError, "offsets are list, expected a torch.Tensor"),
         ({"x": X[:, :7]}, ValueError, "7 features, the weights expect 8"),
         ({"x": X[0]}, ValueError, r"shape \[8\]"),
         ({"x": X.double()}, TypeError, "float64, the weight torch.float32"),

@@ -497,6 +497,39 @@ def test_the_example_of_wafer_maps_runs(threads: int) -> None:
     assert 0 <= example["main"](["--size", "2000", "--steps", "2", "--batch", "4"]) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_maps_that_a_transform_makes() -> None:
+    net = nn.Sequential(
+        pc.SubmanifoldConv3d(4, 6, 3), pc.Conv3d(6, 5, 3, 2, 1), pc.ConvTranspose3d(5, 3, 2, 2)
+    ).double()
+    for pool in (pc.GlobalAvgPool(), pc.GlobalMaxPool()):
+        whole = nn.Sequential(net, pool)
+        x = scene().to(dtype=torch.float64)
+        dense = x.dense().requires_grad_()
+        fresh = pc.SparseTensor(x.coords, x.feats, spatial_shape=x.spatial_shape, batch_size=3)
+
+        def loss(feats: Tensor, x: pc.SparseTensor = fresh, whole: nn.Module = whole) -> Tensor:
+            return whole(x.replace_feats(feats)).square().sum()
+
+        def made_inside(feats: Tensor, x: pc.SparseTensor = x, whole: nn.Module = whole) -> Tensor:
+            coords = x.coords + torch.zeros(4, dtype=torch.int32)
+            made = pc.SparseTensor(coords, feats, spatial_shape=x.spatial_shape, batch_size=3)
+            return whole(made).square().sum()
+
+        def of_dense(dense: Tensor, whole: nn.Module = whole) -> Tensor:
+            return whole(pc.SparseTensor.from_dense(dense)).square().sum()
+
+        feats = x.feats.clone().requires_grad_()
+        (want,) = torch.autograd.grad(whole(x.replace_feats(feats)).square().sum(), feats)
+        for function in (loss, loss, made_inside):
+            torch.testing.assert_close(torch.func.grad(function)(x.feats), want)
+        torch.testing.assert_close(torch.func.jacrev(loss)(x.feats), want)
+        (want,) = torch.autograd.grad(of_dense(dense), dense)
+        torch.testing.assert_close(torch.func.grad(of_dense)(dense.detach()), want)
+        feats = fresh.feats.clone().requires_grad_()  # its maps serve later calls
+        loss(feats).backward()
+
+
 def test_inference_first_and_training_second() -> None:
     x = scene()
     net = nn.Sequential(pc.SubmanifoldConv3d(4, 6, 3), pc.Conv3d(6, 4, 3, 2, 1), pc.GlobalMaxPool())

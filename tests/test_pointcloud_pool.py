@@ -108,6 +108,15 @@ def test_voxels_that_are_not_there_take_no_part() -> None:
     assert pc.GlobalSumPool()(x).flatten().tolist() == [-9, 0, 2, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mean_over_all_cells_is_rounded_once(dtype: torch.dtype) -> None:
+    x = pc.SparseTensor.from_dense(40000 + 20000 * torch.rand(1, 3, 6, 6, 6)).to(dtype=dtype)
+    y = pc.AvgPool3d(3, count_empty=True)(x).dense()
+    wanted = nn.AvgPool3d(3)(x.dense().double())
+    assert y.dtype == dtype
+    assert torch.equal(y, wanted.to(dtype))
+
+
 @pytest.mark.parametrize("layer", [pc.GlobalMaxPool, pc.GlobalAvgPool, pc.GlobalSumPool])
 def test_global_pools_are_those_of_each_sample(layer: type[nn.Module]) -> None:
     x = scene()
@@ -135,6 +144,11 @@ def test_gradients_of_any_order() -> None:
 
         torch.autograd.gradcheck(pool, (feats,))
         torch.autograd.gradgradcheck(pool, (feats,), fast_mode=True)
+        square = torch.func.grad(lambda feats, pool=pool: pool(feats).square().sum())
+        (want,) = torch.autograd.grad(pool(feats).square().sum(), feats)
+        torch.testing.assert_close(square(feats.detach()), want)
+        both = torch.func.vmap(square)(torch.stack([feats.detach(), 2 * feats.detach()]))
+        torch.testing.assert_close(both, torch.stack([want, 2 * want]))
         rows = torch.func.jacrev(pool)(feats.detach())
         assert torch.equal(rows, torch.autograd.functional.jacobian(pool, feats.detach()))
 

@@ -174,6 +174,15 @@ def test_gradients_of_voxelize() -> None:
 
         assert torch.autograd.gradcheck(reduced, features)
         assert torch.autograd.gradgradcheck(reduced, features)
+        (want,) = torch.autograd.grad(reduced(features).square().sum(), features)
+        got = torch.func.grad(lambda f, reduced=reduced: reduced(f).square().sum())(features)
+        torch.testing.assert_close(got, want)
+        given = points.clone().requires_grad_()
+        y = pc.voxelize(given, 1.0, reduce)[0].feats
+        got = torch.func.grad(
+            lambda p, how=reduce: pc.voxelize(p, 1.0, how)[0].feats.square().sum()
+        )
+        torch.testing.assert_close(got(points), torch.autograd.grad(y.square().sum(), given)[0])
     tied = torch.zeros(2, 1, requires_grad=True)
     pc.voxelize(torch.zeros(2, 2), 1.0, "max", tied)[0].feats.sum().backward()
     assert tied.grad.tolist() == [[1], [0]]

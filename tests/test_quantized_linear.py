@@ -294,6 +294,7 @@ def test_any_strides(value_type: str, kind: str) -> None:
     y = sparse24_linear_quantized(x, weight)
     assert y.is_contiguous()
     QuantizedOracle(x, weight).check(y)
+    assert sparse24_linear_quantized(x[:0], weight).shape == (0, *x.shape[1:-1], 20)
 
 
 @pytest.mark.parametrize("value_type", EIGHT_BITS)

@@ -78,6 +78,47 @@ def test_gradients_are_those_of_the_dense_product() -> None:
     torch.testing.assert_close(torch.autograd.grad(packed, (weight, bias), dy), wanted[1:])
 
 
+def test_the_gradient_keeps_the_bits_alone() -> None:
+    spikes = (torch.rand(16, 1024) < 0.5).float().requires_grad_()
+    kept: list[Tensor] = []
+    weight = torch.randn(1024, 4)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        spike_linear(spikes, weight)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    assert sum(held.values()) == 16 * 1024 // 8 + weight.nbytes + 4
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("packed", [False, True])
+def test_per_sample_gradients(packed: bool) -> None:
+    spikes, weight = (torch.rand(3, 4, 11) < 0.5).float(), torch.randn(11, 5)
+    given = pack_spikes(spikes) if packed else spikes
+
+    def loss(weight: Tensor, spikes: Tensor) -> Tensor:
+        return spike_linear(spikes, weight).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, given)
+    torch.testing.assert_close(got, 2 * spikes.mT @ (spikes @ weight))
+
+
+@pytest.mark.parametrize(
+    ("bits", "features", "error", "text"),
+    [
+        (torch.zeros(2, dtype=torch.int32), 16, TypeError, "bits are torch.int32"),
+        (torch.zeros(3, 2).byte(), 17, ValueError, r"shape \[3, 2\] and features are 17"),
+        (torch.zeros(2).byte(), 8, ValueError, r"shape \[2\] and features are 8"),
+        (torch.zeros(2).byte(), -1, ValueError, "features are -1"),
+        (torch.zeros(0).byte(), -1, ValueError, "features are -1"),
+        (torch.zeros(()).byte(), 8, ValueError, r"shape \[\]"),
+    ],
+)
+def test_mistakes_of_unpacking(
+    bits: Tensor, features: int, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        unpack_spikes(bits, features)
+
+
 def test_compilers() -> None:
     spikes, weight = torch.rand(4, 11) < 0.5, torch.randn(11, 5, requires_grad=True)
     bits, bias = pack_spikes(spikes), torch.randn(5, requires_grad=True)

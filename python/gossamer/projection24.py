@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _C
 from ._library import calls_cpu_kernel
+from ._wide import wide
 from .formats import Sparse24
 from .prune import magnitude_24
 
@@ -121,7 +122,7 @@ def mvue_24(gradient: Tensor, generator: torch.Generator | None = None) -> Tenso
     """
     columns = gradient.shape[-1]
     padded = F.pad(gradient.detach(), (0, -columns % 4)).unflatten(-1, (-1, 4))
-    magnitude = padded.abs().to(torch.promote_types(gradient.dtype, torch.float32))
+    magnitude = padded.abs().to(wide(gradient.dtype))
     # As shares of the largest no sum leaves the range of numbers.
     magnitude = magnitude / magnitude.amax(-1, keepdim=True)
     total = magnitude.sum(-1, keepdim=True)
@@ -166,7 +167,8 @@ def transposable_mask_24(weight: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Bool [N, K]. Of equally good masks of a block one is taken, always the same.
+        Bool [N, K]. Of equally good masks of a block one is taken, always the same. Infinite
+        entries and NaN are the greatest.
 
     References
     ----------
@@ -174,9 +176,15 @@ def transposable_mask_24(weight: Tensor) -> Tensor:
     Transformer Pre-training with 2:4 Sparsity", ICML 2024, who look at all 90 masks of a block.
     """
     rows, columns = weight.shape
-    padded = F.pad(weight.detach().abs().float(), (0, -columns % 4, 0, -rows % 4))
-    blocks = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2)
-    masks = _both_ways().to(weight.device)
-    best = (blocks.flatten(2) @ masks.t()).argmax(-1)
+    padded = F.pad(weight.detach().abs().to(wide(weight.dtype)), (0, -columns % 4, 0, -rows % 4))
+    blocks = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)
+    # Over the power of two below the largest, which rounds nothing, no sum leaves the range of
+    # numbers. A mask keeps 8 entries below 2: one that is infinite, or NaN, counts more than those.
+    finite = blocks.isfinite()
+    largest = blocks.where(finite, 0).amax(-1, keepdim=True)
+    power = (largest / (2 * largest.frexp().mantissa)).where(largest > 0, 1)
+    scaled = (blocks / power).where(finite, 16)
+    masks = _both_ways().to(scaled)
+    best = (scaled @ masks.t()).argmax(-1)
     mask = masks[best].bool().unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
     return mask[:rows, :columns].contiguous()

@@ -160,9 +160,10 @@ class BlockSparse(SavedWeight):
 
     def to_dense(self) -> Tensor:
         """The weight as a dense tensor of ``shape``, exactly; differentiable in ``values``."""
-        dense: Tensor = torch.ops.gossamer.blocksparse_to_dense(
-            whole(self.values), self.crow_indices, self.col_indices, *self._sizes()
-        )
+        from ..ops.blocksparse_layout import to_dense
+
+        indices = (self.crow_indices, self.col_indices)
+        dense: Tensor = to_dense(whole(self.values), *indices, *self._sizes())
         return torch_layout(dense, self.shape)
 
     def validate(self) -> BlockSparse:

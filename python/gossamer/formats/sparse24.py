@@ -127,9 +127,9 @@ class Sparse24(SavedWeight):
 
     def to_dense(self) -> Tensor:
         """The weight as a dense [N, K] tensor, exactly; differentiable in ``values``."""
-        dense: Tensor = torch.ops.gossamer.sparse24_to_dense(
-            whole(self.values), whole(self.indices), self.in_features
-        )
+        from ..ops.sparse24_layout import to_dense
+
+        dense: Tensor = to_dense(whole(self.values), whole(self.indices), self.in_features)
         return dense
 
     def validate(self) -> Sparse24:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C
 from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
 from .actsparse_cuda import has_rows_kernel, rows_workspace
-from .actsparse_gradient import Linear, active, check_threshold, masked
+from .actsparse_gradient import Linear, active, check_given, check_threshold, masked
 from .operands import (
     activation_of,
     apply_function,
@@ -136,6 +136,7 @@ def actsparse_linear(
         x, weight_kn = autocast_to(x, autocast), autocast_to(weight_kn, autocast)
         bias = None if bias is None else autocast_to(bias, autocast)
     check_dtypes(_OP, weight_kn.dtype, x=x, bias=bias)
+    check_given(_OP, threshold)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd
     y: Tensor = call(x, weight_kn, bias, threshold, activation or "none")

@@ -6,16 +6,22 @@ A wanted output of ``actsparse_outputs`` reads a row of the weight that an activ
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._wide import matmul
-from .operands import as_rows
+
+
+def check_given(op: str, threshold: float | None) -> None:
+    if threshold is None:
+        raise TypeError(f"{op}: threshold is None, expected a number")
 
 
 def check_threshold(op: str, threshold: float, dtype: torch.dtype) -> None:
+    check_given(op, threshold)
     if not 0 <= threshold <= torch.finfo(dtype).max:
         raise ValueError(
             f"{op}: threshold is {threshold}, expected 0 or more, and finite in {dtype}"
@@ -30,6 +36,11 @@ def active(x: Tensor, threshold: float) -> Tensor:
 def masked(x: Tensor, threshold: float) -> Tensor:
     """x, with zeros for its inactive entries."""
     return x if threshold == 0 else torch.where(active(x, threshold), x, 0)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As a matrix: ``as_rows`` flattens, for which there are no batched gradients."""
+    return t.reshape(prod(t.shape[:-1]), t.shape[-1])
 
 
 class Linear(torch.autograd.Function):
@@ -63,10 +74,9 @@ class Linear(torch.autograd.Function):
             wanted = active(x, ctx.threshold)
             dx = Outputs.apply(dy, weight_kn, wanted, None)
         if ctx.needs_input_grad[1]:
-            rows = as_rows(masked(x, ctx.threshold), x.dim())
-            dweight = matmul(rows.t(), as_rows(dy, dy.dim()))
+            dweight = matmul(_rows(masked(x, ctx.threshold)).t(), _rows(dy))
         if ctx.needs_input_grad[2]:
-            db = as_rows(dy, dy.dim()).sum(0)
+            db = _rows(dy).sum(0)
         return dx, dweight, db, None
 
 
@@ -94,9 +104,9 @@ class Outputs(torch.autograd.Function):
         dy = torch.where(wanted, dy, 0)
         if ctx.needs_input_grad[0]:
             dx = Linear.apply(dy, weight, None, 0.0)
-        rows = as_rows(dy, dy.dim())
+        rows = _rows(dy)
         if ctx.needs_input_grad[1]:
-            dweight = matmul(rows.t(), as_rows(x, x.dim()))
+            dweight = matmul(rows.t(), _rows(x))
         if ctx.needs_input_grad[3]:
             db = rows.sum(0)
         return dx, dweight, None, db

@@ -178,7 +178,7 @@ def _dense(
 ) -> Tensor:
     y = F.linear(x.contiguous(), weight, bias)  # as in actsparse_linear
     activate = activation_of(_OP, activation)
-    return torch.where(wanted, y if activate is None else activate(y), 0)
+    return torch.where(wanted.contiguous(), y if activate is None else activate(y), 0)
 
 
 def _fake(

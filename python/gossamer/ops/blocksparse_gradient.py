@@ -95,7 +95,7 @@ class Dvalues(torch.autograd.Function):
         geometry = Geometry(*ctx.geometry)
         ddy = dx = None
         if ctx.needs_input_grad[0]:
-            ddy = _product()(x, grad, crow, col, None, None, *geometry, "none")
+            ddy = _product(x, grad, crow, col, None, None, *geometry, "none")
         if ctx.needs_input_grad[1]:
             dx = dx_of(dy, grad, crow, col, x.shape, geometry)
         return ddy, dx, *(None,) * (len(geometry) + 3)
@@ -140,7 +140,7 @@ def dx_of(
         transposed = transposed_geometry(geometry)
         if transposed is not None:
             blocks = transpose_blocks(values, crow, col, geometry)
-            by_blocks: Tensor = _product()(dy, *blocks, None, None, *transposed, "none")
+            by_blocks: Tensor = _product(dy, *blocks, None, None, *transposed, "none")
             return by_blocks
         # How many blocks a phase has is known where there are numbers alone, and not per sample.
         # A backward that is traced holds tensors of another type; torch 2.9 does not say more.
@@ -169,15 +169,17 @@ def _dx_by_phases(
         dx.zero_()
     for phase in phases:
         blocks = transpose_blocks(*weight, geometry, phase.taps)
-        part = _product()(dy, *blocks, None, None, *phase.geometry, "none")
+        part = _product(dy, *blocks, None, None, *phase.geometry, "none")
         pixels_of, kept = (..., *phase.pixels), (..., *phase.kept)
         dx[pixels_of] = part[kept]  # type: ignore[index]
     return dx
 
 
-def _product() -> Any:
-    """The op whose gradients these are, which is defined after them."""
-    return torch.ops.gossamer.blocksparse_product.default
+def _product(*operands: Any) -> Tensor:
+    """The op whose gradients these are."""
+    from .blocksparse_product import _autograd  # which is made of these
+
+    return _autograd(*operands)
 
 
 def dvalues_by_blocks(x: Tensor, count: int, rows: int, cols: int, geometry: Geometry) -> bool:

@@ -17,6 +17,7 @@ from .. import _C
 from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import Block
+from .operands import recorded_or_applied
 
 
 def _find_live_native(dense: Tensor, rows: int, cols: int, groups: int) -> Tensor:
@@ -138,6 +139,8 @@ class Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ToDense.apply(grad, *ctx.saved_tensors, *ctx.sizes), *(None,) * 5
 
+
+to_dense = recorded_or_applied(_to_dense, ToDense)
 
 library.impl("blocksparse_to_dense", ToDense.apply, "Autograd")
 library.impl("blocksparse_gather", Gather.apply, "Autograd")

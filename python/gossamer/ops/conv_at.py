@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pointcloud.kernel_map import KernelMap
+from .operands import without_autocast
 from .pointcloud_layout import vouch
 
 Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]  # stride, padding, dilation: a pair each
@@ -53,7 +54,7 @@ class Taps:
     def touched(self, given: Tensor) -> Tensor:
         """Of [B, H, W] marked pixels the output positions [B, OH, OW] that see one."""
         ones = torch.ones((1, 1, *self.kernel), device=given.device)
-        with torch.autocast(given.device.type, enabled=False):
+        with without_autocast(given):
             counts = F.conv2d(given.unsqueeze(1).float(), ones, None, *self.steps)
         return counts.squeeze(1) > 0.5
 

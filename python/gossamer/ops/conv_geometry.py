@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.geometry import whole_number
 from .operands import check_tensor
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -25,12 +25,10 @@ def per_axis(op: str, name: str, given: Sizes, axes: int, lowest: int) -> tuple[
     TypeError, ValueError
         If they are something else.
     """
-    whole = (int, torch.SymInt)
-    numbers = (given,) * axes if isinstance(given, whole) else given
-    sequence = isinstance(numbers, Sequence) and not isinstance(numbers, str)
-    if not sequence or not all(isinstance(number, whole) for number in numbers):
-        raise TypeError(f"{op}: {name} {given!r}, expected whole numbers")
-    numbers = tuple(numbers)
+    try:
+        numbers = tuple(map(whole_number, given if isinstance(given, Sequence) else (given,)))
+    except TypeError:
+        raise TypeError(f"{op}: {name} {given!r}, expected whole numbers") from None
     if len(numbers) == 1:
         numbers = numbers * axes
     if len(numbers) != axes or any(not lowest <= number <= _LARGEST for number in numbers):

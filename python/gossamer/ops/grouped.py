@@ -117,6 +117,8 @@ def grouped_linear(
         x, weights = autocast_to(x, autocast), autocast_to(weights, autocast)
         bias = None if bias is None else autocast_to(bias, autocast)
     check_dtypes(_OP, weights.dtype, x=x, bias=bias)
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{_OP}: offsets are {type(offsets).__name__}, expected a torch.Tensor")
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd
     y: Tensor = call(x, weights, offsets, bias, activation or "none")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+from .._library import is_recorded
 
 _ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -30,16 +34,28 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off on the device of t; "meta" has none."""
+    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
+
+
 def autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
     # Autocast leaves float64 and integers alone, as it does for torch's own ops.
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
+def has_content(t: Tensor) -> bool:
+    """Whether there are numbers in it, as there are none on "meta" and in a fake tensor."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
+
+
 def gradient_wanted(*operands: Tensor | None) -> bool:
     """Whether a call has to go through an autograd.Function."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    # Forward-mode derivatives exist without requires_grad; the Function refuses them aloud.
-    return wanted or forward_ad._current_level >= 0
+    # Forward-mode derivatives exist without requires_grad; the Function refuses them aloud. Of
+    # functorch the innermost transform alone answers, and one around it may differentiate.
+    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return wanted or transformed
 
 
 def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -52,6 +68,21 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any
         return function.apply(*args) if functorch else plain(*args)
 
     return apply
+
+
+def recorded_or_applied(
+    op: Callable[..., Any], function: type[torch.autograd.Function]
+) -> Callable[..., Any]:
+    """The op where a graph records it, and else the Function that differentiates it.
+
+    Functorch works on a Function, and not on one that the dispatcher calls.
+    """
+    apply = apply_function(function)
+
+    def call(*args: Any) -> Any:
+        return op(*args) if is_recorded() else apply(*args)
+
+    return call
 
 
 def check_tensor(op: str, x: object) -> None:

@@ -223,6 +223,8 @@ def _max_grad_autograd(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
 class _Sum(torch.autograd.Function):
     """Linear in feats: its gradient is the sum over the reversed pairs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(feats: Tensor, *pairs_mean: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -239,11 +241,13 @@ class _Sum(torch.autograd.Function):
         pairs = (*ctx.saved_tensors, ctx.n_out)
         if ctx.mean:
             dy = dy / _partners(pairs, ctx.n_in)
-        return _sum(dy, *_reversed(pairs, ctx.n_in), False), *(None,) * 7
+        return _sum_autograd(dy, *_reversed(pairs, ctx.n_in), False), *(None,) * 7
 
 
 class _Max(torch.autograd.Function):
     """The winner of each output gets its gradient."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(feats: Tensor, *pairs_n: Any) -> tuple[Tensor, Tensor]:
@@ -261,11 +265,13 @@ class _Max(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         winner, *pairs = ctx.saved_tensors
         reverse = _reversed((*pairs, ctx.n_out), ctx.n_in)
-        return _max_grad(dy, winner, *reverse), *(None,) * 7
+        return _max_grad_autograd(dy, winner, *reverse), *(None,) * 7
 
 
 class _MaxGrad(torch.autograd.Function):
     """Linear in dy: each output takes back what its winner was given."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:

@@ -21,6 +21,7 @@ from .operands import (
     gradient_wanted,
 )
 from .sparse24 import sparse24_linear_tensors
+from .sparse24_layout import gather
 
 _OP = "relu2_24_linear"
 
@@ -100,6 +101,6 @@ def _product(kept: Tensor, weight: Tensor) -> Tensor:
         return kept @ weight.t()
     values, indices = torch.ops.gossamer.sparse24_from_dense(kept.detach())
     if gradient_wanted(kept):
-        values = torch.ops.gossamer.sparse24_gather(kept, indices)
+        values = gather(kept, indices)
     y = sparse24_linear_tensors(weight, values, indices, None, (tokens, features), kept.dtype)
     return y.t().contiguous()

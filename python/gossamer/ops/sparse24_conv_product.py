@@ -226,8 +226,8 @@ class _Conv(torch.autograd.Function):
             dense = _dense_weight(stored, indices, geometry, ctx.dtype)
         dx, dweight = dense_gradients(dy, x, dense, ctx.x_shape, geometry)
         if dweight is not None:
-            columns = F.pad(channels_last(dweight), (0, -geometry.shape[1] % 4)).flatten(1)
-            dvalues = Gather.apply(columns, indices)
+            columns = F.pad(channels_last(dweight), (0, -geometry.shape[1] % 4))
+            dvalues = Gather.apply(columns.reshape(len(columns), -1), indices)
         if ctx.needs_input_grad[3]:
             db = dy.sum([axis for axis in range(dy.dim()) if axis != 1])
         return dx, dvalues, None, db, *(None,) * 5

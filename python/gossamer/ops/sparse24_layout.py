@@ -16,6 +16,7 @@ from .. import _C
 from .._cuda_module import on_cuda
 from .._library import library
 from ..formats import sparse24_panels_shape, sparse24_shapes
+from .operands import recorded_or_applied
 
 
 def refuse_gradient(op: str, *tensors: Tensor | None) -> None:
@@ -204,6 +205,9 @@ class Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ToDense.apply(grad, *ctx.saved_tensors, ctx.in_features), None
 
+
+to_dense = recorded_or_applied(_to_dense, ToDense)
+gather = recorded_or_applied(_gather, Gather)
 
 library.impl("sparse24_to_dense", ToDense.apply, "Autograd")
 library.impl("sparse24_gather", Gather.apply, "Autograd")

@@ -224,7 +224,8 @@ def _native(
     dims = x.dim()
     rows = as_rows(x, dims)
     if rows.stride(1) != 1:
-        rows = rows.contiguous()
+        # contiguous() gives an empty x back as it is.
+        rows = rows.clone(memory_format=torch.contiguous_format)
     out = x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
     _C.sparse24_linear_quantized(
         as_rows(out, dims),

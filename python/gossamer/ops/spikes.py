@@ -63,6 +63,13 @@ def pack_spikes(x: Tensor) -> Tensor:
 
 def unpack_spikes(bits: Tensor, features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[..., ceil(K / 8)] uint8 as [..., K] zeros and ones of a dtype."""
+    if bits.dtype != torch.uint8:
+        raise TypeError(f"unpack_spikes: bits are {bits.dtype}, expected torch.uint8")
+    if features < 0 or bits.dim() == 0 or bits.shape[-1] != _bytes(features):
+        raise ValueError(
+            f"unpack_spikes: bits have shape {list(bits.shape)} and features are {features}, "
+            "expected [..., ceil(features / 8)]"
+        )
     places = torch.arange(8, device=bits.device, dtype=torch.uint8)
     spikes = (bits.unsqueeze(-1) >> places) & 1
     return spikes.flatten(-2)[..., :features].to(dtype)
@@ -137,7 +144,7 @@ def spike_linear(spikes: Tensor, weight_kn: Tensor, bias: Tensor | None = None) 
     if spikes.is_floating_point():
         check_dtypes(_LINEAR, weight_kn.dtype, spikes=spikes)
         if gradient_wanted(spikes):
-            apply = _unpacked if torch.compiler.is_compiling() else _Spikes.apply
+            apply = _unpacked if is_recorded() else _unpacked_autograd
             y: Tensor = apply(rows, weight_kn, bias)
             return y.view(*spikes.shape[:-1], y.shape[1])
     bits = rows if packed else pack_spikes(rows)
@@ -234,6 +241,8 @@ def _autograd(bits: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:
 class _Bits(torch.autograd.Function):
     """dW = xᵀ dy, db = dyᵀ 1, of packed x."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(bits: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -256,29 +265,70 @@ class _Bits(torch.autograd.Function):
 
 
 class _Spikes(torch.autograd.Function):
-    """The same of spikes in floating point, with dx = dy Wᵀ; x is kept packed."""
+    """The same of spikes in floating point, with dx = dy Wᵀ; x is kept packed.
+
+    The third output stands for x where a gradient is differentiated: one number, expanded, whose
+    gradient is that of x.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(x: Tensor, weight_kn: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             bits = _pack(x)
-            y: Tensor = _linear(bits, weight_kn, bias)
-        ctx.save_for_backward(bits, weight_kn)
-        return y
+            return _linear(bits, weight_kn, bias), bits, x.new_zeros(()).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        bits, weight_kn = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, bits, stand_in = output
+        ctx.mark_non_differentiable(bits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(bits, stand_in, inputs[1])
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, _: None, dx: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        bits, stand_in, weight_kn = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        x = unpack_spikes(bits, weight_kn.shape[0], dy.dtype) if wanted[1] else None
-        return (
-            matmul(dy, weight_kn.t()) if wanted[0] else None,
-            None if x is None else matmul(x.t(), dy),
-            dy.sum(0) if wanted[2] else None,
-        )
+        dweight = db = None
+        if dy is not None and wanted[0]:
+            through = matmul(dy, weight_kn.t())
+            dx = through if dx is None else dx + through
+        if dy is not None and wanted[1]:
+            dweight = matmul(_Unpacked.apply(stand_in, bits).t(), dy)
+        if dy is not None and wanted[2]:
+            db = dy.sum(0)
+        return dx, dweight, db
+
+
+class _Unpacked(torch.autograd.Function):
+    """x of its bits; the gradient goes to what stands for it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(stand_in: Tensor, bits: Tensor) -> Tensor:
+        return unpack_spikes(bits, stand_in.shape[1], stand_in.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 _apply_bits = apply_function(_Bits)
+_apply_spikes = apply_function(_Spikes)
+
+
+def _unpacked_autograd(x: Tensor, weight_kn: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = _apply_spikes(x, weight_kn, bias)[0]
+    return y
+
 
 library.impl(_PACK, _pack_native, "CPU")
 library.impl(_PACK, _pack_cuda, "CUDA")
@@ -289,5 +339,5 @@ library.impl(_LINEAR, _autograd, "Autograd")
 torch.library.register_fake("gossamer::spike_linear", _linear_fake, lib=library)
 for _device in ("CPU", "CUDA"):
     library.impl("spike_linear_unpacked", _unpacked_native, _device)
-library.impl("spike_linear_unpacked", _Spikes.apply, "Autograd")
+library.impl("spike_linear_unpacked", _unpacked_autograd, "Autograd")
 torch.library.register_fake("gossamer::spike_linear_unpacked", _linear_fake, lib=library)

@@ -185,6 +185,8 @@ def _encode_autograd(
 class _Encode(torch.autograd.Function):
     """With dz = dv where the entry is not cut off: dx = decode(dz, W), dW = dz x by row."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, k: int, relu: bool

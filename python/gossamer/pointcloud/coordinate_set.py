@@ -7,7 +7,8 @@ that nothing here is a cycle, and all of it is freed with the last tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,24 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Key = tuple[Any, ...]
+
+
+@contextmanager
+def outliving() -> Iterator[None]:
+    """For tensors that later calls read, too.
+
+    No backward could save those of inference mode, and those of a functorch transform have no
+    memory of their own.
+    """
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
+
+
+def unwrapped(t: Any) -> Any:
+    """A tensor for ``outliving``: the content of one that functorch differentiates."""
+    while isinstance(t, Tensor) and torch._C._functorch.is_gradtrackingtensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 @dataclass(eq=False)
@@ -69,8 +88,9 @@ class CoordinateSet:
         spatial_shape: Sequence[int] | None = None,
         stride: int | Sequence[int] = 1,
     ) -> None:
-        with torch.inference_mode(False):  # or no backward could save them later
-            given, coords = coords, int32_coords(coords)
+        with outliving():
+            given = unwrapped(coords)
+            coords = int32_coords(given)
             # Maps outlive what the caller writes into theirs.
             if coords.is_inference() or coords.data_ptr() == given.data_ptr():
                 coords = coords.clone()
@@ -154,10 +174,11 @@ class CoordinateSet:
     def to(self, device: torch.device | str) -> Self:
         """The same voxels on another device, without the maps; itself if it is there."""
         one = self._set
-        coords = one.coords.to(device)
+        with outliving():
+            coords = one.coords.to(device)
+            order = None if one.order is None else one.order.to(device)
         if coords is one.coords:
             return self
-        order = None if one.order is None else one.order.to(device)
         moved = VoxelSet(coords, order, one.box, one.batch_size, one.spatial_shape, one.stride)
         return type(self)._member([moved], 0)
 

@@ -8,7 +8,7 @@ import torch
 
 from . import native
 from .checks import check_output_shape, sizes
-from .coordinate_set import CoordinateSet, Key, VoxelSet
+from .coordinate_set import CoordinateSet, Key, VoxelSet, outliving
 from .kernel_map import KernelMap
 from .make_maps import map_between, map_to_samples
 from .native import Window
@@ -235,7 +235,7 @@ class Coordinates(CoordinateSet):
     ) -> tuple[Coordinates, KernelMap]:
         one = self._set
         if key not in one.children:
-            with torch.inference_mode(False):
+            with outliving():
                 coords = native.outputs(self.coords, one.order, one.box, window, made, shape)
             child = VoxelSet(coords, None, native.bounds(coords), one.batch_size, shape, width)
             self._family.append(child)

@@ -6,7 +6,7 @@ import torch
 
 from ..ops.pointcloud_layout import vouch
 from . import native
-from .coordinate_set import CoordinateSet
+from .coordinate_set import CoordinateSet, outliving
 from .kernel_map import KernelMap
 from .native import Window
 
@@ -16,7 +16,7 @@ def map_between(
 ) -> KernelMap:
     """Of a window that moves over the inputs; or, transposed, over the outputs."""
     walkers, targets = (inputs, outputs) if transposed else (outputs, inputs)
-    with torch.inference_mode(False):  # or it could never be saved for a backward
+    with outliving():
         walker_of, target_of, ends = native.match(
             walkers.coords, walkers.order, targets.coords, targets.order, targets.bounds, window
         )
@@ -39,7 +39,7 @@ def map_between(
 
 def map_to_samples(voxels: CoordinateSet) -> KernelMap:
     """One tap that pairs every voxel, in sorted order, with its sample."""
-    with torch.inference_mode(False):
+    with outliving():
         in_index = torch.arange(len(voxels), dtype=torch.int32, device=voxels.device)
         out_index = voxels.sorted()[:, 0].clone()
         tap_offsets = torch.tensor([0, len(voxels)], device="cpu")

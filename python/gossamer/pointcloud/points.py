@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .coordinate_set import outliving, unwrapped
 from .coordinates import Coordinates
 from .tensor import SparseTensor
 
@@ -87,10 +88,12 @@ def voxelize(
         )
     if not features.is_floating_point():
         raise TypeError(f"voxelize: features are {features.dtype}, expected a floating dtype")
-    sample = None if batch is None else _batch(batch, points)
     sizes = _sizes(voxel_size, points.shape[1])
-    exact = points.detach() if points.dtype == torch.float64 else points.detach().float()
-    voxels = native.voxels(exact.contiguous(), sample, sizes)
+    with outliving():
+        points, batch = unwrapped(points).detach(), unwrapped(batch)
+        sample = None if batch is None else _batch(batch, points)
+        exact = points if points.dtype == torch.float64 else points.float()
+        voxels = native.voxels(exact.contiguous(), sample, sizes)
     feats: Tensor = _Reduced.apply(features, voxels, reduce)
     if batch is None and batch_size is None:
         batch_size = 1
@@ -124,11 +127,13 @@ def _sizes(voxel_size: float | Sequence[float], dims: int) -> tuple[float, ...]:
 
 class _Reduced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, voxels: native.Voxels, reduce: str) -> Tensor:
-        feats = native.reduce(features.contiguous(), voxels, reduce)
-        ctx.voxels, ctx.reduce = voxels, reduce
-        ctx.save_for_backward(*((features, feats) if reduce == "max" else ()))
-        return feats
+    def forward(features: Tensor, voxels: native.Voxels, reduce: str) -> Tensor:
+        return native.reduce(features.contiguous(), voxels, reduce)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        features, ctx.voxels, ctx.reduce = inputs
+        ctx.save_for_backward(*((features, output) if ctx.reduce == "max" else ()))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:

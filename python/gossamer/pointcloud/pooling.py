@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.conv_geometry import Sizes, per_axis
@@ -98,7 +99,11 @@ class AvgPool(_WindowPool):
         """``x`` -> the voxels of the layer's rule, or of ``target``; any number of channels."""
         if not self.count_empty:
             return self._pool(x, target, "mean")
-        return self._pool(x, target, "sum") / math.prod(self.kernel_size)
+        check_input(self, x)
+        # A sum may leave float16's range where the mean does not.
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        total = self._pool(x.to(dtype=wide), target, "sum")
+        return (total / math.prod(self.kernel_size)).to(dtype=x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, count_empty={self.count_empty}"
