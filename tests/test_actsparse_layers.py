@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -268,3 +269,11 @@ def test_a_load_that_fails_leaves_the_layer_as_it_was(make: Callable[[], nn.Modu
     assert all(torch.equal(t, before[key]) for key, t in layer.state_dict().items())
     layer.load_state_dict(good)
     assert all(torch.equal(t, good[key]) for key, t in layer.state_dict().items())
+
+
+def test_a_threshold_of_minus_zero_is_zero() -> None:
+    layer = ActSparseLinear(4, 4, threshold=-0.0)
+    assert math.copysign(1, layer.threshold) == 1
+    state = {**layer.state_dict(), "_extra_state": torch.tensor(-0.0, dtype=torch.float64)}
+    layer.load_state_dict(state)
+    assert math.copysign(1, layer.threshold) == 1

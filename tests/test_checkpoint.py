@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gossamer.nn import SparseLinear
+from gossamer import Block, Unstructured
+from gossamer.nn import (
+    SparseConv2d,
+    SparseLinear,
+    SparseLinearQuantized,
+    SparseTrainingLinear,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -223,3 +230,49 @@ def test_optimizer_state_survives_a_resume(tmp_path: Path) -> None:
     step(layer, optimizer, x)
     step(resumed, resumed_optimizer, x)
     assert torch.equal(resumed.values, layer.values)
+
+
+BUFFERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "2:4": (lambda: SparseLinear(K, N), (2, K)),
+    "blocks": (lambda: SparseLinear(K, N, pattern=Block(2, 2), density=0.5), (2, K)),
+    "places": (lambda: SparseLinear(K, N, pattern=Unstructured(0.5)), (2, K)),
+    "conv": (lambda: SparseConv2d(4, 4, 3), (1, 4, 5, 5)),
+    "training": (lambda: SparseTrainingLinear(K, N), (2, K)),
+    "quantised": (lambda: SparseLinearQuantized(K, N), (2, K)),
+}
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_given_as_parameters_stay_buffers(kind: str) -> None:
+    make, shape = BUFFERS[kind]
+    source, layer, x = make(), make(), torch.randn(shape)
+    names = [dict(getattr(layer, f"named_{what}")()).keys() for what in ("parameters", "buffers")]
+    state = {
+        key: nn.Parameter(t.clone(), requires_grad=False) for key, t in source.state_dict().items()
+    }
+    for holder, prefix in ((layer, ""), (nn.Sequential(layer), "0.")):
+        holder.load_state_dict({prefix + key: t for key, t in state.items()}, assign=True)
+        for what, before in zip(("parameters", "buffers"), names, strict=True):
+            assert dict(getattr(layer, f"named_{what}")()).keys() == before
+        assert torch.equal(layer(x), source(x))
+
+
+def test_tensors_of_inference_mode_are_not_assigned_to_be_trained(layer: SparseLinear) -> None:
+    source = SparseLinear(K, N)
+    with torch.inference_mode():
+        state = {key: t.clone() for key, t in source.state_dict().items()}
+    before = snapshot(layer)
+    with pytest.raises(RuntimeError, match="'values' is a tensor of inference mode"):
+        layer.load_state_dict(state, assign=True)
+    assert_untouched(layer, before)
+    given = {**source.state_dict(), "bias": state["bias"]}
+    with pytest.raises(RuntimeError, match="'bias' is a tensor of inference mode"):
+        layer.load_state_dict(given, assign=True)
+    assert_untouched(layer, before)
+    x = torch.randn(2, K)
+    dense = source.to_dense().double()
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), dense(x.double()).float())
+    frozen = SparseLinear(K, N).requires_grad_(False)
+    frozen.load_state_dict(state, assign=True)
+    torch.testing.assert_close(frozen(x), dense(x.double()).float())

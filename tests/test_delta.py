@@ -8,6 +8,7 @@ import pytest
 import torch
 from gossamer.nn import DeltaConv2d, DeltaLinear, delta
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def steps(count: int, *shape: int) -> Tensor:
@@ -184,3 +185,73 @@ def test_other_weights_start_the_streams_anew(kind: str) -> None:
         layer(x)
         with pytest.raises(ValueError, match=r"reset\(\)"):  # where all is computed anew, too
             layer(x[:1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 500.0])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv, few"])
+def test_float16_takes_any_change_of_finite_numbers(
+    kind: str, threshold: float, autocast: bool
+) -> None:
+    dense = nn.Linear(64, 3) if kind == "linear" else nn.Conv2d(64, 3, 3, padding=1)
+    with torch.no_grad():
+        # Two results are further apart than the largest number, too.
+        dense.weight.fill_(0.9 if kind == "linear" else 0.1)
+    dense = dense if autocast else dense.half()
+    layer: DeltaLinear | DeltaConv2d = (
+        DeltaLinear.from_dense(dense, threshold)
+        if isinstance(dense, nn.Linear)
+        else DeltaConv2d.from_dense(dense, threshold)
+    )
+    exact = copy.deepcopy(dense).double()
+    x = torch.zeros((2, 64) if kind == "linear" else (1, 64, 16, 16), dtype=dense.weight.dtype)
+    changed = x[:, :1, 3:6, 4:7] if kind == "conv, few" else x[:, :1]
+    with torch.no_grad():
+        for value in (60000.0, -60000.0, -60100.0, 65504.0, 1000.0):
+            changed.fill_(value)
+            with torch.autocast("cpu", torch.float16, enabled=autocast):
+                y = layer(x)
+            assert y.dtype == torch.float16
+            torch.testing.assert_close(
+                y.double(), exact(x.double()), rtol=2e-3, atol=100 + threshold
+            )
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_nothing_is_remembered_of_what_has_no_content(kind: str) -> None:
+    dense = nn.Linear(64, 3) if kind == "linear" else nn.Conv2d(64, 3, 3, padding=1)
+    x = torch.randn(2, 64) if kind == "linear" else torch.randn(2, 64, 16, 16)
+    layer: DeltaLinear | DeltaConv2d = (
+        DeltaLinear.from_dense(dense)
+        if isinstance(dense, nn.Linear)
+        else DeltaConv2d.from_dense(dense, threshold=1e-6)
+    )
+    with torch.no_grad():
+        shape = dense(x).shape
+        exported = torch.export.export(layer, (x,), strict=False).module()
+        assert layer.streams.seen is None
+        for step in (x, x + 1):
+            torch.testing.assert_close(exported(step), dense(step))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == shape
+        for step in (x, x + 1):  # those that a layer has stay
+            torch.testing.assert_close(layer(step), dense(step), rtol=1e-4, atol=1e-4)
+            seen = layer.streams.seen
+            torch.export.export(layer, (x,), strict=False)
+            assert layer.streams.seen is seen
+        layer.to("meta")
+        for _ in range(2):
+            assert layer(x.to("meta")).shape == shape
+        assert layer.streams.seen is None
+
+
+def test_a_compiled_layer_remembers() -> None:
+    torch._dynamo.reset()
+    dense = nn.Linear(16, 8)
+    layer = DeltaLinear.from_dense(dense)
+    run = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        for step, x in enumerate(steps(3, 2, 16)):
+            torch.testing.assert_close(run(x), dense(x), rtol=1e-5, atol=1e-5)
+            assert layer.streams.steps == step
+            torch.testing.assert_close(layer.streams.seen, x)

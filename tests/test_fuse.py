@@ -254,3 +254,87 @@ def test_mistakes() -> None:
     layer.activation = "tanh"
     with pytest.raises(ValueError, match="activation 'tanh', expected"):
         layer(torch.randn(1, 8, 4, 4))
+
+
+class Centred(nn.Module):
+    """With a buffer and a Parameter of its own, which moves and loads replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act = SparseLinear(8, 8), nn.SiLU()
+        self.register_buffer("mean", torch.randn(8))
+        self.factor = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.linear(x - self.mean)) * self.factor
+        return y
+
+
+def test_what_was_given_still_does_the_same() -> None:
+    body = nn.Sequential(SparseLinear(8, 8), nn.SiLU())
+    for given in (Centred(), body):
+        given.eval()
+        x, keys = torch.randn(3, 8), list(given.state_dict())
+        expected = given(x)
+        made = gossamer.fuse_activations(given).model
+        assert made is not given
+        copied, pickled = copy.deepcopy(given), pickle.loads(pickle.dumps(given))
+        exported = torch.export.export(given, (x,)).module()
+        compiled = torch.compile(given, backend="eager", fullgraph=True)
+        for model in (given, made, copied, pickled, exported, compiled, given.train()):
+            torch.testing.assert_close(model(x), expected)
+            assert list(copied.state_dict()) == keys
+        torch.testing.assert_close(copied.double()(x.double()), expected.double())
+        zeros = {
+            key: torch.zeros_like(t) if t.is_floating_point() else t
+            for key, t in copied.state_dict().items()
+        }
+        copied.load_state_dict(zeros, assign=True)
+        assert not copied(x.double()).any()
+        assert torch.equal(given(x), made(x))  # copies are of their own
+        given.eval()
+        assert len(gossamer.fuse_activations(given)) == 0
+        assert torch.equal(given(x), made(x))
+
+
+def test_a_part_that_was_replaced_still_does_the_same() -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(conv(), nn.SiLU())
+
+        def forward(self, x: Tensor, times: int = 1) -> Tensor:
+            y: Tensor = self.body(x) * times
+            return y
+
+    model, x = Repeated().eval(), torch.randn(2, 8, 5, 5)
+    body, expected = model.body, model(x)
+    same(model, x, ("body.0", "silu"))
+    assert body is not model.body
+    torch.testing.assert_close(body(x), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pattern", ["2:4", BLOCK], ids=str)
+def test_traced_with_a_residual(pattern: str | Block, packed: bool) -> None:
+    layer = conv(pattern).eval()
+    dense = layer.to_dense().double()
+    if packed:
+        layer.pack()
+    layer.activation = "silu"
+    x, residual = torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)
+    traced = torch.fx.symbolic_trace(layer)
+    expected = F.silu(dense(x.double()) + residual)
+    torch.testing.assert_close(traced(x, residual), expected.float())
+    torch.testing.assert_close(traced(x, residual[:1, :, :1]), layer(x, residual[:1, :, :1]))
+    torch.testing.assert_close(traced(x), F.silu(dense(x.double())).float())
+
+
+def test_what_was_fused_is_traced_and_fused_again() -> None:
+    model, x = nn.Sequential(Bottleneck(), Bottleneck()).eval(), torch.randn(2, 8, 5, 5)
+    expected = model(x)
+    fused = gossamer.fuse_activations(model).model
+    traced = torch.fx.symbolic_trace(fused)
+    torch.testing.assert_close(traced(x), expected)
+    for again in (same(fused, x), same(traced, x)):
+        torch.testing.assert_close(again(x), expected)

@@ -10,12 +10,14 @@ import pickle
 from typing import Any
 
 import gossamer
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import dense_24
+from gossamer import pointcloud as pc
 from gossamer.formats import Sparse24, Sparse24Panels
-from gossamer.nn import SparseLinear
+from gossamer.nn import SparseConv2d, SparseLinear, SparseLinearQuantized
 from gossamer.prune import magnitude_24
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -259,6 +261,29 @@ def test_torch_pruning_and_parametrisation_are_seen() -> None:
     assert all(torch.equal(t, before[name]) for name, t in expected.state_dict().items())
 
 
+def test_torch_pruning_is_saved_loaded_and_removed_before_packing() -> None:
+    layer, other = (SparseLinear(10, 6).eval() for _ in range(2))
+    mask, x = (torch.rand(6, 6) < 0.5).float(), torch.randn(3, 10)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected.values.mul_(mask)
+    y = expected.to_dense().double()(x.double()).float()
+    prune.custom_from_mask(layer, "values", mask)
+    prune.custom_from_mask(other, "values", torch.ones(6, 6))
+    state = copy.deepcopy(layer.state_dict())
+    assert sorted(state) == ["bias", "format", "indices", "values_mask", "values_orig"]
+    for given in (layer, other):
+        given.load_state_dict(state)
+        torch.testing.assert_close(given(x), y)
+        given.load_state_dict(copy.deepcopy(state), assign=True)
+        torch.testing.assert_close(given(x), y)
+    with pytest.raises(RuntimeError, match=r"prune\.remove\(layer, 'values'\)"):
+        layer.pack()
+    torch.testing.assert_close(layer(x), y)
+    prune.remove(layer, "values")
+    torch.testing.assert_close(layer.pack()(x), y)
+
+
 class Doubled(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         return 2 * t
@@ -324,6 +349,45 @@ def test_meta_moves_and_construction(layer: SparseLinear) -> None:
     assert made.format.tolist() == [1, 6, 10]
     skipped = nn.utils.skip_init(SparseLinear, 10, 6)
     assert skipped.values.shape == (6, 6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SparseLinear(64, 32),
+        lambda: SparseLinear(64, 32, pattern=gossamer.Block(8, 8), density=0.5),
+        lambda: SparseConv2d(64, 64, 3),
+        lambda: SparseLinearQuantized(64, 32),
+    ],
+)
+def test_memory_formats_leave_panels_alone(make: Any) -> None:
+    layer = make().eval().pack()
+    packed, x = layer.packed, torch.randn(*(1, 64, 4, 4)[: 4 if hasattr(layer, "stride") else 2])
+    expected = layer(x)
+    for memory_format in (torch.channels_last_3d, torch.channels_last, torch.contiguous_format):
+        layer.to(memory_format=memory_format)
+        assert layer.packed == packed
+        assert torch.equal(layer(x), expected)
+
+
+def test_sizes_of_numpy() -> None:
+    three, eight, one = np.int64(3), np.int32(8), np.int64(1)
+    layer = SparseLinear(eight, three)
+    assert repr(layer) == repr(SparseLinear(8, 3))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(layer(x), layer.to_dense().double()(x.double()).float())
+    conv = SparseConv2d(eight, eight, three, (one, 2), np.array(1)[()], one, np.int64(2))
+    assert repr(conv) == repr(SparseConv2d(8, 8, 3, (1, 2), 1, 1, 2))
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(conv(x), conv.to_dense().double()(x.double()).float())
+    assert gossamer.Block(np.int64(4), 2) == gossamer.Block(4, 2)
+    blocks = SparseLinear(8, 3, pattern=gossamer.Block(np.int64(4), 4), density=0.5)
+    assert type(blocks.pattern.rows) is int
+    assert type(pc.Conv2d(3, 4, np.int64(2)).kernel_size[0]) is int
+    assert repr(SparseLinearQuantized(eight, three)) == repr(SparseLinearQuantized(8, 3))
+    for mistake in (lambda: SparseLinear(4.0, 4), lambda: SparseConv2d(4, 4, np.float64(3))):
+        with pytest.raises(TypeError, match=r"[34]\.0\)?, expected (a )?whole number"):
+            mistake()
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

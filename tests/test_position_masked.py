@@ -13,6 +13,7 @@ from gossamer.nn import PositionMaskedConv2d, PositionMaskScheduler
 from gossamer.ops import masked_conv
 from gossamer.ops.gathered_conv import most_gathered
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CONVS = (
     {"kernel_size": 3, "padding": 1},
@@ -301,3 +302,33 @@ def test_what_a_graph_keeps_ends_with_its_mask() -> None:
     assert len(masked_conv._positions) == before + 1
     layer.set_mask(None)
     assert len(masked_conv._positions) == before
+
+
+def test_neither_meta_nor_fake_tensors_leave_a_trace() -> None:
+    layer = PositionMaskedConv2d(5, 3, 3, padding=1)
+    layer.set_mask(torch.rand(8, 7) < 0.2)
+    x = torch.randn(2, 5, 8, 7)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (2, 3, 8, 7)
+    exact = copy.deepcopy(layer).double()
+    expected = exact._conv_forward(x.double(), exact.weight, exact.bias).masked_fill(~layer.mask, 0)
+    torch.testing.assert_close(layer(x), expected.float())
+    given = x.to("meta").requires_grad_()
+    y = layer.to("meta")(given)
+    y.sum().backward()
+    assert y.shape == (2, 3, 8, 7)
+    assert given.grad.shape == given.shape
+    assert layer.weight.grad.shape == layer.weight.shape
+
+
+def test_a_mask_of_none_is_no_entry() -> None:
+    layer = PositionMaskedConv2d(2, 3, 3)
+    layer.set_mask(torch.rand(4, 4) < 0.5)
+    before = copy.deepcopy(layer.state_dict())
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"the mask is NoneType, expected torch\.bool"):
+            layer.load_state_dict(
+                {**PositionMaskedConv2d(2, 3, 3).state_dict(), "mask": None}, strict
+            )
+        for key, held in layer.state_dict().items():
+            assert torch.equal(held, before[key])

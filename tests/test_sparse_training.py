@@ -121,6 +121,28 @@ def test_a_transposable_mask_is_the_best_of_all() -> None:
     assert float(weight[transposable_mask_24(weight)].sum()) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_transposable_mask_of_any_numbers(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 12, dtype=dtype)
+    wanted = transposable_mask_24(weight)
+    for exponent in (-120, 126) if dtype == torch.float32 else (-1000, 1000):
+        scaled = weight * torch.tensor(2.0, dtype=dtype) ** exponent
+        assert torch.equal(transposable_mask_24(scaled), wanted)
+    weight = torch.arange(1.0, 17, dtype=dtype).view(4, 4)
+    for places in ([(0, 0)], [(0, 0), (0, 1)], [(1, 2), (2, 2), (2, 3)]):
+        given = weight.clone()
+        for row, column in places:
+            given[row, column] = torch.nan if row == 2 else -torch.inf
+        large = given.where(given.isfinite(), 1000)
+        mask = transposable_mask_24(given)
+        assert all(mask[place] for place in places)
+        assert torch.equal(mask, transposable_mask_24(large))
+    assert torch.equal(
+        transposable_mask_24(torch.full((4, 4), torch.inf, dtype=dtype)),
+        transposable_mask_24(torch.zeros(4, 4)),
+    )
+
+
 def test_constants_of_large_weights() -> None:
     normal, uniform = torch.randn(1000, 1000), torch.rand(1000, 1000) - 0.5
     assert scale_24(normal) == pytest.approx(1.483, abs=0.004)
@@ -380,3 +402,21 @@ def test_transposable_masks_last_where_weights_are_zero_or_groups_short(in_featu
         with torch.no_grad():
             layer.weight -= 0.1 * layer.weight.grad
         layer.weight.grad = None
+
+
+@pytest.mark.parametrize("mvue", [False, True])
+@pytest.mark.parametrize(
+    ("projection", "refresh"),
+    [("hard", 1), ("hard", 2), ("soft", 1), ("transposable", 1), ("transposable", 2)],
+)
+def test_on_meta_there_are_shapes(projection: str, refresh: int, mvue: bool) -> None:
+    layer = SparseTrainingLinear(18, 8, True, projection, refresh, mvue, device="meta")
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for rows in (4, 300, 4):
+        x = torch.empty(rows, 18, device="meta", requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        optimizer.step()
+        assert y.shape == (rows, 8)
+        assert x.grad.shape == x.shape
+        assert [p.grad.shape for p in layer.parameters()] == [(8, 18), (8,)]

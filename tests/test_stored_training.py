@@ -167,6 +167,27 @@ def test_mistakes() -> None:
         made.load_state_dict(made.state_dict() | {"layers": ["0", "2"]})
 
 
+@pytest.mark.parametrize("steps", [None, "3", -1, float("nan")], ids=str)
+def test_a_bad_state_changes_nothing(steps: Any) -> None:
+    made = sparsify.SET.stored(net(), None, 10, 5)
+    state = made.state_dict()
+    made.step()
+    torch.rand(3, generator=made.generator)
+    before = made.state_dict()
+    with pytest.raises(ValueError, match="steps, expected a number from 0 on"):
+        made.load_state_dict({**state, "steps": steps})
+    for key in state:
+        with pytest.raises(ValueError, match=f"the state has no '{key}'"):
+            made.load_state_dict({k: v for k, v in state.items() if k != key})
+    with pytest.raises((TypeError, RuntimeError)):
+        made.load_state_dict({**state, "generator": torch.zeros(3)})
+    assert made.steps == before["steps"]
+    assert torch.equal(made.generator.get_state(), before["generator"])
+    made.load_state_dict(state)
+    assert made.steps == 0
+    assert torch.equal(made.generator.get_state(), state["generator"])
+
+
 @pytest.mark.parametrize(
     "pattern",
     [sparsify.Unstructured(), sparsify.ConstantFanIn(), gossamer.Unstructured()],

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,16 @@ class FusionReport:
         return "\n".join([*lines, f"{len(self.fused)} activations fused"])
 
 
+class _Forward:
+    """What a GraphModule does, of the tensors and layers of the module that it was made of."""
+
+    def __init__(self, module: nn.Module, graph_module: fx.GraphModule) -> None:
+        self.module, self.graph_module = module, graph_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.graph_module).forward(self.module, *args, **kwargs)
+
+
 @dataclass
 class _Part:
     """A module with a graph in which calls of activations are to go."""
@@ -93,13 +104,14 @@ def fuse_activations(model: nn.Module) -> FusionReport:
     becomes a ``torch.fx.GraphModule``: it holds the same layers under the same names, so its
     ``state_dict`` does not change, and does in its forward what the part did in evaluation mode;
     methods of its own are lost. A module whose forward takes optional arguments, or that cannot be
-    traced, stays, and each part of it is read by itself and taken to be called as a whole. An
-    activation stays where the layer's output is used elsewhere too, where the layer is called
-    twice or is shared, or where one of the two has hooks; with a residual also where
-    something may be written to in place between the layer and the addition. What turns out not to
-    have the result's shape and dtype when the model runs is added as ``conv(x) + y`` does, by
-    torch, also where the model added in place. The model is changed at the very end: an error
-    leaves it as it was.
+    traced, stays, and each part of it is read by itself and taken to be called as a whole. Who
+    still holds a module that became one may call it: it does the same, but what reads the forward
+    of its class (``torch.fx``) does not see that. An activation stays where the layer's output is
+    used elsewhere too, where the layer is called twice or is shared, or where one of the two has
+    hooks; with a residual also where something may be written to in place between the layer and the
+    addition. What turns out not to have the result's shape and dtype when the model runs is added
+    as ``conv(x) + y`` does, by torch, also where the model added in place. The model is changed at
+    the very end: an error leaves it as it was.
 
     Parameters
     ----------
@@ -133,6 +145,8 @@ def fuse_activations(model: nn.Module) -> FusionReport:
             fused.append((names[fusion.layer], fusion.name))
         for holder, attribute in obstacles.holders(part.module):
             setattr(holder, attribute, graph_module)
+        # Whoever still holds the module shares its layers: it would activate twice.
+        part.module.forward = _Forward(part.module, graph_module).forward
         if part.module is model:
             model = graph_module
     return FusionReport(model, tuple(fused))
@@ -158,7 +172,7 @@ def _trace(module: nn.Module) -> fx.Graph | None:
     # A graph takes one way through branches on an argument.
     if any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         return None
-    if hooks_of(module):
+    if hooks_of(module) or "forward" in module.__dict__:  # the class's is what is traced
         return None
     try:
         graph = Tracer().trace(module)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from .. import _C
-from .geometry import check_weight_shape, taps_of
+from .geometry import check_weight_shape, taps_of, whole_number
 
 MAX_BLOCK = _C.blocksparse_max_block
 
@@ -36,9 +34,12 @@ class Block:
     cols: int
 
     def __post_init__(self) -> None:
-        for size in (self.rows, self.cols):
-            if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
-                raise TypeError(f"Block: {self.rows!r} x {self.cols!r}, expected whole numbers")
+        for name in ("rows", "cols"):
+            try:
+                object.__setattr__(self, name, whole_number(getattr(self, name)))
+            except TypeError:
+                text = f"Block: {self.rows!r} x {self.cols!r}, expected whole numbers"
+                raise TypeError(text) from None
         if not (1 <= self.rows <= MAX_BLOCK and 1 <= self.cols <= MAX_BLOCK):
             raise ValueError(f"Block: {self.rows} x {self.cols}, expected 1 to {MAX_BLOCK} of each")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,22 @@ from torch import Tensor
 GEOMETRY_FIELDS = "groups, axes, C_out, C_in / groups, kd, kh, kw"
 # No layer comes near; below it, the kernels' offsets stay within 64 bits.
 _LARGEST = 2**30
+
+
+def whole_number(number: Any) -> int:
+    """The number as one of Python's, numpy's for instance; a SymInt stays one.
+
+    Raises
+    ------
+    TypeError
+        If it is none.
+    """
+    if not isinstance(number, bool):
+        if isinstance(number, (int, torch.SymInt)):
+            return number  # type: ignore[return-value]
+        with suppress(TypeError):
+            return operator.index(number)
+    raise TypeError(f"{number!r}, expected a whole number")
 
 
 def check_weight_shape(shape: tuple[int, ...], groups: int) -> None:
@@ -41,7 +60,9 @@ def taps_of(shape: Sequence[int]) -> int:
 
 def channels_last(weight: Tensor) -> Tensor:
     """A weight as torch has it -> [C_out, taps, C_in / groups], contiguous."""
-    return weight[:, :, None].flatten(2).transpose(1, 2).contiguous()
+    # Of flatten there are no batched gradients.
+    taps = weight.reshape(*weight.shape[:2], taps_of(weight.shape))
+    return taps.transpose(1, 2).contiguous()
 
 
 def torch_layout(dense: Tensor, shape: tuple[int, ...]) -> Tensor:

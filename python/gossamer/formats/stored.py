@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,20 @@ class StoredWeight:
     def nbytes(self) -> int:
         """Bytes of all its tensors, padding included."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    if not TYPE_CHECKING:  # or every attribute would pass for one of them
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(self._no_tensor(name))
+
+    def __matmul__(self, other: Any) -> Any:
+        raise TypeError(self._no_tensor("@"))
+
+    def _no_tensor(self, name: str) -> str:
+        return (
+            f"{type(self).__name__} has no {name!r}: it is the sparse weight of a layer, no "
+            "tensor; a layer whose weight the model itself reads has to stay dense (exclude)"
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         held = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -167,7 +167,7 @@ class ActSparseLinear(CheckedModule):
 def _checked(threshold: float) -> float:
     if not 0 <= threshold < math.inf:
         raise ValueError(f"ActSparseLinear: threshold is {threshold}, expected 0 or more, finite")
-    return float(threshold)
+    return float(threshold) + 0.0  # of -0.0 makes 0.0
 
 
 def _is_number(state: Any) -> bool:

@@ -74,9 +74,21 @@ class CheckedModule(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _load_checked_state(self, *args: Any) -> None:
+    def _load_checked_state(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Take over what was checked, with the arguments of ``_load_from_state_dict``."""
-        super()._load_from_state_dict(*args)
+        given = buffers_detached(self, state_dict, prefix)
+        super()._load_from_state_dict(given, prefix, *rest)
+
+
+def buffers_detached(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str
+) -> dict[str, Any]:
+    """A checkpoint in which no buffer is a Parameter: torch would assign it as one."""
+    given = dict(state_dict)
+    for name in module._buffers:
+        if isinstance(tensor := given.get(prefix + name), nn.Parameter):
+            given[prefix + name] = tensor.detach()
+    return given
 
 
 def check_dense(given: Mapping[str, Any], held: Mapping[str, Tensor | None], assign: bool) -> None:
@@ -188,3 +200,9 @@ def _check_floating(key: str, given: Any, held: Tensor, assign: bool) -> None:
 def _check_content(key: str, given: Tensor, held: Tensor, assign: bool) -> None:
     if given.is_meta and not held.is_meta and not assign:
         raise ValueError(f"{key!r} is a meta tensor, there is nothing to copy")
+    trained = assign and held.requires_grad
+    if trained and given.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{key!r} is a tensor of inference mode, which cannot be trained: load it without "
+            "assign=True, or a clone"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..formats import Block
 from ..ops.blocksparse import blocksparse_conv_tensors
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Leaves for torch.fx, which could not follow their branches on x.
 torch.fx.wrap("blocksparse_conv_tensors")
 torch.fx.wrap("sparse24_conv_tensors")
+torch.fx.wrap("_added")
 
 _DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -116,15 +117,14 @@ class SparseConv(TrainableModule):
         held = pattern_of(name, pattern, (out_channels, in_channels // groups, *kernel), groups)
         held.check(name, density, wanted=True)
         padding_of(name, padding, kernel, stride, dilation)  # or it is an error
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        self.in_channels, self.out_channels = held.shape[1] * held.groups, held.shape[0]
         self.kernel_size = kernel
         self.stride = per_axis(name, "stride", stride, axes, 1)
         self.padding: str | tuple[int, ...] = (
             padding if isinstance(padding, str) else per_axis(name, "padding", padding, axes, 0)
         )
         self.dilation = per_axis(name, "dilation", dilation, axes, 1)
-        self.groups = groups
+        self.groups = held.groups
         self.padding_mode = padding_mode
         self.pattern = pattern
         self._set_up(held, bias, density, device, dtype)
@@ -208,12 +208,12 @@ class SparseConv(TrainableModule):
         activation = self.activation or "none"
         if residual is None or self._is_of_result(residual, input):
             return self._convolve(input, residual, activation)
-        y = self._convolve(input, None, "none") + residual
-        activate = activation_of(type(self).__name__, activation)
-        return y if activate is None else activate(y)
+        return _added(self._convolve(input, None, "none"), residual, activation)
 
     def _is_of_result(self, residual: Tensor, input: Tensor) -> bool:
         """Whether it has the shape and dtype of the convolution of ``input``."""
+        if isinstance(residual, fx.Proxy) or isinstance(input, fx.Proxy):
+            return False  # not known yet
         if residual.dtype != (autocast_dtype(input) or input.dtype):
             return False
         axes = len(self.kernel_size)
@@ -274,6 +274,12 @@ class SparseConv3d(SparseConv):
     """``torch.nn.Conv3d`` with a sparse weight: see ``SparseConv``."""
 
     axes = 3
+
+
+def _added(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    y = y if residual is None else y + residual  # None where torch.fx could not tell
+    activate = activation_of("SparseConv", activation)
+    return y if activate is None else activate(y)
 
 
 _NAMED = (SparseConv1d, SparseConv2d, SparseConv3d)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops.actsparse import actsparse_linear
 from ..ops.conv_at import Taps, out_size, taps_for
 from ..ops.gathered_conv import GatheredWeight, changes_pay, most_gathered_of
-from ..ops.operands import autocast_dtype, autocast_to
+from ..ops.operands import autocast_dtype, autocast_to, has_content
 from ..ops.pointcloud import pointcloud_conv
 from .activation_sparse import ActSparseLinear
 from .checkpoint import CheckedModule, check_dense
@@ -34,6 +34,7 @@ class _Streams:
         self.output: Tensor | None = None
         self.shape: torch.Size | None = None  # of x
         self.steps = 0  # since all of it was computed anew
+        self.scale = 1  # what the last change was divided by
 
     def start(self, x: Tensor, y: Tensor) -> Tensor:
         # Copies: x and y are the caller's, to be written to.
@@ -64,10 +65,13 @@ class _Streams:
         return self.seen is None or (refresh_every is not None and self.steps + 1 >= refresh_every)
 
     def change(self, x: Tensor) -> Tensor:
-        """x minus what was seen, in the dtype of x."""
+        """x minus what was seen, over ``scale``, in the dtype of x."""
         assert self.seen is not None
         self.steps += 1
-        return (_wide(x) - self.seen).to(x.dtype)
+        difference = _wide(x) - self.seen
+        # Two numbers of float16, and two results, may be further apart than its largest.
+        self.scale = 2 if (autocast_dtype(x) or x.dtype) == torch.float16 else 1
+        return difference.to(x.dtype) if self.scale == 1 else difference.div_(2).to(x.dtype)
 
     def forget(self) -> None:
         self.seen = self.output = self.shape = None
@@ -95,6 +99,15 @@ class _Remembering(CheckedModule):
     def _load_checked_state(self, *args: Any) -> None:
         self.streams.forget()
         super()._load_checked_state(*args)
+
+
+def _remembers(x: Tensor) -> bool:
+    """Whether there is something to remember: not of x without content, nor while it is exported.
+
+    Dynamo, which a strict export goes through, puts what it records in the place of the streams.
+    """
+    exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return has_content(x) and not exported
 
 
 def _writable(t: Tensor) -> Tensor:
@@ -150,8 +163,11 @@ class DeltaLinear(_Remembering, ActSparseLinear):
     Notes
     -----
     For inference only. x [..., K] has the same leading dimensions at every step, one stream an
-    entry. A NaN or an infinity stays in its stream until that is reset or refreshed. The streams
-    are no part of a ``state_dict``; loading one, or ``to()``, starts them anew.
+    entry. A NaN or an infinity stays in its stream until that is reset or refreshed, as does that
+    of a change beyond the largest number of float32 or bfloat16. In float16 any change of finite
+    numbers is taken, but what is below 6e-8 of one is left out for now. The streams are no part of
+    a ``state_dict``; loading one, or ``to()``, starts them anew. On "meta", of fake tensors and in
+    ``torch.export`` (not strict) y is computed from all of x and nothing is remembered.
 
     References
     ----------
@@ -199,6 +215,8 @@ class DeltaLinear(_Remembering, ActSparseLinear):
         _check("DeltaLinear", self, input)
         streams = self.streams
         streams.check_shape("DeltaLinear", input)
+        if not _remembers(input):
+            return actsparse_linear(input, self.weight_kn, self.bias)
         with torch.no_grad():
             if streams.due(self.refresh_every):
                 return streams.start(input, actsparse_linear(input, self.weight_kn, self.bias))
@@ -206,10 +224,11 @@ class DeltaLinear(_Remembering, ActSparseLinear):
             assert streams.seen is not None
             assert streams.output is not None
             # NaN is above any threshold.
-            change = change.masked_fill(change.abs() <= self.threshold, 0)
-            streams.seen = streams.seen + change
-            output = streams.output + actsparse_linear(change, self.weight_kn)
-            return streams.went_on(input, output)
+            scale = streams.scale
+            change = change.masked_fill(change.abs() <= self.threshold / scale, 0)
+            streams.seen = streams.seen.add(change, alpha=scale)
+            added = actsparse_linear(change, self.weight_kn)
+            return streams.went_on(input, streams.output.add(added, alpha=scale))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, refresh_every={self.refresh_every}"
@@ -295,6 +314,8 @@ class DeltaConv2d(_Remembering, CheckedModule, WideConv2d):
             raise ValueError(f"DeltaConv2d: x has shape {list(input.shape)}, expected [B, C, H, W]")
         streams = self.streams
         streams.check_shape("DeltaConv2d", input)
+        if not _remembers(input):
+            return super().forward(input)
         with torch.no_grad():
             size = out_size(input.shape[-2:], self.kernel_size, steps_of(self))
             if self.threshold == 0 and not changes_pay(input, self.kernel_size, size):
@@ -303,12 +324,13 @@ class DeltaConv2d(_Remembering, CheckedModule, WideConv2d):
             if streams.due(self.refresh_every):
                 return streams.start(input, super().forward(input))
             change = streams.change(input)
-            changed = ~(change.abs().amax(1) <= self.threshold)  # NaN is above any
+            # NaN is above any threshold.
+            changed = ~(change.abs().amax(1) <= self.threshold / streams.scale)
             return streams.went_on(input, self._add(change, changed))
 
     def _add(self, change: Tensor, changed: Tensor) -> Tensor:
         """The outputs with what the pixels that have changed add to them; those are seen now."""
-        seen, before = self.streams.seen, self.streams.output
+        seen, before, scale = self.streams.seen, self.streams.output, self.streams.scale
         assert seen is not None
         assert before is not None
         self.taps = taps_for(change, self.kernel_size, steps_of(self), self.taps)
@@ -316,8 +338,8 @@ class DeltaConv2d(_Remembering, CheckedModule, WideConv2d):
         if len(at) > most_gathered_of(change, self.taps) * before[:, 0].numel():
             change = change.masked_fill(~changed.unsqueeze(1), 0)
             added = self._conv_forward(change, self.weight, None)
-            self.streams.seen = seen + change
-            return before + added
+            self.streams.seen = seen.add(change, alpha=scale)
+            return before.add(added, alpha=scale)
         # Few: what is remembered is written to where they are.
         self.streams.seen, before = seen, before = _writable(seen), _writable(before)
         where = changed.nonzero(as_tuple=True)
@@ -325,10 +347,10 @@ class DeltaConv2d(_Remembering, CheckedModule, WideConv2d):
         by_tap = self._gathered_weight.by_tap(self.weight)
         added = pointcloud_conv(pixels, by_tap, None, self.taps.map_at(at, changed.flatten(1)))
         last = seen.permute(0, 2, 3, 1)
-        last[where] = last[where] + pixels
+        last[where] = last[where].add(pixels, alpha=scale)
         shape = (len(before), *self.taps.out_size, self.out_channels)
         y = before.permute(0, 2, 3, 1).reshape(-1, self.out_channels)
-        y.index_copy_(0, at, y.index_select(0, at) + added)
+        y.index_copy_(0, at, y.index_select(0, at).add(added, alpha=scale))
         return y.view(shape).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:

@@ -94,8 +94,7 @@ class SparseLinear(TrainableModule):
             )
         held = pattern_of("SparseLinear", pattern, (out_features, in_features))
         held.check("SparseLinear", density, wanted=True)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.out_features, self.in_features = held.shape
         self.pattern = pattern
         self._set_up(held, bias, density, device, dtype)
         self.reset_parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import _C
 from .._cuda_module import obstacle
 from ..formats import Sparse24, Sparse24Quantized, Sparse24QuantizedPanels
+from ..formats.geometry import whole_number
 from ..formats.sparse24_quantized import resolve_group, sparse24_quantized_shapes, value_type_of
 from ..ops.quantize_rows import FLOAT_DTYPES
 from ..ops.sparse24_quantized import sparse24_linear_quantized_tensors
@@ -88,6 +89,7 @@ class SparseLinearQuantized(PackableModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_features, out_features = whole_number(in_features), whole_number(out_features)
         if in_features < 1 or out_features < 1:
             raise ValueError(
                 f"SparseLinearQuantized: in_features {in_features} and out_features "
@@ -293,11 +295,6 @@ class SparseLinearQuantized(PackableModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
         return super()._apply(fn, recurse)
-
-    def _load_checked_state(self, state_dict: Mapping[str, Any], *args: Any) -> None:
-        # With assign=True a Parameter would become one of a layer that trains nothing.
-        given = {k: t.detach() if isinstance(t, Tensor) else t for k, t in state_dict.items()}
-        super()._load_checked_state(given, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         weight = self._portable()

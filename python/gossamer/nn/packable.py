@@ -84,7 +84,7 @@ class PackableModule(CheckedModule):
             moves = (after.dtype, after.device) != (before.dtype, before.device)
             # What is done to numbers is not done to panels: a memory format, though they may have
             # four axes, is not for them, and those of to_empty() could not be read any more.
-            if moves or fn_on_numbers(self.panels) is not self.panels:
+            if moves or _changes(fn_on_numbers, self.panels):
                 self._unpack()
         super()._apply(fn_on_numbers, recurse)
         if wants_panels:
@@ -96,6 +96,8 @@ class PackableModule(CheckedModule):
     ) -> None:
         state = self._portable().state()
         for key, tensor in state.items():
+            if key not in self._parameters and key not in self._buffers:
+                continue  # torch.nn.utils.prune saves what it made of it
             destination[prefix + key] = tensor if keep_vars else tensor.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "format"] = state["format"]  # the buffer is empty after to_empty()
@@ -116,3 +118,10 @@ class PackableModule(CheckedModule):
         self._portable().validate()
         if wants_panels:
             self._pack_where_possible()
+
+
+def _changes(fn: Callable[[Tensor], Tensor], t: Tensor) -> bool:
+    try:
+        return fn(t) is not t
+    except RuntimeError:  # of a memory format for another number of axes
+        return True

@@ -23,7 +23,7 @@ from ..formats import (
     sparse24_shapes,
 )
 from ..formats.csr import column_dtype, from_keys
-from ..formats.geometry import check_weight_shape
+from ..formats.geometry import check_weight_shape, whole_number
 from ..formats.sparse24_conv import sparse24_matrix_shape
 from ..ops.sparse24_conv import sparse24_conv_choice
 from ..prune import (
@@ -321,6 +321,7 @@ def pattern_of(op: str, pattern: PatternName, shape: tuple[int, ...], groups: in
         If there is no such pattern, or no such weight.
     """
     try:
+        shape, groups = tuple(map(whole_number, shape)), whole_number(groups)
         check_weight_shape(shape, groups)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{op}: {error}") from None

@@ -13,6 +13,7 @@ from .._library import is_recorded
 from ..ops.conv_at import out_size
 from ..ops.gathered_conv import is_transformed
 from ..ops.masked_conv import Positions, masked_conv, recorded_masked_conv
+from ..ops.operands import has_content
 from .checkpoint import CheckedModule, check_dense
 from .gathered_conv import WideConv2d, check_gathered, conv_arguments, steps_of
 
@@ -95,7 +96,8 @@ class PositionMaskedConv2d(CheckedModule, WideConv2d):
         ValueError
             If it does not have two dimensions.
         """
-        _check_mask(mask)
+        if mask is not None:
+            _check_mask(mask)
         self.mask = None if mask is None else mask.to(self.weight.device, copy=True)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class PositionMaskedConv2d(CheckedModule, WideConv2d):
                 f"{list(size)}"
             )
         operands = (input, self.weight, self.bias, mask, steps)
-        if input.dim() == 4 and is_recorded():
+        if input.dim() == 4 and (is_recorded() or not has_content(input)):
             return recorded_masked_conv(*operands)
         if input.dim() == 4 and not is_transformed():
             return masked_conv(*operands, self._positions)
@@ -121,7 +123,8 @@ class PositionMaskedConv2d(CheckedModule, WideConv2d):
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
         check_dense(given, {"weight": self.weight, "bias": self.bias}, assign)
-        _check_mask(given.get("mask"))
+        if "mask" in given:
+            _check_mask(given["mask"])
 
     def _load_checked_state(self, *args: Any) -> None:
         state, prefix = args[:2]
@@ -131,8 +134,6 @@ class PositionMaskedConv2d(CheckedModule, WideConv2d):
 
 
 def _check_mask(mask: Any) -> None:
-    if mask is None:
-        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"PositionMaskedConv2d: the mask is {what}, expected torch.bool")

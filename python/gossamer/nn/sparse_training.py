@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .._sharded import whole
 from .._wide import matmul
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Panels
-from ..ops.operands import autocast_dtype, autocast_to
+from ..ops.operands import autocast_dtype, autocast_to, has_content, without_autocast
 from ..ops.sparse24 import sparse24_linear_tensors
 from ..projection24 import (
     hard_threshold_24,
@@ -22,6 +22,7 @@ from ..projection24 import (
     transposable_mask_24,
 )
 from .called import keep_called
+from .checkpoint import buffers_detached
 
 PROJECTIONS = ("hard", "soft", "transposable")
 # From so many rows on the product gains more from panels than they take to be made.
@@ -217,7 +218,7 @@ class SparseTrainingLinear(nn.Linear):
         # is transposable may keep one or none: they do not say which.
         partial = self.projection == "transposable" and self.in_features % 4 != 0
         always = not self._searched or partial or self.refresh == 1
-        return always or int(self.age) >= self.refresh
+        return always or not has_content(self.age) or int(self.age) >= self.refresh
 
     def _still_holds(self, weight: Tensor, projected: _Projected) -> bool:
         """Whether a weight of unknown age is the one that was projected, by what was kept of it."""
@@ -287,15 +288,17 @@ class SparseTrainingLinear(nn.Linear):
         if isinstance(scale, Tensor) and not scale.is_meta and not bool(scale.isfinite().all()):
             args[-1].append(f"{prefix}scale: {float(scale)} is not finite")
             return
-        given = state_dict.get(f"{prefix}indices")
-        if isinstance(given, Tensor) and given.shape == self.indices.shape and given.any():
-            values = torch.zeros(len(given), 2 * ((self.in_features + 3) // 4), device=given.device)
+        indices = state_dict.get(f"{prefix}indices")
+        if isinstance(indices, Tensor) and indices.shape == self.indices.shape and indices.any():
+            groups = (self.in_features + 3) // 4
+            values = torch.zeros(len(indices), 2 * groups, device=indices.device)
             try:
-                Sparse24(values, given, (self.out_features, self.in_features)).validate()
+                Sparse24(values, indices, (self.out_features, self.in_features)).validate()
             except (TypeError, ValueError) as error:
                 args[-1].append(f"{prefix}indices: {error}")
                 return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        given = buffers_detached(self, state_dict, prefix)
+        super()._load_from_state_dict(given, prefix, *args)
         self._projected, self._searched = None, bool(self.indices.any())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -348,7 +351,7 @@ class _Straight(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if wants_weight else None, dense if wants_x else None)
         shape = (dense.shape[0], dense.shape[1])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return _product(x, Sparse24(values, indices, shape), bias)
 
     @staticmethod
@@ -356,7 +359,7 @@ class _Straight(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, dense = ctx.saved_tensors
         dx = dweight = db = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             if ctx.needs_input_grad[0]:
                 if ctx.both:
                     dx = _product(dy, Sparse24.from_dense(dense.t().contiguous()), None)

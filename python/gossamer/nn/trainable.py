@@ -213,7 +213,11 @@ class TrainableModule(PackableModule):
 
     def _portable(self) -> Portable:
         weight = self.weight
-        return self._pattern.unpacked(weight) if isinstance(weight, Panels) else weight
+        if not isinstance(weight, Panels):
+            return weight
+        portable = self._pattern.unpacked(weight)
+        portable.values.requires_grad_(self._values_require_grad)
+        return portable
 
     def _set_portable(self, weight: Portable, requires_grad: bool) -> None:
         state = weight.state()
@@ -233,6 +237,11 @@ class TrainableModule(PackableModule):
         weight = self.weight
         if isinstance(weight, Panels):
             return
+        if "values" not in self._parameters:
+            raise RuntimeError(
+                f"{type(self).__name__}: 'values' are computed from others: call "
+                "torch.nn.utils.prune.remove(layer, 'values') before pack()"
+            )
         panels = self._pattern.packed(weight)
         if panels is not None:
             self._values_require_grad = weight.values.requires_grad

@@ -18,6 +18,7 @@ from ..nn import SparseLinear
 from .layers import Names, unwrapped
 from .patterns import largest
 from .schedules import DropAndGrow
+from .states import check_keys
 
 _VERSION = 1
 _CHUNK = 2**22  # entries of a dense gradient that exist at a time
@@ -233,17 +234,19 @@ class StoredDropGrow:
         Raises
         ------
         ValueError
-            If it is of another version or of a model with other layers.
+            If a part is missing, or of another version or of a model with other layers; nothing is
+            changed then.
         """
         own_state = self.state_dict()
+        check_keys("StoredDropGrow", state, list(own_state))
         for key in ("version", "layers", "by gradient"):
             own = own_state[key]
             if state.get(key) != own:
                 raise ValueError(
                     f"StoredDropGrow: {key} of the state is {state.get(key)}, not {own}"
                 )
-        self.steps = state["steps"]
         self.generator.set_state(state["generator"])
+        self.steps = state["steps"]
 
 
 def _stored(layer: SparseLinear) -> SparseCsr:
