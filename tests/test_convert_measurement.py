@@ -208,3 +208,35 @@ def test_clock_of_a_gpu_records_on_the_stream_of_its_device(
     )
     assert timing._cuda_clock(cpu)(lambda: torch.zeros(1)) == 1e3
     assert recorded == [("stream of", cpu)] * 2
+
+
+class Reads(nn.Module):
+    """Looks at the weight of a layer that it calls, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, room: list[int] | None = None) -> Tensor:
+        if room is not None:  # as a cache that fills up
+            room.pop()
+            return self.layer(x)
+        return self.layer(x) + self.layer.weight.sum()
+
+
+def test_a_model_that_does_not_run_with_sparse_layers_stays_dense(sample: Tensor) -> None:
+    model = Reads()
+    twin, layer = pruned_copy(model), model.layer
+    report = gossamer.convert(model, prune="magnitude", sample_input=sample, force=True)
+    assert model.layer is layer
+    assert not report["layer"].swapped
+    assert "does not run with sparse layers: AttributeError: Sparse24" in report["layer"].reason
+    assert "has no 'sum': it is the sparse weight of a layer" in report["layer"].reason
+    assert torch.equal(model(sample), twin(sample))
+    assert gossamer.convert(Reads(), prune="magnitude", force=True)["layer"].swapped
+
+
+def test_a_sample_that_runs_once_alone_decides_nothing_more(sample: Tensor) -> None:
+    given = {"x": sample, "room": [1]}
+    report = gossamer.convert(Reads(), prune="magnitude", sample_input=given, force=True)
+    assert report["layer"].swapped

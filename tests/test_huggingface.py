@@ -11,6 +11,7 @@ import pytest
 import torch
 from gossamer import Block, Unstructured, convert
 from gossamer.nn import SparseLinear
+from gossamer.prune import magnitude_24
 from gossamer.sparsify import sparse_upcycling
 from torch import nn
 
@@ -136,3 +137,148 @@ def test_a_dense_checkpoint_becomes_sparse_while_it_is_loaded(tmp_path: Path) ->
     sparse = [m.unpack() for m in again.modules() if isinstance(m, SparseLinear)]
     again.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(layer.values.grad.abs().sum() > 0 for layer in sparse)
+
+
+INITIALISED: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor]]] = {
+    "T5": (
+        "T5ForConditionalGeneration",
+        {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
+         "decoder_start_token_id": 0},
+        {"input_ids": torch.arange(7)[None], "decoder_input_ids": torch.arange(5)[None]},
+    ),
+    "CLIP": (
+        "CLIPModel",
+        {
+            "text_config": {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48,
+                            "num_hidden_layers": 1, "num_attention_heads": 4, "bos_token_id": 1,
+                            "eos_token_id": 2, "max_position_embeddings": 16},
+            "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                              "num_attention_heads": 4, "image_size": 16, "patch_size": 8},
+            "projection_dim": 16,
+        },
+        {"input_ids": torch.tensor([[1, 5, 2]]), "pixel_values": torch.ones(1, 3, 16, 16)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["2:4", Block(4, 4)], ids=str)
+@pytest.mark.parametrize("name", INITIALISED)
+def test_models_that_initialise_the_weights_of_their_layers_are_loaded(
+    name: str, pattern: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    kind, sizes, inputs = INITIALISED[name]
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**sizes)).eval()
+    density = None if pattern == "2:4" else 0.5
+    exclude = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    report = convert(model, pattern, "magnitude", exclude=exclude, force=True, density=density)
+    assert sum(row.swapped for row in report) >= 14
+    huggingface.save_pretrained(model, tmp_path)
+    again = cls.from_pretrained(tmp_path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "base"),
+    [("Llama", "LlamaForCausalLM", "LlamaModel"), ("Bert", "BertForMaskedLM", "BertModel")],
+)
+def test_sparse_layers_come_with_another_head(
+    kind: str, head: str, base: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    head, base = getattr(transformers, head), getattr(transformers, base)
+    model = head(head.config_class(**{**MODELS[kind][1], "tie_word_embeddings": False})).eval()
+    report = convert(model, prune="magnitude", force=True)
+    x = torch.arange(7)[None]
+    with torch.no_grad():
+        y = model.base_model(x)[0]
+    huggingface.save_pretrained(model, tmp_path / "head")
+    of_base = [row.name for row in report if row.name.startswith(model.base_model_prefix + ".")]
+    assert len(of_base) < len(report.layers)
+    alone = base.from_pretrained(tmp_path / "head")
+    names = [n for n, m in alone.named_modules() if isinstance(m, SparseLinear)]
+    assert [f"{model.base_model_prefix}.{n}" for n in names] == of_base
+    assert sorted(alone.config.quantization_config.layers) == sorted(names)
+    alone.save_pretrained(tmp_path / "base")
+    other = head.from_pretrained(tmp_path / "base")
+    assert [n for n, m in other.named_modules() if isinstance(m, SparseLinear)] == of_base
+    for each in (alone, base.from_pretrained(tmp_path / "base"), other.base_model):
+        with torch.no_grad():
+            assert torch.equal(each(x)[0], y)
+
+
+def test_a_config_is_of_patterns_that_can_be_saved(tmp_path: Path) -> None:
+    model, inputs = made("Llama")
+    model.save_pretrained(tmp_path)
+    for pattern, written in ((Block(8, 4), [8, 4]), ((8, 4), [8, 4]), ("unstructured",) * 2):
+        config = huggingface.SparseConfig(
+            pattern=pattern, prune="magnitude", density=0.5, include="*.mlp.*", force=True
+        )
+        assert json.loads(config.to_json_string())["pattern"] == written
+        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        dense, _ = made("Llama")
+        wanted = Unstructured() if pattern == "unstructured" else Block(8, 4)
+        convert(dense, wanted, "magnitude", "*.mlp.*", force=True, density=0.5)
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs)[0], dense(**inputs)[0])
+    for wrong in ("1:4", "activation", [4], 4, Unstructured(0.5)):
+        with pytest.raises(ValueError, match=r"expected '2:4', 'unstructured', a gossamer\.Block"):
+            huggingface.SparseConfig(pattern=wrong)
+    with pytest.raises(ValueError, match="Block: 4 x 0, expected 1 to 64"):
+        huggingface.SparseConfig(pattern=[4, 0])
+
+
+def test_layers_that_t5_gives_another_dtype_stay_dense(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kind, sizes, inputs = INITIALISED["T5"]
+    cls = getattr(transformers, kind)
+    cls(cls.config_class(**sizes)).half().save_pretrained(tmp_path)
+    model, pruned = (cls.from_pretrained(tmp_path, dtype=torch.float16) for _ in range(2))
+    report = convert(model, prune="magnitude", sample_input=inputs, force=True)
+    rows = {row.name: row for row in report if row.name.endswith(".wo")}
+    assert [row.dtype for row in rows.values()] == ["float32"] * 2
+    for row in rows.values():
+        assert not row.swapped
+        assert row.kernel is None
+        assert row.pruned
+        assert row.reason == "the model gives it float16, its weight is float32"
+    assert sum(row.swapped for row in report) == 14
+    for row in report:
+        if row.pruned:
+            weight = pruned.get_submodule(row.name).weight
+            weight.data = magnitude_24(weight.data)
+    with torch.no_grad():
+        y = pruned.double()(**inputs)[0]
+        torch.testing.assert_close(model(**inputs)[0].double(), y, rtol=2e-2, atol=2e-2)
+
+
+def test_layers_of_gpt2_are_in_the_report() -> None:
+    config = transformers.GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    report = convert(transformers.GPT2Model(config), prune="magnitude", force=True)
+    shapes = {row.name: row.shape for row in report}
+    assert shapes == {
+        "h.0.attn.c_attn": (96, 32),
+        "h.0.attn.c_proj": (32, 32),
+        "h.0.mlp.c_fc": (128, 32),
+        "h.0.mlp.c_proj": (32, 128),
+    }
+    assert {row.reason for row in report} == {
+        "transformers.pytorch_utils.Conv1D is not a torch.nn.Linear; not pruned"
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_reads_the_weight_of_a_layer_says_so() -> None:
+    config = transformers.MambaConfig(
+        vocab_size=99, hidden_size=32, state_size=8, num_hidden_layers=1
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    convert(model, include="*.dt_proj", prune="magnitude", force=True)
+    with pytest.raises(TypeError, match=r"Sparse24Panels has no '@': it is the sparse weight of"):
+        model(torch.arange(6)[None])

@@ -86,6 +86,54 @@ def test_a_checkpoint_of_compressed_tensors_makes_linear_layers_sparse() -> None
     assert model[0].values.grad is not None
 
 
+def compressed() -> tuple[nn.Sequential, dict[str, Tensor]]:
+    source = net()
+    with torch.no_grad():
+        source[0].weight.copy_(magnitude_24(source[0].weight))
+    state = {k: v for k, v in source.state_dict().items() if k != "0.weight"}
+    return source, state | {f"0.{k}": v for k, v in as_bitmask(source[0].weight.detach()).items()}
+
+
+def test_a_checkpoint_takes_the_dtype_of_the_model() -> None:
+    source, state = compressed()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 3e-2)):
+        model = net().to(dtype)
+        assert load_compressed_tensors(model, state) == ["0"]
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        y = model(x.to(dtype)).double()
+        torch.testing.assert_close(y, source.double()(x), rtol=tolerance, atol=tolerance)
+
+
+def test_what_cannot_be_loaded_changes_nothing() -> None:
+    _, state = compressed()
+    last = state["2.weight"]
+    other = {k: v + 1 if v.is_floating_point() else v for k, v in state.items()}
+    for wrong, message in (
+        ({"2.weight": last.to_sparse()}, "2.weight cannot be copied: .*, torch.sparse_coo, on cpu"),
+        ({"2.weight": last.to("meta")}, "2.weight cannot be copied: .*, on meta"),
+        ({"0.weight": torch.zeros(32, 16)}, r"unknown \['0.weight'\]"),
+    ):
+        model = net()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises((TypeError, ValueError), match=message):
+            load_compressed_tensors(model, {**other, **wrong})
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"the model's 0.weight is on the meta device"):
+        load_compressed_tensors(net().to("meta"), state)
+
+
+def test_a_layer_with_two_names_is_loaded_by_one() -> None:
+    source, state = compressed()
+    model = nn.Module()
+    model.a = model.b = net()
+    given = {f"b.{k}": v for k, v in state.items()}
+    assert load_compressed_tensors(model, given) == ["b.0"]
+    assert model.a[0] is model.b[0]
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(model.a(x), source(x))
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 def test_torch_s_own_sparse_weights_become_sparse_layers() -> None:
     model = net().bfloat16()

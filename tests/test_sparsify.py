@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gossamer
 import pytest
 import torch
 from gossamer import Block, sparsify
@@ -32,6 +34,7 @@ from gossamer.sparsify import (
     Unstructured,
 )
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from two_ranks import on_two_ranks
 
 
@@ -418,6 +421,71 @@ def test_straight_through_blocks_take_what_has_no_batch(layer: Any) -> None:
     model[0].weight.grad = None
     model(x[None]).sum().backward()
     torch.testing.assert_close(alone, model[0].weight.grad)
+
+
+COPIED: dict[str, Callable[[nn.Module, Any], Sparsifier]] = {
+    "SET": lambda m, o: sparsify.SET(m, 0.7, 20, 2, pattern=Block(2, 5), optimizer=o, kernels=True),
+    "RigL": lambda m, o: sparsify.RigL(
+        m, 0.7, 20, 2, pattern=Block(2, 5), optimizer=o, kernels=True
+    ),
+    "STE": lambda m, o: sparsify.STE(m, o, Block(4, 3), sparsity=0.5),
+    "STE, kernels": lambda m, o: sparsify.STE(m, o, Block(4, 3), sparsity=0.5, kernels=True),
+    "SRSTE": lambda m, o: sparsify.SRSTE(m, o, "1:4"),
+    "DASS": lambda m, o: sparsify.DASS(m, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_copies_of_a_model_follow_its_weights_and_have_no_sparsifier(name: str) -> None:
+    model = net().double()
+    keys = list(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    made = COPIED[name](model, optimizer)
+    if name == "DASS":
+        made.train_scores()
+        optimizer = torch.optim.SGD(made.parameters(), 0.5)
+    elif name != "STE" and name != "SRSTE":  # those are parametrised
+        assert list(model.state_dict()) == keys
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0))
+    later, masks = copy.deepcopy(model), made.masks
+    x = torch.randn(8, 9, 3, 3, dtype=torch.float64)
+    for _ in range(6):
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        made.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    assert any(not mask.equal(masks[key]) for key, mask in made.masks.items())
+    later.load_state_dict(model.state_dict())
+    copies = [average.module, later, copy.deepcopy(later)]
+    if not hasattr(model[0], "parametrizations"):  # or torch would refuse
+        held = pickle.dumps(model)
+        assert b"optim" not in held
+        assert b"Layer" not in held
+        copies.append(pickle.loads(held))
+    y = model(x)
+    for other in copies:
+        torch.testing.assert_close(other(x), y, atol=1e-12, rtol=0)
+    if name in ("SET", "RigL"):
+        later.float().eval()
+        report = gossamer.convert(later, Block(2, 5), force=True)
+        assert all(row.swapped for row in report)
+        torch.testing.assert_close(later(x.float()), y.float(), atol=1e-5, rtol=1e-5)
+        assert later[2].weight.density <= made.layers[1].kept.double().mean() < 0.6
+
+
+def test_a_copy_under_straight_through_is_trained_straight_through() -> None:
+    x = torch.randn(5, 8, dtype=torch.float64)
+    for kernels in (False, True):
+        model = nn.Sequential(nn.Linear(8, 8)).double()
+        made = sparsify.STE(model, pattern=Block(4, 4), sparsity=0.5, kernels=kernels)
+        other = copy.deepcopy(model)
+        for each in (model, other):
+            each(x).sum().backward()
+        grads = [{n: p.grad for n, p in each.named_parameters()} for each in (model, other)]
+        torch.testing.assert_close(*grads)
+        assert (grads[0][next(k for k in grads[0] if "bias" not in k)] != 0).all()
+        assert made.layers[0].mask.float().mean() == 0.5
 
 
 def test_a_report_is_a_table_and_a_picture(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .conversion.eligibility import dtype_name
-from .conversion.kinds import ACTIVATION, is_conv, layer_pattern
+from .conversion.kinds import ACTIVATION, layer_pattern, linear_shape
 from .conversion.plan import LayerPlan, Wanted, plan_layers
 from .conversion.report import ConversionReport, LayerReport
+from .conversion.timing import misfits, run_sample
 from .nn.patterns import PatternName, pattern_of
 
 
@@ -60,13 +61,15 @@ def convert(
         Names of modules (standing for everything beneath them) or fnmatch patterns of such names.
         By default all candidates are included; ``exclude`` has the last word.
     sample_input : Tensor, tuple, list or dict, optional
-        What the model is called with: one tensor, positional or keyword arguments. It is run once,
-        in evaluation mode without gradients; each layer is then timed on as many rows or images as
+        What the model is called with: one tensor, positional or keyword arguments. It is run in
+        evaluation mode without gradients; each layer is then timed on as many rows or images as
         it was given, dense and sparse interleaved, and swapped where sparse is at least 1.05 times
-        as fast. A layer that the sample does not reach stays dense. Without a sample a cost table
-        decides.
+        as fast. A layer that the sample does not reach stays dense, as do those without which the
+        model does not run any more, which a second run tells. Without a sample a cost table
+        decides; then ``exclude`` layers whose weight the model itself reads, such as Mamba's
+        ``dt_proj`` and, in float16, T5's ``wo``.
     force : bool
-        Swap even what measurement or table would leave dense.
+        Swap even what measurement or table would leave dense, though not what makes a sample fail.
     density : float, optional
         The share of blocks or places that pruning keeps in each layer, of a pattern of blocks or
         of ``Unstructured()``.
@@ -103,6 +106,8 @@ def convert(
     # Parameters made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         plans = plan_layers(model, wanted, include, exclude, sample_input, force)
+        if sample_input is not None:
+            _try_out(model, plans, sample_input)
         return _carry_out(model, wanted, plans)
 
 
@@ -126,6 +131,41 @@ def _check_activation(
         raise ValueError(f"convert: thresholds of {sorted(unknown)[0]!r}, no such module")
 
 
+def _try_out(model: nn.Module, plans: list[LayerPlan], sample_input: Any) -> None:
+    """Run the model with its sparse layers, and leave those dense that it does not get on with."""
+    swapped: dict[nn.Module, LayerPlan] = {
+        plan.replacement: plan for plan in plans if plan.replacement is not None
+    }
+    if not swapped:
+        return
+    reasons: dict[nn.Module, str] = {}
+    failure: Exception | None = None
+    for layer, plan in swapped.items():
+        plan.site.replace(layer)
+    try:
+        reasons = misfits(model, swapped, sample_input)
+    except Exception as error:
+        failure = error
+    finally:
+        for plan in swapped.values():
+            plan.site.replace(plan.site.module)
+    if failure is not None and _runs(model, sample_input):
+        text = f"the model does not run with sparse layers: {type(failure).__name__}: {failure}"
+        reasons = dict.fromkeys(swapped, text)
+    for layer, reason in reasons.items():
+        plan = swapped[layer]
+        plan.replacement, plan.kernel, plan.reason = None, None, reason
+
+
+def _runs(model: nn.Module, sample_input: Any) -> bool:
+    """Whether a sample can be run again: a cache that is part of it may be full."""
+    try:
+        run_sample(model, sample_input)
+    except Exception:
+        return False
+    return True
+
+
 def _carry_out(model: nn.Module, wanted: Wanted, plans: list[LayerPlan]) -> ConversionReport:
     layers = tuple(_report(plan) for plan in plans)
     for plan in plans:
@@ -138,8 +178,7 @@ def _carry_out(model: nn.Module, wanted: Wanted, plans: list[LayerPlan]) -> Conv
                 weight.copy_(held.prune(weight, wanted.density))
     for plan in plans:
         if plan.replacement is not None:
-            for holder, attribute in plan.site.holders:
-                setattr(holder, attribute, plan.replacement)
+            plan.site.replace(plan.replacement)
             if plan.site.module is model:
                 model = plan.replacement
     return ConversionReport(model, layers)
@@ -169,8 +208,8 @@ def _report(plan: LayerPlan) -> LayerReport:
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:
     """Of the dense weight, as far as the layer knows it."""
-    if not is_conv(layer):
-        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+    if (sizes := linear_shape(layer)) is not None:
+        return int(sizes[0]), int(sizes[1])
     group_in = int(layer.in_channels) // int(layer.groups)  # type: ignore[arg-type]
     return int(layer.out_channels), group_in, *layer.kernel_size  # type: ignore[arg-type, misc]
 

@@ -24,10 +24,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .convert import convert
 from .formats import Block, Unstructured
+from .formats.stored import StoredWeight
 from .nn import SparseLinear
+from .nn.patterns import PatternName
 
 METHOD = "gossamer"
 _ANYWHERE = "unstructured"
+
+# Models initialise the weights of layers that they hold: what is missing from a file alone.
+StoredWeight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 @register_quantization_config(METHOD)
@@ -39,16 +44,21 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     layers : dict, optional
         Of a saved model: for each name of a layer its pattern ("2:4", [rows, cols] or
         "unstructured"), how many blocks or places are live, and its activation.
-    pattern : "2:4" or [rows, cols]
+    pattern : "2:4", "unstructured", Block or [rows, cols]
         Of a dense model: what ``gossamer.convert`` is called with after it is loaded.
     prune, include, exclude, density, force
         The same.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Of another pattern.
     """
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
-        pattern: str | list[int] = "2:4",
+        pattern: str | list[int] | Block = "2:4",
         prune: str | None = None,
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
@@ -58,7 +68,8 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         self.quant_method: Any = METHOD
         self.layers = layers
-        self.pattern, self.prune, self.density = pattern, prune, density
+        self.pattern = _written(_read(pattern))
+        self.prune, self.density = prune, density
         self.include, self.exclude, self.force = include, exclude, force
 
 
@@ -70,7 +81,10 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **ignored: Any) -> nn.Module:
         """Put sparse layers of the right shapes where the checkpoint has some."""
-        for name, spec in (self.quantization_config.layers or {}).items():
+        config = self.quantization_config
+        if config.layers is not None:
+            config.layers = _names_in(model, config.layers)
+        for name, spec in (config.layers or {}).items():
             dense = model.get_submodule(name)
             if type(dense) is not nn.Linear:
                 raise TypeError(f"gossamer: {name} is {type(dense).__name__}, expected a Linear")
@@ -81,10 +95,9 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **ignored: Any) -> nn.Module:
         config = self.quantization_config
         if config.layers is None:
-            pattern = config.pattern
             convert(
                 model,
-                pattern if isinstance(pattern, str) else Block(*pattern),
+                _read(config.pattern),
                 prune=config.prune,
                 include=config.include,
                 exclude=config.exclude,
@@ -119,12 +132,10 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, SparseLinear):
-            spec: dict[str, Any] = {"pattern": layer.pattern}
-            if isinstance(layer.pattern, Block):
-                blocks = layer._portable().values.shape[0]
-                spec = {"pattern": [layer.pattern.rows, layer.pattern.cols], "blocks": blocks}
-            elif isinstance(layer.pattern, Unstructured):
-                spec = {"pattern": _ANYWHERE, "places": layer._portable().values.shape[0]}
+            spec: dict[str, Any] = {"pattern": _written(layer.pattern)}
+            if isinstance(layer.pattern, (Block, Unstructured)):
+                counted = "blocks" if isinstance(layer.pattern, Block) else "places"
+                spec[counted] = layer._portable().values.shape[0]
             if layer.activation is not None:
                 spec["activation"] = layer.activation
             found[name] = spec
@@ -151,13 +162,48 @@ def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
     model.save_pretrained(path, **options)
 
 
+def _written(pattern: PatternName) -> str | list[int]:
+    """A pattern as JSON has it."""
+    if isinstance(pattern, Block):
+        return [pattern.rows, pattern.cols]
+    return _ANYWHERE if isinstance(pattern, Unstructured) else pattern
+
+
+def _read(pattern: Any) -> PatternName:
+    if isinstance(pattern, (list, tuple)) and len(pattern) == 2:
+        return Block(*pattern)
+    if pattern == _ANYWHERE:
+        return Unstructured()
+    if pattern == "2:4" or isinstance(pattern, Block):
+        return pattern
+    raise ValueError(
+        f"SparseConfig: pattern {pattern!r}, expected '2:4', {_ANYWHERE!r}, a gossamer.Block or "
+        "[rows, cols]"
+    )
+
+
+def _names_in(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    """By the names that a model has: as transformers, which adds or strips that of the base model.
+
+    Layers that it lacks, of another head, are left out.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    held = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    found = {}
+    for name, spec in layers.items():
+        names = (name, name.removeprefix(prefix), prefix + name)
+        known = next((each for each in names if each in held), None)
+        if known is not None:
+            found[known] = spec
+    return found
+
+
 def _empty(dense: nn.Linear, spec: dict[str, Any]) -> SparseLinear:
     """A sparse layer in the place of a dense one, without content."""
-    pattern, density = spec["pattern"], None
-    if pattern == _ANYWHERE:
-        pattern, density = Unstructured(), max(spec["places"], 1) / dense.weight.numel()
-    elif not isinstance(pattern, str):
-        pattern = Block(*pattern)
+    pattern, density = _read(spec["pattern"]), None
+    if isinstance(pattern, Unstructured):
+        density = max(spec["places"], 1) / dense.weight.numel()
+    elif isinstance(pattern, Block):
         rows, columns = pattern.grid((dense.out_features, dense.in_features))
         density = spec["blocks"] / (rows * columns)
     layer = SparseLinear(

@@ -118,8 +118,7 @@ def from_torch_sparse(model: nn.Module) -> list[str]:
     ]
     made = [_layer(site.module, sparse24_from_torch(site.module.weight.data)) for site in found]  # type: ignore[arg-type]
     for site, layer in zip(found, made, strict=True):
-        for holder, attribute in site.holders:
-            setattr(holder, attribute, layer)
+        site.replace(layer)
     return [site.name for site in found]
 
 
@@ -127,7 +126,7 @@ def load_compressed_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> li
     """Load a checkpoint of compressed-tensors' layout "sparse-24-bitmask" into a dense model.
 
     Linear layers whose weight the checkpoint holds as ``compressed``, ``bitmask`` and ``shape``
-    become ``SparseLinear``, trainable; all else is loaded as usual::
+    become ``SparseLinear``, trainable, of the model's dtype; all else is loaded as usual::
 
         state = safetensors.torch.load_file("model.safetensors")
         names = load_compressed_tensors(AutoModelForCausalLM.from_config(config), state)
@@ -148,7 +147,8 @@ def load_compressed_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> li
     ------
     TypeError, ValueError
         If a layer is no ``torch.nn.Linear`` of that shape, the checkpoint lacks tensors or has
-        unknown ones (such as scales: quantized weights are not read), or a mask is not 2:4.
+        unknown ones (such as scales: quantized weights are not read) or some that cannot be copied,
+        a mask is not 2:4, or the model is on the meta device.
     """
     op = "load_compressed_tensors"
     names = [key.removesuffix(".bitmask") for key in state if key.endswith(".bitmask")]
@@ -167,32 +167,42 @@ def load_compressed_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> li
                 f"{op}: {name}: the checkpoint's weight is {list(weight.shape)}, the layer's "
                 f"{list(site.module.weight.shape)}"
             )
-        made[name] = _layer(site.module, weight.to(site.module.weight.device))
+        own = site.module.weight
+        made[name] = _layer(site.module, weight.to(own.device, own.dtype))
     sparse = {f"{name}.{part}" for name in names for part in _PARTS}
     rest = {key: tensor for key, tensor in state.items() if key not in sparse}
+    replaced = {f"{alias}.weight" for name in names for alias in sites[name].names}
     wanted = model.state_dict(keep_vars=True)
     given = {id(wanted[key]) for key in rest if key in wanted}
-    unknown = [key for key in rest if key not in wanted]
+    unknown = [key for key in rest if key not in wanted or key in replaced]
     missing = [
         key
         for key, tensor in wanted.items()
-        if key not in rest and key.removesuffix(".weight") not in made and id(tensor) not in given
+        if key not in rest and key not in replaced and id(tensor) not in given
     ]
     if unknown or missing:
         raise ValueError(f"{op}: the checkpoint lacks {missing[:5]} and has unknown {unknown[:5]}")
+    for key, tensor in wanted.items():
+        if tensor.is_meta:
+            raise ValueError(f"{op}: the model's {key} is on the meta device, expected a real one")
     for key, tensor in rest.items():
         if tensor.shape != wanted[key].shape:
             raise ValueError(
                 f"{op}: {key} is {list(tensor.shape)}, the model's {list(wanted[key].shape)}"
             )
+        first = (slice(1),) * tensor.dim()
+        try:
+            wanted[key].detach()[first].clone().copy_(tensor[first])
+        except (RuntimeError, TypeError) as error:
+            what = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise TypeError(f"{op}: {key} cannot be copied: it is {what}") from error
     model.load_state_dict(rest, strict=False)
     for name, layer in made.items():
         bias = sites[name].module.bias
         if layer.bias is not None:
             assert isinstance(bias, Tensor)
             layer.bias.data.copy_(bias.detach())
-        for holder, attribute in sites[name].holders:
-            setattr(holder, attribute, layer)
+        sites[name].replace(layer)
     return names
 
 

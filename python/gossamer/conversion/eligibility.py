@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .._cuda_module import obstacle
 from ..formats import VALUE_DTYPES, Unstructured
 from ..nn.patterns import PatternName
-from .kinds import ACTIVATION, dense_class, is_conv, is_sparse
+from .kinds import ACTIVATION, dense_class, is_conv, is_sparse, replaced
 from .selection import LayerSite
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +128,7 @@ def _foreign(layer: nn.Module) -> str | None:
     for method in ("forward", "_conv_forward"):
         if getattr(kind, method, None) is not getattr(dense, method, None):
             return f"{kind.__name__} overrides {method}"
-        if method in layer.__dict__:
+        if replaced(layer, method):
             return f"{method} is replaced on this instance"
     return None
 

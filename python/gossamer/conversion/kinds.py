@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,10 +28,25 @@ def is_candidate(layer: nn.Module) -> bool:
     if dense_class(layer) is not None or is_sparse(layer):
         return True
     name = type(layer).__name__
-    linear = hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    linear = linear_shape(layer) is not None
     sizes = ("in_channels", "out_channels", "kernel_size", "groups")
     conv = all(hasattr(layer, size) for size in sizes)
-    return (linear and name.endswith("Linear")) or (conv and bool(re.search(r"Conv\dd$", name)))
+    named = bool(re.search(r"(Linear|^Conv1D)$", name))
+    return (linear and named) or (conv and bool(re.search(r"Conv\dd$", name)))
+
+
+def linear_shape(layer: Any) -> tuple[Any, Any] | None:
+    """Outputs and inputs of a linear layer, as it has them; ``nf``, ``nx`` of transformers' own."""
+    for rows, columns in (("out_features", "in_features"), ("nf", "nx")):
+        if hasattr(layer, rows) and hasattr(layer, columns):
+            return getattr(layer, rows), getattr(layer, columns)
+    return None
+
+
+def replaced(layer: nn.Module, method: str) -> bool:
+    """Whether an instance has another method than its class."""
+    held = vars(layer).get(method)
+    return held is not None and getattr(held, "__func__", None) is not getattr(type(layer), method)
 
 
 def is_sparse(layer: nn.Module) -> bool:

@@ -25,6 +25,11 @@ class LayerSite:
     def name(self) -> str:
         return self.names[0]
 
+    def replace(self, layer: nn.Module) -> None:
+        """Put another layer into every place of this one."""
+        for holder, attribute in self.holders:
+            setattr(holder, attribute, layer)
+
 
 def layer_sites(model: nn.Module) -> list[LayerSite]:
     """Every linear layer and convolution of whatever make, once, in the model's order."""

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
+from .eligibility import dtype_name
 from .kinds import is_conv, unit_dims
 
 # Inputs kept per layer and shape: enough rows for an honest error, few enough for any model.
@@ -89,7 +91,6 @@ def record_calls(
     TypeError
         The sample is no tensor, tuple, list or dict of keyword arguments.
     """
-    args, kwargs = arguments_of("convert: sample_input", sample_input)
     calls: dict[nn.Module, Calls] = {layer: Calls(unit_dims(layer)) for layer in layers}
 
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -98,12 +99,40 @@ def record_calls(
             calls[layer].record(x)
 
     hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in calls]
+    run_sample(model, sample_input, hooks)
+    return calls
+
+
+def misfits(
+    model: nn.Module, layers: Iterable[nn.Module], sample_input: Any
+) -> dict[nn.Module, str]:
+    """The layers that get an x of another dtype than their weight, in words; runs the sample.
+
+    A model may cast x to the dtype of a weight where that is a tensor, and there alone.
+    """
+    found: dict[nn.Module, str] = {}
+
+    def cast(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, dtype = args[0] if args else kwargs["input"], layer.weight.dtype
+        if x.dtype == dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        own, given = dtype_name(dtype), dtype_name(x.dtype)
+        found[layer] = f"the model gives it {given}, its weight is {own}"
+        x = x.to(dtype)  # so that one run finds them all
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+    hooks = [layer.register_forward_pre_hook(cast, with_kwargs=True) for layer in layers]
+    run_sample(model, sample_input, hooks)
+    return found
+
+
+def run_sample(model: nn.Module, sample_input: Any, hooks: Iterable[RemovableHandle] = ()) -> None:
+    """Calls the model with the sample once, and removes these hooks."""
     try:
-        run_evaluating(model, args, kwargs)
+        run_evaluating(model, *arguments_of("convert: sample_input", sample_input))
     finally:
         for hook in hooks:
             hook.remove()
-    return calls
 
 
 def arguments_of(what: str, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

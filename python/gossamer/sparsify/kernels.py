@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,13 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._wide import matmul
+from ..conversion.kinds import replaced
 from ..formats import Block, BlockSparse, Sparse24, SparseCsr, Unstructured
 from ..formats.csr import from_keys
 from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
 from ..ops.conv_operands import Geometry, dense_gradients
 from ..ops.csr import csr_linear
 from ..ops.sparse24 import sparse24_linear
-from .layers import Layer
+from .layers import Layer, MaskNow
 from .patterns import Blocks, Pattern
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -30,7 +33,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def has_kernels(pattern: Pattern, layer: Any, straight: bool = False) -> bool:
     """Whether a layer may be trained through kernels: with no forward pass of its own."""
-    if "forward" in vars(layer):
+    if replaced(layer, "forward"):
         return False
     if isinstance(pattern, Blocks):
         if straight and hasattr(layer, "kernel_size"):
@@ -146,5 +149,31 @@ class Through:
         y = self._product(x, module.weight.detach(), module.bias)
         return _Straight.apply(y, module.weight, x.detach(), module)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_mask": None, "_product": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model has no sparsifier, whose optimizer and masks would else go with it.
+        if self.straight:
+            return partial, (_masked_forward, self.layer.module, MaskNow(self.layer))
+        return _own_forward, (self.layer.module,)
+
+
+def _own_forward(module: nn.Module) -> MethodType:
+    return MethodType(type(module).forward, module)
+
+
+def _masked_forward(module: Any, mask: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    weight = Masked.apply(module.weight, mask(module.weight))
+    if isinstance(module, nn.Linear):
+        return nn.functional.linear(input, weight, module.bias)
+    return module._conv_forward(input, weight, module.bias)
+
+
+class Masked(torch.autograd.Function):
+    """The weight under a mask, whose gradient it gets whole."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight.masked_fill(~mask, 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,6 +107,23 @@ class Layer:
     @property
     def taps(self) -> int:
         return math.prod(self.shape[2:])
+
+
+@dataclass(eq=False)
+class MaskNow:
+    """The mask of a layer, which a sparsifier changes.
+
+    A copy of the model has no sparsifier: there it is that of the weight given, by magnitude.
+    """
+
+    layer: Layer
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return self.layer.mask
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        layer = self.layer
+        return partial, (layer.pattern.by_magnitude, layer.groups, int(layer.kept.sum()))
 
 
 def find_layers(

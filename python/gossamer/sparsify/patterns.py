@@ -63,6 +63,11 @@ class Pattern:
         """The bool mask of the ``keep`` units of largest score, as many in each lane."""
         return largest(units, keep // units.shape[0])
 
+    def by_magnitude(self, groups: int, keep: int, weight: Tensor) -> Tensor:
+        """The bool mask of the ``keep`` units of largest L2 norm of a weight."""
+        units = self.units(weight.detach().abs(), groups, "l2")
+        return self.cover(self.select(units, keep), tuple(weight.shape), groups)
+
     @property
     def one_lane(self) -> bool:
         """Whether all units of a layer compete, so that those of other layers may, too."""

@@ -42,7 +42,8 @@ class Sparsifier:
         optimizer.zero_grad()
 
     Masked entries are 0 in the weight, and their gradient stays that of the dense weight, for the
-    scores that grow by it. A tie of scores keeps the entry of the lower index.
+    scores that grow by it. A tie of scores keeps the entry of the lower index. A deep copy of the
+    model, such as an average of it, is dense and has no sparsifier.
 
     Under DistributedDataParallel every rank makes its own sparsifier; all take the masks of rank 0
     at each change. Under autocast with a GradScaler ``scaler.step(optimizer)`` takes the

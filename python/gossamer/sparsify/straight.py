@@ -19,8 +19,8 @@ from ..nn.called import keep_called
 from ..projection24 import add_dropped_24
 from .computed import Standing
 from .hooks import before_update
-from .kernels import Through
-from .layers import Layer, replaceable, unwrapped
+from .kernels import Masked, Through
+from .layers import Layer, MaskNow, replaceable, unwrapped
 from .patterns import NM, Blocks, Pattern, as_pattern
 from .scores import Magnitude
 from .sparsifier import Sparsifier
@@ -33,7 +33,8 @@ class STE(Sparsifier):
     pattern is 2:4 become ``gossamer.nn.SparseTrainingLinear``, which multiplies by the 2:4 kernels
     and shares the Parameters; other layers and patterns are masked. The decay is added to the
     gradient right before the optimizer's step: once, however many batches were accumulated, after
-    a scaler has unscaled it, and it enters the momentum.
+    a scaler has unscaled it, and it enters the momentum. A deep copy of the model, such as an
+    average of it, masks by its own weights.
 
     Parameters
     ----------
@@ -125,8 +126,7 @@ class STE(Sparsifier):
                     linear, self.projection, self.refresh, self.mvue
                 )
                 self._swapped[layer.name] = layer.module = fast
-                for holder, attribute in sites[layer.name].holders:
-                    setattr(holder, attribute, fast)
+                sites[layer.name].replace(fast)
             elif kernels:
                 layer.module.forward = Through(layer, _never, straight=True)
                 self._kept_called.append(keep_called(layer.module))
@@ -184,8 +184,7 @@ class STE(Sparsifier):
             linear.in_features, linear.out_features = fast.in_features, fast.out_features
             linear.weight, linear.bias = fast.weight, fast.bias
             layer.module = linear.train(fast.training)
-            for holder, attribute in sites[layer.name].holders:
-                setattr(holder, attribute, linear)
+            sites[layer.name].replace(linear)
         self.detach()
 
     def detach(self) -> None:
@@ -312,18 +311,8 @@ class _Masked(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self._layer = (layer,)  # no submodule, no state
+        self._mask = MaskNow(layer)
 
     def forward(self, weight: Tensor) -> Tensor:
-        masked: Tensor = _Mask.apply(weight, self._layer[0].mask)
+        masked: Tensor = Masked.apply(weight, self._mask(weight))
         return masked
-
-
-class _Mask(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return weight.masked_fill(~mask, 0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None

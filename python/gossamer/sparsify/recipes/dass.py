@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from ...formats import Block
 from ..computed import Computed, Standing
-from ..layers import Layer
+from ..layers import Layer, MaskNow
 from ..patterns import Pattern, Unstructured
 from ..scores import Score
 from ..sparsifier import Sparsifier
@@ -162,10 +162,10 @@ class _Scored(nn.Module):
         weight = layer.weight.detach()
         top = weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
         self.scores = nn.Parameter(weight / top)
-        self._layer = (layer,)  # no submodule, no state
+        self._mask = MaskNow(layer)
 
     def forward(self, weight: Tensor) -> Tensor:
-        masked: Tensor = _MaskedByScores.apply(weight, self.scores, self._layer[0].mask)
+        masked: Tensor = _MaskedByScores.apply(weight, self.scores, self._mask(self.scores))
         return masked
 
 
