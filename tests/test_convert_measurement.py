@@ -236,6 +236,30 @@ def test_a_model_that_does_not_run_with_sparse_layers_stays_dense(sample: Tensor
     assert gossamer.convert(Reads(), prune="magnitude", force=True)["layer"].swapped
 
 
+class Closed(nn.Module):
+    """Takes no other layer under one of its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.closed = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "closed" and "closed" in self.__dict__.get("_modules", {}):
+            raise AttributeError("closed")
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.closed(self.open(x))
+
+
+def test_a_model_that_takes_no_other_layer_stays_whole(sample: Tensor) -> None:
+    model = Closed()
+    before = dict(model.named_modules())
+    report = gossamer.convert(model, prune="magnitude", sample_input=sample, force=True)
+    assert dict(model.named_modules()) == before
+    assert all("sparse layers: AttributeError: closed" in row.reason for row in report)
+
+
 def test_a_sample_that_runs_once_alone_decides_nothing_more(sample: Tensor) -> None:
     given = {"x": sample, "room": [1]}
     report = gossamer.convert(Reads(), prune="magnitude", sample_input=given, force=True)

@@ -308,3 +308,11 @@ def test_panels_refuse_what_does_not_fit() -> None:
         Sparse24Panels(packed.panels.view(torch.float32), (6, 12), torch.float32)
     with pytest.raises(TypeError, match="float64"):
         Sparse24Panels.from_sparse24(sparse_24(6, 12, torch.float64))
+
+
+def test_what_a_weight_lacks_is_named() -> None:
+    weight = Sparse24.from_dense(torch.eye(4))
+    with pytest.raises(AttributeError, match="'Sparse24' object has no attribute 'valuse'"):
+        _ = weight.valuse  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="has no 'sum': it is the sparse weight of a layer"):
+        _ = weight.sum  # type: ignore[attr-defined]

@@ -488,6 +488,14 @@ def test_a_copy_under_straight_through_is_trained_straight_through() -> None:
         assert made.layers[0].mask.float().mean() == 0.5
 
 
+@pytest.mark.parametrize("columns", [8, 10, 11])  # a last group of two, of three
+def test_a_copy_under_1_of_4_is_recorded_whole(columns: int) -> None:
+    model, x = nn.Sequential(nn.Linear(columns, 6)), torch.randn(3, columns)
+    sparsify.STE(model, pattern="1:4")
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(torch.export.export(other, (x,)).module()(x), model(x))
+
+
 def test_a_report_is_a_table_and_a_picture(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib.image")
     model = net()

@@ -110,6 +110,43 @@ def test_inside_of_a_transform_of_something_else(name: str) -> None:
     torch.testing.assert_close(second(scaled(function), (given[0], one), 1, 0), wanted)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_of_samples_side_by_side(name: str) -> None:
+    """Within vmap nothing says that a transform, or autograd, around it differentiates."""
+    function, dense, (x, weight) = FUNCTIONS[name]
+    samples = torch.stack([x, x.roll(1, 0)])
+
+    def total(function: Function) -> Function:
+        return lambda x, w: vmap(function, (0, None))(x, w).square().sum()
+
+    for argument in (0, 1):
+        wanted = grad(total(dense), argument)(samples, weight)
+        found = grad(total(function), argument)(samples, weight)
+        torch.testing.assert_close(found, wanted)
+        given = [samples.clone(), weight.clone()]
+        given[argument].requires_grad_()
+        (by_autograd,) = torch.autograd.grad(total(function)(*given), given[argument])
+        torch.testing.assert_close(by_autograd, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_layers_of_samples_side_by_side(kind: str) -> None:
+    layer = make(kind, dtype=F64).requires_grad_(False)
+    samples = torch.stack([x_for(kind, F64) for _ in range(2)])
+    dense = layer.to_dense()
+    wanted = grad(lambda x: dense(x.flatten(0, 1)).square().sum())(samples)
+    found = grad(lambda x: vmap(layer)(x).square().sum())(samples)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functionalized(kind: str) -> None:
+    layer, x = make(kind, dtype=F64).requires_grad_(False), x_for(kind, F64)
+    torch.testing.assert_close(torch.func.functionalize(layer)(x), layer(x))
+    weight = torch.func.functionalize(lambda: layer.weight.to_dense())()
+    torch.testing.assert_close(weight, layer.weight.to_dense())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers(kind: str) -> None:
     layer, x = make(kind, dtype=F64), x_for(kind, F64)

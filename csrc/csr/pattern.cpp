@@ -1,5 +1,4 @@
 // What is done to indices alone.
-#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -44,6 +43,21 @@ void transpose_places(const Pattern& pattern, int32_t* crow, To* col, int32_t* s
   }
 }
 
+// Each word of the bytes by an odd number of its own, modulo 2^64.
+uint64_t weigh(const void* data, int64_t bytes, uint64_t sum) {
+  const auto* from = static_cast<const char*>(data);
+  const auto add = [&](int64_t at, int64_t count) {
+    constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
+    uint64_t word = 0;
+    std::memcpy(&word, from + at, count);
+    sum += (word ^ (word >> 32)) * (kOdd + 2 * static_cast<uint64_t>(at));
+  };
+  const int64_t whole = bytes / 8 * 8;
+  for (int64_t at = 0; at < whole; at += 8) add(at, 8);
+  if (whole < bytes) add(whole, bytes - whole);
+  return sum;
+}
+
 }  // namespace
 
 void validate_rows(const char* op, const Pattern& pattern, int64_t count) {
@@ -62,18 +76,6 @@ void validate_rows(const char* op, const Pattern& pattern, int64_t count) {
 void validate(const char* op, const Pattern& pattern, int64_t count) {
   validate_rows(op, pattern, count);
   pattern.wide ? validate_columns<int32_t>(op, pattern) : validate_columns<int16_t>(op, pattern);
-}
-
-// Each word of the bytes by an odd number of its own, modulo 2^64.
-static uint64_t weigh(const void* data, int64_t bytes, uint64_t sum) {
-  constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
-  const auto* from = static_cast<const char*>(data);
-  for (int64_t i = 0; i < bytes; i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, from + i, std::min<int64_t>(8, bytes - i));
-    sum += (word ^ (word >> 32)) * (kOdd + 2 * static_cast<uint64_t>(i));
-  }
-  return sum;
 }
 
 uint64_t fingerprint(const Pattern& pattern) {

@@ -64,10 +64,10 @@ def convert(
         What the model is called with: one tensor, positional or keyword arguments. It is run in
         evaluation mode without gradients; each layer is then timed on as many rows or images as
         it was given, dense and sparse interleaved, and swapped where sparse is at least 1.05 times
-        as fast. A layer that the sample does not reach stays dense, as do those without which the
-        model does not run any more, which a second run tells. Without a sample a cost table
-        decides; then ``exclude`` layers whose weight the model itself reads, such as Mamba's
-        ``dt_proj`` and, in float16, T5's ``wo``.
+        as fast. A layer that the sample does not reach stays dense. The model is then run with its
+        sparse layers: one that it gives another dtype than its weight's stays dense, and all do
+        where it fails, which a third run, dense, confirms. Without a sample a cost table decides.
+        ``exclude`` layers whose weight the model itself reads, such as Mamba's ``dt_proj``.
     force : bool
         Swap even what measurement or table would leave dense, though not what makes a sample fail.
     density : float, optional
@@ -140,14 +140,16 @@ def _try_out(model: nn.Module, plans: list[LayerPlan], sample_input: Any) -> Non
         return
     reasons: dict[nn.Module, str] = {}
     failure: Exception | None = None
-    for layer, plan in swapped.items():
-        plan.site.replace(layer)
+    done: list[LayerPlan] = []
     try:
+        for layer, plan in swapped.items():
+            plan.site.replace(layer)
+            done.append(plan)
         reasons = misfits(model, swapped, sample_input)
     except Exception as error:
         failure = error
     finally:
-        for plan in swapped.values():
+        for plan in done:
             plan.site.replace(plan.site.module)
     if failure is not None and _runs(model, sample_input):
         text = f"the model does not run with sparse layers: {type(failure).__name__}: {failure}"

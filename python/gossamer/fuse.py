@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .conversion.eligibility import Obstacles, hooks_of
+from .conversion.kinds import replaced
 from .fold import Tracer
 from .nn import SparseConv, SparseLinear
 
@@ -172,7 +173,7 @@ def _trace(module: nn.Module) -> fx.Graph | None:
     # A graph takes one way through branches on an argument.
     if any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         return None
-    if hooks_of(module) or "forward" in module.__dict__:  # the class's is what is traced
+    if hooks_of(module) or replaced(module, "forward"):  # the class's is what is traced
         return None
     try:
         graph = Tracer().trace(module)

@@ -172,7 +172,7 @@ def _written(pattern: PatternName) -> str | list[int]:
 def _read(pattern: Any) -> PatternName:
     if isinstance(pattern, (list, tuple)) and len(pattern) == 2:
         return Block(*pattern)
-    if pattern == _ANYWHERE:
+    if pattern == _ANYWHERE or pattern == Unstructured():
         return Unstructured()
     if pattern == "2:4" or isinstance(pattern, Block):
         return pattern

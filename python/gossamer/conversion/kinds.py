@@ -46,7 +46,10 @@ def linear_shape(layer: Any) -> tuple[Any, Any] | None:
 def replaced(layer: nn.Module, method: str) -> bool:
     """Whether an instance has another method than its class."""
     held = vars(layer).get(method)
-    return held is not None and getattr(held, "__func__", None) is not getattr(type(layer), method)
+    if held is None:
+        return False
+    own = getattr(held, "__self__", None) is layer
+    return not own or getattr(held, "__func__", None) is not getattr(type(layer), method)
 
 
 def is_sparse(layer: nn.Module) -> bool:

@@ -38,7 +38,9 @@ class StoredWeight:
     if not TYPE_CHECKING:  # or every attribute would pass for one of them
 
         def __getattr__(self, name: str) -> Any:
-            raise AttributeError(self._no_tensor(name))
+            if hasattr(Tensor, name):
+                raise AttributeError(self._no_tensor(name))
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __matmul__(self, other: Any) -> Any:
         raise TypeError(self._no_tensor("@"))

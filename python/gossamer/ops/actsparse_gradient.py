@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._wide import matmul
+from .operands import saved_for
 
 
 def check_given(op: str, threshold: float | None) -> None:
@@ -60,8 +61,7 @@ class Linear(torch.autograd.Function):
         x, weight_kn, _, ctx.threshold = inputs
         # Without a threshold x serves dW alone; the weight serves dx alone.
         ctx.save_for_backward(
-            x if weight_kn.requires_grad or ctx.threshold > 0 else None,
-            weight_kn if x.requires_grad else None,
+            x if ctx.threshold > 0 else saved_for(weight_kn, x), saved_for(x, weight_kn)
         )
 
     @staticmethod
@@ -93,9 +93,7 @@ class Outputs(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, wanted, _ = inputs
-        ctx.save_for_backward(
-            x if weight.requires_grad else None, weight if x.requires_grad else None, wanted
-        )
+        ctx.save_for_backward(saved_for(weight, x), saved_for(x, weight), wanted)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

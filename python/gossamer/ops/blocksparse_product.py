@@ -33,6 +33,7 @@ from .operands import (
     check_devices,
     check_dtypes,
     gradient_wanted,
+    saved_for,
 )
 
 LINEAR, CONV = "blocksparse_linear", "blocksparse_conv"
@@ -197,9 +198,7 @@ class _Product(torch.autograd.Function):
         packed_cols = Geometry(*ctx.geometry).packed_cols
         ctx.block = (values.shape[2], packed_cols) if packed_cols else values.shape[1:]
         # x serves dvalues alone, and the values dx alone.
-        ctx.save_for_backward(
-            x if values.requires_grad else None, values if x.requires_grad else None, crow, col
-        )
+        ctx.save_for_backward(saved_for(values, x), saved_for(x, values), crow, col)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

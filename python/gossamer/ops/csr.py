@@ -30,6 +30,7 @@ from .operands import (
     check_features,
     gradient_wanted,
     row_major,
+    saved_for,
 )
 
 _OP = "csr_linear"
@@ -248,9 +249,7 @@ class _Linear(torch.autograd.Function):
         x, values, crow, col, _, _ = inputs
         ctx.inputs = x.shape[1]
         # x serves dvalues alone, and the values dx alone.
-        ctx.save_for_backward(
-            x if values.requires_grad else None, values if x.requires_grad else None, crow, col
-        )
+        ctx.save_for_backward(saved_for(values, x), saved_for(x, values), crow, col)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

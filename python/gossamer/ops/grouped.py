@@ -26,6 +26,7 @@ from .operands import (
     check_dtypes,
     gradient_wanted,
     row_major,
+    saved_for,
 )
 
 _OP = "grouped_linear"
@@ -232,9 +233,7 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weights, offsets, _ = inputs
         # x serves dW alone, and the weights dx alone.
-        ctx.save_for_backward(
-            x if weights.requires_grad else None, weights if x.requires_grad else None, offsets
-        )
+        ctx.save_for_backward(saved_for(weights, x), saved_for(x, weights), offsets)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

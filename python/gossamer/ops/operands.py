@@ -54,8 +54,24 @@ def gradient_wanted(*operands: Tensor | None) -> bool:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     # Forward-mode derivatives exist without requires_grad; the Function refuses them aloud. Of
     # functorch the innermost transform alone answers, and one around it may differentiate.
-    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return wanted or transformed
+    if wanted or forward_ad._current_level >= 0:
+        return True
+    return torch._C._are_functorch_transforms_active() and not _is_functionalized()
+
+
+def _is_functionalized() -> bool:
+    """Whether torch.func.functionalize is at work, which knows ops and no Function."""
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Functionalize for level in levels)
+
+
+def saved_for(by: Tensor, t: Tensor) -> Tensor | None:
+    """What a gradient with respect to ``by`` alone is made of, where that may be wanted.
+
+    Within vmap nothing says whether it is: a transform, or autograd, around it may differentiate.
+    """
+    return t if by.requires_grad or torch._C._are_functorch_transforms_active() else None
 
 
 def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -80,7 +96,7 @@ def recorded_or_applied(
     apply = apply_function(function)
 
     def call(*args: Any) -> Any:
-        return op(*args) if is_recorded() else apply(*args)
+        return op(*args) if is_recorded() or _is_functionalized() else apply(*args)
 
     return call
 

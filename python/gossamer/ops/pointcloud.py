@@ -25,6 +25,7 @@ from .operands import (
     check_dtypes,
     gradient_wanted,
     row_major,
+    saved_for,
 )
 from .pointcloud_layout import output_table, pair_segments
 
@@ -225,9 +226,7 @@ class _Conv(torch.autograd.Function):
         feats, weight, _, *pairs, _, ctx.groups = inputs
         ctx.n_in = feats.shape[0]
         # feats serve dW alone, and the weight dx alone.
-        ctx.save_for_backward(
-            feats if weight.requires_grad else None, weight if feats.requires_grad else None, *pairs
-        )
+        ctx.save_for_backward(saved_for(weight, feats), saved_for(feats, weight), *pairs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

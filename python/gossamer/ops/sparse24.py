@@ -27,6 +27,7 @@ from .operands import (
     check_devices,
     check_features,
     gradient_wanted,
+    saved_for,
 )
 from .sparse24_layout import Gather, ToDense
 
@@ -250,9 +251,7 @@ class _Linear(torch.autograd.Function):
         x, values, indices, _, ctx.in_features, ctx.out_features = inputs
         ctx.dtype = x.dtype
         # x serves dvalues alone, and the values dx alone.
-        ctx.save_for_backward(
-            x if values.requires_grad else None, values if x.requires_grad else None, indices
-        )
+        ctx.save_for_backward(saved_for(values, x), saved_for(x, values), indices)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -31,7 +31,7 @@ from .conv_operands import (
     is_channels_last,
     residual_in_5d,
 )
-from .operands import activation_of, apply_function, check_devices, gradient_wanted
+from .operands import activation_of, apply_function, check_devices, gradient_wanted, saved_for
 from .sparse24_layout import Gather
 
 SPARSE24_CONV = "sparse24_conv"
@@ -213,9 +213,7 @@ class _Conv(torch.autograd.Function):
         x, stored, indices, _, *ctx.geometry = inputs
         ctx.x_shape, ctx.dtype = x.shape, x.dtype
         # x serves dvalues alone, and the weight dx alone.
-        ctx.save_for_backward(
-            x if stored.requires_grad else None, stored if x.requires_grad else None, indices
-        )
+        ctx.save_for_backward(saved_for(stored, x), saved_for(x, stored), indices)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

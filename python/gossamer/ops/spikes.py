@@ -297,7 +297,7 @@ class _Spikes(torch.autograd.Function):
             through = matmul(dy, weight_kn.t())
             dx = through if dx is None else dx + through
         if dy is not None and wanted[1]:
-            dweight = matmul(_Unpacked.apply(stand_in, bits).t(), dy)
+            dweight = matmul(_unpacked_bits(stand_in, bits).t(), dy)
         if dy is not None and wanted[2]:
             db = dy.sum(0)
         return dx, dweight, db
@@ -319,6 +319,16 @@ class _Unpacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+_apply_unpacked = apply_function(_Unpacked)
+
+
+def _unpacked_bits(stand_in: Tensor, bits: Tensor) -> Tensor:
+    if gradient_wanted(stand_in):
+        x: Tensor = _apply_unpacked(stand_in, bits)
+        return x
+    return unpack_spikes(bits, stand_in.shape[1], stand_in.dtype)
 
 
 _apply_bits = apply_function(_Bits)

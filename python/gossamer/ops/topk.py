@@ -26,6 +26,7 @@ from .operands import (
     check_dtypes,
     gradient_wanted,
     row_major,
+    saved_for,
 )
 from .topk_dense import dense_decode, dense_wins
 from .topk_gradient import Values, Weight, check_codes, has_cuda_kernel, named_rows
@@ -190,9 +191,9 @@ class Decode(torch.autograd.Function):
         values, indices, weight, _ = inputs
         ctx.width = weight.shape[0]
         ctx.save_for_backward(
-            values if weight.requires_grad else None,
+            saved_for(weight, values),
             indices,
-            weight if values.requires_grad else None,
+            saved_for(values, weight),
         )
 
     @staticmethod

@@ -25,6 +25,7 @@ from .operands import (
     check_dtypes,
     check_features,
     gradient_wanted,
+    saved_for,
 )
 from .topk import Decode
 from .topk_dense import DENSE_BYTES
@@ -201,8 +202,8 @@ class _Encode(torch.autograd.Function):
         ctx.mark_non_differentiable(indices)
         ctx.width = weight.shape[0]
         ctx.save_for_backward(
-            x if weight.requires_grad else None,
-            weight if x.requires_grad else None,
+            saved_for(weight, x),
+            saved_for(x, weight),
             indices,
             values if relu else None,
         )

@@ -167,12 +167,23 @@ class NM(Pattern):
     def keep(self, units: Shape, shape: Shape, sparsity: float) -> int:
         if sparsity > 1 - self.n / self.m + 1e-9:
             raise ValueError(f"sparsity {sparsity}: {self} has {1 - self.n / self.m}")
-        tail = shape[1] % self.m
-        per_row = shape[1] // self.m * self.n + min(tail, self.n)
-        least = per_row * math.prod(shape) // shape[1]
+        least = self._least(shape)
         if sparsity >= 1 - self.n / self.m - 1e-9:
             return least
         return max(least, blocks_kept(math.prod(shape), 1 - sparsity))
+
+    def _least(self, shape: Shape) -> int:
+        """n of every m, and at most n of the last ones of a row."""
+        per_row = shape[1] // self.m * self.n + min(shape[1] % self.m, self.n)
+        return per_row * math.prod(shape) // shape[1]
+
+    def by_magnitude(self, groups: int, keep: int, weight: Tensor) -> Tensor:
+        shape = tuple(weight.shape)
+        if keep > self._least(shape):
+            return super().by_magnitude(groups, keep, weight)
+        units = self.units(weight.detach().abs(), groups, "l2")
+        # Without counting, which no graph could record.
+        return self.cover(self._best(units) & (units > -torch.inf), shape, groups)
 
     def select(self, units: Tensor, keep: int) -> Tensor:
         kept = self._best(units) & (units > -torch.inf)
