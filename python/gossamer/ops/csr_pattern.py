@@ -63,8 +63,8 @@ def transposed(
     """(crow, col, source) on the CPU: of the transposed weight, of ``values[source]``."""
     pattern = known(op, crow, col, shape)
     n, k = shape
-    # So that changes which torch does not count are seen; a walk over the indices, which takes a
-    # tenth of a product with one row of dy.
+    # So that changes which torch does not count are seen: a walk over the indices, about a sixth of
+    # what the gradient of one row takes.
     fingerprint = _C.csr_fingerprint(crow.contiguous(), col.contiguous(), n, k)
     if pattern.transposed is None or pattern.fingerprint != fingerprint:
         with torch.inference_mode(False):
