@@ -180,10 +180,10 @@ def transposable_mask_24(weight: Tensor) -> Tensor:
     blocks = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)
     # Over the power of two below the largest, which rounds nothing, no sum leaves the range of
     # numbers. A mask keeps 8 entries below 2: one that is infinite, or NaN, counts more than those.
-    finite = blocks.isfinite()
-    largest = blocks.where(finite, 0).amax(-1, keepdim=True)
+    infinite = ~(blocks < torch.inf)
+    largest = blocks.masked_fill_(infinite, 0).amax(-1, keepdim=True)
     power = (largest / (2 * largest.frexp().mantissa)).where(largest > 0, 1)
-    scaled = (blocks / power).where(finite, 16)
+    scaled = blocks.div_(power).masked_fill_(infinite, 16)
     masks = _both_ways().to(scaled)
     best = (scaled @ masks.t()).argmax(-1)
     mask = masks[best].bool().unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
