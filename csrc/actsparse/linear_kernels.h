@@ -46,7 +46,7 @@ struct LinearKernels : Finish<S, T> {
 
   static int64_t find_of_one(const Tokens& x, int64_t first, int64_t k, ActiveRow* rows) {
     const T* from = static_cast<const T*>(x.data) + first;
-    const auto threshold = S::as_int(S::set1(__builtin_fabsf(static_cast<float>(x.threshold))));
+    const auto threshold = S::as_int(S::set1(static_cast<float>(x.threshold)));
     ActiveRow* to = rows;
     for (int64_t i = 0; i < k; i += kLanes) {
       const F values = k - i < kLanes ? Ends::load_some(from + i, k - i) : S::load(from + i);
