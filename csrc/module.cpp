@@ -65,5 +65,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   gossamer::probe::bind(m);
   gossamer::sparse24::bind(m);
   gossamer::sparse24::bind_conv(m);
+  gossamer::sparse24::bind_conv_cuda(m);
   gossamer::sparse24::bind_quantized(m);
 }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cases import DTYPES, SumOracle, bits, integers
 from conv_cases import CASES, CONVS, LAST, ConvCase, typical
 from gossamer import _C, reference
-from gossamer.formats import Sparse24Conv, Sparse24ConvPairs
+from gossamer.formats import Sparse24Conv, Sparse24ConvPanels
 from gossamer.nn import SparseConv2d
 from gossamer.ops import sparse24_conv
 from gossamer.ops.sparse24_conv import sparse24_conv_choice
@@ -36,8 +36,8 @@ def weight_of(case: ConvCase) -> Sparse24Conv:
     return Sparse24Conv.from_dense(dense.to(case.dtype), case.groups)
 
 
-def pairs_of(weight: Sparse24Conv) -> Sparse24ConvPairs:
-    return Sparse24ConvPairs.from_sparse24(weight)
+def pairs_of(weight: Sparse24Conv) -> Sparse24ConvPanels:
+    return Sparse24ConvPanels.from_sparse24(weight)
 
 
 def oracle(
@@ -293,7 +293,7 @@ def test_packed_layers(blocksparse_target: str) -> None:
         assert not layer.pack().packed
         return
     assert layer.pack().packed
-    assert isinstance(layer.weight, Sparse24ConvPairs)
+    assert isinstance(layer.weight, Sparse24ConvPanels)
     assert "packed=True" in repr(layer)
     torch.testing.assert_close(layer(x), expected)
     others = (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer_and_x()[0].pack())
@@ -370,7 +370,7 @@ def test_pairs_that_are_wrong_lead_nowhere() -> None:
     pairs, x = pairs_of(weight), torch.randn(1, 64, 9, 9)
 
     def call(words: Tensor) -> Tensor:
-        held = Sparse24ConvPairs(words, weight.shape, 1, torch.float32)
+        held = Sparse24ConvPanels(words, weight.shape, 1, torch.float32)
         return sparse24_conv(x, held)
 
     blocks = 9 * 2
@@ -380,13 +380,13 @@ def test_pairs_that_are_wrong_lead_nowhere() -> None:
         with pytest.raises(ValueError, match="steps from word"):
             call(words)
         with pytest.raises(ValueError, match="steps from word"):
-            Sparse24ConvPairs(words, weight.shape, 1, torch.float32).to_sparse24()
+            Sparse24ConvPanels(words, weight.shape, 1, torch.float32).to_sparse24()
     with pytest.raises(ValueError, match="5 words for 18 blocks"):
         call(pairs.panels[:5].clone())
     words = pairs.panels.clone()
     words[2 * blocks :] = -1  # columns 255 and NaN, in the steps that are there
     call(words)
-    Sparse24ConvPairs(words, weight.shape, 1, torch.float32).to_sparse24()
+    Sparse24ConvPanels(words, weight.shape, 1, torch.float32).to_sparse24()
 
 
 def test_mistakes_are_errors_with_values() -> None:
@@ -394,9 +394,9 @@ def test_mistakes_are_errors_with_values() -> None:
     pairs = pairs_of(weight)
     words, kind = pairs.panels, (pairs.shape, 1, torch.float32)
     mistakes: tuple[tuple[type[Exception], str, Callable[[], object]], ...] = (
-        (TypeError, "float64 panels", lambda: Sparse24ConvPairs(words.double(), *kind)),
-        (ValueError, "panels have shape", lambda: Sparse24ConvPairs(words[None], *kind)),
-        (TypeError, "no pairs for torch.float64", lambda: pairs_of(weight.to(torch.float64))),
+        (TypeError, "float64 panels", lambda: Sparse24ConvPanels(words.double(), *kind)),
+        (ValueError, "panels have shape", lambda: Sparse24ConvPanels(words[None], *kind)),
+        (TypeError, "no panels for torch.float64", lambda: pairs_of(weight.to(torch.float64))),
         (ValueError, "on meta", lambda: pairs_of(weight.to("meta"))),
         (TypeError, "x is torch.float16, the weight", lambda: sparse24_conv(x.half(), pairs)),
         (ValueError, "bias has shape", lambda: sparse24_conv(x, pairs, torch.ones(3))),
@@ -406,6 +406,6 @@ def test_mistakes_are_errors_with_values() -> None:
         with pytest.raises(error, match=text):
             mistake()
     assert repr(pairs) == (
-        "Sparse24ConvPairs(shape=[21, 19, 3, 3], groups=1, dtype=torch.float32, device=cpu)"
+        "Sparse24ConvPanels(shape=[21, 19, 3, 3], groups=1, dtype=torch.float32, device=cpu)"
     )
     assert CONVS[1](torch.ones(1, 19, 9, 9), pairs.to_dense()).shape == (1, 21, 7, 7)

@@ -170,14 +170,10 @@ struct ConvModel {
 
 // ---- wgmma (Hopper) -----------------------------------------------------------------------------
 
-// Whether pixel i of y takes pixel i of x and no other, so that x can come in tiles.
+// Whether x can come in tiles.
 inline bool sees_itself(const ConvShape& s, const Weight& w) {
-  bool itself = s.taps() == 1;
-  for (int axis = 0; axis < 3; ++axis) {
-    itself = itself && s.stride[axis] == 1 && s.padding[axis] == 0 && s.in[axis] == s.out[axis];
-  }
   // A block may not reach into the channels of the next group: what is 0 there can be NaN in x.
-  return itself && (w.groups == 1 || w.group_in % w.cols == 0);
+  return s.is_pointwise() && (w.groups == 1 || w.group_in % w.cols == 0);
 }
 
 inline bool can_run_wgmma(int tile, const ConvShape& s, const Weight& w, const CudaDevice& device) {

@@ -2,40 +2,25 @@
 // What the two kernels share: which output tile a thread block computes, which columns of the
 // weight it has to visit, and where each pixel of the tile takes x from.
 #include "blocksparse/cuda.h"
+#include "common/conv_pixels.cuh"
 #include "common/launch.cuh"
 #include "common/warp.cuh"
 
 namespace gossamer::blocksparse {
 
-// A convolution as the kernels see it. Channels and pixels in elements.
-struct ConvLayout {
+// A convolution as the kernels see it.
+struct ConvLayout : ConvPixels {
   const int32_t *crow, *col;
   int nnz, rows, cols;  // blocks
   int padded_rows;      // that a block takes in a tile
   int row_blocks, col_blocks, block_columns;
   int tiles_of_group;  // along the outputs
   int group_in, group_out;
-  int in[3], out[3], stride[3], dilation[3], padding[3];
-  int kernel_h, kernel_w;
-  bool channels_last;
-  int64_t pixels;  // of y, all images together
-  int64_t in_pixels, in_channels, out_pixels, out_channels;
-
-  __device__ int64_t in_channel_stride() const { return channels_last ? 1 : in_pixels; }
-  __device__ int64_t in_pixel_stride() const { return channels_last ? in_channels : 1; }
-  __device__ int64_t out_channel_stride() const { return channels_last ? 1 : out_pixels; }
-  // Of output channel 0.
-  __device__ int64_t out_offset(int64_t pixel) const {
-    if (channels_last) return pixel * out_channels;
-    const int64_t image = pixel / out_pixels;
-    return image * out_pixels * out_channels + (pixel - image * out_pixels);
-  }
 };
 
 inline ConvLayout layout_of(const CudaConvArgs& args) {
-  const ConvShape& s = args.conv.shape;
   const Weight& w = args.conv.weight;
-  ConvLayout layout{};
+  ConvLayout layout{ConvPixels(args.conv.shape)};
   layout.crow = w.crow_indices, layout.col = w.col_indices;
   layout.nnz = static_cast<int>(w.nnz);
   layout.rows = static_cast<int>(w.rows), layout.cols = static_cast<int>(w.cols);
@@ -45,18 +30,6 @@ inline ConvLayout layout_of(const CudaConvArgs& args) {
   layout.block_columns = static_cast<int>(w.block_columns());
   layout.tiles_of_group = static_cast<int>(args.config.tiles_of_group(w));
   layout.group_in = static_cast<int>(w.group_in), layout.group_out = static_cast<int>(w.group_out);
-  for (int axis = 0; axis < 3; ++axis) {
-    layout.in[axis] = static_cast<int>(s.in[axis]),
-    layout.out[axis] = static_cast<int>(s.out[axis]);
-    layout.stride[axis] = static_cast<int>(s.stride[axis]);
-    layout.dilation[axis] = static_cast<int>(s.dilation[axis]);
-    layout.padding[axis] = static_cast<int>(s.padding[axis]);
-  }
-  layout.kernel_h = static_cast<int>(s.kernel[1]), layout.kernel_w = static_cast<int>(s.kernel[2]);
-  layout.channels_last = s.channels_last;
-  layout.pixels = s.batch * s.out_pixels();
-  layout.in_pixels = s.in_pixels(), layout.in_channels = s.in_channels;
-  layout.out_pixels = s.out_pixels(), layout.out_channels = s.out_channels;
   return layout;
 }
 
@@ -155,37 +128,7 @@ class LiveColumns {
   int column_, following_;  // of the block at_, and of the one after it
 };
 
-// ---- pixels -------------------------------------------------------------------------------------
-
-// Where a pixel of y has tap 0 in x, which may be outside. 16 bytes, for one load.
-struct alignas(16) Position {
-  int at[3];  // d, h, w
-  int there;  // 0 past the last pixel
-};
-
-__device__ __forceinline__ Position position_of(const ConvLayout& layout, int64_t pixel,
-                                                int64_t* offset) {
-  Position position{};
-  *offset = 0;
-  if (pixel >= layout.pixels) return position;
-  const int64_t image = pixel / layout.out_pixels;
-  auto within = static_cast<unsigned>(pixel - image * layout.out_pixels);
-  int o[3];
-#pragma unroll
-  for (int axis = 2; axis >= 0; --axis) {
-    o[axis] = static_cast<int>(within % static_cast<unsigned>(layout.out[axis]));
-    within /= static_cast<unsigned>(layout.out[axis]);
-  }
-  int64_t at = 0;
-#pragma unroll
-  for (int axis = 0; axis < 3; ++axis) {
-    position.at[axis] = o[axis] * layout.stride[axis] - layout.padding[axis];
-    at = at * layout.in[axis] + position.at[axis];
-  }
-  position.there = 1;
-  *offset = image * layout.in_pixels * layout.in_channels + at * layout.in_pixel_stride();
-  return position;
-}
+// ---- columns -----------------------------------------------------------------------------------
 
 // One column of the weight: a tap, and channels from one on.
 struct Column {
@@ -201,36 +144,25 @@ struct Column {
     if (other) move_to_tap(layout, group, column / layout.col_blocks);
     channel = (column - first_) * layout.cols;
     channels = min(layout.cols, layout.group_in - channel);
-    offset = tap_offset_ + channel * layout.in_channel_stride();
+    offset = first_offset_ + channel * layout.in_channel_stride();
     return other;
   }
 
-  // Whether x has the pixel that this tap sees from there.
+  // Whether x has the pixel that this column's tap sees from there.
   __device__ bool sees(const ConvLayout& layout, const Position& from) const {
-    bool inside = from.there != 0;
-#pragma unroll
-    for (int axis = 0; axis < 3; ++axis) {
-      inside &= static_cast<unsigned>(from.at[axis] + shift_[axis]) <
-                static_cast<unsigned>(layout.in[axis]);
-    }
-    return inside;
+    return tap_.sees(layout, from);
   }
 
  private:
   __device__ void move_to_tap(const ConvLayout& layout, int group, int tap) {
     first_ = tap * layout.col_blocks;
-    const int line = tap / layout.kernel_w, plane = line / layout.kernel_h;
-    shift_[0] = plane * layout.dilation[0];
-    shift_[1] = (line - plane * layout.kernel_h) * layout.dilation[1];
-    shift_[2] = (tap - line * layout.kernel_w) * layout.dilation[2];
-    const int64_t at = (int64_t{shift_[0]} * layout.in[1] + shift_[1]) * layout.in[2] + shift_[2];
-    tap_offset_ = at * layout.in_pixel_stride() +
-                  int64_t{group} * layout.group_in * layout.in_channel_stride();
+    tap_.move_to(layout, tap);
+    first_offset_ = tap_.offset() + int64_t{group} * layout.group_in * layout.in_channel_stride();
   }
 
   int first_ = -0x40000000;  // column of the tap; before all of them
-  int shift_[3] = {};        // of x against tap 0
-  int64_t tap_offset_ = 0;
+  Tap tap_;
+  int64_t first_offset_ = 0;  // of the tap's first channel
 };
 
 }  // namespace gossamer::blocksparse

@@ -24,6 +24,14 @@ struct ConvShape {
   int64_t kernel[3], stride[3], dilation[3];
   int64_t padding[3];  // zeros before the first element; those behind the last follow from `out`
 
+  // Whether pixel i of y sees pixel i of x and no other.
+  bool is_pointwise() const {
+    bool itself = taps() == 1;
+    for (int axis = 0; axis < 3; ++axis) {
+      itself = itself && stride[axis] == 1 && padding[axis] == 0 && in[axis] == out[axis];
+    }
+    return itself;
+  }
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t group_in() const { return in_channels / groups; }
   int64_t group_out() const { return out_channels / groups; }

@@ -101,6 +101,33 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* shared, const Tensor
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
       : "memory");
 }
+// A tile of im2col_map(), whose first row belongs to base pixel (w, h) of image n, in the map's
+// box. The next ones go by its steps along W, from the end of the box along W to its begin and a
+// step along H, and from the end along H to the next image. A row is `channels` elements from c on
+// of the pixel that lies (offset_w, offset_h), at most 255 each, behind the base pixel: with the
+// offsets of a tap of the kernel, rows are the inputs of consecutive outputs under that tap.
+__device__ __forceinline__ void tma_load_im2col(void* shared, const TensorMap* map,
+                                                uint64_t* barrier, int c, int w, int h, int n,
+                                                uint16_t offset_w, uint16_t offset_h) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(offset_w),
+      "h"(offset_h)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_im2col_multicast(void* shared, const TensorMap* map,
+                                                          uint64_t* barrier, int c, int w, int h,
+                                                          int n, uint16_t offset_w,
+                                                          uint16_t offset_h, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;" ::"r"(
+          shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(offset_w),
+      "h"(offset_h), "h"(blocks)
+      : "memory");
+}
 // `bytes` contiguous bytes, a multiple of 16, between addresses that are.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes,
                                           uint64_t* barrier) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/border.h"
+#include "common/conv_shape.h"
 #include "common/cuda_border.h"
 #include "sparse24/cuda.h"
 #include "sparse24/sparse24.h"
@@ -35,12 +36,23 @@ void check_aligned_rows(const char* op, const TensorView& x);
 // A kernel by name with tile_n, tile_m, warps_k, split_k and blocks (CudaGemmConfig).
 using NamedConfig = std::tuple<std::string, int, int, int, int, int>;
 
+// What there is to know of a way to cut a product up.
+pybind11::dict report_of(const CudaGemmConfig& config, int64_t m, int64_t n);
+
+// Hands over what is checked to be large enough.
+void give_workspace(const char* op, CudaGemmArgs& args, int64_t bytes, const TensorView& x,
+                    const std::optional<TensorView>& workspace,
+                    const std::optional<TensorView>& counters);
+
 // Chooses the kernel for a weight of `stored` values, unless one is given, and launches it on the
 // stream of x, with what `args` says besides. Nothing to do without rows.
 void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorView& x,
                  const std::optional<TensorView>& workspace,
                  const std::optional<TensorView>& counters,
                  const std::optional<NamedConfig>& config);
+
+// The columns of a convolution's weight, of checked sizes.
+int64_t conv_columns(const char* op, const ConvShape& s);
 
 void bind_cuda(pybind11::module_& m);
 

@@ -13,9 +13,8 @@
 namespace py = pybind11;
 
 namespace gossamer::sparse24 {
-namespace {
 
-int64_t columns_of(const char* op, const ConvShape& s) {
+int64_t conv_columns(const char* op, const ConvShape& s) {
   gossamer::check_size(op, "the number of input channels", s.group_in(), 1);
   gossamer::check_size(op, "the number of output channels", s.out_channels, 1);
   GOSSAMER_CHECK(s.out_channels % s.groups == 0, op, ": ", s.out_channels, " output channels in ",
@@ -25,6 +24,8 @@ int64_t columns_of(const char* op, const ConvShape& s) {
   gossamer::check_size(op, "the number of weights of an output", columns, 1);
   return columns;
 }
+
+namespace {
 
 // A weight as pairs, which lead nowhere outside of their words.
 Weight pairs(const char* op, const TensorView& words, DType dtype, const PairShape& s) {
@@ -92,7 +93,7 @@ void bind_product(const TensorView& out, const TensorView& x, const TensorView& 
   check_device(op, "the weight", weight, "x", x);
   const ConvShape s =
       conv_shape(op, x.shape, out.shape, groups, kernel, stride, padding, dilation, channels_last);
-  const int64_t k = columns_of(op, s);
+  const int64_t k = conv_columns(op, s);
   const Weight w = indices ? portable(op, weight, *indices, s.out_channels, k)
                            : pairs(op, weight, x.dtype, pair_shape(s));
   if (indices) check_dtype(op, "the weight", weight, x.dtype);
@@ -110,7 +111,7 @@ py::dict choose(const std::array<int64_t, 5>& x, const std::array<int64_t, 5>& o
   gossamer::check_size(op, "the batch", x[0], 0);
   const ConvShape s = conv_shape(op, x.data(), out.data(), groups, kernel, stride, padding,
                                  dilation, channels_last);
-  columns_of(op, s);
+  conv_columns(op, s);
   const ConvChoice choice = choose_conv_kernel(s, type, gossamer::target(), packed);
   const bool serial = choice.kernel == ConvKernel::kSerial;
   py::dict report;

@@ -67,18 +67,10 @@ struct HopperModel {
 
 constexpr int64_t kMaxGridBlocks = (int64_t{1} << 31) - 1;
 
-// The cheapest way by the model; of tile_n 0 where there is none.
-inline CudaGemmConfig hopper_config(int64_t m, int64_t n, int64_t k, DType dtype,
-                                    const CudaDevice& device) {
-  const HopperModel model{m, n, k, dtype, device};
-  CudaGemmConfig best{};
-  double least = 0;
-  const auto consider = [&](const CudaGemmConfig& config) {
-    const double cost = model.cost(config);
-    if (best.tile_n != 0 && cost >= least) return;
-    best = config;
-    least = cost;
-  };
+// Calls consider(config) for the ways that are worth considering.
+template <class Consider>
+void for_each_hopper_way(int64_t m, int64_t n, int64_t k, DType dtype, const CudaDevice& device,
+                         const Consider& consider) {
   // The kernel for large tiles has them of 256 x 128, 128 x 256 and 128 x 128 (rows of W x rows of
   // x), one block a multiprocessor that computes tile after tile.
   constexpr struct {
@@ -106,6 +98,20 @@ inline CudaGemmConfig hopper_config(int64_t m, int64_t n, int64_t k, DType dtype
       if (is_legal_stream(config, m, n, k)) consider(config);
     }
   }
+}
+
+// The cheapest way by the model; of tile_n 0 where there is none.
+inline CudaGemmConfig hopper_config(int64_t m, int64_t n, int64_t k, DType dtype,
+                                    const CudaDevice& device) {
+  const HopperModel model{m, n, k, dtype, device};
+  CudaGemmConfig best{};
+  double least = 0;
+  for_each_hopper_way(m, n, k, dtype, device, [&](const CudaGemmConfig& config) {
+    const double cost = model.cost(config);
+    if (best.tile_n != 0 && cost >= least) return;
+    best = config;
+    least = cost;
+  });
   return best;
 }
 

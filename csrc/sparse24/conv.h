@@ -31,5 +31,6 @@ void conv(const ConvArgs& args);         // chooses target and kernel
 void conv_serial(const ConvArgs& args);  // the definition; float64 has no other
 
 void bind_conv(pybind11::module_& m);
+void bind_conv_cuda(pybind11::module_& m);
 
 }  // namespace gossamer::sparse24

@@ -22,6 +22,7 @@
 // along K, tiles of 16 rows along N. Padding has value 0 and the legal indices 0 and 1. That is
 // 9/16 (16-bit), 10/16 (8-bit) or 12/16 (4-bit) of the dense bytes. float32 has no tensor-core
 // kernel that is exact: its kernel reads the panels of sparse24.h.
+#include "common/conv_shape.h"
 #include "common/cuda.h"
 #include "sparse24/gemm_cuda_config.h"
 #include "sparse24/sparse24.h"
@@ -49,6 +50,13 @@ struct CudaGemmArgs {
   int64_t group = 0;
 };
 
+// A convolution of 16-bit floats with channels side by side: the product of what each pixel of y
+// sees of x, tap after tap the channels of a group, which are a multiple of 8.
+struct CudaConvArgs {
+  CudaGemmArgs gemm;  // m: pixels of y, n: output channels, k: taps * channels of a group
+  ConvShape shape;    // a group's outputs, where there are several, a multiple of kFragmentRows
+};
+
 struct Misfits {
   int64_t count;
   int64_t first;  // the lowest row * groups + group, if count > 0,
@@ -58,6 +66,7 @@ struct Misfits {
 // All asynchronous on the stream, except where a result comes back.
 struct CudaKernels {
   void (*gemm)(const CudaGemmArgs& args, CudaStream stream);
+  void (*conv)(const CudaConvArgs& args, CudaStream stream);
   // `status`: two int64 in device memory. Groups with more than two non-zeros are cut down to the
   // first two and counted.
   Misfits (*from_dense)(const void* dense, const Weight& shape, void* values, uint8_t* indices,

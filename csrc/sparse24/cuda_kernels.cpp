@@ -2,6 +2,7 @@
 #include "sparse24/cuda_kernels.h"
 
 #include "common/device.cuh"
+#include "sparse24/conv_cuda.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
@@ -10,6 +11,10 @@ namespace {
 
 void gemm(const CudaGemmArgs& args, CudaStream stream) {
   on(stream, [&](cudaStream_t s) { run_gemm(args, s); });
+}
+
+void conv(const CudaConvArgs& args, CudaStream stream) {
+  on(stream, [&](cudaStream_t s) { run_conv(args, s); });
 }
 
 Misfits from_dense(const void* dense, const Weight& shape, void* values, uint8_t* indices,
@@ -40,7 +45,7 @@ void from_panels(const Weight& panels, void* values, uint8_t* indices, CudaStrea
 }
 
 constexpr CudaKernels kKernels = {
-    gemm, from_dense, gather, to_dense, validate, to_panels, from_panels,
+    gemm, conv, from_dense, gather, to_dense, validate, to_panels, from_panels,
 };
 
 }  // namespace

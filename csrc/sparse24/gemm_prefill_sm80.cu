@@ -1,253 +1,56 @@
-// 2:4 GEMM for many rows of x:
-//
-//   y[m,n] = act(x_scale[m] * row_scale[n] * sum_k x[m,k] W[n,k] + b[n])
-//
-// Bound by arithmetic: mma.sp at full speed takes 16 x 8 products of a step in the time in which
-// shared memory delivers 256 bytes a tensor core, so both operands go through shared memory and
-// every fragment read from it is used several times. A block computes 128 rows of W against 256 (or
-// 128) rows of x, a warp 64 against 64 (or 32):
-//
-//               x rows 0-63   64-127   128-191   192-255
-//   W rows  0- 63 [ warp 0 |  warp 2 |  warp 4 |  warp 6 ]
-//   W rows 64-127 [ warp 1 |  warp 3 |  warp 5 |  warp 7 ]
-//
-// A stage is 128 bytes of every row of x, two steps: 64 columns of 16-bit or 128 of 8-bit values.
-// Four stages: one is multiplied while cp.async fills the others.
-//
-//   x         [row][8 pieces of 16 bytes], piece p of row r at p xor (r mod 8): the eight rows that
-//             ldmatrix reads at one p lie in different banks
-//   weights   [tile of 16 rows][step][lane] 16 bytes, the fragments as they are in global memory: a
-//             warp reads 512 consecutive bytes
-//   metadata  straight to registers, 16 bytes a lane and row tile for a whole record (two or four
-//             stages), one record ahead; the words move down as they are used
-//
-// Blocks are numbered so that those that run together form a patch of the result, 8 tiles of W
-// wide: they share its weights and its x in the L2.
-#include "sparse24/gemm_cuda.h"
-#include "sparse24/gemm_sm80.cuh"
+// The 2:4 GEMM for many rows of a matrix x.
+#include "sparse24/gemm_prefill_sm80.cuh"
 
 namespace gossamer::sparse24 {
 namespace {
 
-constexpr int kPrefillThreads = 256;
-constexpr int kPatchTiles = 8;
-constexpr int kRowTiles = 4;                                  // of a warp
-constexpr int kWarpRows = kRowTiles * kFragmentRows;          // of W
-constexpr int kBlockTiles = kPrefillTileN / kFragmentRows;    // of W
-constexpr int kPieces = kPrefillStepBytes / 16;               // of a row of x in a stage
-constexpr int kTileBytes = 2 * kFragmentBytes;                // of a row tile in a stage
-constexpr int kWeightPieces = kBlockTiles * kTileBytes / 16;  // of a stage
-constexpr int kSumStride = kWarpRows + kSumPadding;
+// Rows of a matrix; those past the last one, and columns past k, are zeros.
+struct MatrixRows {
+  const char* x;
+  int64_t stride, row_bytes, count;
 
-struct PrefillArgs {
-  Epilogue epilogue;
-  const char *weights, *x;
-  int64_t x_stride;  // bytes
-  int64_t x_bytes;   // of a row
-  int64_t m;
-  int row_tiles, records, stages;
-  unsigned tiles_n, tiles_m;
-};
+  template <int kTileM>
+  struct Shared {};
 
-// A stage is its weights and then its x; at the end, all of it holds the sums.
-template <int kTileM>
-constexpr int kStagePieces = kWeightPieces + kTileM * kPieces;
-template <int kTileM>
-using PrefillShared = SharedTile<uint4, kPrefillStages * kStagePieces<kTileM>, 128>;
-
-struct BlockTile {
-  int64_t first_n, first_m;
-};
-
-template <int kTileM>
-__device__ __forceinline__ BlockTile block_tile(const PrefillArgs& args) {
-  const unsigned patch = blockIdx.x / (kPatchTiles * args.tiles_m);
-  const unsigned within = blockIdx.x % (kPatchTiles * args.tiles_m);
-  const unsigned width = min(args.tiles_n - patch * kPatchTiles, unsigned{kPatchTiles});
-  return {int64_t{patch * kPatchTiles + within % width} * kPrefillTileN,
-          int64_t{within / width} * kTileM};
-}
-
-// Copies the stage `step` of both operands. Rows of x past m and columns past k become zeros; tiles
-// past the last one of W are left out, nobody looks at their sums.
-template <class T, int kTileM>
-__device__ __forceinline__ void load_stage(const PrefillArgs& args, PrefillShared<kTileM>& shared,
-                                           const BlockTile& tile, int step) {
-  using R = Record<T>;
-  constexpr int kStepsOfRecord = R::kSteps / 2;
-  if (step < args.stages) {
-    uint4* weights = shared.data() + step % kPrefillStages * kStagePieces<kTileM>;
-    uint4* x = weights + kWeightPieces;
-    const int64_t offset =
-        int64_t{step / kStepsOfRecord} * R::kBytes + step % kStepsOfRecord * kTileBytes;
-#pragma unroll
-    for (int i = threadIdx.x; i < kWeightPieces; i += kPrefillThreads) {
-      const int row_tile = static_cast<int>(tile.first_n / kFragmentRows) + i / (kTileBytes / 16);
-      const bool is_inside = row_tile < args.row_tiles;
-      const char* from = args.weights +
-                         int64_t{is_inside ? row_tile : 0} * args.records * R::kBytes + offset +
-                         i % (kTileBytes / 16) * 16;
-      ptx::cp_async16(weights + i, from, is_inside ? 16 : 0);
-    }
-    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
-    const int64_t column = int64_t{step} * kPrefillStepBytes + piece * 16;
-    const auto valid = static_cast<int>(min(max(args.x_bytes - column, int64_t{0}), int64_t{16}));
-#pragma unroll
-    for (int i = 0; i < kTileM; i += kPrefillThreads / kPieces) {
-      const int64_t m = tile.first_m + i + row;
-      const bool is_inside = m < args.m && valid > 0;
-      ptx::cp_async16(x + (i + row) * kPieces + (piece ^ (row % 8)),
-                      args.x + (is_inside ? m * args.x_stride + column : 0), is_inside ? valid : 0);
-    }
-  }
-  ptx::cp_async_commit();  // also an empty group: waits count groups
-}
-
-template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(kPrefillThreads, 1) prefill(const PrefillArgs args) {
-  using R = Record<T>;
-  using Sum = ptx::Accumulator<T>;
-  constexpr int kWarpsM = kPrefillThreads / kWarp / 2;
-  constexpr int kTileM = 8 * kTokenTiles * kWarpsM;
-  constexpr int kStepsOfRecord = R::kSteps / 2;
-  constexpr int kWords = 4 / kStepsOfRecord;  // of metadata for a stage
-  PrefillShared<kTileM>& shared = *shared_memory<PrefillShared<kTileM>>();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int warp_n = warp % 2, warp_m = warp / 2;
-  const BlockTile tile = block_tile<kTileM>(args);
-
-  // Tiles past the last one read its metadata again: there must be some, and it must be legal.
-  const char* metadata_of[kRowTiles];
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-    const int row_tile = static_cast<int>(tile.first_n / kFragmentRows) + warp_n * kRowTiles + i;
-    metadata_of[i] = args.weights +
-                     int64_t{min(row_tile, args.row_tiles - 1)} * args.records * R::kBytes +
-                     R::kMetadata + lane * kLaneBytes;
-  }
-  uint32_t metadata[kRowTiles][4], next_metadata[kRowTiles][4];
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-    to_registers(next_metadata[i], ptx::load_nc16(metadata_of[i]));
+  __device__ void outputs(BlockTile& tile, unsigned index, int tile_n, int64_t n) const {
+    tile.first_n = int64_t{index} * tile_n, tile.end_n = n;
   }
 
-#pragma unroll
-  for (int step = 0; step < kPrefillStages - 1; ++step) {
-    load_stage<T, kTileM>(args, shared, tile, step);
-  }
+  template <int kTileM>
+  class Loader {
+   public:
+    __device__ Loader(const MatrixRows& rows, const BlockTile& tile, Shared<kTileM>& /*shared*/)
+        : rows_(rows), first_m_(tile.first_m) {}
 
-  // Lane 8c + r gives ldmatrix row r of a tile of x, piece c of a step's four.
-  const int x_row = warp_m * 8 * kTokenTiles + lane % 8;
-  Sum sum[kRowTiles][kTokenTiles][4] = {};
-  for (int step = 0; step < args.stages; ++step) {
-    if (step % kStepsOfRecord == 0) {
-      const int next = step / kStepsOfRecord + 1;
+    __device__ __forceinline__ void load(uint4* x, int step) {
+      const PieceOfRow mine;
+      const int64_t column = int64_t{step} * kPrefillStepBytes + mine.piece * 16;
+      const auto valid =
+          static_cast<int>(min(max(rows_.row_bytes - column, int64_t{0}), int64_t{16}));
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) metadata[i][j] = next_metadata[i][j];
-        if (next < args.records) {
-          to_registers(next_metadata[i],
-                       ptx::load_nc16(metadata_of[i] + int64_t{next} * R::kBytes));
-        }
+      for (int i = 0; i < kTileM; i += PieceOfRow::kRows) {
+        const int64_t m = first_m_ + i + mine.row;
+        const bool is_inside = m < rows_.count && valid > 0;
+        ptx::cp_async16(mine.place(x, i), rows_.x + (is_inside ? m * rows_.stride + column : 0),
+                        is_inside ? valid : 0);
       }
     }
-    ptx::cp_async_wait<kPrefillStages - 2>();
-    __syncthreads();  // this stage is there, and nobody reads the one before it any more
-    load_stage<T, kTileM>(args, shared, tile, step + kPrefillStages - 1);
 
-    const uint4* stage = shared.data() + step % kPrefillStages * kStagePieces<kTileM>;
-    const uint4* weights = stage + warp_n * kRowTiles * 2 * kWarp + lane;
-    const uint4* x = stage + kWeightPieces + x_row * kPieces;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        to_registers(a[i], weights[(2 * i + half) * kWarp]);
-      }
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        uint32_t b[4];
-        ptx::ldmatrix(b, x + 8 * j * kPieces + ((4 * half + lane / 8) ^ (lane % 8)));
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          multiply_step<T>(sum[i][j], a[i], b, metadata[i][metadata_word<T>(half)], half);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j + kWords < 4; ++j) metadata[i][j] = metadata[i][j + kWords];
-    }
-  }
-
-  // Through shared memory from fragments, where a lane's rows of W lie 8 apart, to runs of rows;
-  // each warp in a part of its own.
-  ptx::cp_async_wait<0>();
-  __syncthreads();
-  constexpr int kSums = 8 * kTokenTiles * kSumStride;  // of a warp
-  static_assert(kSums * 4 * (kPrefillThreads / kWarp) <=
-                kPrefillStages * kStagePieces<kTileM> * 16);
-  Sum* sums = reinterpret_cast<Sum*>(shared.data()) + warp * kSums;
-#pragma unroll
-  for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        sums[(8 * j + lane % 4 * 2 + r % 2) * kSumStride + kFragmentRows * i + lane / 4 +
-             r / 2 * 8] = sum[i][j][r];
-      }
-    }
-  }
-  __syncwarp();
-  constexpr int kRuns = kWarpRows / kRun;
-  const int64_t first_token = tile.first_m + warp_m * 8 * kTokenTiles;
-  const int64_t row = tile.first_n + warp_n * kWarpRows + lane % kRuns * kRun;
-  const auto tokens = static_cast<int>(min(args.m - first_token, int64_t{8 * kTokenTiles}));
-  if (row >= args.epilogue.n) return;
-  const RowTerms terms = row_terms(args.epilogue, row);
-#pragma unroll 1
-  for (int token = lane / kRuns; token < tokens; token += kWarp / kRuns) {
-    Sum run[kRun];
-    load_run(run, sums + token * kSumStride + lane % kRuns * kRun);
-    finish_run(args.epilogue, terms, first_token + token, row, run);
-  }
-}
-
-template <class T, int kTokenTiles>
-void launch_prefill(const CudaGemmArgs& args, cudaStream_t stream) {
-  constexpr int kTileM = kTokenTiles * 32;
-  check_architecture<T>(prefill<T, kTokenTiles>);
-  const int64_t size = size_of(args.dtype);
-  const int64_t tiles_n = ceil_div(args.n, kPrefillTileN);
-  const int64_t tiles_m = ceil_div(args.m, kTileM);
-  const PrefillArgs prefill_args{
-      epilogue_of(args),
-      reinterpret_cast<const char*>(args.panels),
-      static_cast<const char*>(args.x),
-      args.x_stride * size,
-      args.k * size,
-      args.m,
-      static_cast<int>(ceil_div(args.n, kFragmentRows)),
-      static_cast<int>(ceil_div(args.k, kFragmentColumns)),
-      static_cast<int>(ceil_div(args.k * size, kPrefillStepBytes)),
-      static_cast<unsigned>(tiles_n),
-      static_cast<unsigned>(tiles_m),
+   private:
+    const MatrixRows& rows_;
+    int64_t first_m_;
   };
-  launch(prefill<T, kTokenTiles>, dim3(static_cast<unsigned>(tiles_n * tiles_m)), kPrefillThreads,
-         sizeof(PrefillShared<kTileM>), stream, prefill_args);
-}
+};
 
 }  // namespace
 
 void gemm_prefill_sm80(const CudaGemmArgs& args, cudaStream_t stream) {
+  const int64_t size = size_of(args.dtype), tiles_n = ceil_div(args.n, kPrefillTileN);
+  const MatrixRows x{static_cast<const char*>(args.x), args.x_stride * size, args.k * size, args.m};
   with_type(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    args.config.tile_m == 128 ? launch_prefill<T, 4>(args, stream)
-                              : launch_prefill<T, 8>(args, stream);
+    args.config.tile_m == 128 ? launch_prefill<T, 2, 4>(args, x, tiles_n, stream)
+                              : launch_prefill<T, 2, 8>(args, x, tiles_n, stream);
   });
 }
 

@@ -5,7 +5,7 @@ namespace gossamer::sparse24 {
 
 void gemm_sm90(const CudaGemmArgs& args, cudaStream_t stream) {
   if (size_of(args.dtype) == 1) return gemm_sm90_8bit(args, stream);
-  with_16bit_types(args, [&](auto x) { by_tile<decltype(x)>(args, stream); });
+  with_16bit_types(args, [&](auto x) { multiply_matrix<decltype(x)>(args, stream); });
 }
 
 }  // namespace gossamer::sparse24

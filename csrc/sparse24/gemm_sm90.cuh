@@ -65,7 +65,6 @@ struct Shared {
 };
 
 struct Args {
-  TensorMap x;
   Output out;
   int records, weight_tiles;  // weight_tiles: of 16 rows
   int steps, last_steps;      // of a tile, and of its last record
@@ -168,8 +167,8 @@ __device__ void fetch(const Args& args, int tile_n, int record) {
   }
 }
 
-template <class T, int kSlices, int kTokens>
-__device__ void produce(Shared<T, kSlices, kTokens>& shared, const Args& args) {
+template <class T, int kSlices, int kTokens, class X>
+__device__ void produce(Shared<T, kSlices, kTokens>& shared, const X& x, const Args& args) {
   constexpr int kBlocks = kCluster<kTokens>;
   constexpr int kShare = kTokens / kBlocks;  // of the rows of x
   // Weights that are loaded three steps ahead can wait for DRAM.
@@ -179,6 +178,7 @@ __device__ void produce(Shared<T, kSlices, kTokens>& shared, const Args& args) {
   for (int tile = blockIdx.x / kBlocks; tile < args.tiles_m * args.tiles_n;
        tile += gridDim.x / kBlocks) {
     const Position<kBlocks> at(args, tile);
+    const typename X::Tile rows(x, at.tile_m * kTokens + rank * kShare);
     for (int step = 0; step < args.steps; ++step, ring.advance()) {
       if (kFetches && at.first && step % Record<T>::kSteps == 0) {
         fetch<T, kConsumers * kSlices * kSliceRows>(args, at.tile_n, step / Record<T>::kSteps);
@@ -186,15 +186,9 @@ __device__ void produce(Shared<T, kSlices, kTokens>& shared, const Args& args) {
       // The first round finds the stages empty: the phase before the first counts as ended.
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
       uint64_t* full = &shared.full[ring.stage];
-      // Of a tile past the edges of x, too, all bytes arrive; those outside are zeros.
       ptx::mbarrier_arrive_expect_tx(full, kTokens * kStepBytes);
       T* to = shared.x[ring.stage].data() + rank * kShare * Record<T>::kStepColumns;
-      const int column = step * Record<T>::kStepColumns, row = at.tile_m * kTokens + rank * kShare;
-      if constexpr (kBlocks == 1) {
-        ptx::tma_load_2d(to, &args.x, full, column, row);
-      } else {
-        ptx::tma_load_2d_multicast(to, &args.x, full, column, row, (1 << kBlocks) - 1);
-      }
+      rows.template load<kBlocks>(to, full, step * Record<T>::kStepColumns);
     }
   }
 }
@@ -307,12 +301,13 @@ __device__ void consume(Shared<T, kSlices, kTokens>& shared, const Args& args) {
   if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait<0>();
 }
 
-template <class T, int kSlices, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) sparse24_gemm(const __grid_constant__ Args args) {
+template <class T, int kSlices, int kTokens, class X>
+__global__ void __launch_bounds__(kThreads, 1)
+    sparse24_gemm(const __grid_constant__ X x, const __grid_constant__ Args args) {
   using Memory = Shared<T, kSlices, kTokens>;
   Memory& shared = *shared_memory<Memory>();
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&args.x);
+    ptx::prefetch_tensor_map(&x.map);
     for (int stage = 0; stage < kStages<kTokens>; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], 1);
       ptx::mbarrier_init(&shared.empty[stage], kConsumers * 4 * kCluster<kTokens>);
@@ -332,15 +327,16 @@ __global__ void __launch_bounds__(kThreads, 1) sparse24_gemm(const __grid_consta
     consume(shared, args);
   } else {
     ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce(shared, args);
+    if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce(shared, x, args);
   }
   if (kCluster<kTokens> > 1) sync();  // until then the other block writes and arrives here
 }
 
 // ---- the launch ---------------------------------------------------------------------------------
 
-template <class T, int kSlices, int kTokens>
-void run(const CudaGemmArgs& args, cudaStream_t stream) {
+// `map_of` gives x for tiles of so many rows.
+template <class T, int kSlices, int kTokens, class MapOf>
+void run(const CudaGemmArgs& args, const MapOf& map_of, cudaStream_t stream) {
   constexpr int kRows = kConsumers * kSlices * kSliceRows;
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t tiles_m = ceil_div(args.m, kTokens), tiles_n = ceil_div(args.n, kRows);
@@ -350,7 +346,6 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
                  "] are more than the Hopper kernel counts");
 
   Args of{};
-  of.x = step_map<T>(args, kTokens / kCluster<kTokens>);
   of.out = output_of(args, kTokens);
   of.steps = static_cast<int>(ceil_div(args.k, Record<T>::kStepColumns));
   of.records = static_cast<int>(ceil_div(args.k, kFragmentColumns));
@@ -363,18 +358,24 @@ void run(const CudaGemmArgs& args, cudaStream_t stream) {
   const int64_t tiles = int64_t{of.tiles_m} * of.tiles_n;
   const int64_t wanted = std::max(args.config.blocks / kCluster<kTokens>, 1);
   const int64_t clusters = args.config.blocks == 0 ? tiles : std::min(tiles, wanted);
-  launch_cluster(kCluster<kTokens>, sparse24_gemm<T, kSlices, kTokens>,
+  const auto x = map_of(kTokens / kCluster<kTokens>);
+  launch_cluster(kCluster<kTokens>, sparse24_gemm<T, kSlices, kTokens, std::decay_t<decltype(x)>>,
                  dim3(static_cast<unsigned>(clusters * kCluster<kTokens>)), kThreads,
-                 sizeof(Shared<T, kSlices, kTokens>), stream, of);
+                 sizeof(Shared<T, kSlices, kTokens>), stream, x, of);
+}
+
+template <class T, class MapOf>
+void by_tile(const CudaGemmArgs& args, const MapOf& map_of, cudaStream_t stream) {
+  const int tile_n = args.config.tile_n, tile_m = args.config.tile_m;
+  if (tile_n == 256 && tile_m == 128) return run<T, 2, 128>(args, map_of, stream);
+  if (tile_n == 128 && tile_m == 256) return run<T, 1, 256>(args, map_of, stream);
+  if (tile_n == 128 && tile_m == 128) return run<T, 1, 128>(args, map_of, stream);
+  fail("sparse24_gemm: the Hopper kernel has no tiles of ", tile_n, " x ", tile_m);
 }
 
 template <class T>
-void by_tile(const CudaGemmArgs& args, cudaStream_t stream) {
-  const int tile_n = args.config.tile_n, tile_m = args.config.tile_m;
-  if (tile_n == 256 && tile_m == 128) return run<T, 2, 128>(args, stream);
-  if (tile_n == 128 && tile_m == 256) return run<T, 1, 256>(args, stream);
-  if (tile_n == 128 && tile_m == 128) return run<T, 1, 128>(args, stream);
-  fail("sparse24_gemm: the Hopper kernel has no tiles of ", tile_n, " x ", tile_m);
+void multiply_matrix(const CudaGemmArgs& args, cudaStream_t stream) {
+  by_tile<T>(args, [&](int tokens) { return matrix_map<T>(args, tokens); }, stream);
 }
 
 }  // namespace

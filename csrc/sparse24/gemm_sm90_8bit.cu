@@ -4,7 +4,7 @@
 namespace gossamer::sparse24 {
 
 void gemm_sm90_8bit(const CudaGemmArgs& args, cudaStream_t stream) {
-  with_8bit_types(args, [&](auto x) { by_tile<decltype(x)>(args, stream); });
+  with_8bit_types(args, [&](auto x) { multiply_matrix<decltype(x)>(args, stream); });
 }
 
 }  // namespace gossamer::sparse24

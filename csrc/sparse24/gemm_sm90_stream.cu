@@ -6,7 +6,7 @@ namespace gossamer::sparse24 {
 void gemm_sm90_stream(const CudaGemmArgs& args, cudaStream_t stream) {
   if (size_of(args.dtype) == 1) return gemm_sm90_stream_8bit(args, stream);
   with_16bit_types(args,
-                   [&](auto x) { stream_by_tile<StoredWeights<decltype(x)>>(args, {}, stream); });
+                   [&](auto x) { stream_matrix<StoredWeights<decltype(x)>>(args, {}, stream); });
 }
 
 }  // namespace gossamer::sparse24

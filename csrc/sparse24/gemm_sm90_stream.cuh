@@ -92,7 +92,6 @@ struct StreamShared {
 };
 
 struct StreamArgs {
-  TensorMap x;
   Output out;
   const uint4* weights;
   GroupScales groups;         // of int4 weights
@@ -124,8 +123,8 @@ struct Segment {
 
 // ---- the producer -------------------------------------------------------------------------------
 
-template <class W, int kTokens>
-__device__ void produce(StreamShared<W, kTokens>& shared, const StreamArgs& args) {
+template <class W, int kTokens, class XMap>
+__device__ void produce(StreamShared<W, kTokens>& shared, const XMap& x, const StreamArgs& args) {
   using S = Stage<W, kTokens>;
   using X = typename W::X;
   constexpr int kRecord = (W::kPieces + 1) * 32;
@@ -135,6 +134,7 @@ __device__ void produce(StreamShared<W, kTokens>& shared, const StreamArgs& args
     const Segment segment(args, at, end);
     at += segment.count;
     const int tile_n = segment.tile / args.tiles_m, tile_m = segment.tile % args.tiles_m;
+    const typename XMap::Tile rows(x, tile_m * kTokens);
     for (int i = 0; i < segment.count * S::kParts; ++i, ring.advance()) {
       const int record = segment.first + i / S::kParts, part = i % S::kParts;
       S& stage = shared.stages[ring.stage];
@@ -158,9 +158,8 @@ __device__ void produce(StreamShared<W, kTokens>& shared, const StreamArgs& args
       for (int step = 0; step < S::kSteps; ++step) {
         const int column =
             record * kFragmentColumns + (part * S::kSteps + step) * Record<X>::kStepColumns;
-        // Of a tile past the edges of x, too, all bytes arrive; those outside are zeros.
-        ptx::tma_load_2d(stage.x.data() + step * kTokens * Record<X>::kStepColumns, &args.x, full,
-                         column, tile_m * kTokens);
+        rows.template load<1>(stage.x.data() + step * kTokens * Record<X>::kStepColumns, full,
+                              column);
       }
     }
   }
@@ -432,13 +431,13 @@ __device__ void consume(StreamShared<W, kTokens>& shared, const StreamArgs& args
   if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait<0>();
 }
 
-template <class W, int kTokens>
+template <class W, int kTokens, class XMap>
 __global__ void __launch_bounds__(kStreamThreads, 1)
-    sparse24_stream(const __grid_constant__ StreamArgs args) {
+    sparse24_stream(const __grid_constant__ XMap x, const __grid_constant__ StreamArgs args) {
   using Memory = StreamShared<W, kTokens>;
   Memory& shared = *shared_memory<Memory>();
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&args.x);
+    ptx::prefetch_tensor_map(&x.map);
     for (int stage = 0; stage < Memory::kStages; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], 1);
       ptx::mbarrier_init(&shared.empty[stage], kConsumers * 4);
@@ -449,21 +448,21 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   if (threadIdx.x < kConsumers * kWarpgroup) {
     consume(shared, args);
   } else if (ptx::elect_one()) {
-    produce(shared, args);
+    produce(shared, x, args);
   }
 }
 
 // ---- the launch ---------------------------------------------------------------------------------
 
-template <class W, int kTokens>
-void run_stream(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_t stream) {
+template <class W, int kTokens, class MapOf>
+void run_stream(const CudaGemmArgs& args, const MapOf& map_of, const GroupScales& groups,
+                cudaStream_t stream) {
   const CudaGemmConfig& config = args.config;
   constexpr int64_t kMax = int64_t{1} << 30;
   GOSSAMER_CHECK(args.m <= kMax && args.n <= kMax && args.k <= kMax, "sparse24_gemm: ", args.m,
                  " rows of x by a weight [", args.n, ", ", args.k,
                  "] are more than the Hopper kernel counts");
   StreamArgs of{};
-  of.x = step_map<typename W::X>(args, kTokens);
   of.out = output_of(args, kTokens);
   of.weights = reinterpret_cast<const uint4*>(args.panels);
   of.groups = groups;
@@ -473,19 +472,28 @@ void run_stream(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_
   of.work = stream_tiles(config, args.m, args.n) * of.records;
   of.sums = args.workspace;
   of.counters = args.counters;
-  launch(sparse24_stream<W, kTokens>, dim3(static_cast<unsigned>(config.blocks)), kStreamThreads,
-         sizeof(StreamShared<W, kTokens>), stream, of);
+  const auto x = map_of(kTokens);
+  launch(sparse24_stream<W, kTokens, std::decay_t<decltype(x)>>,
+         dim3(static_cast<unsigned>(config.blocks)), kStreamThreads,
+         sizeof(StreamShared<W, kTokens>), stream, x, of);
+}
+
+template <class W, class MapOf>
+void stream_by_tile(const CudaGemmArgs& args, const MapOf& map_of, const GroupScales& groups,
+                    cudaStream_t stream) {
+  switch (args.config.tile_m) {
+    case 16: return run_stream<W, 16>(args, map_of, groups, stream);
+    case 32: return run_stream<W, 32>(args, map_of, groups, stream);
+    case 64: return run_stream<W, 64>(args, map_of, groups, stream);
+    case 128: return run_stream<W, 128>(args, map_of, groups, stream);
+    default: fail("sparse24_gemm: no tiles of ", args.config.tile_m, " rows of x");
+  }
 }
 
 template <class W>
-void stream_by_tile(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_t stream) {
-  switch (args.config.tile_m) {
-    case 16: return run_stream<W, 16>(args, groups, stream);
-    case 32: return run_stream<W, 32>(args, groups, stream);
-    case 64: return run_stream<W, 64>(args, groups, stream);
-    case 128: return run_stream<W, 128>(args, groups, stream);
-    default: fail("sparse24_gemm: no tiles of ", args.config.tile_m, " rows of x");
-  }
+void stream_matrix(const CudaGemmArgs& args, const GroupScales& groups, cudaStream_t stream) {
+  const auto map_of = [&](int tokens) { return matrix_map<typename W::X>(args, tokens); };
+  stream_by_tile<W>(args, map_of, groups, stream);
 }
 
 }  // namespace

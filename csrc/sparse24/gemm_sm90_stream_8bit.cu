@@ -5,7 +5,7 @@ namespace gossamer::sparse24 {
 
 void gemm_sm90_stream_8bit(const CudaGemmArgs& args, cudaStream_t stream) {
   with_8bit_types(args,
-                  [&](auto x) { stream_by_tile<StoredWeights<decltype(x)>>(args, {}, stream); });
+                  [&](auto x) { stream_matrix<StoredWeights<decltype(x)>>(args, {}, stream); });
 }
 
 }  // namespace gossamer::sparse24

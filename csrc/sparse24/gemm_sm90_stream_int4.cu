@@ -9,7 +9,7 @@ void gemm_sm90_stream_int4(const CudaGemmArgs& args, cudaStream_t stream) {
     constexpr int kUnit = decltype(steps)::value;
     CudaGemmArgs without_scales = with_units;  // for the end of the sums
     without_scales.row_scales = nullptr;
-    stream_by_tile<Int4Weights<T, kUnit>>(without_scales, group_scales(with_units, kUnit), stream);
+    stream_matrix<Int4Weights<T, kUnit>>(without_scales, group_scales(with_units, kUnit), stream);
   });
 }
 

@@ -218,6 +218,31 @@ __device__ void finish_tile(const ptx::Accumulator<T> (&sum)[kSlices][kTokens / 
   if (thread == 0) ptx::tma_store_commit();
 }
 
+// ---- x ------------------------------------------------------------------------------------------
+
+// A matrix. Where a producer gets tiles of its rows from, a step at a time, is what it is for the
+// kernels; a convolution has another (conv_sm90.cuh). What lies past the edges is zero there, and
+// all bytes arrive.
+struct MatrixMap {
+  TensorMap map;
+
+  struct Tile {
+    const MatrixMap& x;
+    int first;  // row
+
+    __device__ Tile(const MatrixMap& x_, int first_) : x(x_), first(first_) {}
+    // To all kBlocks of a cluster.
+    template <int kBlocks>
+    __device__ void load(void* to, uint64_t* full, int column) const {
+      if constexpr (kBlocks == 1) {
+        ptx::tma_load_2d(to, &x.map, full, column, first);
+      } else {
+        ptx::tma_load_2d_multicast(to, &x.map, full, column, first, (1 << kBlocks) - 1);
+      }
+    }
+  };
+};
+
 // ---- for the launch -----------------------------------------------------------------------------
 
 // Calls run(T{}) for the type of x. Those of 8 bits have units of their own, as each kernel takes
@@ -242,7 +267,7 @@ void with_8bit_types(const CudaGemmArgs& args, const Run& run) {
 
 // x in steps of 128 bytes of `tokens` rows.
 template <class T>
-TensorMap step_map(const CudaGemmArgs& args, int tokens) {
+MatrixMap matrix_map(const CudaGemmArgs& args, int tokens) {
   const int64_t extents[] = {args.k, args.m};
   // The distance from a single row to the next is any, but a tensor map wants one it could take.
   constexpr int64_t kAligned = 16 / sizeof(T);
@@ -250,7 +275,7 @@ TensorMap step_map(const CudaGemmArgs& args, int tokens) {
       args.m == 1 ? (args.k + kAligned - 1) / kAligned * kAligned : args.x_stride;
   const int64_t pitch[] = {stride * static_cast<int64_t>(sizeof(T))};
   const int box[] = {Record<T>::kStepColumns, tokens};
-  return tensor_map(args.x, sizeof(T), 2, extents, pitch, box, Swizzle::k128);
+  return {tensor_map(args.x, sizeof(T), 2, extents, pitch, box, Swizzle::k128)};
 }
 
 inline Output output_of(const CudaGemmArgs& args, int tokens) {

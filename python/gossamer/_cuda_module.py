@@ -70,7 +70,15 @@ def wrong_results(device: torch.device) -> str | None:
     Nobody has every GPU, and wrong numbers are worse than none: so the floating-point kernels of
     each feature's forward pass are asked once, in whole numbers whose sums are exact.
     """
-    from .formats import PANEL_DTYPES, Block, BlockSparse, Sparse24, Sparse24Panels
+    from .formats import (
+        PANEL_DTYPES,
+        Block,
+        BlockSparse,
+        Sparse24,
+        Sparse24Conv,
+        Sparse24ConvPanels,
+        Sparse24Panels,
+    )
     from .ops.actsparse import actsparse_linear
     from .ops.blocksparse import blocksparse_by_way, blocksparse_conv
     from .ops.blocksparse_choice import blocksparse_ways
@@ -78,6 +86,7 @@ def wrong_results(device: torch.device) -> str | None:
     from .ops.grouped import grouped_linear
     from .ops.pointcloud import pointcloud_conv
     from .ops.sparse24 import sparse24_linear
+    from .ops.sparse24_conv import sparse24_conv, sparse24_conv_by_way, sparse24_conv_ways
     from .ops.topk import topk_decode
     from .ops.topk_encoder import topk_encode
     from .pointcloud import Coordinates
@@ -121,6 +130,19 @@ def wrong_results(device: torch.device) -> str | None:
                     found.append(blocksparse_by_way(way, given, blocks, padding=1))
                 if not all(torch.equal(y.cpu(), expected) for y in found):
                     wrong.append(f"{dtype} of blocks, {memory_format}")
+            # By TMA, where that gathers, and without it.
+            kernel = magnitude_24(integers(48, 64, 3, 3), dim=1)
+            if dtype != torch.float32:
+                conv = Sparse24Conv.from_dense(kernel.to(device, dtype))
+                x = integers(2, 64, 9, 7)
+                given = x.to(device, dtype)
+                panels_of = Sparse24ConvPanels.from_sparse24(conv)
+                found = [sparse24_conv(given, panels_of, padding=1)]
+                for cut in sparse24_conv_ways(x.shape, panels_of, padding=1):
+                    found.append(sparse24_conv_by_way(cut, given, panels_of, padding=1))
+                expected = F.conv2d(x, kernel, padding=1).to(dtype)
+                if not all(torch.equal(y.cpu(), expected) for y in found):
+                    wrong.append(f"{dtype} of 2:4 convolutions")
             # Where a pixel sees itself, x comes another way.
             matrix = magnitude_blocks(integers(80, 72), Block(32, 32), 0.5)
             assert isinstance(matrix, torch.Tensor)
@@ -178,6 +200,15 @@ def wrong_results(device: torch.device) -> str | None:
             if not all(torch.equal(y.cpu(), right.to(dtype)) for y, right in pairs):
                 wrong.append(f"{dtype} of experts")
     return f"the kernels give wrong results on it ({', '.join(wrong)})" if wrong else None
+
+
+def gpu_of(device: torch.device | dict[str, int]) -> int | dict[str, int] | None:
+    """As choices of ``_C`` take a GPU, or what describes one; None for the CPU."""
+    if isinstance(device, dict):
+        return device
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def on_cuda(op: str, native: Callable[..., Any]) -> Callable[..., Any]:

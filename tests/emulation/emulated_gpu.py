@@ -15,6 +15,7 @@ import torch
 from emulator import CSRC, HERE, KernelLibrary
 from gossamer import _C
 from gossamer.formats import sparse24 as sparse24_format
+from gossamer.formats import sparse24_conv_panels
 from gossamer.formats import sparse24_quantized_panels as quantized_panels
 from gossamer.ops import (
     actsparse,
@@ -26,6 +27,7 @@ from gossamer.ops import (
     grouped_gradient,
     pointcloud,
     sparse24,
+    sparse24_conv_product,
     sparse24_layout,
     sparse24_quantized,
     spikes,
@@ -51,6 +53,7 @@ class Gpu:
         table = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.library.call("describe_device", capability, multiprocessors, capture, table)
         _C.attach_cuda(int(table))
+        sparse24_conv_product.choose_cuda.cache_clear()
 
     @property
     def kernel(self) -> int:
@@ -83,6 +86,12 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setattr(module, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(sparse24, "_linear", sparse24._linear_native_cuda)
     monkeypatch.setattr(sparse24_quantized, "_linear", sparse24_quantized._native_cuda)
+    monkeypatch.setattr(sparse24_conv_product, "_op", sparse24_conv_product._native_cuda)
+    monkeypatch.setattr(sparse24_conv_panels, "_has_pairs", lambda t: False)
+    # In gossamer.ops its name is that of the function.
+    convolutions = importlib.import_module("gossamer.ops.sparse24_conv")
+    monkeypatch.setattr(convolutions, "gpu_of", lambda device: 0)
+    monkeypatch.setattr(convolutions, "on_cuda", lambda op, native: native)
     monkeypatch.setattr(blocksparse_product, "_is_cuda", lambda t: True)
     monkeypatch.setattr(pointcloud, "calls_cpu_kernel", lambda *tensors: False)
     monkeypatch.setattr(pointcloud, "has_kernels", lambda device: True)
@@ -102,7 +111,6 @@ def as_on_a_gpu(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(grouped_gradient, "_input", grouped_gradient._input_native_cuda)
     monkeypatch.setattr(grouped_gradient, "_weight", grouped_gradient._weight_native_cuda)
     monkeypatch.setattr(native, "on_gpu", lambda coords: True)
-    # In gossamer.ops its name is that of the function.
     outputs = importlib.import_module("gossamer.ops.actsparse_outputs")
     for module in (actsparse, outputs, spikes):
         monkeypatch.setattr(module, "calls_cpu_kernel", lambda *tensors: False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +20,14 @@ def swizzled(address: int, span: int) -> int:
     chunk, row = address // 16 % 8, address // 128 % 8
     moved = chunk ^ (row % (span // 16) if span else 0)
     return address // 128 * 128 + moved * 16 + address % 16
+
+
+def in_shared(tile: Tensor, span: int) -> Tensor:
+    """The bytes of a tile as they lie in shared memory."""
+    where = torch.tensor([swizzled(address, span) for address in range(tile.nbytes)])
+    image = torch.zeros(int(where.max()) + 1, dtype=torch.uint8)
+    image[where] = tile.contiguous().view(torch.uint8).flatten()
+    return image[: tile.nbytes]
 
 
 # ---- wgmma and wgmma.sp --------------------------------------------------------------------------
@@ -142,16 +152,100 @@ def test_tma_tile(
         "copied_tile", raw, out, whole, three, len(extents), dtype.itemsize,
         pitch, swizzle,
     )  # fmt: skip
-    where = torch.tensor([swizzled(address, span) for address in range(tile.nbytes)])
-    image = torch.zeros(int(where.max()) + 1, dtype=torch.uint8)
-    image[where] = tile.view(torch.uint8).flatten()
-    assert torch.equal(raw.cpu(), image[: tile.nbytes])
+    assert torch.equal(raw.cpu(), in_shared(tile, span))
 
     kept = torch.zeros_like(outer)
     kept[window] = tile
     want = torch.zeros(padded, dtype=dtype)
     want[..., : extents[0]] = kept[inside]
     assert torch.equal(out.cpu(), want)
+
+
+class Convolution(NamedTuple):
+    """Of x [N, H, W, C], and the tile of its im2col matrix that a test loads."""
+
+    shape: tuple[int, int, int, int]
+    kernel: tuple[int, int]  # along H and W, as all that follow
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+    row: int  # the tile's first
+    pixels: int
+    channel: int  # the tile's first
+    dtype: torch.dtype = torch.int16
+
+    def out(self) -> list[int]:
+        spans = ((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
+        sizes = zip(self.shape[1:3], self.padding, spans, self.stride, strict=True)
+        return [(n + 2 * p - span - 1) // s + 1 for n, p, span, s in sizes]
+
+    def pixel(self, row: int, tap: tuple[int, int]) -> tuple[int, int, int]:
+        """n, h and w of what output ``row`` sees under a tap."""
+        high, wide = self.out()
+        at = (row // wide % high, row % wide)
+        axes = zip(at, self.stride, tap, self.dilation, self.padding, strict=True)
+        h, w = (o * s + t * d - p for o, s, t, d, p in axes)
+        return row // wide // high, h, w
+
+    def rows(self, x: Tensor, tap: tuple[int, int], count: int, channels: int) -> Tensor:
+        """The tile, element by element: 0 is what x has nothing for."""
+        tile = torch.zeros(count, channels, dtype=self.dtype)
+        for i in range(count):
+            where = self.pixel(self.row + i, tap)
+            if all(0 <= at < size for at, size in zip(where, x.shape, strict=False)):
+                inside = x[where][self.channel : self.channel + channels]
+                tile[i, : len(inside)] = inside
+        return tile
+
+    def corners(self) -> list[int]:
+        """Lower, upper and steps of the base pixels, each along W and H."""
+        axes = zip(self.kernel, self.dilation, self.padding, strict=True)
+        upper = [p - (k - 1) * d for k, d, p in axes]
+        return [*(-p for p in self.padding[::-1]), *upper[::-1], *self.stride[::-1]]
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        pytest.param(
+            Convolution((3, 5, 7, 40), (3, 3), (1, 1), (1, 1), (1, 1), 0, 40, 0), id="padding"
+        ),
+        pytest.param(
+            Convolution((2, 9, 14, 40), (3, 2), (2, 3), (2, 1), (2, 1), 8, 16, 24),
+            id="stride and dilation, from within a row, past the channels",
+        ),
+        pytest.param(
+            Convolution((2, 4, 9, 40), (1, 3), (1, 2), (1, 2), (0, 1), 28, 8, 8, torch.float32),
+            id="past the last image",
+        ),
+        pytest.param(
+            Convolution((4, 2, 145, 40), (1, 2), (1, 8), (1, 127), (0, 0), 2, 16, 16),
+            id="far apart",
+        ),
+        pytest.param(
+            Convolution((1, 3, 10, 40), (3, 4), (1, 1), (1, 85), (1, 127), 4, 8, 0),
+            id="wide padding",
+        ),
+    ],
+)
+@pytest.mark.parametrize("swizzle", SPANS)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_tma_im2col(device_sm90: Device, conv: Convolution, swizzle: int, blocks: int) -> None:
+    span, count, size = SPANS[swizzle], blocks * conv.pixels, conv.dtype.itemsize
+    channels = (span or 48) // size
+    n, h, w, c = conv.shape
+    whole = torch.randint(1, 100, (n, h, w, c + 8)).to(conv.dtype)  # the pitch is more than C
+    first = [conv.pixel(conv.row + i * conv.pixels, (0, 0)) for i in range(blocks)]
+    for tap in itertools.product(*map(range, conv.kernel)):
+        raw = device_sm90.empty(blocks, count * channels * size, dtype=torch.uint8)
+        offsets = [t * d for t, d in zip(tap, conv.dilation, strict=True)]
+        device_sm90.call(
+            "im2col_tiles", raw, whole,
+            [c, w, h, n, *conv.corners(), channels, conv.pixels], size, (c + 8) * size, swizzle,
+            [conv.channel, *offsets[::-1], *(at for pixel in first for at in pixel[::-1])], blocks,
+        )  # fmt: skip
+        tile = conv.rows(whole[..., :c], (tap[0], tap[1]), count, channels)
+        assert torch.equal(raw.cpu(), in_shared(tile, span).expand(blocks, -1))
 
 
 def test_bulk_copies_phase_by_phase(device_sm90: Device) -> None:
@@ -234,3 +328,48 @@ def test_impossible_tensor_map_is_refused(
     shape = [*extents, 1, *box, 1, 0, 0, 0]
     with pytest.raises(RuntimeError, match=message):
         emulated_sm90.call("copied_tile", data, data, data, shape, 2, 2, pitch, swizzle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lower": (-129, 0)}, "im2col_map: no bits for corners at -129 and 0 and a step of 1"),
+        ({"upper": (0, 128)}, "im2col_map: no bits for corners at 0 and 128 and a step of 1"),
+        ({"steps": (9, 1)}, "im2col_map: no bits for corners at 0 and 0 and a step of 9"),
+        ({"steps": (1, 0)}, "im2col_map: no bits for corners at 0 and 0 and a step of 0"),
+        ({"upper": (0, -4)}, "corners at 0 and -4 around 4 pixels leave an empty box"),
+        ({"channels": 60}, "rows of 120 bytes are not multiples of 16"),
+        ({"channels": 72}, "rows of 144 bytes, longer than the swizzle's 128"),
+        ({"channels": 264, "swizzle": 0}, "im2col_map: 264 channels a pixel"),
+        ({"pixels": 1032}, "im2col_map: 1032 pixels"),
+        ({"pitch": 136}, "im2col_map: a stride of 136 bytes is not a multiple of 16"),
+        ({"pitch": 1 << 40}, "im2col_map: a stride of 1099511627776 bytes does not fit 40 bits"),
+        ({"misaligned": 1}, "im2col_map: the tensor's address is not a multiple of 16"),
+        ({"at": (4, 0, 0)}, "im2col: a base pixel at 4, outside the box from 0 to 3"),
+        ({"at": (0, -1, 0)}, "im2col: a base pixel at -1, outside the box from 0 to 3"),
+        ({"offsets": (0, 256)}, "im2col: an offset of 256 does not fit 8 bits"),
+        ({"blocks": 2, "offsets": (256, 0)}, "im2col_multicast: an offset of 256 does not fit 8"),
+    ],
+    ids=str,
+)
+def test_impossible_im2col_is_refused(
+    emulated_sm90: Device, change: dict[str, Any], message: str
+) -> None:
+    to: dict[str, Any] = {
+        "lower": (0, 0), "upper": (0, 0), "steps": (1, 1), "channels": 64, "pixels": 8,
+        "pitch": 128, "swizzle": 3, "misaligned": 0, "offsets": (0, 0), "at": (0, 0, 0),
+        "blocks": 1, **change,
+    }  # fmt: skip
+    data = torch.zeros(4096, dtype=torch.int16)[to["misaligned"] :]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        emulated_sm90.call(
+            "im2col_tiles", torch.zeros(4096, dtype=torch.uint8), data,
+            [64, 4, 4, 2, *to["lower"], *to["upper"], *to["steps"], to["channels"], to["pixels"]],
+            2, to["pitch"], to["swizzle"], [0, *to["offsets"], *to["blocks"] * to["at"]],
+            to["blocks"],
+        )  # fmt: skip
+
+
+def test_im2col_needs_its_own_kind_of_map(emulated_sm90: Device) -> None:
+    with pytest.raises(RuntimeError, match="tma_load_im2col: the tensor map is of the other mode"):
+        emulated_sm90.call("im2col_of_tiled_map", torch.zeros(1024, dtype=torch.int16))

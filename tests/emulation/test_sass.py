@@ -167,6 +167,18 @@ def test_gemm_sm80(code_of: CodeOf, kernel: str, architecture: str) -> None:
     assert code.missing(*copies) == []
 
 
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_sparse24_conv_sm80(code_of: CodeOf, architecture: str) -> None:
+    code = code_of(SPARSE24 / "conv_sm80.cu", architecture)
+    assert {opcode for opcode in code.opcodes if "MMA." in opcode} == {
+        "HMMA.SP.16832.F32.BF16",
+        "HMMA.SP.16832.F32",
+    }
+    # Copies of 16 bytes or none: what is not there is said by a predicate, not by a size.
+    copies = ("LDGSTS.E.BYPASS.LTC128B.128", "LDSM.16.M88.4", WEIGHT_LOADS["prefill"])
+    assert code.missing(*copies) == []
+
+
 # The same for int4 weights, which come to shared memory past the registers, with metadata by eight
 # bytes and scales by four; LOP3 and HFMA2 widen them.
 @pytest.mark.parametrize("architecture", ["80", "90"])
@@ -245,7 +257,7 @@ HOPPER_GEMM_OPCODES = (
 CLUSTER_OPCODES = ("UTMALDG.2D.MULTICAST", "SYNCS.ARRIVE.TRANS64.RED", "UCGABAR_ARV")
 GEMM_SM90_OPCODES = (
     "LDG.E.NA.LTC128B.128",
-    "UTMALDG.2D",
+    "UTMALDG",
     "UTMASTG.2D",
     "STSM.16.MT88.4",
     "USETMAXREG.TRY_ALLOC",
@@ -261,6 +273,8 @@ HOPPER_PRIMITIVE_OPCODES = (
     "IGMMA.SP.64x32x64.S8.S8",
     "QGMMA.SP.64x32x64.F32.E4M3.E4M3",
     "UTMALDG.3D",
+    "UTMALDG.4D.IM2COL",
+    "UTMALDG.4D.IM2COL.MULTICAST",
     "UTMASTG.3D",
     "UBLKCP.S.G",
     "STSM.16.M88.4",
@@ -292,6 +306,15 @@ def test_sample_of_clusters(code_of: CodeOf) -> None:
             SPARSE24 / "gemm_sm90_8bit.cu",
             ("QGMMA.SP.64x128x64.F32.E4M3.E4M3", "IGMMA.SP.64x256x64.S8.S8"),
         ),
+        (
+            SPARSE24 / "conv_sm90.cu",
+            (
+                "HGMMA.SP.64x256x32.F32.BF16",
+                "HGMMA.SP.64x128x32.F32",
+                "UTMALDG.4D.IM2COL",
+                "UTMALDG.4D.IM2COL.MULTICAST",
+            ),
+        ),
     ],
 )
 def test_gemm_sm90(code_of: CodeOf, source: Path, products: tuple[str, ...]) -> None:
@@ -305,12 +328,15 @@ def test_gemm_sm90(code_of: CodeOf, source: Path, products: tuple[str, ...]) -> 
         check_operands_in_registers(kernel)
 
 
-def test_gemm_sm90_stream(code_of: CodeOf) -> None:
-    code = code_of(SPARSE24 / "gemm_sm90_stream.cu", "90a")
+@pytest.mark.parametrize(
+    ("file", "tiles"), [("gemm_sm90_stream", "2D"), ("conv_sm90_stream", "4D.IM2COL")]
+)
+def test_gemm_sm90_stream(code_of: CodeOf, file: str, tiles: str) -> None:
+    code = code_of(SPARSE24 / f"{file}.cu", "90a")
     assert not code.serialised()
     products = {f"HGMMA.SP.64x{tokens}x32.F32.BF16" for tokens in (16, 32, 64, 128)}
     # Weights come in whole pieces, x in tiles; fragments leave by 16 bytes a lane.
-    assert products | {"UBLKCP.S.G", "UTMALDG.2D", "LDS.128", "UTMASTG.2D"} <= code.opcodes
+    assert products | {"UBLKCP.S.G", f"UTMALDG.{tiles}", "LDS.128", "UTMASTG.2D"} <= code.opcodes
 
 
 def check_operands_in_registers(code: list[tuple[str, str]]) -> None:

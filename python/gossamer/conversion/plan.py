@@ -17,7 +17,7 @@ from ..formats import (
     BlockSparse,
     BlockSparsePanels,
     Sparse24Conv,
-    Sparse24ConvPairs,
+    Sparse24ConvPanels,
     Unstructured,
 )
 from ..nn import ActSparseLinear
@@ -219,9 +219,7 @@ def _kernel(layer: Any, sparse: SparseLayer, calls: Calls | None) -> str:
         if isinstance(stored, (BlockSparse, BlockSparsePanels)):
             chosen = blocksparse_choice(shape, stored, **geometry)
         else:
-            assert isinstance(stored, (Sparse24Conv, Sparse24ConvPairs))
-            if weight.is_cuda:
-                return "torch/dense"
+            assert isinstance(stored, (Sparse24Conv, Sparse24ConvPanels))
             chosen = sparse24_conv_choice(shape, stored, **geometry)
         dense = chosen["kernel"] == "dense"
         return f"{'torch' if dense else chosen['target']}/{chosen['kernel']}"

@@ -2,7 +2,7 @@
 
 ``Sparse24``, ``Sparse24Conv``, ``BlockSparse`` and ``SparseCsr`` are the open formats: what a
 state_dict, a pickle and an optimizer see; ``Sparse24Quantized`` is the same for 8-bit and 4-bit
-weights. ``Sparse24Panels``, ``Sparse24ConvPairs`` and ``BlockSparsePanels`` are the layouts that
+weights. ``Sparse24Panels``, ``Sparse24ConvPanels`` and ``BlockSparsePanels`` are the layouts that
 the kernels read fastest, ``Sparse24QuantizedPanels`` that of quantised weights on a GPU; none is
 ever saved.
 """
@@ -20,7 +20,7 @@ from .sparse24 import (
     sparse24_shapes,
 )
 from .sparse24_conv import Sparse24Conv
-from .sparse24_conv_pairs import Sparse24ConvPairs
+from .sparse24_conv_panels import Sparse24ConvPanels
 from .sparse24_quantized import Sparse24Quantized
 from .sparse24_quantized_panels import Sparse24QuantizedPanels
 from .stored import VALUE_DTYPES
@@ -33,7 +33,7 @@ __all__ = [
     "BlockSparsePanels",
     "Sparse24",
     "Sparse24Conv",
-    "Sparse24ConvPairs",
+    "Sparse24ConvPanels",
     "Sparse24Panels",
     "Sparse24Quantized",
     "Sparse24QuantizedPanels",

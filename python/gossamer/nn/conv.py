@@ -32,9 +32,10 @@ class SparseConv(TrainableModule):
 
     How many axes it has is that of ``kernel_size`` here; ``SparseConv1d``, ``SparseConv2d`` and
     ``SparseConv3d`` say it by their name. The weight is the Parameter ``values`` under the fixed
-    pattern of its indices. On the CPU ``pack()`` replaces it by ``panels``, which the kernels read
-    as they are, for inference. A ``state_dict``, a pickle and a deep copy hold an open format and
-    are validated before a layer takes them over.
+    pattern of its indices. ``pack()`` replaces it by ``panels``, which the kernels of its device
+    read as they are, for inference, where there are faster ones than torch's
+    with a dense weight. A ``state_dict``, a pickle and a deep copy hold an open format and are
+    validated before a layer takes them over.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class SparseConv(TrainableModule):
     indices, or crow_indices and col_indices : Tensor
         Where they are; like ``values`` None while packed.
     panels : Tensor or None
-        int32, the packed weight (``gossamer.formats.Sparse24ConvPairs``); None while trainable.
+        int32, the packed weight (``gossamer.formats.Sparse24ConvPanels``); None while trainable.
     format : Tensor
         int64: what a ``state_dict`` says of itself.
     bias : Parameter or None

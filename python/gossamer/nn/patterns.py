@@ -15,7 +15,7 @@ from ..formats import (
     BlockSparsePanels,
     Sparse24,
     Sparse24Conv,
-    Sparse24ConvPairs,
+    Sparse24ConvPanels,
     Sparse24Panels,
     SparseCsr,
     Unstructured,
@@ -25,7 +25,7 @@ from ..formats import (
 from ..formats.csr import column_dtype, from_keys
 from ..formats.geometry import check_weight_shape, whole_number
 from ..formats.sparse24_conv import sparse24_matrix_shape
-from ..ops.sparse24_conv import sparse24_conv_choice
+from ..ops.sparse24_conv import pays_to_pack
 from ..prune import (
     blocks_kept,
     check_density,
@@ -37,7 +37,7 @@ from ..prune import (
 )
 
 Portable = Sparse24 | Sparse24Conv | BlockSparse | SparseCsr
-Panels = Sparse24Panels | Sparse24ConvPairs | BlockSparsePanels
+Panels = Sparse24Panels | Sparse24ConvPanels | BlockSparsePanels
 PatternName = str | Block | Unstructured  # what a user calls a pattern
 
 
@@ -144,28 +144,18 @@ class Pattern24(Pattern):
         if isinstance(weight, Sparse24):
             return Sparse24Panels.from_sparse24(weight)
         assert isinstance(weight, Sparse24Conv)
-        return Sparse24ConvPairs.from_sparse24(weight) if _worth_packing(weight) else None
+        return Sparse24ConvPanels.from_sparse24(weight) if pays_to_pack(weight) else None
 
     def held_panels(
         self, panels: Tensor, dtype: torch.dtype, *indices: Tensor
-    ) -> Sparse24Panels | Sparse24ConvPairs:
+    ) -> Sparse24Panels | Sparse24ConvPanels:
         if len(self.shape) == 2:
             return Sparse24Panels(panels, (self.shape[0], self.shape[1]), dtype)
-        return Sparse24ConvPairs(panels, self.shape, self.groups, dtype)
+        return Sparse24ConvPanels(panels, self.shape, self.groups, dtype)
 
     def unpacked(self, weight: Panels) -> Sparse24 | Sparse24Conv:
-        assert isinstance(weight, (Sparse24Panels, Sparse24ConvPairs))
+        assert isinstance(weight, (Sparse24Panels, Sparse24ConvPanels))
         return weight.to_sparse24()
-
-
-def _worth_packing(weight: Sparse24Conv) -> bool:
-    """Whether a kernel reads pairs of it that is faster than torch with the dense weight."""
-    if weight.device.type != "cpu":
-        return False
-    extents = (1,) * (len(weight.shape) - 2)
-    many = (2**20, weight.shape[1] * weight.groups, *weight.shape[2:])
-    chosen = sparse24_conv_choice(many, weight, extents)
-    return bool(chosen["kernel"] == "pairs")
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class TrainableModule(PackableModule):
         ``values``, and of a 2:4 weight the indices, are None from here on, so an optimizer made
         before no longer reaches the weight. Nothing happens to a packed layer, nor where there is
         no other layout: of unstructured weights, of convolutions that run through their dense
-        weight, and of convolutions and blocks on a GPU.
+        weight, and of blocks on a GPU.
 
         Returns
         -------

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import _C
-from .._cuda_module import on_cuda
+from .._cuda_module import gpu_of, on_cuda
 from ..formats import BlockSparse, BlockSparsePanels
 from .blocksparse_product import reads_channels
 from .conv_geometry import Sizes, prepare
@@ -54,7 +54,7 @@ def blocksparse_choice(
     TypeError, ValueError
         As the product itself.
     """
-    gpu = _gpu(weight.device if device is None else device)
+    gpu = gpu_of(weight.device if device is None else device)
     choose: Callable[..., Any] = _C.blocksparse_choose
     if isinstance(gpu, int):
         choose = on_cuda(_OP, choose)
@@ -78,22 +78,13 @@ def blocksparse_ways(
     device: torch.device | dict[str, int] | None = None,
 ) -> list[Way]:
     """Every way in which a GPU's kernels compute a product; as ``blocksparse_choice`` otherwise."""
-    gpu = _gpu(weight.device if device is None else device)
+    gpu = gpu_of(weight.device if device is None else device)
     ways: Callable[..., Any] = _C.blocksparse_ways
     if isinstance(gpu, int):
         ways = on_cuda(_OP, ways)
     rest = (stride, padding, dilation, padding_mode, channels_last)
     found: list[Way] = ways(*_product(x_shape, weight, *rest, True), 0 if gpu is None else gpu)
     return found
-
-
-def _gpu(device: torch.device | dict[str, int]) -> int | dict[str, int] | None:
-    """As ``_C`` takes it; None for the CPU."""
-    if isinstance(device, dict):
-        return device
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _product(

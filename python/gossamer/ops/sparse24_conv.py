@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formats import Sparse24Conv, Sparse24ConvPairs
+from .. import _C
+from .._cuda_module import gpu_of, on_cuda
+from ..formats import Sparse24Conv, Sparse24ConvPanels
 from .conv_geometry import Sizes, prepare
 from .conv_operands import LAST, Geometry, empty_result, is_channels_last
 from .operands import autocast_dtype, autocast_to
 from .sparse24_conv_product import SPARSE24_CONV as _OP
-from .sparse24_conv_product import choose, product
+from .sparse24_conv_product import Way, asked_of_cuda, by_way, choose, product
 
 
 def sparse24_conv(
     x: Tensor,
-    weight: Sparse24Conv | Sparse24ConvPairs,
+    weight: Sparse24Conv | Sparse24ConvPanels,
     bias: Tensor | None = None,
     stride: Sizes = 1,
     padding: Sizes | str = 0,
@@ -32,17 +34,17 @@ def sparse24_conv(
     Sums run over the stored slots only: a NaN or an infinity in ``x`` goes through every stored
     position, explicit zeros included, and never through a pruned one. That is so of our kernels;
     where torch's convolution with the dense weight is chosen, because it is faster (bfloat16 on
-    CPUs that multiply it, few channels a group, a weight that is not packed and meets few pixels,
-    any GPU), it makes a NaN of either.
+    CPUs that multiply it, few channels a group, a weight that is not packed and meets few pixels or
+    lies on a GPU, float32 on a GPU), it makes a NaN of either.
 
     Parameters
     ----------
     x : Tensor
         [batch, C_in, *extents] in the weight's dtype, of any strides; or without batch. The batch
         may be empty.
-    weight : Sparse24Conv or Sparse24ConvPairs
+    weight : Sparse24Conv or Sparse24ConvPanels
         The [C_out, C_in / groups, *kernel size] weight; the groups are its own. Gradients flow to
-        ``Sparse24Conv.values``, and to nothing in the pairs.
+        ``Sparse24Conv.values``, and to nothing in the panels.
     bias, stride, padding, dilation, padding_mode, activation, residual
         As for ``blocksparse_conv``; to torch's convolution, where that is chosen, torch adds the
         residual, too.
@@ -52,7 +54,7 @@ def sparse24_conv(
     Tensor
         [batch, C_out, *extents] in the dtype and the memory format (contiguous or channels-last)
         of ``x``. Under autocast x, weight, bias and residual are cast to autocast's dtype first;
-        pairs are read in their own dtype and the result is returned in autocast's.
+        panels are read in their own dtype and the result is returned in autocast's.
 
     Raises
     ------
@@ -67,11 +69,11 @@ def sparse24_conv(
     """
     if isinstance(weight, Sparse24Conv):
         stored, indices = weight.values, weight.indices
-    elif isinstance(weight, Sparse24ConvPairs):
+    elif isinstance(weight, Sparse24ConvPanels):
         stored, indices = weight.panels, None
     else:
         raise TypeError(
-            f"{_OP}: weight is {type(weight).__name__}, expected Sparse24Conv or Sparse24ConvPairs"
+            f"{_OP}: weight is {type(weight).__name__}, expected Sparse24Conv or Sparse24ConvPanels"
         )
     return sparse24_conv_tensors(
         x,
@@ -105,7 +107,7 @@ def sparse24_conv_tensors(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``sparse24_conv`` on a format's tensors: values and indices, or pairs and None."""
+    """``sparse24_conv`` on a format's tensors: values and indices, or panels and None."""
     conv = prepare(_OP, x, shape, groups, stride, padding, dilation, padding_mode)
     x, residual, autocast = conv.x, conv.batch_of(residual), autocast_dtype(x)
     if autocast is not None:
@@ -115,7 +117,7 @@ def sparse24_conv_tensors(
         x = autocast_to(x, dtype)
         bias = None if bias is None else autocast_to(bias, dtype)
         residual = None if residual is None else autocast_to(residual, dtype)
-    # Pairs are words: past this line nothing knows the dtype of what they hold.
+    # Panels are words: past this line nothing knows the dtype of what they hold.
     for name, operand in (("x", x), ("bias", bias), ("residual", residual)):
         if operand is not None and operand.dtype != dtype:
             raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {dtype}")
@@ -127,42 +129,131 @@ def sparse24_conv_tensors(
 
 def sparse24_conv_choice(
     x_shape: Sequence[int],
-    weight: Sparse24Conv | Sparse24ConvPairs,
+    weight: Sparse24Conv | Sparse24ConvPanels,
     stride: Sizes = 1,
     padding: Sizes | str = 0,
     dilation: Sizes = 1,
     padding_mode: str = "zeros",
     channels_last: bool = False,
+    device: torch.device | dict[str, int] | None = None,
 ) -> dict[str, Any]:
-    """What a 2:4 convolution on the CPU does with an x of this shape, in the weight's dtype.
+    """What a 2:4 convolution does with an x of this shape, in the weight's dtype.
 
     Parameters
     ----------
     x_shape : sequence of int
         [batch, C_in, *extents].
-    weight : Sparse24Conv or Sparse24ConvPairs
-        Of any device; only its sizes and which of the two it is matter.
+    weight : Sparse24Conv or Sparse24ConvPanels
+        Only its sizes and which of the two it is matter, and its device where none is given.
     stride, padding, dilation, padding_mode
         The convolution's.
     channels_last : bool
         Of x, where its dimensions have that memory format.
+    device : torch.device or dict, optional
+        The CPU, a GPU that is here, or what describes any other: ``capability`` (10 * major +
+        minor), ``multiprocessors``, ``shared_bytes`` of a thread block, ``l2_bytes``.
 
     Returns
     -------
     dict
-        ``target``, ``kernel`` ("pairs", "serial", or "dense" for torch's convolution), ``why`` and
-        ``threads``; of "pairs" also how it cuts the outputs up.
+        ``target``, ``kernel`` and ``why``. On the CPU ``kernel`` is "pairs", "serial", or "dense"
+        for torch's convolution, ``threads`` are how many work, and of "pairs" there is how it cuts
+        the outputs up. On a GPU, of a packed weight: "dense", or a kernel of 2:4 GEMMs, with how it
+        cuts up the product of the weight and the pixels, and whether by arithmetic it ``pays``.
 
     Raises
     ------
     TypeError, ValueError
         As the product itself.
     """
+    packed = isinstance(weight, Sparse24ConvPanels)
+    where = weight.device if device is None else device
+    rest = (stride, padding, dilation, padding_mode, channels_last)
+    return _choice(x_shape, weight, packed, where, *rest)
+
+
+def pays_to_pack(weight: Sparse24Conv) -> bool:
+    """Whether a kernel reads panels of it that is faster than torch with the dense weight."""
+    extents = (1,) * (len(weight.shape) - 2)
+    many = (2**20, weight.shape[1] * weight.groups, *weight.shape[2:])
+    if gpu_of(weight.device) is None:
+        return bool(_choice(many, weight, False, weight.device, extents)["kernel"] == "pairs")
+    return bool(_choice(many, weight, True, weight.device, extents).get("pays", False))
+
+
+def _choice(
+    x_shape: Sequence[int],
+    weight: Sparse24Conv | Sparse24ConvPanels,
+    packed: bool,
+    device: torch.device | dict[str, int],
+    *geometry: Any,
+) -> dict[str, Any]:
+    x, y, of = _product(x_shape, weight, *geometry)
+    gpu = gpu_of(device)
+    if gpu is None:
+        return choose(x, y, of, packed, is_channels_last(x))
+    if not packed:
+        return {"target": "torch", "kernel": "dense", "why": "a weight in training"}
+    return _ask(_C.sparse24_conv_choose_cuda, x, y, of, gpu)
+
+
+def sparse24_conv_ways(
+    x_shape: Sequence[int],
+    weight: Sparse24ConvPanels,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    device: torch.device | dict[str, int] | None = None,
+) -> list[Way]:
+    """Every way in which a GPU's kernels gather pixels; as ``sparse24_conv_choice`` otherwise."""
+    x, y, of = _product(x_shape, weight, stride, padding, dilation, padding_mode)
+    gpu = gpu_of(weight.device if device is None else device)
+    ways: list[Way] = _ask(_C.sparse24_conv_ways_cuda, x, y, of, 0 if gpu is None else gpu)
+    return ways
+
+
+def sparse24_conv_by_way(
+    way: Way,
+    x: Tensor,
+    weight: Sparse24ConvPanels,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """The convolution by one of ``sparse24_conv_ways``, without a gradient."""
+    kind = (weight.shape, weight.groups)
+    conv = prepare(_OP, x, *kind, stride, padding, dilation, padding_mode)
+    geometry = Geometry(*kind, conv.stride, conv.padding, conv.dilation)
+    y = empty_result(_OP, conv.x, None, geometry)
+    by_way(conv.x, y, weight.panels, None, geometry, "none", _MOST_WORKSPACE, way)
+    return conv.result(y)
+
+
+_MOST_WORKSPACE = 32 << 20  # kMaxWorkspaceBytes
+
+
+def _product(
+    x_shape: Sequence[int],
+    weight: Sparse24Conv | Sparse24ConvPanels,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    channels_last: bool = False,
+) -> tuple[Tensor, Tensor, Geometry]:
+    """x and y, of no content, and the convolution."""
     x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
     if channels_last and x.dim() in LAST:
         x = x.to(memory_format=LAST[x.dim()])
     conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
     geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
-    y = empty_result(_OP, conv.x, None, geometry)
-    packed = isinstance(weight, Sparse24ConvPairs)
-    return choose(conv.x, y, geometry, packed, is_channels_last(conv.x))
+    return conv.x, empty_result(_OP, conv.x, None, geometry), geometry
+
+
+def _ask(
+    ask: Callable[..., Any], x: Tensor, y: Tensor, geometry: Geometry, gpu: int | dict[str, int]
+) -> Any:
+    ask = on_cuda(_OP, ask) if isinstance(gpu, int) else ask
+    return ask(*asked_of_cuda(x, y, geometry), gpu)

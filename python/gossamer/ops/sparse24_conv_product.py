@@ -1,13 +1,14 @@
 """The registered op of 2:4 convolutions: y = act(W * x + b + residual).
 
-``_autograd`` picks the gradient or goes below it, ``_native`` allocates the result and crosses into
-C++, or has torch convolve with the dense weight where no kernel of ours is faster (``choose`` says
-which it is).
+``_autograd`` picks the gradient or goes below it, ``_native`` and ``_native_cuda`` allocate the
+result and cross into C++, or have torch convolve with the dense weight where no kernel of ours is
+faster (``choose`` and ``choose_cuda`` say which it is).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
+from .._cuda_module import on_cuda
 from .._library import is_recorded, library
-from ..formats import Sparse24Conv, sparse24_shapes
+from ..formats import Sparse24Conv, Sparse24ConvPanels, sparse24_shapes
 from ..formats.geometry import channels_last, taps_of
 from ..formats.sparse24_conv import sparse24_matrix_shape
 from .conv_operands import (
@@ -31,6 +33,7 @@ from .conv_operands import (
     is_channels_last,
     residual_in_5d,
 )
+from .cuda_workspace import workspace_of
 from .operands import activation_of, apply_function, check_devices, gradient_wanted, saved_for
 from .sparse24_layout import Gather
 
@@ -57,7 +60,6 @@ library.define(
     "-> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_from_pairs = torch.ops.gossamer.sparse24_conv_from_pairs.default
 
 
 def _from_pairs_native(
@@ -125,6 +127,85 @@ def _native(
     return y
 
 
+Way = tuple[str, int, int, int, int, int]  # kernel, tile_n, tile_m, warps_k, split_k, blocks
+
+
+def asked_of_cuda(x: Tensor, y: Tensor, geometry: Geometry) -> tuple[Any, ...]:
+    """What the choice for a GPU is told, whose kernels read pixels of channels side by side."""
+    sizes = (tuple(as_5d(t, True).shape) for t in (x, y))
+    steps = (tuple(numbers) for numbers in geometry.in_3d())
+    return *sizes, str(x.dtype).removeprefix("torch."), geometry.groups, *steps
+
+
+@lru_cache(maxsize=1 << 12)
+def choose_cuda(*asked: Any) -> dict[str, Any]:
+    """What a GPU does with a packed weight, as ``asked_of_cuda`` says, then the GPU."""
+    chosen: dict[str, Any] = _C.sparse24_conv_choose_cuda(*asked)
+    return chosen
+
+
+def _native_cuda(
+    x: Tensor,
+    stored: Tensor,
+    indices: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    *numbers, activation = rest
+    geometry = Geometry(*numbers)
+    y = empty_result(SPARSE24_CONV, x, bias, geometry)
+    if indices is not None or y.numel() == 0:  # a weight in training: as its gradients
+        return _dense(x, stored, indices, bias, residual, *rest)
+    chosen = choose_cuda(*asked_of_cuda(x, y, geometry), x.get_device())
+    if chosen["kernel"] == "dense":
+        return _dense(x, stored, indices, bias, residual, *rest)
+    fused = activation if residual is None else "none"
+    by_way(x, y, stored, bias, geometry, fused, chosen["workspace_bytes"])
+    if residual is None:
+        return y
+    check_devices(SPARSE24_CONV, x, residual=residual)
+    return _like(finish(SPARSE24_CONV, y, residual, activation), x)
+
+
+def by_way(
+    x: Tensor,
+    y: Tensor,
+    panels: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    nbytes: int,
+    way: Way | None = None,
+) -> None:
+    """Writes y by the GPU's kernels, in the way that is chosen or one of those that there are."""
+    pixels = as_5d(y, True)
+    out, rows = pixels.contiguous(), as_5d(x, True).contiguous()
+    if rows.data_ptr() % 16 != 0:
+        rows = rows.clone()
+    workspace, counters = workspace_of(x, nbytes)
+    _C.sparse24_conv_cuda(
+        out,
+        rows,
+        panels.contiguous(),
+        None if bias is None else bias.contiguous(),
+        geometry.groups,
+        *geometry.in_3d(),
+        activation,
+        workspace,
+        counters,
+        way,
+    )
+    if out is not pixels:
+        pixels.copy_(out)
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y, without a history, in the memory format of x."""
+    memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
+    return y.data.contiguous(memory_format=memory_format)
+
+
 def _dense(
     x: Tensor,
     stored: Tensor,
@@ -137,21 +218,19 @@ def _dense(
     *numbers, activation = rest
     geometry = Geometry(*numbers)
     check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
-    memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
     weight = _dense_weight(stored, indices, geometry, x.dtype)
     y = dense_conv(SPARSE24_CONV, x, weight, bias, geometry)
-    y = finish(SPARSE24_CONV, y, residual, activation)
     # torch's conv1d returns a view, which could not be written to where gradients are recorded.
-    return y.data.contiguous(memory_format=memory_format)
+    return _like(finish(SPARSE24_CONV, y, residual, activation), x)
 
 
 def _dense_weight(
     stored: Tensor, indices: Tensor | None, geometry: Geometry, dtype: torch.dtype
 ) -> Tensor:
-    shape, groups = tuple(geometry.shape), geometry.groups
+    kind = (tuple(geometry.shape), geometry.groups)
     if indices is None:
-        stored, indices = _from_pairs(stored, shape, groups, dtype)
-    return Sparse24Conv(stored, indices, shape, groups).to_dense()
+        return Sparse24ConvPanels(stored, *kind, dtype).to_dense()
+    return Sparse24Conv(stored, indices, *kind).to_dense()
 
 
 def _fake(
@@ -190,7 +269,7 @@ def _autograd(
 
 
 library.impl("sparse24_conv", _native, "CPU")
-library.impl("sparse24_conv", _dense, "CUDA")
+library.impl("sparse24_conv", on_cuda("sparse24_conv", _native_cuda), "CUDA")
 library.impl("sparse24_conv", _autograd, "Autograd")
 torch.library.register_fake("gossamer::sparse24_conv", _fake, lib=library)
 library.impl("sparse24_conv_from_pairs", _from_pairs_native, "CPU")

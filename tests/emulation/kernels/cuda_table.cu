@@ -12,6 +12,7 @@
 #include "pointcloud/maps_cuda.h"
 #include "pointcloud/pool_cuda.h"
 #include "pointcloud/voxelize_cuda.h"
+#include "sparse24/conv_cuda.h"
 #include "sparse24/gemm_cuda.h"
 #include "sparse24/pack_cuda.h"
 
@@ -142,6 +143,10 @@ void gemm(const CudaGemmArgs& args, CudaStream stream) {
 
 constexpr CudaKernels kKernels = {
     gemm,
+    [](const CudaConvArgs& args, CudaStream stream) {
+      last_kernel = static_cast<int>(args.gemm.config.kernel);
+      run_conv(args, stream_of(stream));
+    },
     [](const void* dense, const Weight& shape, void* values, uint8_t* indices, int64_t* status,
        CudaStream stream) {
       return cuda::from_dense(dense, shape, values, indices, status, stream_of(stream));

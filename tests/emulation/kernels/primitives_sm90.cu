@@ -127,6 +127,47 @@ __global__ void copied_tile(uint8_t* raw, const __grid_constant__ TensorMap in,
   }
 }
 
+// A tile for each block of a cluster of one or two, which brings it to all of them.
+struct Im2colTiles {
+  int bytes;  // of one
+  int c;
+  int first[2][3];  // w, h and n of its first base pixel, by block
+  uint16_t offset_w, offset_h;
+};
+
+// The tiles as they lie in shared memory go to `raw`, those of one block after the other's.
+__global__ void im2col_tiles(uint8_t* raw, const __grid_constant__ TensorMap in,
+                             const Im2colTiles tiles) {
+  struct Shared {
+    SharedTile<uint8_t, 32 << 10, 1024> tiles;
+    uint64_t barrier;
+  };
+  Shared& shared = *shared_memory<Shared>();
+  const int rank = ptx::cluster_rank(), blocks = static_cast<int>(gridDim.x);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(&shared.barrier, 1);
+    ptx::fence_mbarrier_init();
+    ptx::prefetch_tensor_map(&in);
+  }
+  ptx::cluster_sync();
+  const int bytes = blocks * tiles.bytes;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect_tx(&shared.barrier, bytes);
+    const auto [w, h, n] = tiles.first[rank];
+    uint8_t* mine = shared.tiles.data() + rank * tiles.bytes;
+    if (blocks == 1) {
+      ptx::tma_load_im2col(mine, &in, &shared.barrier, tiles.c, w, h, n, tiles.offset_w,
+                           tiles.offset_h);
+    } else {
+      ptx::tma_load_im2col_multicast(mine, &in, &shared.barrier, tiles.c, w, h, n, tiles.offset_w,
+                                     tiles.offset_h, 3);
+    }
+  }
+  ptx::mbarrier_wait(&shared.barrier, 0);
+  for (int i = threadIdx.x; i < bytes; i += 32) raw[rank * bytes + i] = shared.tiles[i];
+  ptx::cluster_sync();  // the peer may write here until now
+}
+
 // Pieces of 64 bytes through one mbarrier, phase by phase.
 __global__ void bulk_copies(uint8_t* out, const uint8_t* in, int pieces) {
   struct Shared {
@@ -258,6 +299,38 @@ GOSSAMER_EXPORT int copied_tile(uint8_t* raw, void* out, const void* in, const i
         bytes,
         {static_cast<int>(shape[6]), static_cast<int>(shape[7]), static_cast<int>(shape[8])}};
     launch(copied_tile, 1, 32, 34 << 10, nullptr, raw, map(in), map(out), tile);
+  });
+}
+// `map`: C, W, H and N, then of W and H the corners and steps, then channels and pixels; pixels
+// have a pitch of `pitch` bytes. `place`: the first channel, the two offsets, and for each of the
+// `blocks` w, h and n.
+GOSSAMER_EXPORT int im2col_tiles(uint8_t* raw, const void* in, const int64_t* map,
+                                 int64_t element_bytes, int64_t pitch, int64_t swizzle,
+                                 const int64_t* place, int64_t blocks, char* text,
+                                 int64_t text_bytes) {
+  return report(text, text_bytes, [&] {
+    const int64_t strides[] = {pitch, pitch * map[1], pitch * map[1] * map[2]};
+    int box[8];
+    for (int i = 0; i < 8; ++i) box[i] = static_cast<int>(map[4 + i]);
+    const TensorMap whole =
+        im2col_map(in, static_cast<int>(element_bytes), map, strides, box, box + 2, box + 4, box[6],
+                   box[7], static_cast<Swizzle>(swizzle));
+    Im2colTiles tiles{};
+    tiles.bytes = static_cast<int>(element_bytes) * box[6] * box[7];
+    tiles.c = static_cast<int>(place[0]);
+    tiles.offset_w = static_cast<uint16_t>(place[1]);
+    tiles.offset_h = static_cast<uint16_t>(place[2]);
+    for (int i = 0; i < 3 * blocks; ++i) tiles.first[i / 3][i % 3] = static_cast<int>(place[3 + i]);
+    launch_cluster(static_cast<int>(blocks), im2col_tiles, static_cast<unsigned>(blocks), 32,
+                   34 << 10, nullptr, raw, whole, tiles);
+  });
+}
+GOSSAMER_EXPORT int im2col_of_tiled_map(const void* in, char* text, int64_t text_bytes) {
+  return report(text, text_bytes, [&] {
+    const int64_t extents[] = {64, 2, 2, 2}, strides[] = {128, 256, 512};
+    const int box[] = {64, 1, 1, 1};
+    const TensorMap map = tensor_map(in, 2, 4, extents, strides, box, Swizzle::kNone);
+    launch(im2col_tiles, 1, 32, 34 << 10, nullptr, nullptr, map, Im2colTiles{});
   });
 }
 GOSSAMER_EXPORT int bulk_copies(uint8_t* out, const uint8_t* in, int64_t pieces, char* text,

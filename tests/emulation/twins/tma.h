@@ -13,8 +13,18 @@ inline size_t swizzled(size_t offset, Swizzle swizzle) {
   return offset ^ ((offset >> 7 & bits) << 4);
 }
 
-// The bytes of a tile that begins at `at` in elements: `row` is called with the offset in the tile
-// and the address in global memory (null: outside the tensor) of each element.
+// The element at these coordinates, as many as the map has dimensions; null: outside the tensor.
+inline unsigned char* element_at(const TensorMap& map, const int64_t* where) {
+  unsigned char* global = map.global;
+  for (int i = 0; i < map.rank; ++i) {
+    if (where[i] < 0 || where[i] >= map.extents[i]) return nullptr;
+    global += where[i] * map.strides[i];
+  }
+  return global;
+}
+
+// The bytes of a tile that begins at `at` in elements: `element` is called with the offset in the
+// tile and the address in global memory (null: outside the tensor) of each element.
 template <class Element>
 void each_element(const TensorMap& map, const std::array<int, 3>& at, const Element& element) {
   size_t offset = 0;
@@ -22,14 +32,40 @@ void each_element(const TensorMap& map, const std::array<int, 3>& at, const Elem
     for (int y = 0; y < (map.rank > 1 ? map.box[1] : 1); ++y) {
       for (int x = 0; x < map.box[0]; ++x, offset += static_cast<size_t>(map.element_bytes)) {
         const int64_t where[3] = {int64_t{at[0]} + x, int64_t{at[1]} + y, int64_t{at[2]} + z};
-        unsigned char* global = map.global;
-        for (int i = 0; i < map.rank && global != nullptr; ++i) {
-          const bool inside = where[i] >= 0 && where[i] < map.extents[i];
-          global = inside ? global + where[i] * map.strides[i] : nullptr;
-        }
-        element(offset, global);
+        element(offset, element_at(map, where));
       }
     }
+  }
+}
+
+// Where a tile in im2col mode begins: its first channel and base pixel; and how far behind each
+// base pixel the one lies that is read.
+struct Im2colPlace {
+  int c, w, h, n;
+  int offset_w, offset_h;
+};
+
+inline int64_t last_of_box(const TensorMap& map, int axis) {
+  return map.extents[1 + axis] - 1 + map.upper[axis];
+}
+
+// The same for a tile in im2col mode.
+template <class Element>
+void each_element(const TensorMap& map, const Im2colPlace& at, const Element& element) {
+  size_t offset = 0;
+  int64_t w = at.w, h = at.h, n = at.n;
+  for (int pixel = 0; pixel < map.box[1]; ++pixel) {
+    for (int i = 0; i < map.box[0]; ++i, offset += static_cast<size_t>(map.element_bytes)) {
+      const int64_t where[4] = {int64_t{at.c} + i, w + at.offset_w, h + at.offset_h, n};
+      element(offset, element_at(map, where));
+    }
+    w += map.steps[0];
+    if (w <= last_of_box(map, 0)) continue;
+    w = map.lower[0];
+    h += map.steps[1];
+    if (h <= last_of_box(map, 1)) continue;
+    h = map.lower[1];
+    ++n;
   }
 }
 
@@ -41,12 +77,25 @@ inline size_t tile_bytes(const TensorMap& map) {
 
 // The tile's offset in shared memory. The swizzle goes by the address, so a tile has to begin where
 // its pattern does.
-inline size_t check_tile(const void* shared, const TensorMap& map, int rank, const char* name,
-                         const Site& site) {
+inline size_t check_tile(const void* shared, const TensorMap& map, int rank, bool im2col,
+                         const char* name, const Site& site) {
   if (map.rank != rank) fault(site, name, ": the tensor map has ", map.rank, " dimensions");
+  if (map.im2col != im2col) fault(site, name, ": the tensor map is of the other mode");
   const size_t alignment =
       map.swizzle == Swizzle::kNone ? 128 : size_t{128} << static_cast<int>(map.swizzle);
   return block->shared.check(shared, tile_bytes(map), alignment, name, site);
+}
+
+inline void check_place(const TensorMap& map, const Im2colPlace& at, const char* name,
+                        const Site& site) {
+  const int base[] = {at.w, at.h}, offset[] = {at.offset_w, at.offset_h};
+  for (int i = 0; i < 2; ++i) {
+    if (base[i] < map.lower[i] || base[i] > last_of_box(map, i)) {
+      fault(site, name, ": a base pixel at ", base[i], ", outside the box from ", map.lower[i],
+            " to ", last_of_box(map, i));
+    }
+    if (offset[i] > 255) fault(site, name, ": an offset of ", offset[i], " does not fit 8 bits");
+  }
 }
 
 // The mbarrier at the same shared address in another block of the cluster.
@@ -56,9 +105,12 @@ inline uint64_t* in_block(Block& peer, uint64_t* barrier) {
 }
 
 // The tile goes to the same shared address in `target`, which may be another block of the cluster.
-inline void tma_load(const char* name, Block& target, void* shared, const TensorMap* map,
-                     uint64_t* barrier, int rank, const std::array<int, 3>& at, const Site& site) {
-  const size_t to = check_tile(shared, *map, rank, name, site);
+template <class Place>
+void tma_load(const char* name, Block& target, void* shared, const TensorMap* map,
+              uint64_t* barrier, int rank, const Place& at, const Site& site) {
+  constexpr bool kIm2col = std::is_same_v<Place, Im2colPlace>;
+  const size_t to = check_tile(shared, *map, rank, kIm2col, name, site);
+  if constexpr (kIm2col) check_place(*map, at, name, site);
   const size_t bytes = tile_bytes(*map);
   const std::vector<unsigned char> unknown(bytes, kPoison);
   target.shared.async_write(to, unknown.data(), bytes);
@@ -75,9 +127,20 @@ inline void tma_load(const char* name, Block& target, void* shared, const Tensor
       name, site);
 }
 
+// The tile goes to every block of the cluster whose bit is set.
+template <class Place>
+void tma_multicast(const char* name, uint16_t blocks, void* shared, const TensorMap* map,
+                   uint64_t* barrier, int rank, const Place& at, const Site& site) {
+  if (blocks == 0) fault(site, name, ": to no block");
+  for (int i = 0; i < 16; ++i) {
+    if ((blocks >> i & 1) == 0) continue;
+    tma_load(name, block->cluster.peer(i, name, site), shared, map, barrier, rank, at, site);
+  }
+}
+
 inline void tma_store(const char* name, const TensorMap* map, const void* shared, int rank,
                       const std::array<int, 3>& at, const Site& site) {
-  const size_t from = check_tile(shared, *map, rank, name, site);
+  const size_t from = check_tile(shared, *map, rank, false, name, site);
   const auto land = [=, map = *map] {
     each_element(map, at, [&](size_t offset, unsigned char* global) {
       const size_t source = swizzled(from + offset, map.swizzle);
@@ -165,26 +228,35 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site = Site::
 inline void prefetch_tensor_map(const TensorMap*) {}
 inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y,
                         Site site = Site::current()) {
-  emulation::tma_load("tma_load_2d", *emulation::block, shared, map, barrier, 2, {x, y, 0}, site);
+  emulation::tma_load("tma_load_2d", *emulation::block, shared, map, barrier, 2,
+                      std::array{x, y, 0}, site);
 }
 inline void tma_load_2d_hint(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y,
                              uint64_t, Site site = Site::current()) {
-  emulation::tma_load("tma_load_2d_hint", *emulation::block, shared, map, barrier, 2, {x, y, 0},
-                      site);
+  emulation::tma_load("tma_load_2d_hint", *emulation::block, shared, map, barrier, 2,
+                      std::array{x, y, 0}, site);
 }
 inline void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z,
                         Site site = Site::current()) {
-  emulation::tma_load("tma_load_3d", *emulation::block, shared, map, barrier, 3, {x, y, z}, site);
+  emulation::tma_load("tma_load_3d", *emulation::block, shared, map, barrier, 3,
+                      std::array{x, y, z}, site);
 }
 inline void tma_load_2d_multicast(void* shared, const TensorMap* map, uint64_t* barrier, int x,
                                   int y, uint16_t blocks, Site site = Site::current()) {
-  const char* name = "tma_load_2d_multicast";
-  if (blocks == 0) emulation::fault(site, name, ": to no block");
-  for (int rank = 0; rank < 16; ++rank) {
-    if ((blocks >> rank & 1) == 0) continue;
-    emulation::Block& target = emulation::block->cluster.peer(rank, name, site);
-    emulation::tma_load(name, target, shared, map, barrier, 2, {x, y, 0}, site);
-  }
+  emulation::tma_multicast("tma_load_2d_multicast", blocks, shared, map, barrier, 2,
+                           std::array{x, y, 0}, site);
+}
+inline void tma_load_im2col(void* shared, const TensorMap* map, uint64_t* barrier, int c, int w,
+                            int h, int n, uint16_t offset_w, uint16_t offset_h,
+                            Site site = Site::current()) {
+  const emulation::Im2colPlace at{c, w, h, n, offset_w, offset_h};
+  emulation::tma_load("tma_load_im2col", *emulation::block, shared, map, barrier, 4, at, site);
+}
+inline void tma_load_im2col_multicast(void* shared, const TensorMap* map, uint64_t* barrier, int c,
+                                      int w, int h, int n, uint16_t offset_w, uint16_t offset_h,
+                                      uint16_t blocks, Site site = Site::current()) {
+  const emulation::Im2colPlace at{c, w, h, n, offset_w, offset_h};
+  emulation::tma_multicast("tma_load_im2col_multicast", blocks, shared, map, barrier, 4, at, site);
 }
 inline void bulk_prefetch(const void* global, int bytes, Site site = Site::current()) {
   using namespace emulation;

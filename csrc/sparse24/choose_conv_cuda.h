@@ -1,0 +1,156 @@
+#pragma once
+// Which kernel computes a 2:4 convolution on a GPU: a pure function of shape, dtype and device,
+// tested without one.
+#include "common/conv_shape.h"
+#include "sparse24/choose_gemm_cuda.h"
+
+namespace gossamer::sparse24 {
+
+// matrix: each pixel of y sees one of x, whose pixels are the rows of a GEMM.
+// pixels: rows are gathered while they are copied.
+// dense:  torch's convolution with the dense weight.
+enum class ConvWay : uint8_t { kMatrix, kPixels, kDense };
+
+struct CudaConvChoice {
+  ConvWay way;
+  CudaGemmConfig config;
+  const char* why;
+  bool pays = false;  // with many pixels, against torch's, by arithmetic
+};
+
+// The product that a convolution is.
+struct ConvProduct {
+  int64_t m, n, k;
+
+  explicit ConvProduct(const ConvShape& s)
+      : m(s.batch * s.out_pixels()), n(s.out_channels), k(s.taps() * s.group_in()) {}
+};
+
+// ---- mma.sp -------------------------------------------------------------------------------------
+
+struct PixelTile {
+  int n, m;     // outputs, pixels
+  double cost;  // against the largest, for each sum
+};
+// With a warp's 64 x 16 sums, weights are read from shared memory twice as often as with 64 x 32.
+constexpr PixelTile kPixelTiles[] = {{128, 128, 1.0}, {64, 256, 1.0}, {64, 128, 1.25}};
+
+constexpr int64_t pixel_tile_shared_bytes(int tile_n, int tile_m) {
+  const int64_t stage = (int64_t{tile_m} + tile_n / 2) * kPrefillStepBytes;
+  return kPrefillStages * stage + int64_t{tile_m} * 24;  // where pixels lie
+}
+
+inline int64_t pixel_tiles(const ConvShape& s, int tile_n, int tile_m) {
+  return s.groups * ceil_div(s.group_out(), tile_n) * ceil_div(s.batch * s.out_pixels(), tile_m);
+}
+
+template <class Consider>
+void for_each_pixel_tile(const ConvShape& s, const CudaDevice& device, const Consider& consider) {
+  for (const PixelTile& tile : kPixelTiles) {
+    if (pixel_tile_shared_bytes(tile.n, tile.m) > device.shared_bytes) continue;
+    if (pixel_tiles(s, tile.n, tile.m) > kMaxGridBlocks) continue;
+    consider(tile, CudaGemmConfig{CudaKernel::kPrefill, tile.n, tile.m, 1, 1});
+  }
+}
+
+// What the kernel counts in 32 bits: how far a window reaches, and the pixels of an image.
+inline bool is_countable(const ConvShape& s) {
+  constexpr double kMost = 0x7fffffff;
+  bool all = s.out_pixels() <= 0x7fffffff;
+  for (int axis = 0; axis < 3; ++axis) {
+    const double farthest = static_cast<double>(s.out[axis] - 1) * s.stride[axis] +
+                            static_cast<double>(s.kernel[axis] - 1) * s.dilation[axis];
+    all = all && farthest <= kMost;
+  }
+  return all;
+}
+
+inline bool can_run_pixels_sm80(const ConvShape& s) {
+  return s.group_in() % 8 == 0 && (s.groups == 1 || s.group_out() % kFragmentRows == 0) &&
+         is_countable(s);
+}
+
+// ---- wgmma.sp (Hopper) --------------------------------------------------------------------------
+
+// Of a tensor map in im2col mode, where the last window begins, from the end of x on.
+inline int64_t im2col_upper(const ConvShape& s, int axis) {
+  return (s.out[axis] - 1) * s.stride[axis] - s.padding[axis] - (s.in[axis] - 1);
+}
+
+// Whether im2col mode has the bits for it, which are few.
+inline bool im2col_fits(const ConvShape& s, int axis) {
+  const int64_t upper = im2col_upper(s, axis);
+  return s.padding[axis] <= 128 && upper >= -128 && upper <= 127 && s.stride[axis] <= 8 &&
+         (s.kernel[axis] - 1) * s.dilation[axis] <= 255;
+}
+
+// A step of the GEMM lies in one tap, and the first axis is one of images.
+inline bool can_run_pixels_sm90(const ConvShape& s) {
+  constexpr int64_t kMax = int64_t{1} << 30;
+  const ConvProduct of(s);
+  const bool is_flat = s.kernel[0] == 1 && s.stride[0] == 1 && s.padding[0] == 0;
+  return s.groups == 1 && s.in_channels % (kPrefillStepBytes / 2) == 0 && is_flat &&
+         s.in[0] == s.out[0] && im2col_fits(s, 1) && im2col_fits(s, 2) &&
+         s.in_pixels() * s.batch <= kMax && of.m <= kMax && of.n <= kMax && of.k <= kMax;
+}
+
+// ---- the choice ---------------------------------------------------------------------------------
+
+// Calls consider(config) for every way to gather the pixels.
+template <class Consider>
+void for_each_pixel_way(const ConvShape& s, DType dtype, const CudaDevice& device,
+                        const Consider& consider) {
+  if (size_of(dtype) != 2) return;
+  if (can_run_pixels_sm80(s)) {
+    for_each_pixel_tile(s, device,
+                        [&](const PixelTile&, const CudaGemmConfig& config) { consider(config); });
+  }
+  if (device.capability == 90 && can_run_pixels_sm90(s)) {
+    const ConvProduct of(s);
+    for_each_hopper_way(of.m, of.n, of.k, dtype, device, consider);
+  }
+}
+
+// A tile whose outputs are mostly not there costs as much as a full one.
+inline bool fills(int64_t outputs, int tile_n) {
+  return 4 * outputs >= 3 * ceil_div(outputs, tile_n) * tile_n;
+}
+
+// Of a product that has pixels, outputs and channels.
+inline CudaConvChoice choose_cuda_conv(const ConvShape& s, DType dtype, const CudaDevice& device) {
+  const auto dense = [](const char* why) { return CudaConvChoice{ConvWay::kDense, {}, why}; };
+  const ConvProduct of(s);
+  if (size_of(dtype) != 2) return dense("tensor cores have no exact sparse product of it");
+  if (!can_run_pixels_sm80(s)) {
+    return dense(
+        "a group's channels are no multiple of 8, its outputs none of 16, or indices pass 32 bits");
+  }
+  const bool hopper = device.capability == 90;
+  if (s.is_pointwise() && s.groups == 1) {
+    const CudaGemmConfig config = choose_cuda_gemm_config(of.m, of.n, of.k, dtype, device);
+    return {ConvWay::kMatrix, config, "each pixel sees itself: a GEMM",
+            fills(of.n, kPrefillTileN)};
+  }
+  if (hopper && can_run_pixels_sm90(s)) {
+    const CudaGemmConfig config = hopper_config(of.m, of.n, of.k, dtype, device);
+    if (config.tile_n != 0) {
+      return {ConvWay::kPixels, config, "an implicit GEMM by wgmma.sp; TMA gathers the pixels",
+              fills(of.n, config.tile_n)};
+    }
+  }
+  CudaConvChoice best = dense("more tiles than a grid has blocks");
+  double least = 0;
+  for_each_pixel_tile(s, device, [&](const PixelTile& tile, const CudaGemmConfig& config) {
+    const int64_t tiles = pixel_tiles(s, tile.n, tile.m);
+    const auto waves = static_cast<double>(ceil_div(tiles, device.multiprocessors));
+    const double cost = waves * tile.n * tile.m * tile.cost;
+    if (best.way != ConvWay::kDense && cost >= least) return;
+    // An H200 ran mma.sp at 0.6x of dense wgmma.
+    best = {ConvWay::kPixels, config, "an implicit GEMM by mma.sp; pixels are gathered",
+            !hopper && fills(s.group_out(), tile.n)};
+    least = cost;
+  });
+  return best;
+}
+
+}  // namespace gossamer::sparse24

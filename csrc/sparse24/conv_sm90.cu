@@ -1,0 +1,12 @@
+// 2:4 convolution on Hopper, in large tiles (gemm_sm90.cuh).
+#include "sparse24/conv_sm90.cuh"
+#include "sparse24/gemm_sm90.cuh"
+
+namespace gossamer::sparse24 {
+
+void conv_sm90(const CudaConvArgs& args, cudaStream_t stream) {
+  const auto map_of = [&](int tokens) { return pixel_map(args, tokens); };
+  with_16bit_types(args.gemm, [&](auto x) { by_tile<decltype(x)>(args.gemm, map_of, stream); });
+}
+
+}  // namespace gossamer::sparse24
