@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from bench_sparse24 import check_answer
-from block_case import BlockCase
+from block_case import BlockCase, densities_of
 from conv_rivals import dense_convs
 from gossamer import Block
 from gossamer.nn import SparseConv2d, SparseLinear
@@ -41,19 +41,10 @@ class BlockPlan:
 
     def __len__(self) -> int:
         cases = sum(
-            len(self.densities_of(block))
+            len(densities_of(block, shape, self.densities))
             for (shape, _), block in itertools.product(self.problems, self.blocks)
-            if applies(block, shape)
         )
         return len(self.dtypes) * cases
-
-    def densities_of(self, block: Pattern) -> Sequence[float]:
-        return self.densities if isinstance(block, Block) else (0.5,)
-
-
-def applies(block: Pattern, shape: Shape) -> bool:
-    """Whether layers of this shape are timed here: linear ones of 2:4 have a bench of their own."""
-    return isinstance(block, Block) or isinstance(shape, ConvShape)
 
 
 @dataclass
@@ -139,8 +130,10 @@ def run_problem(
     dense: Dense, rows: int, block: Pattern, plan: BlockPlan, limits: Limits
 ) -> list[BlockCase]:
     """Check and time a layer at every density, all in the same rounds as the dense ways."""
-    x = dense.x(rows)
-    subjects = [Subject(dense, x, block, density) for density in plan.densities_of(block)]
+    x, densities = dense.x(rows), densities_of(block, dense.shape, plan.densities)
+    subjects = [Subject(dense, x, block, density) for density in densities]
+    if not subjects:
+        return []
     rivals = dense.rivals(x)
     ours = [contender for subject in subjects for contender in subject.contenders]
     timings = measure([*ours, *rivals], plan.effort)
@@ -189,8 +182,7 @@ def run(plan: BlockPlan, limits: Limits) -> Iterator[BlockCase]:
         ):
             dense = Dense(shape, dtype)
             for rows, block in itertools.product(problems, plan.blocks):
-                if applies(block, shape):
-                    yield from run_problem(dense, rows, block, plan, limits)
+                yield from run_problem(dense, rows, block, plan, limits)
 
 
 def _by_shape(problems: Sequence[tuple[Shape, int]]) -> dict[Shape, list[int]]:

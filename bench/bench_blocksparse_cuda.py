@@ -1,4 +1,8 @@
-"""Block-sparse layers on a GPU against cuDNN, cuBLAS and torch's own block-sparse product."""
+"""Block-sparse layers on a GPU against cuDNN, cuBLAS and torch's own block-sparse product.
+
+2:4 convolutions are among them, by the kernels also where ``pack()`` leaves a layer to torch: what
+is ``chosen`` says whether that would pay.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,24 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from bench_sparse24_cuda import Bench, check, cloned
-from cuda_block_case import BSR, CudaBlockCase
+from block_case import densities_of
+from cuda_block_case import BSR, CudaBlockCase, Pattern
 from cuda_cases import run_each, timed
 from cuda_rivals import DENSE, Rivals, clones
 from cuda_shapes import DTYPES
 from cuda_timing import Contender, Rounds, copies_for
 from gossamer import Block, blocksparse_conv, blocksparse_linear
-from gossamer.formats import BlockSparse
+from gossamer.formats import BlockSparse, Sparse24Conv, Sparse24ConvPanels
+from gossamer.ops import sparse24_conv
 from gossamer.ops.blocksparse_choice import blocksparse_choice
-from gossamer.prune import magnitude_blocks
+from gossamer.ops.sparse24_conv import sparse24_conv_choice
+from gossamer.prune import magnitude_24, magnitude_blocks
 from record import OURS
 from shapes import ConvShape, Shape
 from torch import Tensor
 
 CUDNN_LAST = "cuDNN channels_last"
+Stored = BlockSparse | Sparse24ConvPanels
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class CudaBlockPlan:
     """Which cases to run, and how long; what does not fit into ``most_seconds`` is named."""
 
     problems: Sequence[tuple[str, Shape, int]]  # dtype, shape, and rows or images
-    blocks: Sequence[tuple[int, int]]
+    blocks: Sequence[Pattern]
     densities: Sequence[float]
     rounds: Rounds = field(default_factory=Rounds)
     most_seconds: float = math.inf
@@ -41,7 +49,7 @@ class CudaBlockPlan:
     def cases(self) -> Iterator[CudaBlockCase]:
         for dtype, shape, rows in self.problems:
             for block in self.blocks:
-                for density in self.densities:
+                for density in densities_of(block, shape, self.densities):
                     yield CudaBlockCase(shape, dtype, rows, 0, block=block, density=density)
 
 
@@ -95,14 +103,31 @@ def problem_of(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device
     return Problem(shape, torch.randn(size, generator=generator, device=device).to(dtype))
 
 
-def pruned(problem: Problem, block: Block, density: float) -> Tensor:
+def pruned(problem: Problem, block: Pattern, density: float) -> Tensor:
     size, x = problem.weight_size, problem.x
     generator = torch.Generator(x.device).manual_seed(0)
     weight = torch.randn(size, generator=generator, device=x.device)
     weight /= math.sqrt(math.prod(size[1:]))
-    kept = magnitude_blocks(weight, block, density, problem.groups)
+    if isinstance(block, str):
+        return magnitude_24(weight, dim=1).to(x.dtype)
+    kept = magnitude_blocks(weight, Block(*block), density, problem.groups)
     assert isinstance(kept, Tensor)
     return kept.to(x.dtype)
+
+
+def stored_as(problem: Problem, weight: Tensor, block: Pattern) -> Stored:
+    """The weight as the kernels read it."""
+    if isinstance(block, str):
+        return Sparse24ConvPanels.from_sparse24(Sparse24Conv.from_dense(weight, problem.groups))
+    return BlockSparse.from_dense(weight, Block(*block), groups=problem.groups)
+
+
+def product_of(problem: Problem, stored: Stored) -> Callable[..., Tensor]:
+    """What multiplies an x by such a weight."""
+    if not problem.geometry:
+        return blocksparse_linear
+    conv = sparse24_conv if isinstance(stored, Sparse24ConvPanels) else blocksparse_conv
+    return partial(conv, **problem.geometry)
 
 
 # ---- who computes it ----------------------------------------------------------------------------
@@ -112,13 +137,11 @@ def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
 
-def add_ours(rivals: Rivals, problem: Problem, blocks: BlockSparse, copies: int) -> None:
-    stored = [blocks, *(cloned(blocks) for _ in range(1, copies))]
+def add_ours(rivals: Rivals, problem: Problem, stored: Stored, copies: int) -> None:
+    weights = [stored, *(cloned(stored) for _ in range(1, copies))]
     xs = clones(channels_last(problem.x), copies)
-    product: Callable[..., Tensor] = blocksparse_linear
-    if problem.geometry:
-        product = partial(blocksparse_conv, **problem.geometry)
-    calls = [partial(product, x, w) for x, w in zip(xs, stored, strict=True)]
+    product = product_of(problem, stored)
+    calls = [partial(product, x, w) for x, w in zip(xs, weights, strict=True)]
     rivals.attempt(OURS, lambda: Contender(OURS, "ours", calls, problem.matrix))
 
 
@@ -134,15 +157,15 @@ def add_dense(rivals: Rivals, problem: Problem, weight: Tensor, copies: int) -> 
         rivals.attempt(name, lambda contender=contender: contender)
 
 
-def add_bsr(rivals: Rivals, problem: Problem, weight: Tensor, block: Block, copies: int) -> None:
+def add_bsr(rivals: Rivals, problem: Problem, weight: Tensor, block: Pattern, copies: int) -> None:
     """torch's block-sparse linear layer: Triton kernels, for square blocks from 16 on."""
     name = "torch BSR"
-    if problem.geometry:
+    if problem.geometry or isinstance(block, str):
         rivals.missing[name] = "there are no block-sparse convolutions in torch"
         return
 
     def make() -> Contender:
-        stored = [weight.to_sparse_bsr((block.rows, block.cols)) for _ in range(copies)]
+        stored = [weight.to_sparse_bsr(block) for _ in range(copies)]
         xs = clones(problem.x, copies)
         calls = [partial(F.linear, x, w) for x, w in zip(xs, stored, strict=True)]
         return Contender(name, BSR, calls)
@@ -155,30 +178,32 @@ def add_bsr(rivals: Rivals, problem: Problem, weight: Tensor, block: Block, copi
 
 def run_case(case: CudaBlockCase, plan: CudaBlockPlan, bench: Bench) -> CudaBlockCase:
     """Check one case, then time it."""
-    dtype, block = DTYPES[case.dtype], Block(*case.block)
+    dtype = DTYPES[case.dtype]
     problem = problem_of(case.shape, case.rows, dtype.dtype, bench.device)
-    weight = pruned(problem, block, case.density)
+    weight = pruned(problem, case.block, case.density)
+    stored = stored_as(problem, weight, case.block)
+    choice = sparse24_conv_choice if isinstance(stored, Sparse24ConvPanels) else blocksparse_choice
+    last = problem.x.dim() == 4
+    chosen = choice(problem.x.shape, stored, **problem.geometry, channels_last=last)
+    if chosen["kernel"] == "dense":
+        return dataclasses.replace(case, unavailable=f"no kernel: {chosen['why']}")
     expected = problem.expected(weight)
-    blocks = BlockSparse.from_dense(weight, block, groups=problem.groups)
     activations = problem.x.nbytes + expected.numel() * dtype.out.itemsize
     flops = 2 * expected.shape[0] * weight.numel()
     kept = max(2 * expected.shape[0] * int(weight.count_nonzero()), 1)
-    nbytes, dense_bytes = blocks.nbytes + activations, weight.nbytes + activations
+    nbytes, dense_bytes = stored.nbytes + activations, weight.nbytes + activations
     limits = bench.limits
-    chosen = blocksparse_choice(
-        problem.x.shape, blocks, **problem.geometry, channels_last=problem.x.dim() == 4
-    )
     case = dataclasses.replace(
         case, flops=flops, kept_flops=kept, nbytes=nbytes, dense_bytes=dense_bytes,
         limit=limits.seconds(case.dtype, kept, nbytes),
         dense_limit=limits.seconds(case.dtype, flops, dense_bytes), chosen=chosen,
     )  # fmt: skip
     rivals = Rivals()
-    add_ours(rivals, problem, blocks, copies_for(nbytes, limits.l2))
+    add_ours(rivals, problem, stored, copies_for(nbytes, limits.l2))
     if not rivals.contenders:
         return dataclasses.replace(case, unavailable=rivals.missing[OURS], failed=True)
     add_dense(rivals, problem, weight, copies_for(dense_bytes, limits.l2))
-    add_bsr(rivals, problem, weight, block, copies_for(nbytes, limits.l2))
+    add_bsr(rivals, problem, weight, case.block, copies_for(nbytes, limits.l2))
     ours = rivals.contenders[0]
     found = check(ours.answer(ours.calls[0]()), expected, dtype)
     case = dataclasses.replace(case, check=found)

@@ -149,7 +149,7 @@ def _parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--shapes", type=_comma_list, metavar="A,B", help="names, models (llama) or NxK")
     add("--m", type=_rows, metavar="1,16,...", help="rows of input; tokens an expert; codes")
     add("--block", type=_blocks, metavar="16x16,2:4",
-        help="patterns of blocksparse; 2:4 is for its convolutions on the CPU")  # fmt: skip
+        help="patterns of blocksparse; 2:4 is for its convolutions")  # fmt: skip
     add("--threads", type=_threads, help="default: what torch would use")
     add("--cold", action="store_true", help="weights from memory: copies larger than the caches")
     add("--seconds", type=float, help="on a GPU: begin no case after so long, and say which")
@@ -189,8 +189,6 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Options:
     _check_names(parser, "--dtype", dtypes, choices.known_dtypes)
     if given.scan is not None and not given.scan.is_file():
         parser.error(f"argument --scan: there is no file {given.scan}")
-    if given.device == "cuda" and "2:4" in (given.block or ()):
-        parser.error("argument --block: '2:4' on a GPU is the feature sparse24")
     try:
         layers = find_shapes(
             given.shapes,

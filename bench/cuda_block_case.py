@@ -1,4 +1,4 @@
-"""A block-sparse layer on a GPU: what was found, the goal for it, and its tables."""
+"""A block-sparse layer, or a 2:4 convolution, on a GPU: what was found, its goal and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from cuda_rivals import DENSE
 from timing import geometric_mean
 
 BSR = "bsr"
-GOAL = 0.6  # of what the operations that are left allow, for tensor cores and blocks of 32 x 32
+Pattern = tuple[int, int] | str  # the one word is "2:4", whose density is a half
+# Of what the operations that are left allow, for tensor cores and blocks of 32 x 32, or 2:4.
+GOAL = 0.6
 
 COLUMNS = (
     "blocks", "live", "tile", "ours us", "spread", "dense us", "best dense", "vs dense",
@@ -22,20 +24,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def pattern_name(block: Pattern) -> str:
+    return block if isinstance(block, str) else f"{block[0]}x{block[1]}"
+
+
 @dataclass(frozen=True)
 class CudaBlockCase(CudaCase):
     """One layer, dtype, number of rows or images, size of blocks and share of live ones."""
 
-    block: tuple[int, int] = (1, 1)
+    block: Pattern = (1, 1)
     density: float = 1.0
     kept_flops: int = 1  # without the zeros
     chosen: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        blocks = f"{self.block[0]}x{self.block[1]}"
         layer = f"{self.dtype}/{self.shape.name}/m{self.rows}"
-        return f"blocksparse/{layer}/{blocks}/{self.density:.0%}"
+        return f"blocksparse/{layer}/{pattern_name(self.block)}/{self.density:.0%}"
 
     @property
     def goal(self) -> float:
@@ -47,8 +52,14 @@ class CudaBlockCase(CudaCase):
 
     @property
     def params(self) -> dict[str, Any]:
-        blocks = {"block": f"{self.block[0]}x{self.block[1]}", "density": self.density}
+        blocks = {"block": pattern_name(self.block), "density": self.density}
         return super().params | blocks
+
+    @property
+    def tile(self) -> str:
+        """Pixels by outputs."""
+        names = ("tile_m", "tile_n") if self.block == "2:4" else ("tile_pixels", "tile_outputs")
+        return "x".join(str(self.chosen.get(name)) for name in names)
 
     def finding(self, limits: GpuLimits) -> dict[str, Any]:
         found = super().finding(limits)
@@ -61,9 +72,9 @@ class CudaBlockCase(CudaCase):
     def row(self) -> list[str]:
         against, bsr, dense = self.against(DENSE), self.against(BSR), self.best(DENSE)
         return [
-            f"{self.block[0]}x{self.block[1]}",
+            pattern_name(self.block),
             f"{self.density:.0%}",
-            f"{self.chosen.get('tile_pixels')}x{self.chosen.get('tile_outputs')}",
+            self.tile,
             f"{1e6 * self.ours.median:.1f}",
             f"{self.ours.spread:.0%}",
             f"{1e6 * self.timings[dense].median:.1f}" if dense else "-",
@@ -102,7 +113,7 @@ def block_summary(cases: Sequence[CudaBlockCase]) -> str:
         ratios = [ratio.median for case in mine if (ratio := case.against(DENSE))]
         slower = sum(ratio < 1 for ratio in ratios)
         lines.append(
-            f"| {dtype} | {block[0]}x{block[1]} | {density:.0%} | {len(mine)} "
+            f"| {dtype} | {pattern_name(block)} | {density:.0%} | {len(mine)} "
             f"| {geometric_mean(ratios):.2f}x | {geometric_mean(c.goal for c in mine):.2f}x "
             f"| {slower} |"
         )

@@ -78,13 +78,14 @@ DTYPES = {
         GpuDtype("fp32", torch.float32, torch.float32, Tolerance(1e-5, 1e-4)),
     )
 }
-# Of block-sparse layers: images or rows, sizes of blocks and shares of live ones.
+# Of block-sparse layers: images or rows, sizes of blocks and shares of live ones; "2:4" is of
+# convolutions.
 BLOCK_IMAGES, BLOCK_ROWS = (32, 128), (512, 8192)
-BLOCKS = ((16, 16), (32, 32), (64, 64))
+BLOCKS = ((16, 16), (32, 32), (64, 64), "2:4")
 BLOCK_DENSITIES = (0.5, 0.25, 0.1)
 BLOCK_DTYPES = ("bf16", "fp16", "fp32")
 QUICK_BLOCK_IMAGES, QUICK_BLOCK_ROWS = (64,), (4096,)
-QUICK_BLOCKS = ((32, 32), (16, 16))
+QUICK_BLOCKS = ((32, 32), (16, 16), "2:4")
 QUICK_BLOCK_DENSITIES = (0.25,)
 QUICK_BLOCK_SHAPES = ("llama8b.o", "llama8b.down")  # beside ResNet-50's convolutions
 

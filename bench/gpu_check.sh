@@ -125,6 +125,7 @@ part_bench() {
 
 part_blocks() {
   [ -n "$gpu" ] || { echo "no GPU"; return "$NOT_RUN"; }
+  # With 2:4 convolutions: --block 2:4 has those alone.
   python3 bench/run.py --device cuda --feature blocksparse --dtype bf16 --quick \
     --seconds $(($1 - 15)) --commit "$commit" --json "$out/blocks.json"
 }

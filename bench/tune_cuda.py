@@ -2,6 +2,7 @@
 
     python bench/tune_cuda.py OUT.json [--dtype bf16,int4] [--rows 1,16] [--shape llama8b]
     python bench/tune_cuda.py OUT.json --feature blocksparse [--shape resnet50.3x3]
+    python bench/tune_cuda.py OUT.json --feature sparse24_conv [--shape resnet50.3x3]
 
 A line a case: the chosen way, the fastest, and cuBLAS where it has the dtype. From OUT.json, which
 has them all, the constants of the models in csrc/sparse24/gemm_cuda_config.h and
@@ -28,7 +29,7 @@ from gossamer import _C
 from gossamer.formats import Sparse24QuantizedPanels
 from gossamer.ops.cuda_workspace import chosen_config
 from torch import Tensor
-from tune_blocks_cuda import block_cases, block_line, name_of, tune_block_case
+from tune_blocks_cuda import block_cases, block_line, conv24_cases, name_of, tune_block_case
 
 Config = tuple[str, int, int, int, int, int]  # kernel, tile_n, tile_m, warps_k, split_k, blocks
 CALLS = 24  # in a graph, at least one for each copy of the operands
@@ -174,7 +175,8 @@ def line(name: str, case: dict[str, Any]) -> str:
 def tune_blocks(options: argparse.Namespace, device: torch.device, begin: float) -> None:
     found: dict[str, Any] = {"gpu": describe_gpu(device), "cases": {}}
     dtype = options.dtype.split(",")[0]
-    for case in block_cases(options.shape.split(",")):
+    cases_of = {"blocksparse": block_cases, "sparse24_conv": conv24_cases}[options.feature]
+    for case in cases_of(options.shape.split(",")):
         if perf_counter() - begin > options.seconds:
             break
         with graph_stopwatch(device) as stopwatch:
@@ -189,7 +191,8 @@ def tune_blocks(options: argparse.Namespace, device: torch.device, begin: float)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--feature", default="sparse24", choices=("sparse24", "blocksparse"))
+    features = ("sparse24", "blocksparse", "sparse24_conv")
+    parser.add_argument("--feature", default="sparse24", choices=features)
     parser.add_argument("--dtype", default="bf16,int4,int8,fp8")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--shape", default="", help="those whose name begins so, with commas")
@@ -199,7 +202,7 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     found: dict[str, Any] = {"gpu": describe_gpu(device), "cases": {}}
     wanted = tuple(options.shape.split(","))
-    if options.feature == "blocksparse":
+    if options.feature != "sparse24":
         torch.backends.cudnn.benchmark = True  # dense gets the best algorithm that cuDNN has
         with torch.no_grad():
             tune_blocks(options, device, begin)

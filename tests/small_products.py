@@ -13,11 +13,18 @@ import gossamer
 import torch
 import torch.nn.functional as F
 from gossamer import Block, reference
-from gossamer.formats import BlockSparse, Sparse24, Sparse24Panels
-from gossamer.ops import pointcloud_conv
+from gossamer.formats import (
+    BlockSparse,
+    Sparse24,
+    Sparse24Conv,
+    Sparse24ConvPanels,
+    Sparse24Panels,
+)
+from gossamer.ops import pointcloud_conv, sparse24_conv
 from gossamer.ops.blocksparse import blocksparse_by_way
 from gossamer.ops.blocksparse_choice import blocksparse_ways
 from gossamer.ops.pointcloud_pool import pointcloud_pool
+from gossamer.ops.sparse24_conv import sparse24_conv_by_way, sparse24_conv_ways
 from gossamer.pointcloud import Coordinates, voxelize
 from torch import Tensor
 
@@ -77,6 +84,37 @@ def largest_error_of_blocks(dtype: torch.dtype) -> float:
         for way in blocksparse_ways(x.shape, blocks):
             y = blocksparse_by_way(way, x, blocks).cpu().double()
             error = (y - want).abs().max() / want.abs().max()
+            worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
+
+
+# C_in, C_out, groups, kernel, extent, stride: what TMA gathers, tails of outputs, a step of the sum
+# that ends between channels, a GEMM, every other pixel alone.
+CONVS_24 = (
+    (64, 96, 1, 3, 9, 1),
+    (128, 70, 1, 3, 8, 2),
+    (80, 96, 2, 3, 7, 2),
+    (72, 50, 1, 1, 6, 1),
+    (64, 37, 1, 1, 7, 2),
+)
+
+
+def largest_error_of_convolutions(dtype: torch.dtype) -> float:
+    """Over CONVS_24, 2:4, in the way that is chosen, in both memory formats, and every other."""
+    worst = 0.0
+    for c_in, c_out, groups, kernel, extent, stride in CONVS_24:
+        dense = torch.randn(c_out, c_in // groups, kernel, kernel)
+        dense = gossamer.prune.magnitude_24(dense, dim=1).to("cuda", dtype)
+        panels = Sparse24ConvPanels.from_sparse24(Sparse24Conv.from_dense(dense, groups))
+        geometry = {"stride": stride, "padding": kernel // 2}
+        x = torch.randn(2, c_in, extent, extent).to("cuda", dtype)
+        want = F.conv2d(x.cpu().double(), dense.cpu().double(), **geometry, groups=groups)
+        last = x.contiguous(memory_format=torch.channels_last)
+        found = [sparse24_conv(given, panels, **geometry) for given in (x, last)]
+        for way in sparse24_conv_ways(x.shape, panels, **geometry):
+            found.append(sparse24_conv_by_way(way, last, panels, **geometry))
+        for y in found:
+            error = (y.cpu().double() - want).abs().max() / want.abs().max()
             worst = max(worst, float(error.nan_to_num(nan=1.0)))
     return worst
 
@@ -210,6 +248,10 @@ def main() -> int:
         error = largest_error_of_blocks(dtype)
         print(f"{dtype} blocks: largest error {error:.1e}, allowed {allowed:.0e}")
         wrong += not error <= allowed
+        if dtype.itemsize == 2:  # of others they are torch's
+            error = largest_error_of_convolutions(dtype)
+            print(f"{dtype} 2:4 convolutions: largest error {error:.1e}, allowed {allowed:.0e}")
+            wrong += not error <= allowed
         error = largest_error_of_zeros(dtype)
         print(f"{dtype} zero inputs: largest error {error:.1e}, allowed {allowed:.0e}")
         wrong += not error <= allowed

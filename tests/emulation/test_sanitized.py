@@ -38,7 +38,6 @@ TESTS = (
     "test_gemm_int4.py::test_matches_reference",
     "test_gemm_sm90.py::test_any_alignment_of_the_result",
     "test_gemm_sm90.py::test_reads_no_x_between_rows",
-    "test_primitives_sm90.py::test_tma_im2col",
     "test_sparse24_conv_cuda.py::test_tiles_match_dense",
     *(
         f"test_sparse24_conv_cuda.py::test_hopper_tiles_match_dense[{name}]"

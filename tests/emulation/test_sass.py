@@ -326,6 +326,7 @@ def test_gemm_sm90(code_of: CodeOf, source: Path, products: tuple[str, ...]) -> 
     assert "FCHK" not in code.opcodes
     for kernel in code.kernels:
         check_operands_in_registers(kernel)
+        check_producer_registers(kernel)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +338,16 @@ def test_gemm_sm90_stream(code_of: CodeOf, file: str, tiles: str) -> None:
     products = {f"HGMMA.SP.64x{tokens}x32.F32.BF16" for tokens in (16, 32, 64, 128)}
     # Weights come in whole pieces, x in tiles; fragments leave by 16 bytes a lane.
     assert products | {"UBLKCP.S.G", f"UTMALDG.{tiles}", "LDS.128", "UTMASTG.2D"} <= code.opcodes
+
+
+def check_producer_registers(code: list[tuple[str, str]]) -> None:
+    """The producer, which gives up all registers but 24, uses no others."""
+    opcodes = [opcode for opcode, _ in code]
+    first = opcodes.index("USETMAXREG.DEALLOC.CTAPOOL")
+    of_producer = code[first : opcodes.index("USETMAXREG.TRY_ALLOC.CTAPOOL")]
+    assert any(opcode.startswith("UTMALDG") for opcode, _ in of_producer)
+    used = {int(n) for _, operands in of_producer for n in re.findall(r"\bR(\d+)\b", operands)}
+    assert max(used) < 24
 
 
 def check_operands_in_registers(code: list[tuple[str, str]]) -> None:

@@ -152,6 +152,7 @@ def _native_cuda(
     residual: Tensor | None,
     *rest: Any,
 ) -> Tensor:
+    check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
     *numbers, activation = rest
     geometry = Geometry(*numbers)
     y = empty_result(SPARSE24_CONV, x, bias, geometry)
@@ -164,7 +165,6 @@ def _native_cuda(
     by_way(x, y, stored, bias, geometry, fused, chosen["workspace_bytes"])
     if residual is None:
         return y
-    check_devices(SPARSE24_CONV, x, residual=residual)
     return _like(finish(SPARSE24_CONV, y, residual, activation), x)
 
 
@@ -217,7 +217,6 @@ def _dense(
     """The same by torch's convolution with the dense weight."""
     *numbers, activation = rest
     geometry = Geometry(*numbers)
-    check_devices(SPARSE24_CONV, x, weight=stored, indices=indices, bias=bias, residual=residual)
     weight = _dense_weight(stored, indices, geometry, x.dtype)
     y = dense_conv(SPARSE24_CONV, x, weight, bias, geometry)
     # torch's conv1d returns a view, which could not be written to where gradients are recorded.
