@@ -32,7 +32,13 @@ CudaConvChoice named(const ConvShape& s, DType dtype, const CudaDevice& device,
   return {ConvWay::kPixels, *found, "given"};
 }
 
-// Of a product in which there is something to do.
+int64_t bytes_of(const CudaConvChoice& choice, const ConvShape& s) {
+  const ConvProduct of(s);
+  return choice.way == ConvWay::kMatrix ? workspace_bytes(choice.config, of.m, of.n)
+                                        : conv_workspace_bytes(choice.config, s);
+}
+
+// Whether there is nothing to compute.
 bool is_empty(const ConvShape& s) { return s.batch * s.out_pixels() == 0; }
 
 void bind_product(const TensorView& out, const TensorView& x, const TensorView& weight,
@@ -71,7 +77,7 @@ void bind_product(const TensorView& out, const TensorView& x, const TensorView& 
       config ? named(s, x.dtype, device, *config) : choose_cuda_conv(s, x.dtype, device);
   GOSSAMER_CHECK(choice.way != ConvWay::kDense, kOp, ": no kernel here: ", choice.why);
   gemm.config = choice.config;
-  give_workspace(kOp, gemm, workspace_bytes(gemm.config, of.m, of.n), x, workspace, counters);
+  give_workspace(kOp, gemm, bytes_of(choice, s), x, workspace, counters);
   if (choice.way == ConvWay::kMatrix) {
     module.sparse24->gemm(gemm, stream_of(x));
   } else {
@@ -108,6 +114,7 @@ py::dict choose(const Sizes& x, const Sizes& out, const std::string& dtype, int6
   } else {
     const ConvProduct of(s);
     report = report_of(choice.config, of.m, of.n);
+    report["workspace_bytes"] = bytes_of(choice, s);
     report["rows"] = choice.way == ConvWay::kMatrix ? "matrix" : "pixels";
   }
   report["why"] = choice.why;

@@ -30,7 +30,7 @@ struct ConvProduct {
 
 struct PixelTile {
   int n, m;     // outputs, pixels
-  double cost;  // against the largest, for each sum
+  double cost;  // of a stage, against its share of the largest tile's
 };
 // With a warp's 64 x 16 sums, weights are read from shared memory twice as often as with 64 x 32.
 constexpr PixelTile kPixelTiles[] = {{128, 128, 1.0}, {64, 256, 1.0}, {64, 128, 1.25}};
@@ -44,12 +44,60 @@ inline int64_t pixel_tiles(const ConvShape& s, int tile_n, int tile_m) {
   return s.groups * ceil_div(s.group_out(), tile_n) * ceil_div(s.batch * s.out_pixels(), tile_m);
 }
 
+// Of sums that meet: [tile][block][tile_n x tile_m].
+inline int64_t pixel_workspace_bytes(const CudaGemmConfig& c, const ConvShape& s) {
+  return c.split_k == 1 ? 0
+                        : pixel_tiles(s, c.tile_n, c.tile_m) * c.split_k * c.tile_n * c.tile_m * 4;
+}
+
+// A model of the time, in cycles of a multiprocessor, by arithmetic: no GPU has run the kernel yet.
+struct PixelModel {
+  static constexpr double kStage = 850;     // of the largest tile, at 0.6 of an A100's mma.sp
+  static constexpr double kBlock = 2500;    // to find its pixels, fill the pipeline and store
+  static constexpr double kMeeting = 6000;  // as in DecodeModel: a fence, an atomic, loads
+  static constexpr double kL2Bytes = 40;    // a cycle
+
+  const ConvShape& s;
+  const CudaDevice& device;
+
+  int64_t records() const { return ceil_div(ConvProduct(s).k, kFragmentColumns); }
+
+  double cost(const PixelTile& tile, int split_k) const {
+    const auto rounds = static_cast<double>(
+        ceil_div(pixel_tiles(s, tile.n, tile.m) * split_k, device.multiprocessors));
+    const double area = static_cast<double>(tile.n) * tile.m;
+    const double stage = kStage * tile.cost * area / (128 * 128);
+    const auto depth = static_cast<double>(ceil_div(records(), split_k) * kFragmentColumns * 2 /
+                                           kPrefillStepBytes);
+    const double meeting = split_k == 1 ? 0 : kMeeting + (split_k + 1) * 4 * area / kL2Bytes;
+    return rounds * (depth * stage + kBlock) + meeting;
+  }
+};
+
+// Whole tiles, and tiles that so many blocks share that they fill the multiprocessors once or
+// twice.
 template <class Consider>
 void for_each_pixel_tile(const ConvShape& s, const CudaDevice& device, const Consider& consider) {
+  const int64_t records = PixelModel{s, device}.records();
   for (const PixelTile& tile : kPixelTiles) {
-    if (pixel_tile_shared_bytes(tile.n, tile.m) > device.shared_bytes) continue;
-    if (pixel_tiles(s, tile.n, tile.m) > kMaxGridBlocks) continue;
-    consider(tile, CudaGemmConfig{CudaKernel::kPrefill, tile.n, tile.m, 1, 1});
+    const int64_t tiles = pixel_tiles(s, tile.n, tile.m);
+    if (pixel_tile_shared_bytes(tile.n, tile.m) > device.shared_bytes || tiles > kMaxGridBlocks) {
+      continue;
+    }
+    int64_t last = 0;
+    for (int fill = 0; fill <= 2; ++fill) {
+      const int64_t wanted = int64_t{fill} * device.multiprocessors / tiles;
+      const int64_t split_k = std::clamp<int64_t>(wanted, 1, records);
+      const CudaGemmConfig config{CudaKernel::kPrefill, tile.n, tile.m, 1,
+                                  static_cast<int>(split_k)};
+      const bool meets = split_k > 1;
+      if (split_k == last || (meets && (tiles > kCudaCounters ||
+                                        pixel_workspace_bytes(config, s) > kMaxWorkspaceBytes))) {
+        continue;
+      }
+      last = split_k;
+      consider(tile, config);
+    }
   }
 }
 
@@ -94,6 +142,13 @@ inline bool can_run_pixels_sm90(const ConvShape& s) {
          s.in_pixels() * s.batch <= kMax && of.m <= kMax && of.n <= kMax && of.k <= kMax;
 }
 
+// Of a way to gather the pixels.
+inline int64_t conv_workspace_bytes(const CudaGemmConfig& config, const ConvShape& s) {
+  const ConvProduct of(s);
+  return config.kernel == CudaKernel::kPrefill ? pixel_workspace_bytes(config, s)
+                                               : config.workspace_bytes(of.m, of.n);
+}
+
 // ---- the choice ---------------------------------------------------------------------------------
 
 // Calls consider(config) for every way to gather the pixels.
@@ -128,8 +183,7 @@ inline CudaConvChoice choose_cuda_conv(const ConvShape& s, DType dtype, const Cu
   const bool hopper = device.capability == 90;
   if (s.is_pointwise() && s.groups == 1) {
     const CudaGemmConfig config = choose_cuda_gemm_config(of.m, of.n, of.k, dtype, device);
-    return {ConvWay::kMatrix, config, "each pixel sees itself: a GEMM",
-            fills(of.n, kPrefillTileN)};
+    return {ConvWay::kMatrix, config, "each pixel sees itself: a GEMM", fills(of.n, kPrefillTileN)};
   }
   if (hopper && can_run_pixels_sm90(s)) {
     const CudaGemmConfig config = hopper_config(of.m, of.n, of.k, dtype, device);
@@ -139,11 +193,10 @@ inline CudaConvChoice choose_cuda_conv(const ConvShape& s, DType dtype, const Cu
     }
   }
   CudaConvChoice best = dense("more tiles than a grid has blocks");
+  const PixelModel model{s, device};
   double least = 0;
   for_each_pixel_tile(s, device, [&](const PixelTile& tile, const CudaGemmConfig& config) {
-    const int64_t tiles = pixel_tiles(s, tile.n, tile.m);
-    const auto waves = static_cast<double>(ceil_div(tiles, device.multiprocessors));
-    const double cost = waves * tile.n * tile.m * tile.cost;
+    const double cost = model.cost(tile, config.split_k);
     if (best.way != ConvWay::kDense && cost >= least) return;
     // An H200 ran mma.sp at 0.6x of dense wgmma.
     best = {ConvWay::kPixels, config, "an implicit GEMM by mma.sp; pixels are gathered",

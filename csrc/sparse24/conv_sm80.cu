@@ -1,6 +1,6 @@
 // 2:4 convolution: the GEMM for many rows of x, which are the pixels of y. A row is what a pixel
 // sees of x, tap after tap the channels of a group, and is gathered while it is copied: nothing of
-// it lies in memory.
+// it lies in memory. Where the pixels fill few tiles, blocks share each of them along K.
 #include "common/conv_pixels.cuh"
 #include "sparse24/conv_cuda.h"
 #include "sparse24/gemm_prefill_sm80.cuh"
@@ -15,6 +15,7 @@ struct PixelRows {
   int64_t group_out;
   unsigned tiles_of_group;  // along the outputs
 
+  static constexpr bool kMaySplit = true;
   template <int kTileM>
   struct Shared {
     SharedTile<Position, kTileM> positions;
@@ -31,13 +32,14 @@ struct PixelRows {
   template <int kTileM>
   class Loader {
    public:
-    __device__ Loader(const PixelRows& rows, const BlockTile& tile, Shared<kTileM>& shared)
+    __device__ Loader(const PixelRows& rows, const BlockTile& tile, Shared<kTileM>& shared,
+                      int step)
         : rows_(rows), shared_(shared), first_channel_(int64_t{tile.group} * rows.group_in) {
       for (int i = threadIdx.x; i < kTileM; i += kPrefillThreads) {
         shared.positions[i] = position_of(rows.conv, tile.first_m + i, shared.offsets.data() + i);
       }
       __syncthreads();
-      channel_ = 8 * mine_.piece;
+      channel_ = 8 * (step * kPieces + mine_.piece);
       move_on();
     }
 

@@ -9,6 +9,7 @@ struct MatrixRows {
   const char* x;
   int64_t stride, row_bytes, count;
 
+  static constexpr bool kMaySplit = false;  // for that there is the decode kernel
   template <int kTileM>
   struct Shared {};
 
@@ -19,7 +20,8 @@ struct MatrixRows {
   template <int kTileM>
   class Loader {
    public:
-    __device__ Loader(const MatrixRows& rows, const BlockTile& tile, Shared<kTileM>& /*shared*/)
+    __device__ Loader(const MatrixRows& rows, const BlockTile& tile, Shared<kTileM>& /*shared*/,
+                      int /*step*/)
         : rows_(rows), first_m_(tile.first_m) {}
 
     __device__ __forceinline__ void load(uint4* x, int step) {

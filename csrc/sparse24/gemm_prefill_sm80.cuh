@@ -48,10 +48,11 @@ struct BlockTile {
 
 // Rows of x are what has
 //
+//   kMaySplit                            whether blocks may share a tile along K
 //   outputs(tile, index, tile_n, n)      sets the rows of W of the tile of that index
 //   Shared<kTileM>                       in shared memory, of a tile
-//   Loader<kTileM>(rows, tile, shared)
-//     load(x, step)                      copies a step of each row, steps in increasing order
+//   Loader<kTileM>(rows, tile, shared, step)  begins with that step
+//     load(x, step)                      copies a step of each row: the first, then one by one
 //
 // They are dealt out to threads by pieces: a thread has the same one of every 32nd row.
 struct PieceOfRow {
@@ -73,6 +74,8 @@ struct PrefillArgs {
   Rows x;
   int row_tiles, records, stages;
   unsigned tiles_n, tiles_m;
+  void* workspace;  // where blocks share a tile: [tile][block][register][thread] sums
+  int32_t* counters;
 };
 
 template <int kWarpsN, int kTokenTiles, class Rows>
@@ -100,16 +103,31 @@ __device__ __forceinline__ BlockTile block_tile(const PrefillArgs<Rows>& args) {
   return tile;
 }
 
+// The stages of a tile that this block multiplies: of whole records.
+struct Stages {
+  int first, end;
+};
+
+template <int kStepsOfRecord, class Rows>
+__device__ __forceinline__ Stages stages_of(const PrefillArgs<Rows>& args) {
+  if constexpr (!Rows::kMaySplit) return {0, args.stages};
+  const auto first_of = [&](unsigned block) {
+    const auto record = static_cast<int>(int64_t{args.records} * block / gridDim.y);
+    return min(record * kStepsOfRecord, args.stages);
+  };
+  return {first_of(blockIdx.y), first_of(blockIdx.y + 1)};
+}
+
 // Copies the stage `step` of both operands. Rows of x past m and columns past k become zeros; tiles
 // past the last one of W are left out, nobody looks at their sums.
 template <class T, class Tile, class Rows>
 __device__ __forceinline__ void load_stage(const PrefillArgs<Rows>& args,
                                            typename Tile::Shared& shared,
                                            typename Tile::Loader& loader, const BlockTile& tile,
-                                           int step) {
+                                           int step, int end) {
   using R = Record<T>;
   constexpr int kStepsOfRecord = R::kSteps / 2;
-  if (step < args.stages) {
+  if (step < end) {
     uint4* weights = shared.stages.data() + step % kPrefillStages * Tile::kStagePieces;
     const int64_t offset =
         int64_t{step / kStepsOfRecord} * R::kBytes + step % kStepsOfRecord * kTileBytes;
@@ -127,6 +145,37 @@ __device__ __forceinline__ void load_stage(const PrefillArgs<Rows>& args,
   ptx::cp_async_commit();  // also an empty group: waits count groups
 }
 
+// Leaves the sums of a part of K in the workspace; the last of the tile's blocks to do so gets the
+// total of all, in the order of K, and true.
+template <class Sum, int kTokenTiles, class Rows>
+__device__ __forceinline__ bool meet(Sum (&sum)[kRowTiles][kTokenTiles][4],
+                                     const PrefillArgs<Rows>& args) {
+  constexpr int kSums = kRowTiles * kTokenTiles * 4;  // of a thread
+  Sum* of_tile = static_cast<Sum*>(args.workspace) +
+                 int64_t{blockIdx.x} * gridDim.y * kSums * kPrefillThreads + threadIdx.x;
+  const auto each = [&](unsigned block, const auto& body) {
+    Sum* from = of_tile + int64_t{block} * kSums * kPrefillThreads;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      body(sum[i / 4 / kTokenTiles][i / 4 % kTokenTiles][i % 4], from[i * kPrefillThreads]);
+    }
+  };
+  each(blockIdx.y, [](const Sum& mine, Sum& there) { there = mine; });
+  __threadfence();  // the sums are there for whoever sees the count
+  __syncthreads();
+  int32_t* counter = args.counters + blockIdx.x;
+  const auto others = static_cast<int32_t>(gridDim.y - 1);
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == others)) return false;
+  if (threadIdx.x == 0) *counter = 0;  // for the next launch
+  __threadfence();
+  each(0, [](Sum& mine, const Sum& there) { mine = there; });
+#pragma unroll 1
+  for (unsigned block = 1; block < gridDim.y; ++block) {
+    each(block, [](Sum& mine, const Sum& there) { mine += there; });
+  }
+  return true;
+}
+
 template <class T, int kWarpsN, int kTokenTiles, class Rows>
 __global__ void __launch_bounds__(kPrefillThreads, 1) prefill(const PrefillArgs<Rows> args) {
   using R = Record<T>;
@@ -138,16 +187,17 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill(const PrefillArgs<
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
   const BlockTile tile = block_tile<Tile>(args);
-  typename Tile::Loader loader(args.x, tile, shared);
+  const Stages stages = stages_of<kStepsOfRecord>(args);
+  typename Tile::Loader loader(args.x, tile, shared, stages.first);
 
   // Tiles past the last one read its metadata again: there must be some, and it must be legal.
   const char* metadata_of[kRowTiles];
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
     const int row_tile = static_cast<int>(tile.first_n / kFragmentRows) + warp_n * kRowTiles + i;
-    metadata_of[i] = args.weights +
-                     int64_t{min(row_tile, args.row_tiles - 1)} * args.records * R::kBytes +
-                     R::kMetadata + lane * kLaneBytes;
+    metadata_of[i] =
+        args.weights + int64_t{min(row_tile, args.row_tiles - 1)} * args.records * R::kBytes +
+        int64_t{stages.first / kStepsOfRecord} * R::kBytes + R::kMetadata + lane * kLaneBytes;
   }
   uint32_t metadata[kRowTiles][4], next_metadata[kRowTiles][4];
 #pragma unroll
@@ -157,28 +207,28 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill(const PrefillArgs<
 
 #pragma unroll
   for (int step = 0; step < kPrefillStages - 1; ++step) {
-    load_stage<T, Tile>(args, shared, loader, tile, step);
+    load_stage<T, Tile>(args, shared, loader, tile, stages.first + step, stages.end);
   }
 
   // Lane 8c + r gives ldmatrix row r of a tile of x, piece c of a step's four.
   const int x_row = warp_m * 8 * kTokenTiles + lane % 8;
   Sum sum[kRowTiles][kTokenTiles][4] = {};
-  for (int step = 0; step < args.stages; ++step) {
+  for (int step = stages.first; step < stages.end; ++step) {
     if (step % kStepsOfRecord == 0) {
-      const int next = step / kStepsOfRecord + 1;
+      const int next = step + kStepsOfRecord;
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) metadata[i][j] = next_metadata[i][j];
-        if (next < args.records) {
-          to_registers(next_metadata[i],
-                       ptx::load_nc16(metadata_of[i] + int64_t{next} * R::kBytes));
+        if (next < stages.end) {
+          metadata_of[i] += R::kBytes;
+          to_registers(next_metadata[i], ptx::load_nc16(metadata_of[i]));
         }
       }
     }
     ptx::cp_async_wait<kPrefillStages - 2>();
     __syncthreads();  // this stage is there, and nobody reads the one before it any more
-    load_stage<T, Tile>(args, shared, loader, tile, step + kPrefillStages - 1);
+    load_stage<T, Tile>(args, shared, loader, tile, step + kPrefillStages - 1, stages.end);
 
     const uint4* stage = shared.stages.data() + step % kPrefillStages * Tile::kStagePieces;
     const uint4* weights = stage + warp_n * kRowTiles * 2 * kWarp + lane;
@@ -211,6 +261,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill(const PrefillArgs<
   // each warp in a part of its own.
   ptx::cp_async_wait<0>();
   __syncthreads();
+  if constexpr (Rows::kMaySplit) {
+    if (gridDim.y > 1 && !meet(sum, args)) return;
+  }
   constexpr int kSums = 8 * kTokenTiles * kSumStride;  // of a warp
   static_assert(kSums * 4 * (kPrefillThreads / kWarp) <= kPrefillStages * Tile::kStagePieces * 16);
   Sum* sums = reinterpret_cast<Sum*>(shared.stages.data()) + warp * kSums;
@@ -255,9 +308,13 @@ void launch_prefill(const CudaGemmArgs& args, const Rows& x, int64_t tiles_n, cu
       static_cast<int>(ceil_div(args.k * size_of(args.dtype), kPrefillStepBytes)),
       static_cast<unsigned>(tiles_n),
       static_cast<unsigned>(tiles_m),
+      args.workspace,
+      args.counters,
   };
-  launch(prefill<T, kWarpsN, kTokenTiles, Rows>, dim3(static_cast<unsigned>(tiles_n * tiles_m)),
-         kPrefillThreads, sizeof(typename Tile::Shared), stream, prefill_args);
+  const dim3 grid(static_cast<unsigned>(tiles_n * tiles_m),
+                  static_cast<unsigned>(args.config.split_k));
+  launch(prefill<T, kWarpsN, kTokenTiles, Rows>, grid, kPrefillThreads,
+         sizeof(typename Tile::Shared), stream, prefill_args);
 }
 
 }  // namespace

@@ -73,7 +73,9 @@ class Conv24:
         memory[MARGIN:-MARGIN] = x5.flatten()
         out = torch.full((y5.numel() + 2 * MARGIN,), 77.0, dtype=case.dtype)
         matrix = self.weight.matrix
-        workspace = torch.full((2 * way[5] * way[1] * way[2],), torch.nan)
+        tiles = case.groups * -(-case.group_out // way[1]) * -(-y5[..., 0].numel() // way[2])
+        parts = 2 * way[5] if way[0] == "stream" else tiles * way[4]
+        workspace = torch.full((parts * way[1] * way[2],), torch.nan)
         counters = torch.zeros(_C.cuda_counters, dtype=torch.int32)
         library.call(
             "conv",
