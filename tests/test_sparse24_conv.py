@@ -409,3 +409,40 @@ def test_mistakes_are_errors_with_values() -> None:
         "Sparse24ConvPanels(shape=[21, 19, 3, 3], groups=1, dtype=torch.float32, device=cpu)"
     )
     assert CONVS[1](torch.ones(1, 19, 9, 9), pairs.to_dense()).shape == (1, 21, 7, 7)
+
+
+def test_gradient_of_x_beside_panels_in_functorch() -> None:
+    conv = nn.Conv2d(64, 64, 3)
+    layer = SparseConv2d.from_dense(conv, prune="magnitude").eval()
+    x = torch.randn(1, 64, 5, 5)
+
+    def total(x: Tensor) -> Tensor:
+        return layer(x).square().sum()
+
+    expected = torch.func.grad(total)(x)
+    layer.pack()
+    assert layer.packed
+    torch.testing.assert_close(torch.func.grad(total)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_without_values_are_not_packed() -> None:
+    layer = SparseConv2d(64, 64, 3, device="meta").pack()
+    assert not layer.packed
+
+
+def test_a_single_input_far_beyond_which_windows_reach() -> None:
+    # Where torch's own conv1d would end the process.
+    x = torch.randn(1, 24, 1)
+    weight = Sparse24Conv.from_dense(magnitude_24(torch.randn(9, 8, 1), dim=1), 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        held = weight.to(dtype)
+        for _ in range(20):
+            y = sparse24_conv(x.to(dtype), held, None, 3, 5, 2)
+        expected = F.conv1d(x.to(dtype).double(), held.to_dense().double(), None, 3, 5, 2, 3)
+        torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=2**-5)
+
+
+def test_more_pixels_than_are_counted_are_refused() -> None:
+    weight = Sparse24Conv.from_dense(torch.zeros(8, 8, 1, 1))
+    with pytest.raises(ValueError, match=r"expected up to 2\*\*40"):
+        sparse24_conv_choice((1, 8, 2**21, 2**21), weight)

@@ -10,6 +10,8 @@ namespace gossamer {
 // Sums and products of two sizes below this stay within 64 bits.
 constexpr int64_t kMaxSize = int64_t{1} << 30;
 
+constexpr double kMaxPixels = 0x1p40;
+
 using Axes = std::array<int64_t, 3>;  // d, h, w
 
 inline void check_size(const char* op, const char* what, int64_t size, int64_t lowest) {
@@ -50,6 +52,12 @@ inline ConvShape conv_shape(const char* op, const int64_t* x, const int64_t* out
     check_size(op, "the padding", s.padding[axis], 0);
   }
   check_size(op, "the kernel size", s.kernel[0] * s.kernel[1], 1);
+  // So that numbers of pixels, and of what is made of them, stay within 64 bits.
+  for (const int64_t* extents : {s.in, s.out}) {
+    const double pixels = 1.0 * s.batch * extents[0] * extents[1] * extents[2];
+    GOSSAMER_CHECK(pixels <= kMaxPixels, op, ": a batch of ", s.batch, " with ", extents[0], " x ",
+                   extents[1], " x ", extents[2], " pixels, expected up to 2**40 in all");
+  }
   check_size(op, "the number of groups", groups, 1);
   GOSSAMER_CHECK(s.in_channels % groups == 0, op, ": x has ", s.in_channels, " channels in ",
                  groups, " groups");

@@ -59,6 +59,8 @@ CudaDevice device_of(const char* op, const std::variant<int, py::dict>& device) 
               description["shared_bytes"].cast<int64_t>(), description["l2_bytes"].cast<int64_t>()};
   }
   check_capability(op, traits);
+  GOSSAMER_CHECK(traits.multiprocessors >= 1, op, ": a GPU with ", traits.multiprocessors,
+                 " multiprocessors");
   return traits;
 }
 

@@ -142,7 +142,7 @@ void bind_conv(py::module_& m) {
   m.def(
       "sparse24_conv_most_pair_words",
       [](int64_t out_channels, int64_t group_in, int64_t taps, int64_t groups) {
-        return pair_shape_of("Sparse24ConvPairs", out_channels, group_in, taps, groups)
+        return pair_shape_of("Sparse24ConvPanels", out_channels, group_in, taps, groups)
             .most_words();
       },
       py::arg("out_channels"), py::arg("group_in"), py::arg("taps"), py::arg("groups"));

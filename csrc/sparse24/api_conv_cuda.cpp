@@ -96,11 +96,16 @@ ConvShape shape_of(const Sizes& x, const Sizes& out, int64_t groups, const Axes&
   return s;
 }
 
+DType weight_dtype(const std::string& dtype) {
+  const DType type = dlpack::dtype_from_name(dtype);
+  if (!is_weight_dtype(type)) throw py::type_error(std::string(kOp) + ": no kernels for " + dtype);
+  return type;
+}
+
 py::dict choose(const Sizes& x, const Sizes& out, const std::string& dtype, int64_t groups,
                 const Axes& kernel, const Axes& stride, const Axes& padding, const Axes& dilation,
                 const std::variant<int, py::dict>& device) {
-  const DType type = dlpack::dtype_from_name(dtype);
-  if (!is_weight_dtype(type)) throw py::type_error(std::string(kOp) + ": no kernels for " + dtype);
+  const DType type = weight_dtype(dtype);
   const ConvShape s = shape_of(x, out, groups, kernel, stride, padding, dilation);
   const CudaDevice traits = device_of(kOp, device);
   const CudaConvChoice choice = is_empty(s)
@@ -126,10 +131,11 @@ std::vector<NamedConfig> ways(const Sizes& x, const Sizes& out, const std::strin
                               int64_t groups, const Axes& kernel, const Axes& stride,
                               const Axes& padding, const Axes& dilation,
                               const std::variant<int, py::dict>& device) {
+  const DType type = weight_dtype(dtype);
   const ConvShape s = shape_of(x, out, groups, kernel, stride, padding, dilation);
   std::vector<NamedConfig> names;
   if (is_empty(s)) return names;
-  for_each_pixel_way(s, dlpack::dtype_from_name(dtype), device_of(kOp, device),
+  for_each_pixel_way(s, type, device_of(kOp, device),
                      [&](const CudaGemmConfig& config) { names.push_back(name_of(config)); });
   return names;
 }

@@ -143,6 +143,7 @@ py::dict report_of(const CudaGemmConfig& config, int64_t m, int64_t n) {
 
 void bind_cuda(py::module_& m) {
   m.attr("cuda_counters") = kCudaCounters;
+  m.attr("cuda_most_workspace_bytes") = kMaxWorkspaceBytes;
   m.def("sparse24_linear_cuda", &bind_linear, py::arg("out"), py::arg("x"), py::arg("panels"),
         py::arg("bias"), py::arg("activation"), py::arg("workspace"), py::arg("counters"),
         py::arg("config") = py::none(), py::call_guard<py::gil_scoped_release>());

@@ -50,6 +50,8 @@ inline int64_t pixel_workspace_bytes(const CudaGemmConfig& c, const ConvShape& s
                         : pixel_tiles(s, c.tile_n, c.tile_m) * c.split_k * c.tile_n * c.tile_m * 4;
 }
 
+constexpr int64_t kMaxPixelTiles = int64_t{1} << 28;  // 8 times that is counted in 32 bits
+
 // A model of the time, in cycles of a multiprocessor, by arithmetic: no GPU has run the kernel yet.
 struct PixelModel {
   static constexpr double kStage = 850;     // of the largest tile, at 0.6 of an A100's mma.sp
@@ -81,9 +83,8 @@ void for_each_pixel_tile(const ConvShape& s, const CudaDevice& device, const Con
   const int64_t records = PixelModel{s, device}.records();
   for (const PixelTile& tile : kPixelTiles) {
     const int64_t tiles = pixel_tiles(s, tile.n, tile.m);
-    if (pixel_tile_shared_bytes(tile.n, tile.m) > device.shared_bytes || tiles > kMaxGridBlocks) {
-      continue;
-    }
+    const int64_t shared = pixel_tile_shared_bytes(tile.n, tile.m);
+    if (shared > device.shared_bytes || tiles > kMaxPixelTiles) continue;
     int64_t last = 0;
     for (int fill = 0; fill <= 2; ++fill) {
       const int64_t wanted = int64_t{fill} * device.multiprocessors / tiles;
@@ -132,14 +133,16 @@ inline bool im2col_fits(const ConvShape& s, int axis) {
          (s.kernel[axis] - 1) * s.dilation[axis] <= 255;
 }
 
+constexpr int64_t kMaxRows = int64_t{1} << 30;  // of x, of W and of columns, on Hopper
+
 // A step of the GEMM lies in one tap, and the first axis is one of images.
 inline bool can_run_pixels_sm90(const ConvShape& s) {
-  constexpr int64_t kMax = int64_t{1} << 30;
   const ConvProduct of(s);
   const bool is_flat = s.kernel[0] == 1 && s.stride[0] == 1 && s.padding[0] == 0;
-  return s.groups == 1 && s.in_channels % (kPrefillStepBytes / 2) == 0 && is_flat &&
-         s.in[0] == s.out[0] && im2col_fits(s, 1) && im2col_fits(s, 2) &&
-         s.in_pixels() * s.batch <= kMax && of.m <= kMax && of.n <= kMax && of.k <= kMax;
+  return s.groups == 1 && s.batch * s.in_pixels() > 0 &&
+         s.in_channels % (kPrefillStepBytes / 2) == 0 && is_flat && s.in[0] == s.out[0] &&
+         im2col_fits(s, 1) && im2col_fits(s, 2) && s.in_pixels() * s.batch <= kMaxRows &&
+         of.m <= kMaxRows && of.n <= kMaxRows && of.k <= kMaxRows;
 }
 
 // Of a way to gather the pixels.
@@ -181,9 +184,14 @@ inline CudaConvChoice choose_cuda_conv(const ConvShape& s, DType dtype, const Cu
         "a group's channels are no multiple of 8, its outputs none of 16, or indices pass 32 bits");
   }
   const bool hopper = device.capability == 90;
-  if (s.is_pointwise() && s.groups == 1) {
+  if (s.is_pointwise() && s.groups == 1 && of.m <= kMaxRows) {
     const CudaGemmConfig config = choose_cuda_gemm_config(of.m, of.n, of.k, dtype, device);
-    return {ConvWay::kMatrix, config, "each pixel sees itself: a GEMM", fills(of.n, kPrefillTileN)};
+    // Of few outputs there are smaller tiles below.
+    const bool is_large = config.kernel == CudaKernel::kPrefill && !fills(of.n, config.tile_n);
+    if (!is_large) {
+      return {ConvWay::kMatrix, config, "each pixel sees itself: a GEMM",
+              !hopper || fills(of.n, kPrefillTileN)};
+    }
   }
   if (hopper && can_run_pixels_sm90(s)) {
     const CudaGemmConfig config = hopper_config(of.m, of.n, of.k, dtype, device);

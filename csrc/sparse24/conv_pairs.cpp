@@ -206,12 +206,12 @@ void from_pairs(const uint32_t* words, const PairShape& s, const Weight& w, void
 
 void check_pairs(const uint32_t* words, int64_t count, const PairShape& s) {
   const int64_t entries = s.entries();
-  GOSSAMER_CHECK(count >= 2 * entries, "Sparse24ConvPairs: ", count, " words for ", entries,
+  GOSSAMER_CHECK(count >= 2 * entries, "Sparse24ConvPanels: ", count, " words for ", entries,
                  " blocks");
   for (int64_t i = 0; i < entries; ++i) {
     const int64_t begin = words[2 * i], steps = words[2 * i + 1];
     GOSSAMER_CHECK(steps <= kMostSteps && begin + kBlockPairs * pair_words(steps) <= count,
-                   "Sparse24ConvPairs: ", steps, " steps from word ", begin, " on, of ", count);
+                   "Sparse24ConvPanels: ", steps, " steps from word ", begin, " on, of ", count);
   }
 }
 

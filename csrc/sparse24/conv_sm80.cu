@@ -80,6 +80,15 @@ struct PixelRows {
   };
 };
 
+#ifdef __CUDACC__  // emulated, tiles are larger
+template <int kWarpsN, int kTokenTiles>
+constexpr bool kHasBytes = [] {
+  using Tile = PrefillTile<kWarpsN, kTokenTiles, PixelRows>;
+  return sizeof(typename Tile::Shared) == pixel_tile_shared_bytes(Tile::kN, Tile::kM);
+}();
+static_assert(kHasBytes<2, 4> && kHasBytes<1, 4> && kHasBytes<1, 2>);
+#endif
+
 template <class T>
 void conv_by_tile(const CudaConvArgs& args, cudaStream_t stream) {
   const ConvShape& s = args.shape;

@@ -136,10 +136,10 @@ def wrong_results(device: torch.device) -> str | None:
                 conv = Sparse24Conv.from_dense(kernel.to(device, dtype))
                 x = integers(2, 64, 9, 7)
                 given = x.to(device, dtype)
-                panels_of = Sparse24ConvPanels.from_sparse24(conv)
-                found = [sparse24_conv(given, panels_of, padding=1)]
-                for cut in sparse24_conv_ways(x.shape, panels_of, padding=1):
-                    found.append(sparse24_conv_by_way(cut, given, panels_of, padding=1))
+                held = Sparse24ConvPanels.from_sparse24(conv)
+                found = [sparse24_conv(given, held, padding=1)]
+                for cut in sparse24_conv_ways(x.shape, held, padding=1):
+                    found.append(sparse24_conv_by_way(cut, given, held, padding=1))
                 expected = F.conv2d(x, kernel, padding=1).to(dtype)
                 if not all(torch.equal(y.cpu(), expected) for y in found):
                     wrong.append(f"{dtype} of 2:4 convolutions")

@@ -137,6 +137,16 @@ def test_x_off_alignment_is_moved(gpu: Gpu) -> None:
         )
 
 
+def test_x_without_pixels(gpu: Gpu) -> None:
+    conv = Conv24.of(typical(**SAME, group_in=64, dtype=torch.bfloat16))
+    panels = Sparse24ConvPanels.from_sparse24(conv.weight)
+    for capability in (80, 90):
+        gpu.describe(capability)
+        y = sparse24_conv(conv.x[:, :, :0], panels, conv.bias, padding=(3, 1))
+        assert conv.bias is not None
+        assert torch.equal(y, conv.bias[:, None, None].expand_as(y))
+
+
 def test_strided_x_is_read_as_it_is(gpu: Gpu) -> None:
     conv = Conv24.of(typical(**SAME, group_in=64, dtype=torch.float16))
     x = torch.zeros(*conv.x.shape[:-1], 2 * conv.x.shape[-1]).half()[..., ::2].copy_(conv.x)
@@ -187,6 +197,12 @@ def test_layer(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not SparseConv.from_dense(nn.Conv2d(64, 64, 3), prune="magnitude").pack().packed
         small = nn.Conv2d(4, 64, 3, dtype=torch.float16)
         assert not SparseConv.from_dense(small, prune="magnitude").pack().packed
+        gpu.describe(90, multiprocessors=4)  # whose TMA walks in steps of up to 8
+        for stride in (1, 9):
+            wide = nn.Conv2d(64, 128, 3, stride, dtype=torch.float16)
+            packed = SparseConv.from_dense(wide, prune="magnitude").pack().packed
+            assert packed == (stride == 1)
+        gpu.describe()
     for key, t in layer.state_dict().items():
         assert torch.equal(t, state[key])
     twin = SparseConv.from_dense(dense, prune="magnitude").eval().pack()
@@ -241,8 +257,21 @@ def test_choice_is_that_of_the_device() -> None:
     assert not choice(90, *few, padding=1)["pays"]  # half of a tile of 128 outputs
     assert not choice(80, 16, 64, 3, 3, padding=1)["pays"]
     assert choice(80, 256, 64, 1, 1)["rows"] == "matrix"
+    # Few outputs of many pixels have smaller tiles than a GEMM.
+    assert [choice(80, 64, 256, 1, 1)[key] for key in ("rows", "tile_n", "pays")] == [
+        "pixels",
+        64,
+        True,
+    ]
+    shared = [choice(80, 512, 512, 3, 3, extent=e, padding=1)["split_k"] for e in (7, 56)]
+    assert shared[0] > 1 == shared[1]
     with pytest.raises(ValueError, match=r"compute capability 7\.0"):
         choice(70, *few)
+    panels = Sparse24ConvPanels.from_sparse24(Sparse24Conv.from_dense(torch.zeros(few)))
+    none = {"capability": 80, "multiprocessors": 0, "shared_bytes": 0, "l2_bytes": 0}
+    with pytest.raises(ValueError, match="0 multiprocessors"):
+        sparse24_conv_choice((8, 64, 56, 56), panels, device=none)
+    assert ways_of((8, 64, 56, 56), panels) == []
 
 
 def test_wrong_kernels_of_convolutions_are_found(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

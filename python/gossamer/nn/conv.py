@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..formats import Block
+from ..formats import Block, Sparse24Conv
 from ..ops.blocksparse import blocksparse_conv_tensors
 from ..ops.conv_geometry import PADDING_MODES, Sizes, padding_of, per_axis
 from ..ops.operands import activation_of, autocast_dtype
-from ..ops.sparse24_conv import sparse24_conv_tensors
-from .patterns import PatternName, pattern_of
+from ..ops.sparse24_conv import pays_to_pack, sparse24_conv_tensors
+from .patterns import Panels, PatternName, Portable, pattern_of
 from .trainable import TrainableModule
-
-if TYPE_CHECKING:
-    pass
 
 # Leaves for torch.fx, which could not follow their branches on x.
 torch.fx.wrap("blocksparse_conv_tensors")
@@ -32,10 +29,10 @@ class SparseConv(TrainableModule):
 
     How many axes it has is that of ``kernel_size`` here; ``SparseConv1d``, ``SparseConv2d`` and
     ``SparseConv3d`` say it by their name. The weight is the Parameter ``values`` under the fixed
-    pattern of its indices. ``pack()`` replaces it by ``panels``, which the kernels of its device
-    read as they are, for inference, where there are faster ones than torch's
-    with a dense weight. A ``state_dict``, a pickle and a deep copy hold an open format and are
-    validated before a layer takes them over.
+    pattern of its indices. For inference ``pack()`` replaces it by ``panels``, which the kernels of
+    its device read as they are, where there are faster ones than torch's with a dense weight. A
+    ``state_dict``, a pickle and a deep copy hold an open format and are validated before a layer
+    takes them over.
 
     Parameters
     ----------
@@ -242,6 +239,13 @@ class SparseConv(TrainableModule):
         rest = (*geometry, activation, residual)
         dtype = self._panels_dtype or stored.dtype
         return sparse24_conv_tensors(input, stored, indices, *kind, dtype, *rest)
+
+    def _packed(self, weight: Portable) -> Panels | None:
+        if isinstance(weight, Sparse24Conv):
+            steps = (self.stride, self.padding, self.dilation)
+            if not pays_to_pack(weight, *steps):
+                return None
+        return super()._packed(weight)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

@@ -25,7 +25,6 @@ from ..formats import (
 from ..formats.csr import column_dtype, from_keys
 from ..formats.geometry import check_weight_shape, whole_number
 from ..formats.sparse24_conv import sparse24_matrix_shape
-from ..ops.sparse24_conv import pays_to_pack
 from ..prune import (
     blocks_kept,
     check_density,
@@ -144,7 +143,7 @@ class Pattern24(Pattern):
         if isinstance(weight, Sparse24):
             return Sparse24Panels.from_sparse24(weight)
         assert isinstance(weight, Sparse24Conv)
-        return Sparse24ConvPanels.from_sparse24(weight) if pays_to_pack(weight) else None
+        return Sparse24ConvPanels.from_sparse24(weight)
 
     def held_panels(
         self, panels: Tensor, dtype: torch.dtype, *indices: Tensor

@@ -233,6 +233,10 @@ class TrainableModule(PackableModule):
             portable = self._pattern.unpacked(weight)
             self._set_portable(portable, requires_grad=self._values_require_grad)
 
+    def _packed(self, weight: Portable) -> Panels | None:
+        """The weight in the layout that its device reads fastest, or None if there is no other."""
+        return self._pattern.packed(weight)
+
     def _hold_panels(self) -> None:
         weight = self.weight
         if isinstance(weight, Panels):
@@ -242,7 +246,7 @@ class TrainableModule(PackableModule):
                 f"{type(self).__name__}: 'values' are computed from others: call "
                 "torch.nn.utils.prune.remove(layer, 'values') before pack()"
             )
-        panels = self._pattern.packed(weight)
+        panels = self._packed(weight)
         if panels is not None:
             self._values_require_grad = weight.values.requires_grad
             self.values = None

@@ -133,6 +133,9 @@ def dense_conv(
     """torch's convolution with a dense weight, of an x that it reads right."""
     outputs = output_sizes(op, x, geometry.shape[2:], *geometry.steps)
     conv = _CONVS[x.dim()]
+    if x.is_cpu and x.dim() == 3:
+        # torch 2.13's conv1d may end the process where the channels of its weight lie side by side.
+        weight = weight.contiguous()
     if has_loops_only(x):
         return conv_in_float32(conv, x, weight, bias, *geometry.steps, geometry.groups)
     if is_misread(x, geometry, outputs):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._cuda_module import gpu_of, on_cuda
+from .._cuda_module import gpu_of, obstacle, on_cuda
 from ..formats import Sparse24Conv, Sparse24ConvPanels
-from .conv_geometry import Sizes, prepare
+from .conv_geometry import Sizes, per_axis, prepare
 from .conv_operands import LAST, Geometry, empty_result, is_channels_last
 from .operands import autocast_dtype, autocast_to
 from .sparse24_conv_product import SPARSE24_CONV as _OP
@@ -172,13 +172,22 @@ def sparse24_conv_choice(
     return _choice(x_shape, weight, packed, where, *rest)
 
 
-def pays_to_pack(weight: Sparse24Conv) -> bool:
+def pays_to_pack(
+    weight: Sparse24Conv, stride: Sizes = 1, padding: Sizes | str = 0, dilation: Sizes = 1
+) -> bool:
     """Whether a kernel reads panels of it that is faster than torch with the dense weight."""
-    extents = (1,) * (len(weight.shape) - 2)
-    many = (2**20, weight.shape[1] * weight.groups, *weight.shape[2:])
-    if gpu_of(weight.device) is None:
-        return bool(_choice(many, weight, False, weight.device, extents)["kernel"] == "pairs")
-    return bool(_choice(many, weight, True, weight.device, extents).get("pays", False))
+    device = weight.device
+    kernel, axes = weight.shape[2:], len(weight.shape) - 2
+    steps = per_axis(_OP, "dilation", dilation, axes, 1)
+    windows = (step * (size - 1) + 1 for step, size in zip(steps, kernel, strict=True))
+    many = (2**20, weight.shape[1] * weight.groups, *windows)
+    geometry = (stride, padding, dilation)
+    if gpu_of(device) is None:
+        on_cpu = device.type == "cpu"
+        return on_cpu and _choice(many, weight, False, device, *geometry)["kernel"] == "pairs"
+    if obstacle(device) is not None:
+        return False
+    return bool(_choice(many, weight, True, device, *geometry).get("pays", False))
 
 
 def _choice(
@@ -206,10 +215,13 @@ def sparse24_conv_ways(
     padding_mode: str = "zeros",
     device: torch.device | dict[str, int] | None = None,
 ) -> list[Way]:
-    """Every way in which a GPU's kernels gather pixels; as ``sparse24_conv_choice`` otherwise."""
+    """Every way in which a GPU's kernels gather pixels, none on the CPU.
+
+    As ``sparse24_conv_choice`` otherwise.
+    """
     x, y, of = _product(x_shape, weight, stride, padding, dilation, padding_mode)
     gpu = gpu_of(weight.device if device is None else device)
-    ways: list[Way] = _ask(_C.sparse24_conv_ways_cuda, x, y, of, 0 if gpu is None else gpu)
+    ways: list[Way] = [] if gpu is None else _ask(_C.sparse24_conv_ways_cuda, x, y, of, gpu)
     return ways
 
 
@@ -227,11 +239,8 @@ def sparse24_conv_by_way(
     conv = prepare(_OP, x, *kind, stride, padding, dilation, padding_mode)
     geometry = Geometry(*kind, conv.stride, conv.padding, conv.dilation)
     y = empty_result(_OP, conv.x, None, geometry)
-    by_way(conv.x, y, weight.panels, None, geometry, "none", _MOST_WORKSPACE, way)
+    by_way(conv.x, y, weight.panels, None, geometry, "none", _C.cuda_most_workspace_bytes, way)
     return conv.result(y)
-
-
-_MOST_WORKSPACE = 32 << 20  # kMaxWorkspaceBytes
 
 
 def _product(

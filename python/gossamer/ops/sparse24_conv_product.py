@@ -156,7 +156,10 @@ def _native_cuda(
     *numbers, activation = rest
     geometry = Geometry(*numbers)
     y = empty_result(SPARSE24_CONV, x, bias, geometry)
-    if indices is not None or y.numel() == 0:  # a weight in training: as its gradients
+    check_residual(SPARSE24_CONV, residual, y.shape)
+    if y.numel() == 0:
+        return y
+    if indices is not None:  # a weight in training: as its gradients
         return _dense(x, stored, indices, bias, residual, *rest)
     chosen = choose_cuda(*asked_of_cuda(x, y, geometry), x.get_device())
     if chosen["kernel"] == "dense":
@@ -179,8 +182,8 @@ def by_way(
     way: Way | None = None,
 ) -> None:
     """Writes y by the GPU's kernels, in the way that is chosen or one of those that there are."""
-    pixels = as_5d(y, True)
-    out, rows = pixels.contiguous(), as_5d(x, True).contiguous()
+    pixels, rows = as_5d(y, True), as_5d(x, True).contiguous()
+    out = pixels if pixels.is_contiguous() else y.new_empty(pixels.shape)
     if rows.data_ptr() % 16 != 0:
         rows = rows.clone()
     workspace, counters = workspace_of(x, nbytes)
@@ -291,7 +294,8 @@ class _Conv(torch.autograd.Function):
         x, stored, indices, _, *ctx.geometry = inputs
         ctx.x_shape, ctx.dtype = x.shape, x.dtype
         # x serves dvalues alone, and the weight dx alone.
-        ctx.save_for_backward(saved_for(stored, x), saved_for(x, stored), indices)
+        kept_x = None if indices is None else saved_for(stored, x)  # panels are not trained
+        ctx.save_for_backward(kept_x, saved_for(x, stored), indices)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
