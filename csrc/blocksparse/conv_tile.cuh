@@ -20,7 +20,8 @@ struct ConvLayout : ConvPixels {
 
 inline ConvLayout layout_of(const CudaConvArgs& args) {
   const Weight& w = args.conv.weight;
-  ConvLayout layout{ConvPixels(args.conv.shape)};
+  ConvLayout layout{};
+  static_cast<ConvPixels&>(layout) = ConvPixels(args.conv.shape);
   layout.crow = w.crow_indices, layout.col = w.col_indices;
   layout.nnz = static_cast<int>(w.nnz);
   layout.rows = static_cast<int>(w.rows), layout.cols = static_cast<int>(w.cols);

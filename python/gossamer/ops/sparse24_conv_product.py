@@ -156,6 +156,7 @@ def _native_cuda(
     *numbers, activation = rest
     geometry = Geometry(*numbers)
     y = empty_result(SPARSE24_CONV, x, bias, geometry)
+    activation_of(SPARSE24_CONV, activation)
     check_residual(SPARSE24_CONV, residual, y.shape)
     if y.numel() == 0:
         return y

@@ -3,8 +3,8 @@
 #include "sparse24/conv_cuda.h"
 #include "sparse24/conv_sm80.cu"
 
-// sizes: the batch, groups, C_in and C_out, then kernel, stride, padding, dilation, extents of x and
-// of y (d, h, w each). config: kernel, tile_n, tile_m, warps_k, split_k and blocks.
+// sizes: the batch, groups, C_in and C_out, then kernel, stride, padding, dilation, extents of x
+// and of y (d, h, w each). config: kernel, tile_n, tile_m, warps_k, split_k and blocks.
 GOSSAMER_EXPORT int conv(int64_t dtype, const int64_t* sizes, const uint32_t* panels, const void* x,
                          const void* bias, int64_t activation, void* out, const int64_t* config,
                          void* workspace, int32_t* counters, char* text, int64_t text_bytes) {
@@ -32,8 +32,8 @@ GOSSAMER_EXPORT int conv(int64_t dtype, const int64_t* sizes, const uint32_t* pa
     gemm.workspace = workspace;
     gemm.counters = counters;
     const auto number = [&](int i) { return static_cast<int>(config[i]); };
-    gemm.config = {static_cast<CudaKernel>(config[0]), number(1), number(2), number(3), number(4),
-                   number(5)};
+    gemm.config = {
+        static_cast<CudaKernel>(config[0]), number(1), number(2), number(3), number(4), number(5)};
     run_conv(args, nullptr);
   });
 }
