@@ -107,7 +107,10 @@ def test_hopper_tiles_match_dense(
             check_exact(conv.run(kernels, way), expected)
 
 
-@pytest.mark.parametrize("number", range(0, 300, 4))
+# Above the kernels, padding by name is numbers.
+@pytest.mark.parametrize(
+    "number", [n for n in range(0, 300, 4) if not isinstance(CASES[n].padding, str)]
+)
 def test_any_convolution_matches_dense(kernels: KernelLibrary, number: int) -> None:
     drawn = CASES[number]
     case = replace(
@@ -118,8 +121,6 @@ def test_any_convolution_matches_dense(kernels: KernelLibrary, number: int) -> N
         group_out=16 * drawn.group_out if drawn.groups > 1 else drawn.group_out,
         dtype=HALVES[number // 8 % 2],
     )
-    if isinstance(case.padding, str):
-        return  # which above the kernels is numbers
     conv = Conv24.of(case)
     ways, expected = [*conv.ways(80), *hopper_ways(conv)], rounded(conv)
     for way in (ways[number % len(ways)], ways[-1]):
