@@ -33,19 +33,9 @@ void launch_linear(const char* op, CudaLinearArgs args, const TensorView& out,
   const int64_t tiles = args.config.tiles(args.dtype, args.m, args.n);
   GOSSAMER_CHECK(tiles <= std::numeric_limits<int32_t>::max(), op, ": ", tiles,
                  " thread blocks, CUDA has up to 2**31 - 1");
-  if (args.config.split_k > 1) {
-    const int64_t bytes = args.config.workspace_bytes(args.dtype, args.m, args.n);
-    GOSSAMER_CHECK(workspace && counters, op, ": ", bytes, " bytes of workspace are needed");
-    check_device(op, "workspace", *workspace, "out", out);
-    check_device(op, "counters", *counters, "out", out);
-    check_dtype(op, "counters", *counters, DType::kInt32);
-    const int64_t given = workspace->numel() * size_of(workspace->dtype);
-    GOSSAMER_CHECK(given >= bytes && counters->numel() >= tiles, op, ": ", given,
-                   " bytes of workspace and ", counters->numel(), " counters, expected ", bytes,
-                   " and ", tiles);
-    args.workspace = static_cast<float*>(workspace->data);
-    args.counters = counters->as<int32_t>();
-  }
+  const CudaWorkspace meeting = workspace_of(
+      op, args.config.workspace_bytes(args.dtype, args.m, args.n), tiles, workspace, counters, out);
+  args.workspace = static_cast<float*>(meeting.sums), args.counters = meeting.counters;
   module.actsparse->linear(args, stream_of(out));
 }
 

@@ -19,9 +19,7 @@ NamedConfig name_of(const CudaConvConfig& config) {
 
 void check_reach(const char* op, const ConvShape& s, const Weight& w) {
   for (int axis = 0; axis < 3; ++axis) {
-    const double farthest = static_cast<double>(s.out[axis] - 1) * s.stride[axis] +
-                            static_cast<double>(s.kernel[axis] - 1) * s.dilation[axis];
-    GOSSAMER_CHECK(farthest <= kMost, op, ": ", s.out[axis], " outputs with stride ",
+    GOSSAMER_CHECK(s.reach(axis) <= kMost, op, ": ", s.out[axis], " outputs with stride ",
                    s.stride[axis], " and a kernel of ", s.kernel[axis], " with dilation ",
                    s.dilation[axis], " reach further than a GPU's kernels count");
   }

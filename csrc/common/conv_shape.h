@@ -32,6 +32,12 @@ struct ConvShape {
     }
     return itself;
   }
+  // The last position along an axis that a pixel of y sees, from the first that one sees; of huge
+  // sizes a rounded number.
+  double reach(int axis) const {
+    return static_cast<double>(out[axis] - 1) * stride[axis] +
+           static_cast<double>(kernel[axis] - 1) * dilation[axis];
+  }
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t group_in() const { return in_channels / groups; }
   int64_t group_out() const { return out_channels / groups; }

@@ -49,6 +49,23 @@ const CudaModule& cuda_module(const char* op, const TensorView& t) {
 
 CudaStream stream_of(const TensorView& t) { return {t.device_index, t.stream}; }
 
+CudaWorkspace workspace_of(const char* op, int64_t bytes, int64_t counters,
+                           const std::optional<TensorView>& given_workspace,
+                           const std::optional<TensorView>& given_counters,
+                           const TensorView& near) {
+  if (bytes == 0) return {};
+  GOSSAMER_CHECK(given_workspace && given_counters, op, ": ", bytes,
+                 " bytes of workspace are needed");
+  check_device(op, "workspace", *given_workspace, "the product", near);
+  check_device(op, "counters", *given_counters, "the product", near);
+  check_dtype(op, "counters", *given_counters, DType::kInt32);
+  const int64_t given = given_workspace->numel() * size_of(given_workspace->dtype);
+  GOSSAMER_CHECK(given >= bytes && given_counters->numel() >= counters, op, ": ", given,
+                 " bytes of workspace and ", given_counters->numel(), " counters, expected ", bytes,
+                 " and ", counters);
+  return {given_workspace->data, given_counters->as<int32_t>()};
+}
+
 CudaDevice device_of(const char* op, const std::variant<int, py::dict>& device) {
   CudaDevice traits;
   if (const int* index = std::get_if<int>(&device)) {

@@ -2,6 +2,7 @@
 // Where the border hands a call to the CUDA module. Included by api files only.
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
 #include <variant>
 
@@ -17,6 +18,18 @@ const CudaModule& cuda_module(const char* op);
 // or where the tensor is on no GPU, or on one too old for its kernels.
 const CudaModule& cuda_module(const char* op, const TensorView& t);
 CudaStream stream_of(const TensorView& t);
+
+// What blocks that share a tile meet in.
+struct CudaWorkspace {
+  void* sums = nullptr;
+  int32_t* counters = nullptr;  // zeros, as they are left
+};
+
+// What is given, where it is on the device of `near` and holds that many bytes and counters;
+// nothing where no bytes are needed.
+CudaWorkspace workspace_of(const char* op, int64_t bytes, int64_t counters,
+                           const std::optional<TensorView>& given_workspace,
+                           const std::optional<TensorView>& given_counters, const TensorView& near);
 
 // The device that a choice is asked for: one that is here, or a description of any other. A
 // ValueError where it is too old.

@@ -37,12 +37,7 @@ void check_aligned_rows(const char* op, const TensorView& x);
 using NamedConfig = std::tuple<std::string, int, int, int, int, int>;
 
 // What there is to know of a way to cut a product up.
-pybind11::dict report_of(const CudaGemmConfig& config, int64_t m, int64_t n);
-
-// Hands over what is checked to be large enough.
-void give_workspace(const char* op, CudaGemmArgs& args, int64_t bytes, const TensorView& x,
-                    const std::optional<TensorView>& workspace,
-                    const std::optional<TensorView>& counters);
+pybind11::dict report_of(const CudaGemmConfig& config, int64_t workspace_bytes);
 
 // Chooses the kernel for a weight of `stored` values, unless one is given, and launches it on the
 // stream of x, with what `args` says besides. Nothing to do without rows.

@@ -77,7 +77,9 @@ void bind_product(const TensorView& out, const TensorView& x, const TensorView& 
       config ? named(s, x.dtype, device, *config) : choose_cuda_conv(s, x.dtype, device);
   GOSSAMER_CHECK(choice.way != ConvWay::kDense, kOp, ": no kernel here: ", choice.why);
   gemm.config = choice.config;
-  give_workspace(kOp, gemm, bytes_of(choice, s), x, workspace, counters);
+  const CudaWorkspace meeting =
+      workspace_of(kOp, bytes_of(choice, s), kCudaCounters, workspace, counters, x);
+  gemm.workspace = meeting.sums, gemm.counters = meeting.counters;
   if (choice.way == ConvWay::kMatrix) {
     module.sparse24->gemm(gemm, stream_of(x));
   } else {
@@ -117,9 +119,7 @@ py::dict choose(const Sizes& x, const Sizes& out, const std::string& dtype, int6
     report["target"] = "torch";
     report["workspace_bytes"] = 0;
   } else {
-    const ConvProduct of(s);
-    report = report_of(choice.config, of.m, of.n);
-    report["workspace_bytes"] = bytes_of(choice, s);
+    report = report_of(choice.config, bytes_of(choice, s));
     report["rows"] = choice.way == ConvWay::kMatrix ? "matrix" : "pixels";
   }
   report["why"] = choice.why;

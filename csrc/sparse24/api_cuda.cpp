@@ -50,22 +50,6 @@ CudaGemmConfig config_of(const char* op, const NamedConfig& given, const CudaGem
 
 }  // namespace
 
-void give_workspace(const char* op, CudaGemmArgs& args, int64_t bytes, const TensorView& x,
-                    const std::optional<TensorView>& workspace,
-                    const std::optional<TensorView>& counters) {
-  if (bytes == 0) return;
-  GOSSAMER_CHECK(workspace && counters, op, ": ", bytes, " bytes of workspace are needed");
-  check_device(op, "workspace", *workspace, "x", x);
-  check_device(op, "counters", *counters, "x", x);
-  check_dtype(op, "counters", *counters, DType::kInt32);
-  const int64_t given = workspace->numel() * size_of(workspace->dtype);
-  GOSSAMER_CHECK(given >= bytes && counters->numel() >= kCudaCounters, op, ": ", given,
-                 " bytes of workspace and ", counters->numel(), " counters, expected ", bytes,
-                 " and ", kCudaCounters);
-  args.workspace = workspace->data;
-  args.counters = counters->as<int32_t>();
-}
-
 void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorView& x,
                  const std::optional<TensorView>& workspace,
                  const std::optional<TensorView>& counters,
@@ -76,7 +60,9 @@ void launch_gemm(const char* op, CudaGemmArgs args, DType stored, const TensorVi
   check_product(op, stored, device);
   args.config = config ? config_of(op, *config, args, stored, device)
                        : choose_cuda_gemm_config(args.m, args.n, args.k, stored, device);
-  give_workspace(op, args, workspace_bytes(args.config, args.m, args.n), x, workspace, counters);
+  const CudaWorkspace meeting = workspace_of(op, workspace_bytes(args.config, args.m, args.n),
+                                             kCudaCounters, workspace, counters, x);
+  args.workspace = meeting.sums, args.counters = meeting.counters;
   module.sparse24->gemm(args, stream_of(x));
 }
 
@@ -120,14 +106,14 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   const CudaDevice traits = device_of(op, device);
   check_product(op, type, traits);
   const CudaGemmConfig config = choose_cuda_gemm_config(m, n, k, type, traits);
-  py::dict report = report_of(config, m, n);
+  py::dict report = report_of(config, workspace_bytes(config, m, n));
   report["why"] = reason(config.kernel, m);
   return report;
 }
 
 }  // namespace
 
-py::dict report_of(const CudaGemmConfig& config, int64_t m, int64_t n) {
+py::dict report_of(const CudaGemmConfig& config, int64_t workspace_bytes) {
   py::dict report;
   const bool hopper = config.kernel == CudaKernel::kWgmma || config.kernel == CudaKernel::kStream;
   report["target"] = hopper ? "sm_90" : "sm_80";
@@ -137,7 +123,7 @@ py::dict report_of(const CudaGemmConfig& config, int64_t m, int64_t n) {
   report["warps_k"] = config.warps_k;
   report["split_k"] = config.split_k;
   report["blocks"] = config.blocks;
-  report["workspace_bytes"] = workspace_bytes(config, m, n);
+  report["workspace_bytes"] = workspace_bytes;
   return report;
 }
 

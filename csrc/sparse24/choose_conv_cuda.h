@@ -107,9 +107,7 @@ inline bool is_countable(const ConvShape& s) {
   constexpr double kMost = 0x7fffffff;
   bool all = s.out_pixels() <= 0x7fffffff;
   for (int axis = 0; axis < 3; ++axis) {
-    const double farthest = static_cast<double>(s.out[axis] - 1) * s.stride[axis] +
-                            static_cast<double>(s.kernel[axis] - 1) * s.dilation[axis];
-    all = all && farthest <= kMost;
+    all = all && s.reach(axis) <= kMost;
   }
   return all;
 }
