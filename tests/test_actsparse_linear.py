@@ -152,10 +152,18 @@ def test_many_tokens_are_multiplied_densely_where_that_is_faster(actsparse_targe
     some = torch.randn(64, 300) * (torch.rand(64, 300) < 0.3)
     for dtype in DTYPES:
         assert kernel(some.to(dtype), weight.to(dtype))[1]
-    # Torch's own products of it take seconds without AVX-512's float16.
-    half, of_inputs = dense.half(), weight.half()
+    # Without AVX-512's float16 a dense product of it makes a weight in float32 first.
+    half, of_inputs, of_outputs = dense.half(), weight.half(), weight.t().contiguous().half()
+    wanted = torch.ones(70, 90) > 0
     assert kernel(half, of_inputs)[1]
-    assert outputs_kernel(half, torch.randn(90, 300).half(), torch.ones(70, 90) > 0)[1]
+    assert outputs_kernel(half, of_outputs, wanted)[1]
+    half, wanted = half.repeat(6, 1), wanted.repeat(6, 1)
+    assert kernel(half, of_inputs)[1] == serial
+    assert outputs_kernel(half, of_outputs, wanted)[1] == serial
+    assert kernel(some.half().repeat(6, 1), of_inputs)[1]
+    LinearOracle(half, of_inputs, threshold=0.1).check(
+        actsparse_linear(half, of_inputs, threshold=0.1)
+    )
 
 
 def test_beside_tiles_16_bits_have_to_skip_more() -> None:

@@ -70,6 +70,31 @@ def test_few_rows_times_a_transposed_matrix_are_dot_products(loops: bool) -> Non
     assert bool(narrow.found) != loops
 
 
+@pytest.mark.parametrize("right", [(24, 8), (24, 24), (3, 24, 8), (24, 0), (0, 8)], ids=str)
+def test_product_in_pieces(right: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    left = torch.randn(*right[:-2], 5, right[-2]).bfloat16()
+    b = torch.randn(right).bfloat16()
+    for bytes_of_piece in (1, 24 * 4 * 3, 24 * 4 * 8):
+        monkeypatch.setattr(_wide, "_PIECE_BYTES", bytes_of_piece)
+        for each in (b, b.mT.contiguous().mT):
+            y = _wide.wide_matmul(left, each)
+            assert y.dtype == torch.float32
+            assert y.is_contiguous()
+            torch.testing.assert_close(y, left.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_is_rounded_once_through_float32(dtype: torch.dtype, loops: bool) -> None:
+    x, weight, bias = (torch.randn(s).to(dtype) for s in ((40, 24), (8, 24), (8,)))
+    y = _wide.linear(x, weight, bias, F.gelu)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    assert y.dtype == dtype
+    tolerance = torch.finfo(dtype).eps / (2 if loops else 0.25)
+    torch.testing.assert_close(y.double(), exact, rtol=1.01 * tolerance, atol=tolerance / 4)
+    without = _wide.linear(x, weight, None, None).double()
+    torch.testing.assert_close(without, F.linear(x.double(), weight.double()), rtol=0.02, atol=0.02)
+
+
 def linear_24(x: Tensor) -> tuple[Tensor, list[Tensor]]:
     made = gossamer.nn.SparseLinear.from_dense(nn.Linear(32, 48), "2:4", prune="magnitude")
     layer = made.to(x.dtype)

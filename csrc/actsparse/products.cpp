@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "actsparse/unit.h"
@@ -77,28 +76,30 @@ int64_t find_wanted(const uint8_t* wanted, int64_t tokens, int64_t n, ActiveRow*
 struct Costs {
   double row, token, product, dense, dense_token;
 };
-constexpr double kNever = std::numeric_limits<double>::infinity();
-
-// Of 16 bits by what torch has for them. CPUs with AMX have AVX-512's own float16, too. Without
-// either its products take up to a thousand times as long as those of float32 (the weight's layout
-// is not the one that it is quick with).
-double dense_token_of_16_bits(DType dtype, double by_tiles) {
+// With a dense product of 16 bits by what torch has for them. CPUs with AMX have AVX-512's own
+// float16, too. Without either the product goes through float32, whose weight is made in each call
+// (measured on two cores of Zen 3).
+Costs of_16_bits(Costs costs, DType dtype) {
   const Target best = target();
-  if (dtype == DType::kFloat16) return best >= Target::kAMXBF16 ? 0.08 : kNever;
-  if (best >= Target::kAMXBF16) return by_tiles;
-  if (best >= Target::kAVX512BF16) return 0.2;
-  return best >= Target::kAVX512 ? 0.7 : kNever;
+  if (best >= Target::kAMXBF16) {
+    costs.dense_token = dtype == DType::kFloat16 ? 0.08 : costs.dense_token;
+  } else if (best >= Target::kAVX512 && dtype == DType::kBFloat16) {
+    costs.dense_token = best >= Target::kAVX512BF16 ? 0.2 : 0.7;
+  } else {
+    costs.dense = 20, costs.dense_token = 0.085;
+  }
+  return costs;
 }
 
 Costs linear_costs(DType dtype) {
   if (dtype == DType::kFloat32) return {1.1, 0.015, 0.12, 2.0, 0.044};
-  return {1.1, 0.03, 0.15, 2.15, dense_token_of_16_bits(dtype, 0.007)};
+  return of_16_bits({1.1, 0.03, 0.15, 2.15, 0.007}, dtype);
 }
 
 // Beside the other layout of a dense weight.
 Costs outputs_costs(DType dtype) {
   if (dtype == DType::kFloat32) return {1.1, 0.0, 0.12, 3.4, 0.02};
-  return {1.1, 0.0, 0.25, 1.4, dense_token_of_16_bits(dtype, 0.01)};
+  return of_16_bits({1.1, 0.0, 0.25, 1.4, 0.01}, dtype);
 }
 
 // Of m tokens, judged by the first ones and by the rows of `most` that they have active.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _OUT_DTYPE = "dtype" in torch.ops.aten.bmm.overloads()  # from torch 2.8 on, on a GPU
@@ -15,6 +16,11 @@ _OUT_DTYPE = "dtype" in torch.ops.aten.bmm.overloads()  # from torch 2.8 on, on 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In what a dtype is summed: float32, or float64 for itself."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# Of a matrix in float32, to which memory that was in use before is given again. Of 64 MiB the
+# pages were new in every call, and took longer than a product of up to a hundred rows.
+_PIECE_BYTES = 16 * 2**20
 
 
 def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -32,7 +38,11 @@ def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
     # TF32 holds every number of a 16-bit type, so it is as good here wherever it is allowed; but
     # autocast, which stays on within an op, would make 16-bit operands of these again.
     with torch.autocast(a.device.type, enabled=False):
-        return a.to(wide(a.dtype)) @ b.to(wide(b.dtype))
+        a = a.to(wide(a.dtype))
+        columns = _PIECE_BYTES // (a.itemsize * max(b.shape[-2], 1))
+        if not a.is_cpu or torch.compiler.is_compiling() or columns >= b.shape[-1]:
+            return a @ b.to(a.dtype)
+        return torch.cat([a @ piece.to(a.dtype) for piece in b.split(max(columns, 1), -1)], -1)
 
 
 # The 16-bit types that oneDNN lacks on this CPU: torch multiplies them number by number. For other
@@ -61,6 +71,21 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         if rows >= FEW_ROWS or not b.mT.is_contiguous():
             return wide_matmul(a, b).to(a.dtype)
     return a @ b
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activate: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """``activate(F.linear(x, weight, bias))`` of many rows, through float32 where ``matmul`` is."""
+    if not has_loops_only(x):
+        y = F.linear(x, weight, bias)
+        return y if activate is None else activate(y)
+    y = wide_matmul(x, weight.mT)
+    y = y if bias is None else y.add_(bias)
+    return (y if activate is None else activate(y)).to(x.dtype)
 
 
 def has_loops_only(t: Tensor) -> bool:

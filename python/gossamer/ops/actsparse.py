@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
+from .._wide import linear
 from .actsparse_cuda import has_rows_kernel, rows_workspace
 from .actsparse_gradient import Linear, active, check_given, check_threshold, masked
 from .operands import (
@@ -194,9 +194,8 @@ def _dense(
     x: Tensor, weight_kn: Tensor, bias: Tensor | None, threshold: float, activation: str
 ) -> Tensor:
     # Of bfloat16 rows with gaps oneDNN multiplies what lies in the gaps, by 0.
-    y = F.linear(masked(x, threshold).contiguous(), weight_kn.t(), bias)
-    activate = activation_of(_OP, activation)
-    return y if activate is None else activate(y)
+    x = masked(x, threshold).contiguous()
+    return linear(x, weight_kn.t(), bias, activation_of(_OP, activation))
 
 
 def _fake(

@@ -7,11 +7,11 @@ of x saves a row of the weight, here one of y does. The rows are those of torch.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
 from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
+from .._wide import linear
 from .actsparse_cuda import has_outputs_kernel
 from .actsparse_gradient import Outputs, active, check_threshold
 from .operands import (
@@ -176,9 +176,9 @@ def _native_cuda(
 def _dense(
     x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
-    y = F.linear(x.contiguous(), weight, bias)  # as in actsparse_linear
-    activate = activation_of(_OP, activation)
-    return torch.where(wanted.contiguous(), y if activate is None else activate(y), 0)
+    # As in actsparse_linear.
+    y = linear(x.contiguous(), weight, bias, activation_of(_OP, activation))
+    return torch.where(wanted.contiguous(), y, 0)
 
 
 def _fake(
