@@ -122,6 +122,8 @@ def test_layer_mistakes() -> None:
         SparseMLP(up, down, down)
     with pytest.raises(ValueError, match="'tanh', expected one of relu"):
         SparseMLP(up, down, activation="tanh")
+    with pytest.raises(TypeError, match="activation is NoneType"):
+        SparseMLP(up, down, activation=None)  # type: ignore[arg-type]
 
 
 def test_convert_swaps_what_is_measured_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +209,22 @@ def test_greedy_costs_less_than_uniform() -> None:
     assert sum(r.error**2 for r in greedy) < sum(r.error**2 for r in uniform)
     assert greedy.sparsity == pytest.approx(0.5, abs=0.02)
     assert greedy.layers[1].sparsity > greedy.layers[0].sparsity
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.8, 0.99])
+def test_greedy_reaches_the_share_and_no_more(wanted: float) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x * (x.abs() > 2.6)), self.b(x)  # 99 % zeros, and none
+
+    torch.manual_seed(0)
+    report = gossamer.calibrate_thresholds(Two(), [torch.randn(2000, 64)], wanted, "greedy")
+    assert report.sparsity == pytest.approx(wanted, abs=0.002)
+    assert report.layers[0].threshold == 0
 
 
 def test_zeros_of_the_model_need_no_threshold() -> None:

@@ -295,6 +295,8 @@ def test_mistakes(change: dict[str, Any], error: type, text: str, gradient: bool
         ({"wanted": torch.zeros(2, 1).long()}, ValueError, r"wanted has shape \[2, 1\]"),
         ({"wanted": GATE.byte()}, TypeError, "wanted is torch.uint8"),
         ({"wanted": GATE.float(), "threshold": -0.5}, ValueError, "threshold is -0.5"),
+        ({"threshold": 0.5}, ValueError, "threshold is 0.5, which is for a gate; .*torch.bool"),
+        ({"wanted": GATE.float()[:4]}, ValueError, r"wanted has shape \[4, 4\]"),
         ({"wanted": GATE.float(), "threshold": None}, TypeError, "threshold is None"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias has shape \[8\], expected \[4\]"),
         ({"activation": "tanh"}, ValueError, "tanh"),

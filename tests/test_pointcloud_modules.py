@@ -111,6 +111,31 @@ def test_inverse_returns_to_the_voxels_it_came_from() -> None:
         up(half, x)
 
 
+def test_what_others_make_of_the_same_voxels_is_no_history() -> None:
+    x = scene()
+    down, up = pc.Conv3d(4, 4, 2, 2), pc.InverseConv3d(4, 4, 2)
+    grow = pc.ConvTranspose3d(4, 4, 2, 2)
+    for _ in range(2):  # the maps of the second pass are those of the first
+        half = down(x)
+        grown = grow(half)
+        again = down(grown, half)  # the voxels of half, by another way
+        assert len(grown) > len(x)
+        assert again.coordinates.is_same(half.coordinates)
+        assert up(half).coordinates.is_same(x.coordinates)
+        assert up(pc.MaxPool3d(2)(x)).coordinates.is_same(x.coordinates)
+        back = up(again)
+        assert back.coordinates.is_same(grown.coordinates)
+    # What made a target is known of the result, too, where nothing later has that kernel.
+    low = pc.Conv3d(4, 4, 3, 3)(half)
+    lower = pc.Conv3d(4, 4, 4, 4)(grown, low)
+    home = pc.InverseConv3d(4, 4, 4)(lower)
+    assert home.coordinates.is_same(grown.coordinates)
+    assert up(pc.InverseConv3d(4, 4, 3)(lower)).coordinates.is_same(x.coordinates)
+    for _ in range(50):  # and it does not grow
+        again = down(grow(again), half)
+    assert sum(map(len, again.coordinates._history.values())) < 8
+
+
 def test_given_outputs() -> None:
     x = scene()
     layer = pc.Conv3d(4, 6, 3, 2, 1)
@@ -381,6 +406,9 @@ def test_other_weights_that_do_not_fit() -> None:
         pc.load_torchsparse({"0.kernel": torch.zeros(8, 4, 6)}, model)
     with pytest.raises(ValueError, match="a model says which"):
         pc.load_minkowski({"kernel": torch.zeros(18, 4, 6)})
+    counted = {"0.weight": torch.zeros(6, 3, 3, 3, 4), "0.bias": torch.zeros(6)}
+    counted["0._max_num_voxels_during_training"] = torch.tensor([7])
+    model.load_state_dict(pc.load_spconv(counted, model))
     grouped = nn.Sequential(pc.Conv3d(4, 6, 3, groups=2))
     with pytest.raises(ValueError, match="in groups"):
         pc.load_spconv({"0.weight": torch.zeros(6, 3, 3, 3, 4)}, grouped)

@@ -89,6 +89,12 @@ def test_collate_makes_one_batch() -> None:
         pc.collate([x, x.replace_feats(x.feats[:, :2])])
     with pytest.raises(ValueError, match="no samples"):
         pc.collate([])
+    with pytest.raises(TypeError, match="sample 1 is tuple of Tensor, Tensor, int, expected a Sp"):
+        pc.collate([x, (cells, torch.ones(2, 3), 7)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="sample 0 is NoneType"):
+        pc.collate([None])  # type: ignore[list-item]
+    arrays = pc.collate([(cells.numpy(), torch.ones(2, 3).numpy())])
+    assert torch.equal(arrays.coords[:, 1:], cells.int())
 
 
 def test_feats_and_coords_must_agree() -> None:
@@ -193,6 +199,9 @@ def test_voxelize_refuses_with_values() -> None:
     for error, text, kwargs in [
         (ValueError, r"point 1, \[2, nan\], is not finite", {"points": points.log().sqrt()}),
         (ValueError, r"point 0, \[0, 1e\+12\], is not finite or lies", {"points": points * 1e12}),
+        (TypeError, "points are ndarray, expected a Tensor", {"points": points.numpy()}),
+        (TypeError, "features are list", {"features": [0, 1]}),
+        (ValueError, "voxel_size is -1.0,", {"voxel_size": torch.tensor(-1.0)}),
         (TypeError, "points are torch.int64", {"points": points.long()}),
         (ValueError, r"points have shape \[2\]", {"points": points[0]}),
         (ValueError, "voxel_size is 0,", {"voxel_size": 0}),

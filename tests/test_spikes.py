@@ -145,7 +145,7 @@ WEIGHT = torch.randn(11, 4)
     [
         ({"spikes": torch.full((2, 11), 0.5)}, ValueError, r"x\[0, 0\] is neither 0 nor 1"),
         ({"spikes": torch.full((2, 11), float("nan"))}, ValueError, "neither 0 nor 1"),
-        ({"spikes": torch.zeros(2, 11).int()}, TypeError, "int32"),
+        ({"spikes": torch.zeros(2, 11).int()}, TypeError, "int32, expected bool, uint8 or"),
         ({"spikes": torch.zeros(2, 11).double()}, TypeError, "float64"),
         ({"spikes": torch.zeros(2, 10)}, ValueError, "10 features, the weight expects 11"),
         ({"spikes": torch.zeros(2, 3).byte()}, ValueError, "3 bytes of spikes.* expects 2"),

@@ -340,6 +340,18 @@ def test_autoencoder_is_the_dense_one(target: str) -> None:
     assert "d_model=16, width=100, k=5" in repr(model)
     with pytest.raises(ValueError, match="k is 101"):
         TopKAutoencoder(16, 100, 101)
+    with pytest.raises(TypeError, match=r"4\.5, expected a whole number"):
+        TopKAutoencoder(16, 100, 4.5)  # type: ignore[arg-type]
+
+
+def test_decoder_of_float16_is_normalized() -> None:
+    model = TopKAutoencoder(8, 4, 2, dtype=torch.float16)
+    with torch.no_grad():
+        model.decoder_weight[0] = 0
+        model.decoder_weight[1] = 60000.0  # 8 of them are longer than the type counts
+    model.normalize_decoder()
+    lengths = model.decoder_weight.detach().float().norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.tensor([0.0, 1, 1, 1]), rtol=2e-3, atol=0)
 
 
 def test_autoencoder_learns(threads: int) -> None:
@@ -452,6 +464,7 @@ def test_decode_mistakes(
     [
         ({"k": 0}, ValueError, "k is 0, expected 1 to 4"),
         ({"k": 5}, ValueError, "k is 5, expected 1 to 4"),
+        ({"k": 2.0}, TypeError, "k is 2.0, expected a whole number"),
         ({"x": torch.randn(3, 6)}, ValueError, "6 features, the weight expects 5"),
         ({"x": torch.randn(3, 5).half()}, TypeError, "float16"),
         ({"bias": torch.zeros(5)}, ValueError, r"shape \[5\], expected \[4\]"),

@@ -43,7 +43,9 @@ void bind_pack(const TensorView& bits, const TensorView& x, int threads) {
     case DType::kFloat16: wrong = pack_words<uint16_t>(x, 0x3c00, bits, threads); break;
     case DType::kFloat32: wrong = pack_words<uint32_t>(x, 0x3f800000, bits, threads); break;
     case DType::kFloat64: wrong = pack_words<uint64_t>(x, 0x3ff0000000000000, bits, threads); break;
-    default: check_weight_dtype(op, "x", x);
+    default:
+      throw py::type_error(std::string(op) + ": x is " + name(x.dtype) +
+                           ", expected bool, uint8 or a floating dtype");
   }
   GOSSAMER_CHECK(wrong < 0, op, ": x[", wrong / features, ", ", wrong % features,
                  "] is neither 0 nor 1");

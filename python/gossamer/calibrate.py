@@ -18,7 +18,7 @@ from .ops.actsparse_gradient import masked
 
 # Kept of each layer: rows for the error of its output, magnitudes for the quantiles.
 _ROWS, _MAGNITUDES = 64, 1 << 18
-_STEPS = 20  # of sparsity that "greedy" tries, up to the last one before everything is skipped
+_STEPS = 20  # of sparsity that "greedy" tries
 
 
 @dataclass(frozen=True)
@@ -242,13 +242,14 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> list[_Inputs]:
 
 def _greedy_shares(seen: list[_Inputs], sparsity: float) -> list[float]:
     """Each layer's share of skipped inputs, by steps that cost least error a weight saved."""
-    levels = [min(seen_one.sparsity(0.0), 1 - 1 / _STEPS) for seen_one in seen]
+    levels = [one.sparsity(0.0) for one in seen]
+    most = max(1 - 1 / _STEPS, sparsity)  # of a layer that is not yet there by itself
     errors = [0.0] * len(seen)
     total = sum(one.weights for one in seen)
 
     def step(i: int) -> tuple[float, float, float]:
         """The price of a layer's next step, the share after it and its error."""
-        share = min(levels[i] + 1 / _STEPS, 1 - 1 / _STEPS)
+        share = min(levels[i] + 1 / _STEPS, most)
         if share <= levels[i]:
             return float("inf"), levels[i], errors[i]
         error = seen[i].error(seen[i].threshold(share)) ** 2

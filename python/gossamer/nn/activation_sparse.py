@@ -220,7 +220,7 @@ class SparseMLP(nn.Module):
     Raises
     ------
     TypeError
-        If a layer is not a ``torch.nn.Linear``.
+        If a layer is not a ``torch.nn.Linear``, or the activation neither a name nor callable.
     ValueError
         If sizes do not fit, the activation is unknown, or the threshold is negative or not finite.
 
@@ -271,6 +271,11 @@ class SparseMLP(nn.Module):
             raise ValueError(
                 f"SparseMLP: activation {activation!r}, expected one of "
                 f"{', '.join(_ACTIVATIONS)} or a callable"
+            )
+        if not isinstance(activation, str) and not callable(activation):
+            raise TypeError(
+                f"SparseMLP: activation is {type(activation).__name__}, expected a name or a "
+                "callable"
             )
         self.up = up
         self.gate = gate

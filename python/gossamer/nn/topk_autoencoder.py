@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._wide import wide
+from ..formats.geometry import whole_number
 from ..ops.topk import topk_decode
 from ..ops.topk_encoder import topk_encode
 from .checkpoint import CheckedModule, check_dense
@@ -64,6 +66,7 @@ class TopKAutoencoder(CheckedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        d_model, width, k = map(whole_number, (d_model, width, k))
         if min(d_model, width) < 1 or not 1 <= k <= width:
             raise ValueError(
                 f"TopKAutoencoder: d_model is {d_model}, width {width} and k is {k}, expected "
@@ -89,7 +92,9 @@ class TopKAutoencoder(CheckedModule):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale the decoder's rows to length 1, as is usual after each step of an optimizer."""
-        self.decoder_weight.copy_(F.normalize(self.decoder_weight, dim=-1))
+        # float16 has neither the least length that is divided by nor every length of a row.
+        rows = self.decoder_weight.to(wide(self.decoder_weight.dtype))
+        self.decoder_weight.copy_(F.normalize(rows, dim=-1))
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
         check_dense(given, dict(self.named_parameters()), assign)

@@ -73,8 +73,8 @@ def actsparse_outputs(
     TypeError
         If dtypes differ or have no kernel.
     ValueError
-        If shapes or devices do not match, an index is out of range, the activation is unknown, or
-        the threshold of a gate is negative or not finite in its dtype.
+        If shapes or devices do not match, an index is out of range, the activation is unknown, the
+        threshold of a gate is negative or not finite in its dtype, or one is given without a gate.
 
     Notes
     -----
@@ -98,6 +98,10 @@ def actsparse_outputs(
     if wanted.is_floating_point():
         check_threshold(_OP, threshold, wanted.dtype)
         wanted = active(wanted.detach(), threshold)
+    elif threshold != 0:
+        raise ValueError(
+            f"{_OP}: threshold is {threshold}, which is for a gate; wanted is {wanted.dtype}"
+        )
     elif wanted.dtype != torch.bool:
         indices = _indices_of(x, weight, wanted)
         wanted = indices.new_zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.bool)
@@ -197,8 +201,8 @@ def _empty_result(x: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None
     shape = (*x.shape[:-1], weight.shape[0])
     if wanted.shape != shape or wanted.dtype != torch.bool:
         raise ValueError(
-            f"{_OP}: wanted is {wanted.dtype} of shape {list(wanted.shape)}, expected outputs of "
-            f"every token: {list(shape)}"
+            f"{_OP}: wanted has shape {list(wanted.shape)}, expected outputs of every token: "
+            f"{list(shape)}"
         )
     return x.new_empty(shape)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _C
 from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import FEW_ROWS, has_loops_only
+from ..formats.geometry import whole_number
 from .operands import (
     apply_function,
     as_rows,
@@ -98,6 +99,10 @@ def topk_encode(
         x, weight = autocast_to(x, autocast), autocast_to(weight, autocast)
         bias = None if bias is None else autocast_to(bias, autocast)
     check_dtypes(_ENCODE, weight.dtype, x=x, bias=bias)
+    try:
+        k = whole_number(k)
+    except TypeError as wrong:
+        raise TypeError(f"{_ENCODE}: k is {wrong}") from None
     dims, shape = x.dim(), x.shape[:-1]
     if weight.dim() != 2:
         raise ValueError(f"{_ENCODE}: weight has shape {list(weight.shape)}, expected [width, d]")

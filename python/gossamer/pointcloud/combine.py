@@ -35,7 +35,8 @@ def collate(samples: Sequence[SparseTensor | tuple[Tensor, Tensor]]) -> SparseTe
     ----------
     samples : sequence
         Each a `SparseTensor` of any batch size, or a pair of coordinates [N, D] without batch
-        index and features [N, C]; a scene may be empty. Strides and numbers of channels agree.
+        index and features [N, C], tensors or NumPy arrays; a scene may be empty. Strides and
+        numbers of channels agree.
 
     Returns
     -------
@@ -44,10 +45,12 @@ def collate(samples: Sequence[SparseTensor | tuple[Tensor, Tensor]]) -> SparseTe
 
     Raises
     ------
+    TypeError
+        If a sample is something else.
     ValueError
         If there is no sample, or dimensions, strides, channels or devices differ.
     """
-    scenes = [s if isinstance(s, SparseTensor) else _scene(*s) for s in samples]
+    scenes = [s if isinstance(s, SparseTensor) else _scene(i, s) for i, s in enumerate(samples)]
     if not scenes:
         raise ValueError("collate: no samples")
     first = scenes[0]
@@ -76,6 +79,19 @@ def collate(samples: Sequence[SparseTensor | tuple[Tensor, Tensor]]) -> SparseTe
     )
 
 
-def _scene(coords: Tensor, feats: Tensor) -> SparseTensor:
+def _scene(i: int, sample: tuple[Tensor, Tensor]) -> SparseTensor:
+    try:
+        coords, feats = map(torch.as_tensor, sample)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"collate: sample {i} is {_kinds(sample)}, expected a SparseTensor or a pair of "
+            "coordinates and features"
+        ) from None
     batch = coords.new_zeros((len(coords), 1))
     return SparseTensor(torch.cat([batch, coords], 1), feats, batch_size=1)
+
+
+def _kinds(sample: object) -> str:
+    if isinstance(sample, (tuple, list)):
+        return f"{type(sample).__name__} of {', '.join(type(each).__name__ for each in sample)}"
+    return type(sample).__name__

@@ -112,8 +112,8 @@ class Conv(Convolution):
         As for ``torch.nn.Conv3d``, padding in numbers.
     outputs : {"dense", "floor"}
         Which voxels the result has. "dense": every one whose window holds an input, so that the
-        result is that of torch's layer wherever the latter is not just the bias (spconv,
-        TorchSparse). "floor": ``floor(voxel / stride)`` of each input, whatever the kernel
+        result is that of torch's layer wherever the latter is not just the bias (spconv).
+        "floor": ``floor(voxel / stride)`` of each input, whatever the kernel
         reaches, so that there are never more than inputs (MinkowskiEngine, with padding
         ``(k - 1) // 2`` for odd kernels and 0 for even ones). A call with ``target`` takes those
         voxels instead, whatever the rule.

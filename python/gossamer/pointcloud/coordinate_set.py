@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Key = tuple[Any, ...]
+# Of each set on the way to a tensor's the sets it was made of, and by which maps, the latest last.
+# It is the tensor's own: what other layers make of the same voxels is no part of it.
+History = dict[int, tuple[tuple[int, Key], ...]]
 
 
 @contextmanager
@@ -56,7 +59,6 @@ class VoxelSet:
     stride: Size
     maps: dict[Key, KernelMap] = field(default_factory=dict)
     children: dict[Key, int] = field(default_factory=dict)  # by what made them, as maps
-    parents: dict[tuple[int, Key], None] = field(default_factory=dict)  # the latest last
 
     @classmethod
     def checked(
@@ -79,7 +81,7 @@ class VoxelSet:
 class CoordinateSet:
     """What `Coordinates` are before there are kernel maps."""
 
-    __slots__ = ("__weakref__", "_family", "_set")
+    __slots__ = ("__weakref__", "_family", "_history", "_set")
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class CoordinateSet:
                 f"first in row {row}: {coords[row].tolist()}; voxelize() merges points of a voxel"
             )
         self._family, self._set = [one], one
+        self._history: History = {}
 
     @classmethod
     def of_sorted(
@@ -116,9 +119,9 @@ class CoordinateSet:
         return cls._member([VoxelSet.checked(coords, box, batch_size, spatial_shape)], 0)
 
     @classmethod
-    def _member(cls, family: list[VoxelSet], member: int) -> Self:
+    def _member(cls, family: list[VoxelSet], member: int, history: History | None = None) -> Self:
         self = object.__new__(cls)
-        self._family, self._set = family, family[member]
+        self._family, self._set, self._history = family, family[member], history or {}
         return self
 
     @property

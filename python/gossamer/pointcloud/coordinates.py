@@ -8,7 +8,7 @@ import torch
 
 from . import native
 from .checks import check_output_shape, sizes
-from .coordinate_set import CoordinateSet, Key, VoxelSet, outliving
+from .coordinate_set import CoordinateSet, History, Key, VoxelSet, outliving
 from .kernel_map import KernelMap
 from .make_maps import map_between, map_to_samples
 from .native import Window
@@ -81,6 +81,9 @@ class Coordinates(CoordinateSet):
     ) -> tuple[Coordinates, KernelMap]:
         """Outputs and map of a strided convolution, cached.
 
+        With a ``target`` that no layer made of the same tensor's voxels as these, the map is made
+        in each call, and ``inverse`` does not know of it.
+
         Input and output of a pair obey ``input = output * stride - padding + tap * dilation``.
 
         Parameters
@@ -96,7 +99,7 @@ class Coordinates(CoordinateSet):
         Returns
         -------
         Coordinates
-            Sorted, in units of the new stride; ``target`` itself where it was given.
+            Sorted, in units of the new stride; the voxels of ``target`` where it was given.
         KernelMap
         """
         if rule not in RULES:
@@ -108,7 +111,7 @@ class Coordinates(CoordinateSet):
             )
         window = self._window(kernel_size, stride, padding, dilation)
         if target is not None:
-            return target, self._given(target, ("strided", *window), window, transposed=False)
+            return self._given(target, ("strided", *window), window, transposed=False)
         shape = self._strided_shape(*window, rule)
 
         width = tuple(a * b for a, b in zip(self.stride, window[1], strict=True))
@@ -128,7 +131,8 @@ class Coordinates(CoordinateSet):
         """Outputs and map of a transposed convolution, cached.
 
         Every output that the dense transposed convolution computes from at least one voxel,
-        ``output = input * stride - padding + tap * dilation``, or those of ``target``.
+        ``output = input * stride - padding + tap * dilation``, or those of ``target`` (as in
+        ``strided``).
 
         Parameters
         ----------
@@ -142,7 +146,7 @@ class Coordinates(CoordinateSet):
         """
         window = self._window(kernel_size, stride, padding, dilation)
         if target is not None:
-            return target, self._given(target, ("transposed", *window), window, transposed=True)
+            return self._given(target, ("transposed", *window), window, transposed=True)
         extra = sizes("output_padding", output_padding, self.dims, 0)
         shape = None
         if bounded and self.spatial_shape is not None:
@@ -170,11 +174,12 @@ class Coordinates(CoordinateSet):
         """
         kernel = sizes("kernel_size", kernel_size, self.dims, 1)
         step = None if stride is None else sizes("stride", stride, self.dims, 1)
-        parents = list(self._set.parents)  # other threads add to it
+        member = _index(self._family, self._set)
+        parents = self._history.get(member, ())
         for parent, key in reversed(parents):
             if key[1] == kernel and step in (None, key[2]):
                 return (
-                    Coordinates._member(self._family, parent),
+                    Coordinates._member(self._family, parent, self._history),
                     self._family[parent].maps[key].transposed(),
                 )
         made = [f"{k[0]} with kernel {k[1]}, stride {k[2]}" for _, k in parents]
@@ -243,9 +248,8 @@ class Coordinates(CoordinateSet):
             outputs = Coordinates._member(self._family, member)
             one.maps[key] = map_between(self, outputs, window, made == "spread")
             one.children[key] = member
-            child.parents[_index(self._family, one), key] = None
         member = one.children[key]
-        return Coordinates._member(self._family, member), one.maps[key]
+        return self._made(member, key, {}), one.maps[key]
 
     def _given(
         self,
@@ -253,7 +257,7 @@ class Coordinates(CoordinateSet):
         key: Key,
         window: Window,
         transposed: bool,
-    ) -> KernelMap:
+    ) -> tuple[Coordinates, KernelMap]:
         if (target.dims, target.batch_size, target.device) != (
             self.dims,
             self.batch_size,
@@ -265,13 +269,21 @@ class Coordinates(CoordinateSet):
                 f"{self.device}"
             )
         if target._family is not self._family:  # its numbers mean nothing here
-            return map_between(self, target, window, transposed)
+            return target, map_between(self, target, window, transposed)
         member = _index(self._family, target._set)
         key = (*key, "given", member)
         if key not in self._set.maps:
             self._set.maps[key] = map_between(self, target, window, transposed)
-        target._set.parents[_index(self._family, self._set), key] = None
-        return self._set.maps[key]
+        return self._made(member, key, target._history), self._set.maps[key]
+
+    def _made(self, member: int, key: Key, before: History) -> Coordinates:
+        """The set that ``key`` makes of this one, where it is a target with what made that."""
+        latest = {**self._history, member: ((_index(self._family, self._set), key),)}
+        history = dict(before)
+        for each, parents in latest.items():
+            older = (one for one in before.get(each, ()) if one not in parents)
+            history[each] = (*older, *parents)
+        return Coordinates._member(self._family, member, history)
 
 
 def _index(family: list[VoxelSet], one: VoxelSet) -> int:

@@ -58,8 +58,9 @@ def prune(x: SparseTensor, mask: Tensor) -> SparseTensor:
         If it has not one entry a voxel.
     """
     check_sparse("prune", x)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"prune: the mask is {mask.dtype}, expected torch.bool")
+    found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+    if found != torch.bool:
+        raise TypeError(f"prune: the mask is {found}, expected a Tensor of torch.bool")
     if mask.shape != (len(x),):
         raise ValueError(f"prune: the mask has shape {list(mask.shape)}, expected [{len(x)}]")
     return SparseTensor(

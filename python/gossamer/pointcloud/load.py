@@ -30,6 +30,7 @@ from .convolution_base import Convolution
 
 State = Mapping[str, Tensor]
 Convert = Callable[[str, Tensor, Convolution | None], Tensor]
+_COUNTED = "_max_num_voxels_during_training"
 _NORM = r"\.bn\.(weight|bias|running_mean|running_var|num_batches_tracked)$"
 
 
@@ -75,6 +76,9 @@ def load_spconv(
     """
     if layout not in ("KRSC", "RSKC", "RSCK"):
         raise ValueError(f"load_spconv: layout {layout!r} is unknown; KRSC, RSKC, RSCK")
+
+    # What spconv counts in training is nothing that a layer here has.
+    state_dict = {n: t for n, t in state_dict.items() if not n.endswith(_COUNTED)}
 
     def convert(name: str, weight: Tensor, layer: Convolution | None) -> Tensor:
         last = weight.dim() - 1
@@ -146,6 +150,14 @@ def load_torchsparse(
     """The ``state_dict`` of a model of TorchSparse layers, for a model of these layers.
 
     As `load_minkowski`, but for the order of an even number of taps.
+
+    Notes
+    -----
+    A layer of stride 1 keeps its voxels there, whatever its kernel: that is a `SubmanifoldConv`
+    here (an even kernel other than 2 begins at its voxel there, as `Conv` with
+    ``outputs="floor"`` and no padding). A strided one has no outputs beyond the greatest
+    coordinate or before 0: that is a `Conv` on voxels whose spatial shape is the greatest
+    coordinate + 1.
     """
     return _from_taps("load_torchsparse", state_dict, model, dims, lambda taps: taps % 2 == 1)
 

@@ -72,6 +72,9 @@ def voxelize(
     >>> x, voxel_of_point = pc.voxelize(points, 0.1)
     >>> offsets_in_voxels = points - x.feats[voxel_of_point]
     """
+    for name, given in {"points": points, "features": features}.items():
+        if not isinstance(given, Tensor) and (given is not None or name == "points"):
+            raise TypeError(f"voxelize: {name} are {type(given).__name__}, expected a Tensor")
     if points.dim() != 2 or not 1 <= points.shape[1] <= 4:
         raise ValueError(
             f"voxelize: points have shape {list(points.shape)}, expected [N, D] with D from 1 to 4"
@@ -116,6 +119,8 @@ def _batch(batch: Tensor, points: Tensor) -> Tensor:
 
 
 def _sizes(voxel_size: float | Sequence[float], dims: int) -> tuple[float, ...]:
+    if isinstance(voxel_size, Tensor):
+        voxel_size = voxel_size.tolist()
     each = [voxel_size] * dims if isinstance(voxel_size, (int, float, Real)) else voxel_size
     given = tuple(map(float, each))
     if len(given) != dims or not all(v > 0 and math.isfinite(v) for v in given):

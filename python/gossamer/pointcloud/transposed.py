@@ -88,9 +88,10 @@ class ConvTranspose(Convolution):
 class InverseConv(Convolution):
     """Back to the voxels that a strided convolution came from, over the same pairs reversed.
 
-    A tensor remembers which layers made its coordinates. Of those with this kernel size (and, where
-    given, stride) the latest counts, and its stride, padding and dilation hold. At the voxels of
-    the result the answer of torch's transposed convolution with that geometry.
+    A tensor remembers which layers made its coordinates, and those it was made of; not one whose
+    ``target`` came from elsewhere (``Coordinates.strided``). Of those with this kernel size (and,
+    where given, stride) the latest counts, and its stride, padding and dilation hold. At the voxels
+    of the result the answer of torch's transposed convolution with that geometry.
 
     Parameters
     ----------
