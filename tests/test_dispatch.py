@@ -120,3 +120,27 @@ def test_a_negated_view_is_read_negated(weight: Sparse24) -> None:
     assert negated.is_neg()
     with torch.no_grad():
         assert torch.equal(sparse24_linear(negated, weight), sparse24_linear(-x, weight))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        SparseLinear,
+        lambda k, n: SparseLinear(k, n, pattern=gossamer.Block(2, 2), density=0.5),
+        lambda k, n: SparseLinear(k, n, pattern=gossamer.Unstructured(0.5)),
+        lambda k, n: gossamer.quantize(SparseLinear(k, n), "int8"),
+        gossamer.nn.ActSparseLinear,
+        gossamer.nn.SparseTrainingLinear,
+    ],
+    ids=["2:4", "blocks", "places", "int8", "zeros of x", "training"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_x_that_is_not_dense_is_refused_by_name(make: Any) -> None:
+    layer, rows = make(8, 4), [torch.randn(3, 8), torch.randn(2, 8)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    for x in (jagged, torch.nested.nested_tensor(rows)):
+        with pytest.raises(TypeError, match=r"a nested tensor \(its values\(\) are dense\)"):
+            layer(x)
+    with pytest.raises(TypeError, match=r"a tensor of layout torch\.sparse_coo"):
+        layer(rows[0].to_sparse())
+    assert layer(jagged.values()).shape == (5, 4)

@@ -404,6 +404,29 @@ def test_transposable_masks_last_where_weights_are_zero_or_groups_short(in_featu
         layer.weight.grad = None
 
 
+def test_loading_to_and_from_meta() -> None:
+    trained, x = SparseTrainingLinear(18, 8, refresh=3), torch.randn(4, 18)
+    trained(x)
+    state = trained.state_dict()
+    empty = SparseTrainingLinear(18, 8, refresh=3, device="meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        empty.load_state_dict(state)
+    layer = SparseTrainingLinear(18, 8, refresh=3)
+    layer.load_state_dict(empty.state_dict(), assign=True)
+    assert layer.weight.is_meta
+    for assign in (True, False):
+        layer = SparseTrainingLinear(18, 8, refresh=3, device="meta")
+        if not assign:
+            layer.to_empty(device="cpu")
+        layer.load_state_dict(state, assign=assign)
+        assert torch.equal(layer(x), trained(x))
+        with torch.no_grad():  # the mask is the loaded one, until it is searched for again
+            layer.weight.copy_(layer.weight.flip(1))
+            trained.weight.copy_(trained.weight.flip(1))
+        assert torch.equal(layer(x), trained(x))
+        trained.load_state_dict(state)
+
+
 @pytest.mark.parametrize("mvue", [False, True])
 @pytest.mark.parametrize(
     ("projection", "refresh"),

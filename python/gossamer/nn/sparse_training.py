@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -289,7 +289,7 @@ class SparseTrainingLinear(nn.Linear):
             args[-1].append(f"{prefix}scale: {float(scale)} is not finite")
             return
         indices = state_dict.get(f"{prefix}indices")
-        if isinstance(indices, Tensor) and indices.shape == self.indices.shape and indices.any():
+        if _is_some(indices) and indices.shape == self.indices.shape:
             groups = (self.in_features + 3) // 4
             values = torch.zeros(len(indices), 2 * groups, device=indices.device)
             try:
@@ -299,11 +299,16 @@ class SparseTrainingLinear(nn.Linear):
                 return
         given = buffers_detached(self, state_dict, prefix)
         super()._load_from_state_dict(given, prefix, *args)
-        self._projected, self._searched = None, bool(self.indices.any())
+        self._projected, self._searched = None, _is_some(self.indices)
 
     def __getstate__(self) -> dict[str, Any]:
         self._bring_up_to_date()
         return {**self.__dict__, "_projected": None}
+
+
+def _is_some(indices: Any) -> TypeGuard[Tensor]:
+    """Whether they are of a mask: zeros until one was searched for, and on meta nothing."""
+    return isinstance(indices, Tensor) and not indices.is_meta and bool(indices.any())
 
 
 class _Projected:

@@ -110,9 +110,8 @@ def csr_linear_tensors(
     activation: str = "none",
 ) -> Tensor:
     """``csr_linear`` on the weight's tensors."""
-    dims = x.dim()
+    autocast, dims = autocast_dtype(x), x.dim()
     check_features(_OP, x, dims, shape[1])
-    autocast = autocast_dtype(x)
     if autocast is not None:
         x, values = autocast_to(x, autocast), autocast_to(values, autocast)
         bias = None if bias is None else autocast_to(bias, autocast)

@@ -28,6 +28,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast, where it is on for the device of x, would compute in."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"expected a dense tensor, got {_kind(x)}")
     device = "cpu" if x.is_cpu else "cuda"
     if torch.is_autocast_enabled(device) and (x.is_cpu or x.is_cuda):
         return torch.get_autocast_dtype(device)
@@ -104,6 +106,14 @@ def recorded_or_applied(
 def check_tensor(op: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x is {type(x).__name__}, expected a torch.Tensor")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{op}: x is {_kind(x)}, expected a dense one")
+
+
+def _kind(x: Tensor) -> str:
+    if x.is_nested:
+        return "a nested tensor (its values() are dense)"
+    return f"a tensor of layout {x.layout}"
 
 
 def as_rows(x: Tensor, dims: int) -> Tensor:

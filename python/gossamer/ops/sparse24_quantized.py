@@ -17,7 +17,7 @@ from .._cuda_module import on_cuda
 from .._library import calls_cpu_kernel, is_recorded, library
 from ..formats import Sparse24Quantized, Sparse24QuantizedPanels
 from .cuda_workspace import aligned_rows, workspace
-from .operands import as_rows
+from .operands import as_rows, autocast_dtype
 from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only
 
 _OP = "sparse24_linear_quantized"
@@ -123,10 +123,9 @@ def sparse24_linear_quantized_tensors(
 
     ``value_dtype`` is that of the values; uint8 holds pairs of int4.
     """
-    device = x.device.type
-    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    if autocast and x.dtype in FLOAT_DTYPES:
-        x = x.to(torch.get_autocast_dtype(device))
+    autocast = autocast_dtype(x)
+    if autocast is not None and x.dtype in FLOAT_DTYPES:
+        x = x.to(autocast)
     if out_dtype is None:
         if x.dtype in ROW_DTYPES and x.dtype == value_dtype:
             raise TypeError(
@@ -134,7 +133,7 @@ def sparse24_linear_quantized_tensors(
                 "bfloat16 or float16"
             )
         out_dtype = x.dtype
-    if autocast and bias is not None and bias.dtype in FLOAT_DTYPES:
+    if autocast is not None and bias is not None and bias.dtype in FLOAT_DTYPES:
         bias = bias.to(out_dtype)
     out_features, in_features = shape
     weight, sizes = (stored, indices, scales, value_dtype), (in_features, out_features, group)
