@@ -93,6 +93,26 @@ def test_a_model_is_converted_by_names_saved_and_loaded(name: str, tmp_path: Pat
         assert torch.equal(third(**inputs)[0], y)
 
 
+def test_a_loaded_model_is_trained_cast_changed_and_saved_again(tmp_path: Path) -> None:
+    model, inputs = made("Llama")
+    convert(model, "2:4", "magnitude", force=True, include="*_proj")
+    huggingface.save_pretrained(model, tmp_path / "a")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert not loaded.is_quantized  # or Trainer would refuse it
+    assert loaded.half().float().dtype == torch.float32
+    mlp = loaded.model.layers[0].mlp
+    mlp.up_proj = mlp.up_proj.unpack().to_dense()
+    mlp.down_proj = SparseLinear.from_dense(
+        mlp.down_proj.unpack().to_dense(), Block(4, 4), prune="magnitude", density=0.5
+    )
+    loaded.save_pretrained(tmp_path / "b")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    changed = again.model.layers[0].mlp
+    assert type(changed.up_proj) is nn.Linear
+    assert changed.down_proj.pattern == Block(4, 4)
+    torch.testing.assert_close(again(**inputs).logits, loaded.eval()(**inputs).logits)
+
+
 def test_a_layer_without_a_place_is_loaded(tmp_path: Path) -> None:
     model, inputs = made("Bert")
     with torch.no_grad():

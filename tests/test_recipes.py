@@ -37,6 +37,7 @@ from gossamer.sparsify import (
     SparseIFT,
     SparseMomentum,
     Sparsifier,
+    Unstructured,
     wgsef_prox,
 )
 from small_nets import loss_of, net
@@ -333,6 +334,34 @@ def test_sr_ste_adds_the_decay_of_what_is_masked(pattern: str) -> None:
     optimizer.step()
     gradient = (x @ effective.t()).t() @ x + 0.3 * (w - effective)
     torch.testing.assert_close(dict(model.named_parameters()).popitem()[1], w - gradient)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(2, 2), "1:4", "2:4"], ids=str)
+def test_what_is_logged_and_finished_is_what_is_multiplied(pattern: Any) -> None:
+    sparsity = None if isinstance(pattern, str) else 0.5
+
+    def trained(log_every: int) -> tuple[nn.Module, STE]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        made = STE(model, optimizer, pattern, sparsity, refresh=4, log_every=log_every)
+        for _ in range(6):
+            model(torch.randn(8, 16)).sub(1).square().mean().backward()
+            optimizer.step()
+            made.step()
+            optimizer.zero_grad()
+        return model, made
+
+    x = torch.randn(8, 16)
+    (model, made), (other, noted) = trained(100), trained(3)
+    y = model(x)
+    assert torch.equal(y, other(x))
+    assert len(noted.history) == len(made.history) + 2
+    if pattern == "1:4":
+        made.to_dense(project=True)
+    else:
+        made.finalize(force=True)
+    torch.testing.assert_close(model.eval()(x), y)
 
 
 def test_s_ste_freezes_its_scale() -> None:

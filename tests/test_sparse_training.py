@@ -404,6 +404,32 @@ def test_transposable_masks_last_where_weights_are_zero_or_groups_short(in_featu
         layer.weight.grad = None
 
 
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD", "Adagrad"])
+def test_fused_optimizers_change_the_weight_as_others_do(kind: str) -> None:
+    def trained(fused: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer, other, x = (
+            SparseTrainingLinear(16, 8, refresh=2),
+            nn.Linear(16, 8),
+            torch.randn(4, 16),
+        )
+        optimizer = getattr(torch.optim, kind)(layer.parameters(), 0.1, fused=fused)
+        another = torch.optim.SGD(other.parameters(), 0.1, fused=True)
+        found = []
+        for _ in range(5):
+            y = layer(x)
+            found += [y.detach(), layer.age.clone(), layer.mask]
+            y.square().sum().backward()
+            other(x).sum().backward()
+            optimizer.step()
+            layer(x)
+            another.step()  # of weights that are none of the layer's
+        return found
+
+    for fused, plain in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
 def test_loading_to_and_from_meta() -> None:
     trained, x = SparseTrainingLinear(18, 8, refresh=3), torch.randn(4, 18)
     trained(x)

@@ -111,7 +111,16 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
                 assert isinstance(layer, SparseLinear)
                 layer._portable().validate()
                 layer._pack_where_possible()
+        # Its layers are as trainable, and cast as well, as those of a model that convert() made.
+        model.is_quantized = False  # type: ignore[assignment]
         return model
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *_: Any, **__: Any
+    ) -> tuple[None, dict[str, Any]]:
+        """What is saved is the state as it is; the config, written next, says of which layers."""
+        self.quantization_config.layers = describe(model)
+        return None, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

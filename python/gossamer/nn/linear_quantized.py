@@ -16,7 +16,7 @@ from ..formats.sparse24_quantized import resolve_group, sparse24_quantized_shape
 from ..ops.quantize_rows import FLOAT_DTYPES
 from ..ops.sparse24_quantized import sparse24_linear_quantized_tensors
 from .linear import SparseLinear
-from .packable import PackableModule
+from .packable import PackableModule, held_while_spawning
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -301,7 +301,7 @@ class SparseLinearQuantized(PackableModule):
         # As bytes: pickle.loads cannot read what pickle.dumps makes of a float8 tensor.
         values = weight.values.view(torch.uint8)
         portable = {"values": values, "indices": weight.indices, "panels": None}
-        return {**self.__dict__, "_buffers": {**self._buffers, **portable}}
+        return held_while_spawning({**self.__dict__, "_buffers": {**self._buffers, **portable}})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         values = state["_buffers"]["values"].view(value_type_of(state["value_type"]).storage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,17 @@ from .checkpoint import CheckedModule, SavedWeight, check_weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def held_while_spawning(state: dict[str, Any]) -> dict[str, Any]:
+    """What is pickled, where that starts a process alive for as long as the process is.
+
+    The process opens the shared memory of its tensors later, which were made for the pickle alone.
+    """
+    process = get_spawning_popen()
+    if process is not None:
+        vars(process).setdefault("_held", []).append(state)
+    return state
 
 
 class PackableModule(CheckedModule):

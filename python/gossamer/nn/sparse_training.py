@@ -23,6 +23,7 @@ from ..projection24 import (
 )
 from .called import keep_called
 from .checkpoint import buffers_detached
+from .fused_steps import count_fused_steps
 
 PROJECTIONS = ("hard", "soft", "transposable")
 # From so many rows on the product gains more from panels than they take to be made.
@@ -206,6 +207,7 @@ class SparseTrainingLinear(nn.Linear):
             dense = sparse.to_dense()
         self.indices, self._searched = sparse.indices.contiguous(), True
         self._projected = _Projected(dense, sparse, made_of)
+        count_fused_steps(self.weight)
         return self._projected
 
     def _thresholded(self, weight: Tensor) -> tuple[Tensor, Sparse24]:

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from .._cuda_module import obstacle
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, BlockSparse, BlockSparsePanels, SparseCsr
 from ..ops.csr_pattern import forget
-from .packable import PackableModule
+from .packable import PackableModule, held_while_spawning
 from .patterns import Panels, Pattern, PatternName, Portable
 
 if TYPE_CHECKING:
@@ -309,4 +309,4 @@ class TrainableModule(PackableModule):
             indices = {name: portable[name] for name in self._pattern.index_names}
             state["_parameters"] = {**self._parameters, "values": values}
             state["_buffers"] = {**self._buffers, **indices, "panels": None}
-        return state
+        return held_while_spawning(state)

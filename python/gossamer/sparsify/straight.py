@@ -141,16 +141,26 @@ class STE(Sparsifier):
         self.steps += 1
         due, logged = self.steps % self.refresh == 0, self.steps % self.log_every == 0
         if logged or (due and len(self._swapped) < len(self.layers)):
-            self._take(self._selected(self.schedule.sparsity), noted=logged)
+            masks = self._selected(self.schedule.sparsity) if due else self._multiplied()
+            self._take(masks, noted=logged)
+
+    def _multiplied(self) -> list[Tensor]:
+        """The units that the forward pass keeps at present."""
+        return [
+            layer.units(self._swapped[layer.name].mask.float(), "l2") > 0
+            if layer.name in self._swapped
+            else layer.kept
+            for layer in self.layers
+        ]
 
     def _selected(self, sparsity: float) -> list[Tensor]:
         if not self._swapped:
             return super()._selected(sparsity)
         return [
-            layer.units(self._swapped[layer.name].mask.float(), "l2") > 0
+            held
             if layer.name in self._swapped
             else self.pattern.select(self.scored(layer, self.score), layer.keep(sparsity))
-            for layer in self.layers
+            for layer, held in zip(self.layers, self._multiplied(), strict=True)
         ]
 
     @torch.no_grad()
@@ -201,7 +211,7 @@ class STE(Sparsifier):
         op = type(self).__name__
         if self.pattern.kernels is None:
             raise ValueError(f"{op}: no kernel runs {self.pattern}; to_dense(project=True) masks")
-        self._take(self._selected(self.schedule.sparsity))
+        self._take(self._multiplied())
         self.to_dense(project=True)
         names = [layer.name for layer in self.layers]
         return convert(unwrapped(self.model), self.pattern.kernels, include=names, **options)
