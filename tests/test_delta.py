@@ -109,7 +109,7 @@ def test_reset_and_refresh(conv: bool) -> None:
         layer(walk[0])
     with pytest.raises(ValueError, match="refresh_every is 0"):
         make(dense, refresh_every=0)
-    with pytest.raises(ValueError, match="threshold is -1"):
+    with pytest.raises(ValueError, match=r"Delta.*: threshold is -1"):
         make(dense, threshold=-1)
 
 

@@ -15,6 +15,7 @@ from gossamer import Block, Unstructured
 from layer_kinds import KINDS, Layer, dense_twin, make, x_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 
@@ -396,3 +397,14 @@ def test_autocast(kind: str) -> None:
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
     y.float().square().sum().backward()
     assert layer.values.grad.dtype == torch.float32
+
+
+def test_layers_without_memory_are_made(kind: str) -> None:
+    with FakeTensorMode():
+        layer, x = make(kind), x_for(kind)
+        y = layer(x)
+    held = make(kind)
+    assert y.shape == held(torch.randn(x.shape)).shape
+    assert {n: t.shape for n, t in layer.state_dict().items()} == {
+        n: t.shape for n, t in held.state_dict().items()
+    }

@@ -430,6 +430,24 @@ def test_fused_optimizers_change_the_weight_as_others_do(kind: str) -> None:
         torch.testing.assert_close(fused, plain)
 
 
+def test_transforms_are_refused_by_name() -> None:
+    layer, x = SparseTrainingLinear(16, 8), torch.randn(4, 16)
+    weights = dict(layer.named_parameters())
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    for call in (
+        lambda: torch.func.grad(loss)(weights),
+        lambda: torch.func.vmap(layer)(x),
+        lambda: torch.func.jvp(layer, (x,), (x,)),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"Linear: no transform of torch\.func"
+        ):
+            call()
+
+
 def test_loading_to_and_from_meta() -> None:
     trained, x = SparseTrainingLinear(18, 8, refresh=3), torch.randn(4, 18)
     trained(x)

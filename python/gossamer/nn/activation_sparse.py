@@ -72,7 +72,7 @@ class ActSparseLinear(CheckedModule):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.threshold = _checked(threshold)
+        self.threshold = _checked(type(self).__name__, threshold)
         shape = (in_features, out_features)
         self.weight_kn = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = (
@@ -126,13 +126,13 @@ class ActSparseLinear(CheckedModule):
         return torch.tensor(self.threshold, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.threshold = _threshold_of(state)
+        self.threshold = _threshold_of(type(self).__name__, state)
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
         held = {"weight_kn": self.weight_kn, "bias": self.bias}
         check_dense(given, held, assign)
         if "_extra_state" in given:
-            _threshold_of(given["_extra_state"])
+            _threshold_of(type(self).__name__, given["_extra_state"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As ``torch.nn.Module``'s, also of a ``torch.nn.Linear``'s; a failing load does nothing.
@@ -164,9 +164,9 @@ class ActSparseLinear(CheckedModule):
         )
 
 
-def _checked(threshold: float) -> float:
+def _checked(name: str, threshold: float) -> float:
     if not 0 <= threshold < math.inf:
-        raise ValueError(f"ActSparseLinear: threshold is {threshold}, expected 0 or more, finite")
+        raise ValueError(f"{name}: threshold is {threshold}, expected 0 or more, finite")
     return float(threshold) + 0.0  # of -0.0 makes 0.0
 
 
@@ -175,13 +175,13 @@ def _is_number(state: Any) -> bool:
     return floating and state.numel() == 1 and not state.is_meta
 
 
-def _threshold_of(state: Any) -> float:
+def _threshold_of(name: str, state: Any) -> float:
     if not _is_number(state):
         raise TypeError(
-            f"ActSparseLinear: '_extra_state' is {state!r:.60}, expected the threshold, one "
+            f"{name}: '_extra_state' is {state!r:.60}, expected the threshold, one "
             "floating-point number as a tensor"
         )
-    return _checked(float(state))
+    return _checked(name, float(state))
 
 
 def _squared_relu(x: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from .._library import is_recorded
 from ..ops.conv_at import out_size
-from ..ops.gathered_conv import is_transformed
 from ..ops.masked_conv import Positions, masked_conv, recorded_masked_conv
-from ..ops.operands import has_content
+from ..ops.operands import has_content, is_transformed
 from .checkpoint import CheckedModule, check_dense
 from .gathered_conv import WideConv2d, check_gathered, conv_arguments, steps_of
 

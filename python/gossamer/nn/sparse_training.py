@@ -12,7 +12,13 @@ from torch.autograd.function import once_differentiable
 from .._sharded import whole
 from .._wide import matmul
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Panels
-from ..ops.operands import autocast_dtype, autocast_to, has_content, without_autocast
+from ..ops.operands import (
+    autocast_dtype,
+    autocast_to,
+    has_content,
+    is_transformed,
+    without_autocast,
+)
 from ..ops.sparse24 import sparse24_linear_tensors
 from ..projection24 import (
     hard_threshold_24,
@@ -36,7 +42,7 @@ class SparseTrainingLinear(nn.Linear):
     The forward product runs through the 2:4 kernels. The weight is a dense Parameter; a
     ``state_dict`` holds it beside the three buffers below. A graph of ``torch.compile`` holds the
     layer whole where each step searches anew ("hard" or "soft", ``refresh`` 1), and breaks at it
-    otherwise.
+    otherwise. Transforms of ``torch.func`` are refused.
 
     Parameters
     ----------
@@ -230,6 +236,11 @@ class SparseTrainingLinear(nn.Linear):
         return torch.equal(kept, projected.sparse.values)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
+        if is_transformed():
+            raise RuntimeError(
+                "SparseTrainingLinear: no transform of torch.func goes through it, and no "
+                "forward-mode derivative; backward() does"
+            )
         follows = self.projection != "transposable" and self.refresh == 1
         if follows and torch.compiler.is_compiling():
             # Nothing is kept from step to step, so a graph may hold it whole.

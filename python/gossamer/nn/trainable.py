@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from .._cuda_module import obstacle
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, BlockSparse, BlockSparsePanels, SparseCsr
 from ..ops.csr_pattern import forget
+from ..ops.operands import has_content
 from .packable import PackableModule, held_while_spawning
 from .patterns import Panels, Pattern, PatternName, Portable
 
@@ -72,7 +73,7 @@ class TrainableModule(PackableModule):
         name = type(self).__name__
         if self.values is None:
             raise RuntimeError(f"{name}: reset_parameters() on a packed layer; unpack() first")
-        if self.values.is_meta:
+        if not has_content(self.values):
             return
         shape, held = self._pattern.shape, self._portable()
         if self.values.numel() > 0:

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _C
 from .conv_at import Taps, weight_by_tap
@@ -159,8 +158,3 @@ class GatheredWeight:
         if not weight.is_cpu or (torch.is_grad_enabled() and weight.requires_grad):
             return weight_by_tap(weight)
         return self._by_tap.of(weight, (), lambda: weight_by_tap(weight.detach()))
-
-
-def is_transformed() -> bool:
-    """Whether functorch or a forward derivative goes through what is computed here."""
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0

@@ -61,6 +61,11 @@ def gradient_wanted(*operands: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() and not _is_functionalized()
 
 
+def is_transformed() -> bool:
+    """Whether functorch or a forward derivative goes through what is computed here."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
 def _is_functionalized() -> bool:
     """Whether torch.func.functionalize is at work, which knows ops and no Function."""
     functorch = torch._C._functorch

@@ -55,6 +55,9 @@ class StoredDropGrow:
         model = nn.Sequential(SparseLinear(784, 30_000, pattern=gossamer.Unstructured(0.01)), ...)
         sparsifier = sparsify.SET.stored(model, optimizer, end=10 * epoch, every=epoch)
 
+    An average of such a model's states (``torch.optim.swa_utils.AveragedModel``) mixes places after
+    a change, since an entry of ``values`` is then of another one: begin it anew after each.
+
     ``SET.stored`` and ``RigL.stored`` make one. Under DistributedDataParallel
     (``gossamer.distributed.data_parallel``) every rank makes its own, with the same seed, and all
     change the same places.
