@@ -42,6 +42,7 @@ struct Simd : SimdOffsets {
   static I max(I a, I b) { return _mm256_max_epi32(a, b); }
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }
   static I or_(I a, I b) { return _mm256_or_si256(a, b); }
+  static I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
   template <int N>
   static I shift_right(I a) {
     return _mm256_srli_epi32(a, N);
@@ -96,15 +97,15 @@ struct Simd : SimdOffsets {
   }
   static F pick(F four, I index) { return _mm256_permutevar_ps(four, index); }
 
-  static I broadcast16(const void* p) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  static I broadcast8(const void* p) {
+    int64_t eight;
+    __builtin_memcpy(&eight, p, sizeof eight);
+    return _mm256_set1_epi64x(eight);
   }
   static I shuffle_bytes(I a, I control) { return _mm256_shuffle_epi8(a, control); }
-  template <int N>
-  static I shift_right_signed16(I a) {
-    return _mm256_srai_epi16(a, N);
-  }
-  static I multiply16(I a, I b) { return _mm256_mullo_epi16(a, b); }
+  static I abs_bytes(I a) { return _mm256_abs_epi8(a); }
+  static I negative_bytes(I a) { return _mm256_cmpgt_epi8(_mm256_setzero_si256(), a); }
+  static I dot_bytes(I a, I b) { return _mm256_maddubs_epi16(a, b); }
   static I dot16(I a, I b) { return _mm256_madd_epi16(a, b); }
 
   static F low(I pair, BFloat16) { return as_float(_mm256_slli_epi32(pair, 16)); }

@@ -45,6 +45,7 @@ struct Simd : SimdOffsets {
   static I max(I a, I b) { return _mm512_max_epi32(a, b); }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+  static I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
   template <int N>
   static I shift_right(I a) {
     return _mm512_srli_epi32(a, N);
@@ -94,18 +95,20 @@ struct Simd : SimdOffsets {
   static F broadcast4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
   static F pick(F four, I index) { return _mm512_permutevar_ps(four, index); }
 
-  // Sixteen bytes in every 128 bits, or eight in every 64, and what the control's bytes name of the
-  // 128 bits that each lies in.
-  static I broadcast16(const void* p) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  // Eight bytes in every 64 bits, and what the control's bytes name of the 128 bits that each lies
+  // in.
+  static I broadcast8(const void* p) {
+    int64_t eight;
+    __builtin_memcpy(&eight, p, sizeof eight);
+    return _mm512_set1_epi64(eight);
   }
   static I shuffle_bytes(I a, I control) { return _mm512_shuffle_epi8(a, control); }
-  // 16-bit numbers, a pair a lane.
-  template <int N>
-  static I shift_right_signed16(I a) {
-    return _mm512_srai_epi16(a, N);
-  }
-  static I multiply16(I a, I b) { return _mm512_mullo_epi16(a, b); }
+  // Of signed bytes; ones where they are negative.
+  static I abs_bytes(I a) { return _mm512_abs_epi8(a); }
+  static I negative_bytes(I a) { return _mm512_movm_epi8(_mm512_movepi8_mask(a)); }
+  // Pairs of unsigned bytes times signed ones as 16-bit numbers, which they have to fit; pairs of
+  // those as 32-bit ones.
+  static I dot_bytes(I a, I b) { return _mm512_maddubs_epi16(a, b); }
   static I dot16(I a, I b) { return _mm512_madd_epi16(a, b); }
 
   // The low and the high 16-bit float of each lane.

@@ -2,16 +2,17 @@
 // How 8-bit and 4-bit weights meet x, over a vector vocabulary S: the Dots of
 // gemm_quantized_kernels.h.
 //
-//   Dot16     int8 x int8 as 16-bit numbers, exact int32 sums
+//   DotBytes  int8 x int8, exact int32 sums: by VPMADDUBSW, or by VPDPBUSD
+//             (gemm_quantized_avx512_vnni.cpp)
 //   DotE4M3   float8 weights widened to float32
 //   DotInt4   4-bit weights widened to float32, x in floating point
-//   DotVNNI   int8 x int8 by VPDPBUSD (gemm_quantized_avx512_vnni.cpp)
 //
 // A Dot has:
 //
 //   Sum, Shared     of a row and of all rows
 //   kSteps          of a record, each for kStepBytes of a packed row of x
 //   kScaled         whether there are ScaleLines
+//   kMaxRows        of a tile
 //   store           packs a record of a row of x
 //   Weights         made of the weights and indices of a step, times scales if there are any
 //   add, total      adds a step to a row's sums; makes a float of them
@@ -22,66 +23,83 @@ namespace {
 
 constexpr int kWordColumns = 8;  // that a word of 8-bit values spans
 
-template <class S>
-struct Dot16 {
+// int8 x int8, four products of a lane at a time, of two groups. Product sums them up, for which it
+// may have moved x: what an x of zeros sums up to comes off in the end. int32 wraps round, so this
+// is exact where the sum itself fits.
+template <class S, class Product>
+struct DotBytes {
   using I = typename S::I;
   using Sum = I;
   using X = int8_t;
-  struct Shared {};
+  struct Shared {
+    I of_zeros = S::set1(0u);
+  };
   static constexpr int kSteps = kRecordK / kWordColumns;
-  static constexpr int kStepBytes = 2 * kWordColumns;
+  static constexpr int kStepBytes = kWordColumns;
   static constexpr int kRecordLines = 1 + kSteps;
   static constexpr bool kScaled = false;
+  static constexpr int kMaxRows = S::kLanes == 16 ? 16 : 8;
 
   static void store(const int8_t (&columns)[kRecordK], int64_t stride, char* to) {
     for (int step = 0; step < kSteps; ++step, to += stride) {
-      int16_t wide[kWordColumns];
-      for (int i = 0; i < kWordColumns; ++i) wide[i] = columns[kWordColumns * step + i];
-      __builtin_memcpy(to, wide, sizeof wide);
+      for (int i = 0; i < kWordColumns; ++i) {
+        to[i] = static_cast<char>(columns[kWordColumns * step + i] ^ Product::kMoved);
+      }
     }
   }
 
   struct Weights {
-    I pair[2], control[2];  // of two groups
+    Product four;
+    I control;
 
-    Weights(const uint32_t* words, int step, I indices, const float*, Shared&) {
-      const I four = S::load_words(words + (1 + step) * kBlockN);
-      // Bytes 0 and 1, and bytes 2 and 3, each as the upper half of a 16-bit number.
-      const I low = S::or_(S::template shift_left<8>(S::and_(four, S::set1(0xffu))),
-                           S::template shift_left<16>(S::and_(four, S::set1(0xff00u))));
-      const I high = S::or_(S::template shift_right<8>(S::and_(four, S::set1(0xff0000u))),
-                            S::and_(four, S::set1(0xff000000u)));
-      pair[0] = S::template shift_right_signed16<8>(low);
-      pair[1] = S::template shift_right_signed16<8>(high);
+    Weights(const uint32_t* words, int step, I indices, const float*, Shared& shared)
+        : four(S::load_words(words + (1 + step) * kBlockN)) {
+      shared.of_zeros = four.added_to(shared.of_zeros, S::set1(0x01010101u * Product::kMoved));
       const I byte = step == 0   ? indices
                      : step == 1 ? S::template shift_right<8>(indices)
                      : step == 2 ? S::template shift_right<16>(indices)
                                  : S::template shift_right<24>(indices);
-      control[0] = pick(byte, 0);
-      control[1] = pick(S::template shift_right<4>(byte), kWordColumns);
+      // Its four fields of two bits, each at the bottom of a byte.
+      const I nibbles = spread<12>(S::and_(byte, S::set1(0xffu)), 0x000f000fu);
+      const I fields = spread<6>(nibbles, 0x03030303u);
+      control = S::or_(fields, S::set1(0x04040000u));
     }
-    // The bytes of two 16-bit columns of a group, whose nibble is at the bottom.
-    static I pick(I nibble, uint32_t first) {
-      const I four = S::and_(nibble, S::set1(0xfu));
-      const I columns = S::and_(S::or_(four, S::template shift_left<14>(four)), S::set1(0x30003u));
-      return S::add(S::multiply16(columns, S::set1(0x02020202u)),
-                    S::set1(0x01000100u + first * 0x01010101u));
+    template <int Shift>
+    static I spread(I a, uint32_t mask) {
+      return S::and_(S::or_(a, S::template shift_left<Shift>(a)), S::set1(mask));
     }
   };
   template <int Chains>
   static void add(const Weights& w, int step, const char* x, I (&sum)[Chains]) {
-    const I columns = S::broadcast16(x);
     I& a = sum[step % Chains];
-    a = S::add(a, S::dot16(S::shuffle_bytes(columns, w.control[0]), w.pair[0]));
-    a = S::add(a, S::dot16(S::shuffle_bytes(columns, w.control[1]), w.pair[1]));
+    a = w.four.added_to(a, S::shuffle_bytes(S::broadcast8(x), w.control));
   }
   template <int Chains>
-  static typename S::F total(const I (&sum)[Chains], const Shared&) {
+  static typename S::F total(const I (&sum)[Chains], const Shared& shared) {
     I all = sum[0];
     for (int chain = 1; chain < Chains; ++chain) all = S::add(all, sum[chain]);
-    return S::to_float(all);
+    return S::to_float(S::sub(all, shared.of_zeros));
   }
 };
+
+// |w| x, or of a negative w |w| (-x - 1): unsigned times signed, and no pair of them leaves 16
+// bits.
+template <class S>
+struct PairsOfBytes {
+  using I = typename S::I;
+  static constexpr uint8_t kMoved = 0;
+  I magnitude, negative;
+
+  explicit PairsOfBytes(I four)
+      : magnitude(S::abs_bytes(four)), negative(S::negative_bytes(four)) {}
+  I added_to(I sum, I x) const {
+    const I pairs = S::dot_bytes(magnitude, S::xor_(x, negative));
+    return S::add(sum, S::dot16(pairs, S::set1(0x00010001u)));
+  }
+};
+
+template <class S>
+using Dot8 = DotBytes<S, PairsOfBytes<S>>;
 
 // What the Dots with float32 sums share; a step is a group of four columns. Widen makes two floats
 // of the pair of each output.
@@ -96,6 +114,7 @@ struct DotFloat {
   static constexpr int kStepBytes = 4 * sizeof(float);
   static constexpr int kRecordLines = 1 + Widen::kWords;
   static constexpr bool kScaled = Widen::kScaled;
+  static constexpr int kMaxRows = max_few_rows(S::kLanes);
 
   static void store(const float (&columns)[kRecordK], int64_t stride, char* to) {
     for (int step = 0; step < kSteps; ++step, to += stride) {

@@ -98,7 +98,6 @@ template <class S, class Dot>
 struct QuantizedRows {
   using F = typename S::F;
   using Sum = typename Dot::Sum;
-  static constexpr int kMaxRows = max_few_rows(S::kLanes);
   static constexpr int kRowBytes = Dot::kSteps * Dot::kStepBytes;  // of a record
   static constexpr int kRecordWords = Dot::kRecordLines * kBlockN;
 
@@ -206,7 +205,7 @@ struct QuantizedRows {
       const bool fold = Dot::kScaled && task.scales.records != 0;
       return fold ? run_tile<Rows, Dot::kScaled>(task) : run_tile<Rows, false>(task);
     }
-    if constexpr (Rows < kMaxRows) run_from<next_tile(Rows)>(task);
+    if constexpr (Rows < Dot::kMaxRows) run_from<next_tile(Rows)>(task);
   }
   static bool run(const QuantizedTask& task) {
     run_from<1>(task);
@@ -238,7 +237,7 @@ struct QuantizedRows {
   }
 
   static constexpr QuantizedUnit unit() {
-    QuantizedUnit made = {kMaxRows, kRowBytes, 1, 0, tile_for, pack, run, nullptr, finish<S>};
+    QuantizedUnit made = {Dot::kMaxRows, kRowBytes, 1, 0, tile_for, pack, run, nullptr, finish<S>};
     if constexpr (sizeof(typename Dot::X) == sizeof(float)) made.expand = expand;
     return made;
   }
@@ -250,7 +249,7 @@ constexpr QuantizedUnit kQuantizedUnit = QuantizedRows<S, Dot>::unit();
 template <class S>
 const QuantizedUnit* quantized_unit(DType dtype) {
   switch (dtype) {
-    case DType::kInt8: return &kQuantizedUnit<S, Dot16<S>>;
+    case DType::kInt8: return &kQuantizedUnit<S, Dot8<S>>;
     case DType::kE4M3: return &kQuantizedUnit<S, DotE4M3<S>>;
     case DType::kUInt8: return &kQuantizedUnit<S, DotInt4<S>>;
     default: return nullptr;
