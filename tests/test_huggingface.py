@@ -105,6 +105,8 @@ def test_a_loaded_model_is_trained_cast_changed_and_saved_again(tmp_path: Path) 
     mlp.down_proj = SparseLinear.from_dense(
         mlp.down_proj.unpack().to_dense(), Block(4, 4), prune="magnitude", density=0.5
     )
+    with pytest.raises(ValueError, match="the model's own state_dict"):
+        huggingface.save_pretrained(loaded, tmp_path / "b", state_dict={"a": torch.zeros(1)})
     loaded.save_pretrained(tmp_path / "b")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     changed = again.model.layers[0].mlp

@@ -273,7 +273,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    names: dict[str, object] = {"torch": torch, "gossamer": gossamer}
+    names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
     if page.name == "README.md":

@@ -131,6 +131,12 @@ def test_what_others_make_of_the_same_voxels_is_no_history() -> None:
     home = pc.InverseConv3d(4, 4, 4)(lower)
     assert home.coordinates.is_same(grown.coordinates)
     assert up(pc.InverseConv3d(4, 4, 3)(lower)).coordinates.is_same(x.coordinates)
+    # So does a sum, in either order, and what goes on from a way back.
+    short, main = down(x), pc.Conv3d(4, 4, 3, 2, 1)(x, half)
+    for both in (short + main, main * short, pc.cat([main, short])):
+        assert pc.InverseConv3d(both.channels, 4, 2)(both).coordinates.is_same(x.coordinates)
+        assert pc.InverseConv3d(both.channels, 4, 3)(both).coordinates.is_same(x.coordinates)
+    assert pc.InverseConv3d(4, 4, 3)(down(pc.InverseConv3d(4, 4, 3)(main))).channels == 4
     for _ in range(50):  # and it does not grow
         again = down(grow(again), half)
     assert sum(map(len, again.coordinates._history.values())) < 8

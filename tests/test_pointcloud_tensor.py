@@ -93,6 +93,8 @@ def test_collate_makes_one_batch() -> None:
         pc.collate([x, (cells, torch.ones(2, 3), 7)])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="sample 0 is NoneType"):
         pc.collate([None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"coordinates of sample 0 have shape \[3\]"):
+        pc.collate([(cells[0], torch.ones(1, 3))])
     arrays = pc.collate([(cells.numpy(), torch.ones(2, 3).numpy())])
     assert torch.equal(arrays.coords[:, 1:], cells.int())
 
@@ -200,6 +202,7 @@ def test_voxelize_refuses_with_values() -> None:
         (ValueError, r"point 1, \[2, nan\], is not finite", {"points": points.log().sqrt()}),
         (ValueError, r"point 0, \[0, 1e\+12\], is not finite or lies", {"points": points * 1e12}),
         (TypeError, "points are ndarray, expected a Tensor", {"points": points.numpy()}),
+        (TypeError, "batch are list, expected a Tensor", {"batch": [0, 0]}),
         (TypeError, "features are list", {"features": [0, 1]}),
         (ValueError, "voxel_size is -1.0,", {"voxel_size": torch.tensor(-1.0)}),
         (TypeError, "points are torch.int64", {"points": points.long()}),

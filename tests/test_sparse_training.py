@@ -430,6 +430,32 @@ def test_fused_optimizers_change_the_weight_as_others_do(kind: str) -> None:
         torch.testing.assert_close(fused, plain)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_clear_gradients_or_change_nothing(fused: bool) -> None:
+    layer, x = SparseTrainingLinear(16, 8, refresh=3), torch.randn(4, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.5, fused=fused)
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+    y = layer(x)
+    y.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer(x), y)
+    assert int(layer.age) == 1
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((layer(x) * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    layer(x)
+    assert int(layer.age) == 1
+
+
+def test_parameters_may_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    layer, x = SparseTrainingLinear(16, 8), torch.randn(4, 16)
+    layer(x).sum().backward()
+    layer.load_state_dict(SparseTrainingLinear(16, 8).state_dict())
+    assert layer.double()(x.double()).dtype == torch.float64
+
+
 def test_transforms_are_refused_by_name() -> None:
     layer, x = SparseTrainingLinear(16, 8), torch.randn(4, 16)
     weights = dict(layer.named_parameters())
@@ -442,9 +468,7 @@ def test_transforms_are_refused_by_name() -> None:
         lambda: torch.func.vmap(layer)(x),
         lambda: torch.func.jvp(layer, (x,), (x,)),
     ):
-        with pytest.raises(
-            RuntimeError, match=r"Linear: no transform of torch\.func"
-        ):
+        with pytest.raises(RuntimeError, match=r"Linear: no transform of torch\.func"):
             call()
 
 

@@ -340,7 +340,7 @@ def test_autoencoder_is_the_dense_one(target: str) -> None:
     assert "d_model=16, width=100, k=5" in repr(model)
     with pytest.raises(ValueError, match="k is 101"):
         TopKAutoencoder(16, 100, 101)
-    with pytest.raises(TypeError, match=r"4\.5, expected a whole number"):
+    with pytest.raises(TypeError, match=r"TopKAutoencoder: .*4\.5, expected a whole number"):
         TopKAutoencoder(16, 100, 4.5)  # type: ignore[arg-type]
 
 

@@ -40,7 +40,7 @@ def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
         a = a.to(wide(a.dtype))
         columns = _PIECE_BYTES // (a.itemsize * max(b.shape[-2], 1))
-        if not a.is_cpu or torch.compiler.is_compiling() or columns >= b.shape[-1]:
+        if not (narrow and a.is_cpu) or torch.compiler.is_compiling() or columns >= b.shape[-1]:
             return a @ b.to(a.dtype)
         return torch.cat([a @ piece.to(a.dtype) for piece in b.split(max(columns, 1), -1)], -1)
 

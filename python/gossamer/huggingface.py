@@ -164,7 +164,14 @@ def save_pretrained(model: Any, path: str | Path, **options: Any) -> None:
         The folder.
     **options
         Of ``model.save_pretrained``.
+
+    Raises
+    ------
+    ValueError
+        If a ``state_dict`` is given, which transformers would pass over.
     """
+    if options.get("state_dict") is not None:
+        raise ValueError("gossamer.huggingface.save_pretrained: saves the model's own state_dict")
     config = SparseConfig(layers=describe(model))
     model.config.quantization_config = config
     model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)

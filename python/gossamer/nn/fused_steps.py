@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
-_followed = WeakTensorKeyDictionary()
+if TYPE_CHECKING:
+    from .sparse_training import SparseTrainingLinear
 
-
-def count_fused_steps(weight: Tensor) -> None:
-    """From here on a step of any optimizer changes the version of this parameter."""
-    _followed[weight] = None
+_layers: WeakValueDictionary[int, SparseTrainingLinear] = WeakValueDictionary()
 
 
-def _count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if not _followed:
+def follow_fused_steps(layer: SparseTrainingLinear) -> None:
+    """Have the layer compare its weight after each step of an optimizer with ``fused=True``."""
+    _layers[id(layer)] = layer
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    groups = optimizer.param_groups
+    written = {id(p) for group in groups if group.get("fused") for p in group["params"]}
+    if not written:
         return
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            increment_version([p for p in group["params"] if p.grad is not None and p in _followed])
+    for ref in _layers.valuerefs():
+        layer = ref()
+        if layer is not None and id(layer._parameters.get("weight")) in written:
+            layer.doubt_weight()
 
 
-register_optimizer_step_post_hook(_count)
+register_optimizer_step_post_hook(_after_step)

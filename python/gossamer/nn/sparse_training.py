@@ -16,7 +16,6 @@ from ..ops.operands import (
     autocast_dtype,
     autocast_to,
     has_content,
-    is_transformed,
     without_autocast,
 )
 from ..ops.sparse24 import sparse24_linear_tensors
@@ -29,7 +28,7 @@ from ..projection24 import (
 )
 from .called import keep_called
 from .checkpoint import buffers_detached
-from .fused_steps import count_fused_steps
+from .fused_steps import follow_fused_steps
 
 PROJECTIONS = ("hard", "soft", "transposable")
 # From so many rows on the product gains more from panels than they take to be made.
@@ -152,7 +151,7 @@ class SparseTrainingLinear(nn.Linear):
     @torch.no_grad()
     def freeze_scale(self) -> None:
         """Take the scale of "soft" from the weight as it is: <W, S(W)> / <S(W), S(W)>."""
-        if self.projection == "soft" and self.weight.device.type != "meta":
+        if self.projection == "soft" and has_content(self.weight):
             self.scale.fill_(scale_24(self.weight))
         self._projected = None
 
@@ -173,7 +172,12 @@ class SparseTrainingLinear(nn.Linear):
         super().__setattr__(name, value)
         # FSDP puts what it has gathered there at each pass, and neither version nor address tells
         # whether that is what it was.
-        if name == "weight" and (projected := self.__dict__.get("_projected")) is not None:
+        if name == "weight":
+            self.doubt_weight()
+
+    def doubt_weight(self) -> None:
+        """Compare the weight with what was projected before that is used again."""
+        if (projected := self.__dict__.get("_projected")) is not None:
             projected.made_of = ()
 
     def _project(self) -> _Projected:
@@ -213,7 +217,7 @@ class SparseTrainingLinear(nn.Linear):
             dense = sparse.to_dense()
         self.indices, self._searched = sparse.indices.contiguous(), True
         self._projected = _Projected(dense, sparse, made_of)
-        count_fused_steps(self.weight)
+        follow_fused_steps(self)
         return self._projected
 
     def _thresholded(self, weight: Tensor) -> tuple[Tensor, Sparse24]:
@@ -236,10 +240,9 @@ class SparseTrainingLinear(nn.Linear):
         return torch.equal(kept, projected.sparse.values)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's layer names it
-        if is_transformed():
+        if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
-                "SparseTrainingLinear: no transform of torch.func goes through it, and no "
-                "forward-mode derivative; backward() does"
+                "SparseTrainingLinear: no transform of torch.func goes through it; backward() does"
             )
         follows = self.projection != "transposable" and self.refresh == 1
         if follows and torch.compiler.is_compiling():

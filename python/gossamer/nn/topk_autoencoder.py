@@ -66,7 +66,10 @@ class TopKAutoencoder(CheckedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_model, width, k = map(whole_number, (d_model, width, k))
+        try:
+            d_model, width, k = map(whole_number, (d_model, width, k))
+        except TypeError as wrong:
+            raise TypeError(f"TopKAutoencoder: d_model, width or k is {wrong}") from None
         if min(d_model, width) < 1 or not 1 <= k <= width:
             raise ValueError(
                 f"TopKAutoencoder: d_model is {d_model}, width {width} and k is {k}, expected "

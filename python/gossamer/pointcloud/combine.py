@@ -25,7 +25,10 @@ def cat(tensors: Sequence[SparseTensor]) -> SparseTensor:
         check_sparse("cat", tensor)
     first = tensors[0]
     feats = [first.feats, *(aligned_feats(first, other, "cat") for other in tensors[1:])]
-    return first.replace_feats(torch.cat(feats, 1))
+    coordinates = first.coordinates
+    for other in tensors[1:]:
+        coordinates = coordinates.joined(other.coordinates)
+    return SparseTensor(coordinates, torch.cat(feats, 1))
 
 
 def collate(samples: Sequence[SparseTensor | tuple[Tensor, Tensor]]) -> SparseTensor:
@@ -87,6 +90,10 @@ def _scene(i: int, sample: tuple[Tensor, Tensor]) -> SparseTensor:
             f"collate: sample {i} is {_kinds(sample)}, expected a SparseTensor or a pair of "
             "coordinates and features"
         ) from None
+    if coords.dim() != 2:
+        raise ValueError(
+            f"collate: coordinates of sample {i} have shape {list(coords.shape)}, expected [N, D]"
+        )
     batch = coords.new_zeros((len(coords), 1))
     return SparseTensor(torch.cat([batch, coords], 1), feats, batch_size=1)
 

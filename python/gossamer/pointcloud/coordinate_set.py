@@ -29,6 +29,16 @@ Key = tuple[Any, ...]
 History = dict[int, tuple[tuple[int, Key], ...]]
 
 
+def merged(*histories: History) -> History:
+    """What any of them tells, the latest last."""
+    result: History = {}
+    for history in histories:
+        for member, parents in history.items():
+            older = (one for one in result.get(member, ()) if one not in parents)
+            result[member] = (*older, *parents)
+    return result
+
+
 @contextmanager
 def outliving() -> Iterator[None]:
     """For tensors that later calls read, too.
@@ -184,6 +194,13 @@ class CoordinateSet:
             return self
         moved = VoxelSet(coords, order, one.box, one.batch_size, one.spatial_shape, one.stride)
         return type(self)._member([moved], 0)
+
+    def joined(self, other: Self) -> Self:
+        """These voxels, made in the ways of another tensor, too."""
+        if other._family is not self._family or other._history == self._history:
+            return self
+        history = merged(other._history, self._history)
+        return self._member(self._family, self._family.index(self._set), history)
 
     def sorted(self) -> Tensor:
         """int32 [N, 1 + D], the rows in lexicographic order."""

@@ -8,7 +8,7 @@ import torch
 
 from . import native
 from .checks import check_output_shape, sizes
-from .coordinate_set import CoordinateSet, History, Key, VoxelSet, outliving
+from .coordinate_set import CoordinateSet, History, Key, VoxelSet, merged, outliving
 from .kernel_map import KernelMap
 from .make_maps import map_between, map_to_samples
 from .native import Window
@@ -174,7 +174,7 @@ class Coordinates(CoordinateSet):
         """
         kernel = sizes("kernel_size", kernel_size, self.dims, 1)
         step = None if stride is None else sizes("stride", stride, self.dims, 1)
-        member = _index(self._family, self._set)
+        member = self._family.index(self._set)
         parents = self._history.get(member, ())
         for parent, key in reversed(parents):
             if key[1] == kernel and step in (None, key[2]):
@@ -244,7 +244,7 @@ class Coordinates(CoordinateSet):
                 coords = native.outputs(self.coords, one.order, one.box, window, made, shape)
             child = VoxelSet(coords, None, native.bounds(coords), one.batch_size, shape, width)
             self._family.append(child)
-            member = _index(self._family, child)  # another thread may have added one, too
+            member = self._family.index(child)  # another thread may have added one, too
             outputs = Coordinates._member(self._family, member)
             one.maps[key] = map_between(self, outputs, window, made == "spread")
             one.children[key] = member
@@ -270,7 +270,7 @@ class Coordinates(CoordinateSet):
             )
         if target._family is not self._family:  # its numbers mean nothing here
             return target, map_between(self, target, window, transposed)
-        member = _index(self._family, target._set)
+        member = self._family.index(target._set)
         key = (*key, "given", member)
         if key not in self._set.maps:
             self._set.maps[key] = map_between(self, target, window, transposed)
@@ -278,13 +278,5 @@ class Coordinates(CoordinateSet):
 
     def _made(self, member: int, key: Key, before: History) -> Coordinates:
         """The set that ``key`` makes of this one, where it is a target with what made that."""
-        latest = {**self._history, member: ((_index(self._family, self._set), key),)}
-        history = dict(before)
-        for each, parents in latest.items():
-            older = (one for one in before.get(each, ()) if one not in parents)
-            history[each] = (*older, *parents)
-        return Coordinates._member(self._family, member, history)
-
-
-def _index(family: list[VoxelSet], one: VoxelSet) -> int:
-    return next(i for i, member in enumerate(family) if member is one)
+        latest: History = {member: ((self._family.index(self._set), key),)}
+        return Coordinates._member(self._family, member, merged(before, self._history, latest))

@@ -72,7 +72,7 @@ def voxelize(
     >>> x, voxel_of_point = pc.voxelize(points, 0.1)
     >>> offsets_in_voxels = points - x.feats[voxel_of_point]
     """
-    for name, given in {"points": points, "features": features}.items():
+    for name, given in {"points": points, "features": features, "batch": batch}.items():
         if not isinstance(given, Tensor) and (given is not None or name == "points"):
             raise TypeError(f"voxelize: {name} are {type(given).__name__}, expected a Tensor")
     if points.dim() != 2 or not 1 <= points.shape[1] <= 4:

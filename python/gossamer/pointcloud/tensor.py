@@ -197,7 +197,9 @@ class SparseTensor:
     def _combined(
         self, other: Any, operation: Callable[[Any, Any], Tensor], name: str
     ) -> SparseTensor:
+        coordinates = self.coordinates
         if isinstance(other, SparseTensor):
+            coordinates = coordinates.joined(other.coordinates)
             other = aligned_feats(self, other, name)
         feats = operation(self.feats, other)
         if feats.dim() != 2 or len(feats) != len(self):
@@ -205,7 +207,7 @@ class SparseTensor:
                 f"SparseTensor {name}: feats {list(self.feats.shape)} with {list(other.shape)} "
                 f"give {list(feats.shape)}, expected [{len(self)}, C]"
             )
-        return self.replace_feats(feats)
+        return SparseTensor(coordinates, feats)
 
     def __add__(self, other: Any) -> SparseTensor:
         return self._combined(other, operator.add, "+")
