@@ -20,6 +20,8 @@ def follow_fused_steps(layer: SparseTrainingLinear) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _layers:  # models of other layers pay nothing
+        return
     groups = optimizer.param_groups
     written = {id(p) for group in groups if group.get("fused") for p in group["params"]}
     if not written:

@@ -12,12 +12,7 @@ from torch.autograd.function import once_differentiable
 from .._sharded import whole
 from .._wide import matmul
 from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Panels
-from ..ops.operands import (
-    autocast_dtype,
-    autocast_to,
-    has_content,
-    without_autocast,
-)
+from ..ops.operands import autocast_dtype, autocast_to, has_content, without_autocast
 from ..ops.sparse24 import sparse24_linear_tensors
 from ..projection24 import (
     hard_threshold_24,
