@@ -11,17 +11,12 @@ namespace py = pybind11;
 namespace gossamer::actsparse {
 namespace {
 
-void check_on_cpu(const char* op, const TensorView& x) {
-  GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
-                 ", this is the CPU's product");
-}
-
 bool bind_linear(const TensorView& out, const TensorView& x, const TensorView& weight,
                  const std::optional<TensorView>& bias, double threshold,
                  const std::string& activation, int threads) {
   constexpr const char* op = "actsparse_linear";
   check_operands(op, out, x, weight);
-  check_on_cpu(op, x);
+  check_on_cpu(op, "x", x);
   const int64_t m = x.shape[0], k = weight.shape[0], n = weight.shape[1];
   check_shape(op, "x", x, m, k);
   check_shape(op, "out", out, m, n);
@@ -36,7 +31,7 @@ bool bind_outputs(const TensorView& out, const TensorView& x, const TensorView& 
                   const std::string& activation, int threads) {
   constexpr const char* op = "actsparse_outputs";
   check_operands(op, out, x, weight);
-  check_on_cpu(op, x);
+  check_on_cpu(op, "x", x);
   const int64_t m = x.shape[0], n = weight.shape[0], k = weight.shape[1];
   check_shape(op, "x", x, m, k);
   check_shape(op, "out", out, m, n);

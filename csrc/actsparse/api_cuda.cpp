@@ -13,14 +13,6 @@ namespace py = pybind11;
 namespace gossamer::actsparse {
 namespace {
 
-void check_gpu_dtype(const char* op, DType dtype) {
-  if (dtype == DType::kFloat64) {
-    throw py::type_error(std::string(op) +
-                         ": x is float64, a GPU has kernels of its own for float32, bfloat16 and "
-                         "float16");
-  }
-}
-
 // Chooses, checks the workspace against it, and launches. Of x and its like the rest is set.
 void launch_linear(const char* op, CudaLinearArgs args, const TensorView& out,
                    const std::optional<TensorView>& workspace,
@@ -31,8 +23,7 @@ void launch_linear(const char* op, CudaLinearArgs args, const TensorView& out,
   args.config = choose_cuda_linear_config(args.dtype, args.m, args.n, args.k, aligned,
                                           module.device(out.device_index));
   const int64_t tiles = args.config.tiles(args.dtype, args.m, args.n);
-  GOSSAMER_CHECK(tiles <= std::numeric_limits<int32_t>::max(), op, ": ", tiles,
-                 " thread blocks, CUDA has up to 2**31 - 1");
+  check_grid(op, tiles);
   const CudaWorkspace meeting = workspace_of(
       op, args.config.workspace_bytes(args.dtype, args.m, args.n), tiles, workspace, counters, out);
   args.workspace = static_cast<float*>(meeting.sums), args.counters = meeting.counters;
@@ -45,7 +36,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
                  const std::optional<TensorView>& counters) {
   constexpr const char* op = "actsparse_linear";
   check_operands(op, out, x, weight);
-  check_gpu_dtype(op, x.dtype);
+  check_gpu_dtype(op, "x", x.dtype);
   CudaLinearArgs args{};
   args.dtype = x.dtype;
   args.m = x.shape[0], args.k = weight.shape[0], args.n = weight.shape[1];
@@ -68,7 +59,7 @@ void bind_spikes(const TensorView& out, const TensorView& bits, const TensorView
   check_matrix(op, "weight_kn", weight);
   check_matrix(op, "out", out);
   check_weight_dtype(op, "weight_kn", weight);
-  check_gpu_dtype(op, weight.dtype);
+  check_gpu_dtype(op, "weight_kn", weight.dtype);
   check_device(op, "bits", bits, "weight_kn", weight);
   check_device(op, "out", out, "weight_kn", weight);
   CudaLinearArgs args{};
@@ -77,7 +68,7 @@ void bind_spikes(const TensorView& out, const TensorView& bits, const TensorView
   check_dtype(op, "bits", bits, DType::kUInt8);
   check_shape(op, "bits", bits, args.m, ceil_div(args.k, 8));
   check_contiguous(op, "bits", bits);
-  check_rows(op, "weight_kn", weight);
+  check_adjacent_columns(op, "weight_kn", weight);
   check_dtype(op, "out", out, weight.dtype);
   check_shape(op, "out", out, args.m, args.n);
   check_contiguous(op, "out", out);
@@ -103,7 +94,7 @@ void bind_outputs(const TensorView& out, const TensorView& x, const TensorView& 
                   const std::string& activation) {
   constexpr const char* op = "actsparse_outputs";
   check_operands(op, out, x, weight);
-  check_gpu_dtype(op, x.dtype);
+  check_gpu_dtype(op, "x", x.dtype);
   CudaOutputsArgs args = outputs_of(x, weight);
   check_shape(op, "x", x, args.m, args.k);
   check_shape(op, "out", out, args.m, args.n);
@@ -160,7 +151,7 @@ py::dict choose(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool 
   constexpr const char* op = "actsparse_choose_cuda";
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error(std::string(op) + ": no kernels for " + dtype);
-  check_gpu_dtype(op, type);
+  check_gpu_dtype(op, "dtype", type);
   GOSSAMER_CHECK(m >= 1 && n >= 1 && k >= 0, op, ": ", m, " rows, ", n, " outputs, ", k, " inputs");
   const CudaLinearConfig config =
       choose_cuda_linear_config(type, m, n, k, aligned, device_of(op, device));

@@ -6,13 +6,6 @@
 
 namespace gossamer::actsparse {
 
-inline void check_rows(const char* op, const char* what, const TensorView& t) {
-  // The stride of a dimension nobody walks along may be anything.
-  GOSSAMER_CHECK(t.strides[1] == 1 || t.shape[1] <= 1 || t.shape[0] == 0, op, ": ", what,
-                 " has strides [", t.strides[0], ", ", t.strides[1],
-                 "], its columns must be contiguous");
-}
-
 // x [m, k], out [m, n] and weight [rows, columns], all of one dtype on one device.
 inline void check_operands(const char* op, const TensorView& out, const TensorView& x,
                            const TensorView& weight) {
@@ -24,8 +17,8 @@ inline void check_operands(const char* op, const TensorView& out, const TensorVi
   check_device(op, "out", out, "x", x);
   check_dtype(op, "weight", weight, x.dtype);
   check_dtype(op, "out", out, x.dtype);
-  check_rows(op, "x", x);
-  check_rows(op, "weight", weight);
+  check_adjacent_columns(op, "x", x);
+  check_adjacent_columns(op, "weight", weight);
   check_contiguous(op, "out", out);
 }
 

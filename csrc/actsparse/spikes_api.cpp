@@ -15,8 +15,7 @@ namespace gossamer::actsparse::spikes {
 namespace {
 
 void check_cpu_matrix(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
-                 ", expected cpu");
+  check_on_cpu(op, what, t);
   check_matrix(op, what, t);
 }
 
@@ -34,8 +33,7 @@ void bind_pack(const TensorView& bits, const TensorView& x, int threads) {
   const int64_t tokens = x.shape[0], features = x.shape[1];
   check_shape(op, "bits", bits, tokens, ceil_div(features, 8));
   check_contiguous(op, "bits", bits);
-  GOSSAMER_CHECK(x.strides[1] == 1 || features <= 1 || tokens == 0, op, ": x has strides [",
-                 x.strides[0], ", ", x.strides[1], "], its columns must be contiguous");
+  check_adjacent_columns(op, "x", x);
   int64_t wrong = -1;
   switch (x.dtype) {
     case DType::kUInt8: wrong = pack_words<uint8_t>(x, 1, bits, threads); break;
@@ -64,9 +62,7 @@ void bind_linear(const TensorView& out, const TensorView& bits, const TensorView
   check_contiguous(op, "bits", bits);
   GOSSAMER_CHECK(features <= std::numeric_limits<int32_t>::max(), op, ": ", features,
                  " features, expected below 2^31");
-  GOSSAMER_CHECK(weight.strides[1] == 1 || outputs <= 1 || features == 0, op,
-                 ": weight_kn has strides [", weight.strides[0], ", ", weight.strides[1],
-                 "], its columns must be contiguous");
+  check_adjacent_columns(op, "weight_kn", weight);
   check_dtype(op, "out", out, weight.dtype);
   check_shape(op, "out", out, tokens, outputs);
   check_contiguous(op, "out", out);

@@ -17,21 +17,14 @@ namespace {
 
 thread_local Scratch rows_scratch, scales_scratch;
 
-void check_cpu(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
-                 ", expected cpu");
-}
-
 // [rows, columns] of the dtype on the CPU, its columns contiguous.
 void check_rows(const char* op, const char* what, const TensorView& t, DType dtype, int64_t rows,
                 int64_t columns) {
-  check_cpu(op, what, t);
+  check_on_cpu(op, what, t);
   check_matrix(op, what, t);
   check_dtype(op, what, t, dtype);
   check_shape(op, what, t, rows, columns);
-  // The stride of a dimension nobody walks along may be anything.
-  GOSSAMER_CHECK(t.strides[1] == 1 || columns <= 1 || rows == 0, op, ": ", what, " has strides [",
-                 t.strides[0], ", ", t.strides[1], "], its columns must be contiguous");
+  check_adjacent_columns(op, what, t);
 }
 
 void check_out(const char* op, const TensorView& out, DType dtype, int64_t rows, int64_t columns) {
@@ -41,7 +34,7 @@ void check_out(const char* op, const TensorView& out, DType dtype, int64_t rows,
 
 // The matrix that indices point into.
 void check_weight(const char* op, const TensorView& weight) {
-  check_cpu(op, "weight", weight);
+  check_on_cpu(op, "weight", weight);
   check_matrix(op, "weight", weight);
   check_weight_dtype(op, "weight", weight);
   check_rows(op, "weight", weight, weight.dtype, weight.shape[0], weight.shape[1]);
@@ -82,7 +75,7 @@ const uint32_t* checked_rows_of(const char* op, const TensorView& indices, int64
 // unless they have 32 bits already.
 const uint32_t* checked_rows(const char* op, const TensorView& indices, int64_t width,
                              int threads) {
-  check_cpu(op, "indices", indices);
+  check_on_cpu(op, "indices", indices);
   check_matrix(op, "indices", indices);
   check_contiguous(op, "indices", indices);
   GOSSAMER_CHECK(width <= std::numeric_limits<int32_t>::max(), op, ": the weight has ", width,
@@ -145,7 +138,7 @@ void sum_by_row(Bags bags, const uint32_t* rows, const void* scales, int64_t k) 
 void bind_weight(const TensorView& out, const TensorView& values, const TensorView& indices,
                  const TensorView& dy, int threads) {
   constexpr const char* op = "topk_weight";
-  check_cpu(op, "dy", dy);
+  check_on_cpu(op, "dy", dy);
   check_matrix(op, "dy", dy);
   check_weight_dtype(op, "dy", dy);
   check_matrix(op, "out", out);
@@ -170,7 +163,7 @@ void bind_weight(const TensorView& out, const TensorView& values, const TensorVi
 // The codes [tokens, k] and the matrix [tokens, width] of the same, which `op` makes of each other.
 DenseCodes dense_codes(const char* op, const TensorView& dense, const TensorView& values,
                        const TensorView& indices, int threads) {
-  check_cpu(op, "the dense codes", dense);
+  check_on_cpu(op, "the dense codes", dense);
   check_matrix(op, "the dense codes", dense);
   check_weight_dtype(op, "the dense codes", dense);
   const int64_t width = dense.shape[1];
@@ -200,7 +193,7 @@ void bind_gather(const std::string& op, const TensorView& values, const TensorVi
 void bind_select(const TensorView& values, const TensorView& indices, const TensorView& dense,
                  bool relu, int threads) {
   constexpr const char* op = "topk_select";
-  check_cpu(op, "dense", dense);
+  check_on_cpu(op, "dense", dense);
   check_matrix(op, "dense", dense);
   check_weight_dtype(op, "dense", dense);
   check_contiguous(op, "dense", dense);

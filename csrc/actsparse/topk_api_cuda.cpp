@@ -14,20 +14,12 @@ namespace py = pybind11;
 namespace gossamer::actsparse::topk {
 namespace {
 
-constexpr int64_t kMost = 0x7fffffff;
-
 // The first operand of a call: [rows, columns], its columns contiguous.
 void check_first(const char* op, const char* what, const TensorView& t) {
   check_matrix(op, what, t);
   check_weight_dtype(op, what, t);
-  if (t.dtype == DType::kFloat64) {
-    throw py::type_error(std::string(op) + ": " + what +
-                         " is float64, a GPU has kernels of its own for float32, bfloat16 and "
-                         "float16");
-  }
-  GOSSAMER_CHECK(t.strides[1] == 1 || t.shape[1] <= 1 || t.shape[0] == 0, op, ": ", what,
-                 " has strides [", t.strides[0], ", ", t.strides[1],
-                 "], its columns must be contiguous");
+  check_gpu_dtype(op, what, t.dtype);
+  check_adjacent_columns(op, what, t);
 }
 
 // [rows, columns] of the dtype and on the device of the first.
@@ -37,8 +29,7 @@ void check_rows(const char* op, const char* what, const TensorView& t, DType dty
   check_matrix(op, what, t);
   check_dtype(op, what, t, dtype);
   check_shape(op, what, t, rows, columns);
-  GOSSAMER_CHECK(t.strides[1] == 1 || columns <= 1 || rows == 0, op, ": ", what, " has strides [",
-                 t.strides[0], ", ", t.strides[1], "], its columns must be contiguous");
+  check_adjacent_columns(op, what, t);
 }
 
 void check_out(const char* op, const TensorView& out, DType dtype, int64_t rows, int64_t columns,
@@ -57,8 +48,9 @@ CudaCodes codes_of(const char* op, const TensorView& indices, const TensorView* 
                          ", expected int32 or int64");
   }
   const int64_t pairs = indices.numel(), k = indices.shape[1];
-  GOSSAMER_CHECK(width <= kMost && pairs <= kMost, op, ": ", pairs, " pairs of a value and one of ",
-                 width, " rows, a GPU's kernels count to 2**31 - 1");
+  GOSSAMER_CHECK(width <= kMostCounted && pairs <= kMostCounted, op, ": ", pairs,
+                 " pairs of a value and one of ", width,
+                 " rows, a GPU's kernels count to 2**31 - 1");
   GOSSAMER_CHECK(width > 0 || pairs == 0, op, ": indices of shape ", shape_text(indices),
                  " into no rows");
   if (values != nullptr) {
@@ -69,11 +61,9 @@ CudaCodes codes_of(const char* op, const TensorView& indices, const TensorView* 
           values == nullptr ? nullptr : values->data};
 }
 
-void check_grid(const char* op, int64_t rows, int64_t columns) {
-  // A block is at least one slice of a bag, or at least eight pairs.
-  const int64_t blocks = rows * std::max<int64_t>(ceil_div(columns, 128), 1);
-  GOSSAMER_CHECK(blocks <= kMost, op, ": ", rows, " rows of ", columns,
-                 " columns, CUDA has up to 2**31 - 1 thread blocks");
+// A block is at least one slice of a bag, or at least eight pairs.
+int64_t most_blocks(int64_t rows, int64_t columns) {
+  return rows * std::max<int64_t>(ceil_div(columns, 128), 1);
 }
 
 // Bags of one warp each would leave multiprocessors with fewer warps than hide memory's latency.
@@ -92,7 +82,7 @@ void bind_decode(const TensorView& out, const TensorView& values, const TensorVi
   const int64_t tokens = indices.shape[0];
   check_out(op, out, weight.dtype, tokens, columns, "weight", weight);
   const void* biases = bias_of(op, bias, columns, weight.dtype, weight);
-  check_grid(op, tokens, columns);
+  check_grid(op, most_blocks(tokens, columns));
   const CudaModule& module = cuda_module(op, weight);
   CudaBags bags{weight.dtype, tokens, columns,           codes,  nullptr,  nullptr,
                 weight.data,  width,  weight.strides[0], biases, out.data, false};
@@ -132,7 +122,7 @@ void bind_weight(const TensorView& out, const TensorView& values, const TensorVi
     check_dtype(op, what, *t, DType::kInt64);
     check_vector(op, what, *t, length);
   }
-  check_grid(op, width, columns);
+  check_grid(op, most_blocks(width, columns));
   cuda_module(op, dy).topk->sum_bags(
       {dy.dtype, width, columns, codes, begins.as<const int64_t>(), order.as<const int64_t>(),
        dy.data, dy.shape[0], dy.strides[0], nullptr, out.data, false},
@@ -149,7 +139,7 @@ void bind_select(const TensorView& values, const TensorView& indices, const Tens
   const int64_t k = values.shape[1], most = std::min(width, kMostSelected);
   GOSSAMER_CHECK(1 <= k && k <= most, op, ": k is ", k, ", a GPU's kernel selects 1 to ", most,
                  " of ", width);
-  GOSSAMER_CHECK(width <= kMost && rows <= kMost, op, ": ", rows, " rows of ", width,
+  GOSSAMER_CHECK(width <= kMostCounted && rows <= kMostCounted, op, ": ", rows, " rows of ", width,
                  " columns, a GPU's kernel counts to 2**31 - 1");
   check_rows(op, "values", values, dense.dtype, rows, k, "dense", dense);
   check_contiguous(op, "values", values);

@@ -10,22 +10,21 @@ namespace py = pybind11;
 namespace gossamer::blocksparse {
 namespace {
 
-// Kernels keep positions, pixels of an image and places of blocks in 32 bits.
-constexpr double kMost = 0x7fffffff;
-
 NamedConfig name_of(const CudaConvConfig& config) {
   return {name(config.kernel), config.tile_pixels(), config.tile_outputs(), config.cluster()};
 }
 
+// Kernels keep positions, pixels of an image and places of blocks in 32 bits.
 void check_reach(const char* op, const ConvShape& s, const Weight& w) {
   for (int axis = 0; axis < 3; ++axis) {
-    GOSSAMER_CHECK(s.reach(axis) <= kMost, op, ": ", s.out[axis], " outputs with stride ",
+    GOSSAMER_CHECK(s.reach(axis) <= kMostCounted, op, ": ", s.out[axis], " outputs with stride ",
                    s.stride[axis], " and a kernel of ", s.kernel[axis], " with dilation ",
                    s.dilation[axis], " reach further than a GPU's kernels count");
   }
   const double pixels = 1.0 * s.out[0] * s.out[1] * s.out[2];
-  GOSSAMER_CHECK(pixels <= kMost && w.nnz <= kMost, op, ": ", s.out[0], " x ", s.out[1], " x ",
-                 s.out[2], " outputs and ", w.nnz, " blocks, a GPU's kernels count to 2**31 - 1");
+  GOSSAMER_CHECK(pixels <= kMostCounted && w.nnz <= kMostCounted, op, ": ", s.out[0], " x ",
+                 s.out[1], " x ", s.out[2], " outputs and ", w.nnz,
+                 " blocks, a GPU's kernels count to 2**31 - 1");
 }
 
 CudaConvConfig named(const char* op, const ConvShape& s, const Weight& w, const CudaDevice& device,
@@ -46,8 +45,7 @@ CudaConvConfig config_of(const char* op, const ConvShape& s, const Weight& w,
   check_reach(op, s, w);
   const CudaConvConfig config =
       given ? named(op, s, w, device, *given) : choose_cuda_conv_config(s, w, device, aligned);
-  const int64_t blocks = config.blocks(s.batch * s.out_pixels(), w);
-  GOSSAMER_CHECK(blocks <= kMost, op, ": ", blocks, " thread blocks, CUDA has up to 2**31 - 1");
+  check_grid(op, config.blocks(s.batch * s.out_pixels(), w));
   return config;
 }
 

@@ -8,6 +8,7 @@
 
 #include "common/activation.h"
 #include "common/check.h"
+#include "common/choice.h"
 #include "common/tensor_view.h"
 
 namespace gossamer {
@@ -23,6 +24,14 @@ inline void check_matrix(const char* op, const char* what, const TensorView& t) 
 inline void check_contiguous(const char* op, const char* what, const TensorView& t) {
   GOSSAMER_CHECK(t.is_contiguous(), op, ": ", what, " of shape ", shape_text(t),
                  " must be contiguous");
+}
+
+// Rows any distance apart, whose columns lie side by side. The stride of a dimension nobody walks
+// along may be anything.
+inline void check_adjacent_columns(const char* op, const char* what, const TensorView& t) {
+  GOSSAMER_CHECK(t.strides[1] == 1 || t.shape[1] <= 1 || t.shape[0] == 0, op, ": ", what,
+                 " has strides [", t.strides[0], ", ", t.strides[1],
+                 "], its columns must be contiguous");
 }
 
 inline void check_dtype(const char* op, const char* what, const TensorView& t, DType expected) {
@@ -44,11 +53,24 @@ inline void check_vector(const char* op, const char* what, const TensorView& t, 
   check_contiguous(op, what, t);
 }
 
+inline void check_on_cpu(const char* op, const char* what, const TensorView& t) {
+  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
+                 ", the kernel is the CPU's");
+}
+
 // Two tensors of one call lie on the same device.
 inline void check_device(const char* op, const char* what, const TensorView& t,
                          const char* first_name, const TensorView& first) {
   GOSSAMER_CHECK(t.device == first.device && t.device_index == first.device_index, op, ": ", what,
                  " is on ", device_text(t), ", ", first_name, " on ", device_text(first));
+}
+
+inline pybind11::dict report_of(const Choice& choice) {
+  pybind11::dict report;
+  report["target"] = choice.target;
+  report["kernel"] = choice.kernel;
+  report["why"] = choice.why;
+  return report;
 }
 
 // What a weight in floating point may be made of.
@@ -69,7 +91,7 @@ inline Activation activation_of(const char* op, const std::string& text) {
   if (text == "relu") return Activation::kReLU;
   if (text == "gelu") return Activation::kGELU;
   if (text == "silu") return Activation::kSiLU;
-  fail(op, ": activation '", text, "' is unknown; none, relu, gelu or silu");
+  fail(op, ": activation '", text, "' is unknown, expected none, relu, gelu or silu");
 }
 
 // [n] of this dtype on the device of x, or null where there is none.

@@ -25,11 +25,6 @@ inline void check_dims(const char* op, const char* what, const TensorView& t, in
   check_contiguous(op, what, t);
 }
 
-inline void check_on_cpu(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
-                 ", the kernels are the CPU's");
-}
-
 // Of x and out, [batch, d, h, w, channels] or [batch, channels, d, h, w].
 inline ConvShape conv_shape(const char* op, const int64_t* x, const int64_t* out, int64_t groups,
                             const Axes& kernel, const Axes& stride, const Axes& padding,

@@ -49,6 +49,18 @@ const CudaModule& cuda_module(const char* op, const TensorView& t) {
 
 CudaStream stream_of(const TensorView& t) { return {t.device_index, t.stream}; }
 
+void check_grid(const char* op, int64_t blocks) {
+  GOSSAMER_CHECK(blocks <= kMostCounted, op, ": ", blocks,
+                 " thread blocks, CUDA has up to 2**31 - 1");
+}
+
+void check_gpu_dtype(const char* op, const char* what, DType dtype) {
+  if (dtype == DType::kFloat64 || !is_weight_dtype(dtype)) {
+    throw py::type_error(std::string(op) + ": " + what + " is " + name(dtype) +
+                         ", a GPU has kernels of its own for float32, bfloat16 and float16");
+  }
+}
+
 CudaWorkspace workspace_of(const char* op, int64_t bytes, int64_t counters,
                            const std::optional<TensorView>& given_workspace,
                            const std::optional<TensorView>& given_counters,

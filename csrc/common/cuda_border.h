@@ -19,6 +19,12 @@ const CudaModule& cuda_module(const char* op);
 const CudaModule& cuda_module(const char* op, const TensorView& t);
 CudaStream stream_of(const TensorView& t);
 
+// What kernels count in 32 bits, and the thread blocks of a launch.
+constexpr int64_t kMostCounted = 0x7fffffff;
+void check_grid(const char* op, int64_t blocks);
+// TypeError for float64, which a GPU has no kernels for, and for what is no weight's dtype.
+void check_gpu_dtype(const char* op, const char* what, DType dtype);
+
 // What blocks that share a tile meet in.
 struct CudaWorkspace {
   void* sums = nullptr;

@@ -12,11 +12,6 @@ namespace py = pybind11;
 namespace gossamer::csr {
 namespace {
 
-void check_on_cpu(const char* op, const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
-                 ", this is the CPU's product");
-}
-
 void check_columns(const char* op, const char* what, const TensorView& t, int64_t count,
                    int64_t k) {
   check_on_cpu(op, what, t);
@@ -43,9 +38,7 @@ void check_rows(const char* op, const char* what, const TensorView& t, DType dty
   check_matrix(op, what, t);
   check_dtype(op, what, t, dtype);
   check_shape(op, what, t, rows, columns);
-  // The stride of a dimension nobody walks along may be anything.
-  GOSSAMER_CHECK(t.strides[1] == 1 || columns == 1 || rows == 0, op, ": ", what, " has strides [",
-                 t.strides[0], ", ", t.strides[1], "], its columns must be contiguous");
+  check_adjacent_columns(op, what, t);
 }
 
 void bind_linear(const TensorView& out, const TensorView& x, const TensorView& values,
@@ -152,12 +145,7 @@ void bind(py::module_& m) {
       [](int64_t rows, const std::string& dtype) {
         const DType type = dlpack::dtype_from_name(dtype);
         if (!is_weight_dtype(type)) throw py::type_error("csr_choose: no kernels for " + dtype);
-        const Choice choice = choose(rows, type);
-        py::dict report;
-        report["target"] = choice.target;
-        report["kernel"] = choice.kernel;
-        report["why"] = choice.why;
-        return report;
+        return report_of(choose(rows, type));
       },
       py::arg("rows"), py::arg("dtype"));
 }

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/choice.h"
 #include "common/dtype.h"
 
 namespace pybind11 {
@@ -84,11 +85,6 @@ void gather(const void* from, const int32_t* source, int64_t count, int64_t size
 
 // The kernel that the target in force has for so many rows of x: "serial", "gather" (lanes along
 // a row of W) or "tokens" (along the rows of x), and whose it is.
-struct Choice {
-  const char* kernel;
-  const char* target;
-  const char* why;
-};
 Choice choose(int64_t rows, DType dtype);
 
 void bind(pybind11::module_& m);

@@ -51,8 +51,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
        {std::pair{"out", out}, {"weights", weights}, {"offsets", offsets}}) {
     check_device(op, what, t, "x", x);
   }
-  GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
-                 ", this is the CPU's product");
+  check_on_cpu(op, "x", x);
   const int64_t experts = weights.shape[0], n = weights.shape[1], k = weights.shape[2];
   GOSSAMER_CHECK(experts >= 1 && n >= 1 && k >= 1, op, ": weights have shape ", shape_text(weights),
                  ", expected at least [1, 1, 1]");
@@ -62,9 +61,7 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_shape(op, "x", x, x.shape[0], k);
   check_shape(op, "out", out, x.shape[0], n);
   check_contiguous(op, "out", out);
-  // The stride of a dimension nobody walks along may be anything.
-  GOSSAMER_CHECK(x.strides[1] == 1 || k == 1 || x.shape[0] == 0, op, ": x has strides [",
-                 x.strides[0], ", ", x.strides[1], "], its columns must be contiguous");
+  check_adjacent_columns(op, "x", x);
   if (bias) {
     check_matrix(op, "bias", *bias);
     check_device(op, "bias", *bias, "x", x);
@@ -87,8 +84,7 @@ void bind(py::module_& m) {
   m.def(
       "grouped_ends",
       [](const TensorView& offsets, int64_t experts, int64_t tokens) {
-        GOSSAMER_CHECK(offsets.device == Device::kCPU, "grouped_linear: offsets are on ",
-                       device_text(offsets), ", this is the CPU's product");
+        check_on_cpu("grouped_linear", "offsets", offsets);
         return checked_ends("grouped_linear", offsets, experts, tokens);
       },
       py::arg("offsets"), py::arg("experts"), py::arg("tokens"));
@@ -99,12 +95,7 @@ void bind(py::module_& m) {
         if (!is_weight_dtype(type)) {
           throw py::type_error("grouped_choose: no kernels for " + dtype);
         }
-        const Choice choice = choose(type);
-        py::dict report;
-        report["target"] = choice.target;
-        report["kernel"] = choice.kernel;
-        report["why"] = choice.why;
-        return report;
+        return report_of(choose(type));
       },
       py::arg("dtype"));
 }

@@ -13,8 +13,6 @@ namespace py = pybind11;
 namespace gossamer::grouped {
 namespace {
 
-constexpr int64_t kMost = 0x7fffffff;  // thread blocks, and experts, which kernels count in 32 bits
-
 struct Sizes {
   int64_t experts, tokens, n, k;
 };
@@ -24,16 +22,8 @@ CudaGroupedConfig config_of(const char* op, DType dtype, CudaProduct product, co
   const auto [experts, tokens, n, k] = sizes;
   const CudaGroupedConfig config =
       choose_cuda_config(dtype, product, experts, tokens, n, k, device);
-  const int64_t blocks = config.blocks(product, experts, tokens, n, k);
-  GOSSAMER_CHECK(blocks <= kMost, op, ": ", blocks, " thread blocks, CUDA has up to 2**31 - 1");
+  check_grid(op, config.blocks(product, experts, tokens, n, k));
   return config;
-}
-
-void check_gpu_dtype(const char* op, const char* what, DType dtype) {
-  if (size_of(dtype) == 8 || !is_weight_dtype(dtype)) {
-    throw py::type_error(std::string(op) + ": " + what + " is " + name(dtype) +
-                         ", a GPU has kernels for float32, bfloat16 and float16");
-  }
 }
 
 // Rows of tokens, any distance apart.
@@ -41,9 +31,7 @@ void check_tokens(const char* op, const char* what, const TensorView& t, int64_t
                   int64_t features) {
   check_matrix(op, what, t);
   check_shape(op, what, t, tokens, features);
-  GOSSAMER_CHECK(t.strides[1] == 1 || features == 1 || tokens == 0, op, ": ", what,
-                 " has strides [", t.strides[0], ", ", t.strides[1],
-                 "], its columns must be contiguous");
+  check_adjacent_columns(op, what, t);
 }
 
 void check_experts(const char* op, const char* what, const TensorView& t) {

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/choice.h"
 #include "common/dtype.h"
 
 namespace pybind11 {
@@ -44,11 +45,6 @@ void gemm(const GroupedArgs& args);
 void gemm_serial(const GroupedArgs& args);  // the readable definition
 
 // The kernel that the target in force has for a dtype: "serial", "dot" or "tiles", and whose it is.
-struct Choice {
-  const char* kernel;
-  const char* target;
-  const char* why;
-};
 Choice choose(DType dtype);
 
 void bind(pybind11::module_& m);

@@ -12,8 +12,7 @@ namespace {
 
 void check_cpu_rows(const char* op, const char* what, const TensorView& t, DType dtype) {
   check_rows(op, what, t, dtype);
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
-                 ", this is the CPU's product");
+  check_on_cpu(op, what, t);
 }
 
 void bind_forward(const TensorView& y, const TensorView& x, const TensorView& weights,
@@ -72,12 +71,7 @@ void bind_conv(py::module_& m) {
         if (!is_weight_dtype(type)) {
           throw py::type_error("pointcloud_conv_choose: no kernels for " + dtype);
         }
-        const ConvChoice choice = choose_conv(type, {groups, c_in, c_out});
-        py::dict report;
-        report["target"] = choice.target;
-        report["kernel"] = choice.kernel;
-        report["why"] = choice.why;
-        return report;
+        return report_of(choose_conv(type, {groups, c_in, c_out}));
       },
       py::arg("dtype"), py::arg("c_in"), py::arg("c_out"), py::arg("groups") = 1);
 }

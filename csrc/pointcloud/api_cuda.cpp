@@ -14,30 +14,17 @@ namespace py = pybind11;
 namespace gossamer::pointcloud {
 namespace {
 
-constexpr int64_t kMost = 0x7fffffff;
 // Channels of a row, the most for which kernels count weights of 32 rows in 32 bits; and taps, or
 // channels of one of several groups, the extent of a grid.
 constexpr int64_t kMostChannels = 1 << 24, kMostTaps = 65535;
-
-void check_gpu_dtype(const char* op, DType dtype) {
-  if (dtype == DType::kFloat64) {
-    throw py::type_error(std::string(op) +
-                         ": feats is float64, a GPU has kernels of its own for "
-                         "float32, bfloat16 and float16");
-  }
-}
 
 void check_reach(const char* op, int64_t taps, int64_t n_in, int64_t n_out, int64_t c_in,
                  int64_t c_out) {
   GOSSAMER_CHECK(taps <= kMostTaps && c_in <= kMostChannels && c_out <= kMostChannels, op, ": ",
                  taps, " taps of ", c_in, " x ", c_out, " channels, a GPU's kernels have up to ",
                  kMostTaps, " taps and ", kMostChannels, " channels");
-  GOSSAMER_CHECK(n_in <= kMost && n_out <= kMost, op, ": ", n_in, " and ", n_out,
+  GOSSAMER_CHECK(n_in <= kMostCounted && n_out <= kMostCounted, op, ": ", n_in, " and ", n_out,
                  " voxels, a GPU's kernels count to 2**31 - 1");
-}
-
-void check_grid(const char* op, int64_t blocks) {
-  GOSSAMER_CHECK(blocks <= kMost, op, ": ", blocks, " thread blocks, CUDA has up to 2**31 - 1");
 }
 
 CudaConvConfig config_of(const char* op, DType dtype, int64_t groups, int64_t c_out,
@@ -53,7 +40,7 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
                   int64_t in_groups, const std::string& activation) {
   constexpr const char* op = "pointcloud_conv";
   check_weight_dtype(op, "feats", x);
-  check_gpu_dtype(op, x.dtype);
+  check_gpu_dtype(op, "feats", x.dtype);
   check_rows(op, "feats", x, x.dtype);
   check_rows(op, "out", y, x.dtype);
   check_device(op, "out", y, "feats", x);
@@ -75,7 +62,7 @@ void bind_forward(const TensorView& y, const TensorView& x, const TensorView& we
   check_vector_on(op, "rows", rows, DType::kInt32, positions, x);
   check_vector_on(op, "begins", begins, DType::kInt32, groups + 1, x);
   check_vector_on(op, "visited", visited, DType::kInt32, kAnyLength, x);
-  GOSSAMER_CHECK(positions >= y.shape[0] && visited.shape[0] <= kMost, op, ": ", positions,
+  GOSSAMER_CHECK(positions >= y.shape[0] && visited.shape[0] <= kMostCounted, op, ": ", positions,
                  " positions and ", visited.shape[0], " visits for ", y.shape[0],
                  " outputs, expected a position for each and fewer than 2**31 visits");
 
@@ -107,7 +94,7 @@ void bind_weight_grad(const TensorView& dw, const TensorView& dy, const TensorVi
                       const TensorView& of_tap, int64_t groups, const TensorView& partial) {
   constexpr const char* op = "pointcloud_conv_weight_grad";
   check_weight_dtype(op, "feats", x);
-  check_gpu_dtype(op, x.dtype);
+  check_gpu_dtype(op, "feats", x.dtype);
   check_rows(op, "feats", x, x.dtype);
   check_rows(op, "dy", dy, x.dtype);
   check_device(op, "dy", dy, "feats", x);
@@ -149,7 +136,7 @@ py::dict choose(const std::string& dtype, int64_t outputs, int64_t c_out,
   constexpr const char* op = "pointcloud_conv_choose_cuda";
   const DType type = dlpack::dtype_from_name(dtype);
   if (!is_weight_dtype(type)) throw py::type_error(std::string(op) + ": no kernels for " + dtype);
-  check_gpu_dtype(op, type);
+  check_gpu_dtype(op, "dtype", type);
   GOSSAMER_CHECK(outputs >= 0 && c_out >= 1, op, ": ", outputs, " outputs of ", c_out, " channels");
   const int64_t groups = ceil_div(outputs, kGroupRows);
   const CudaConvConfig config = config_of(op, type, groups, c_out, device_of(op, device));

@@ -13,26 +13,19 @@ namespace {
 constexpr const char* kOp = "pointcloud_pool";
 using Order = std::optional<TensorView>;
 
-void check_cpu(const char* what, const TensorView& t) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, kOp, ": ", what, " is on ", device_text(t),
-                 ", this is the CPU's pooling");
-}
-
 PoolArgs checked(const TensorView& out, const TensorView& feats, const TensorView& in_index,
                  const TensorView& out_index, const TensorView& tap_offsets, const Order& in_order,
                  const Order& out_order, int threads) {
-  check_cpu("feats", feats);
+  check_on_cpu(kOp, "feats", feats);
   check_matrix(kOp, "feats", feats);
   check_weight_dtype(kOp, "feats", feats);
-  check_cpu("out", out);
+  check_on_cpu(kOp, "out", out);
   check_matrix(kOp, "out", out);
   check_dtype(kOp, "out", out, feats.dtype);
   check_shape(kOp, "out", out, out.shape[0], feats.shape[1]);
   check_contiguous(kOp, "out", out);
   const int64_t rows = feats.shape[0], channels = feats.shape[1];
-  // The stride of a dimension nobody walks along may be anything.
-  GOSSAMER_CHECK(feats.strides[1] == 1 || channels <= 1 || rows == 0, kOp, ": feats has strides [",
-                 feats.strides[0], ", ", feats.strides[1], "], its columns must be contiguous");
+  check_adjacent_columns(kOp, "feats", feats);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // winners are int32
   GOSSAMER_CHECK(rows <= kMost && out.shape[0] <= kMost, kOp, ": ", rows, " and ", out.shape[0],
                  " voxels, expected at most ", kMost);
@@ -44,7 +37,7 @@ PoolArgs checked(const TensorView& out, const TensorView& feats, const TensorVie
 }
 
 int32_t* winners_of(const TensorView& winner, int64_t rows, int64_t channels) {
-  check_cpu("winner", winner);
+  check_on_cpu(kOp, "winner", winner);
   check_matrix(kOp, "winner", winner);
   check_dtype(kOp, "winner", winner, DType::kInt32);
   check_shape(kOp, "winner", winner, rows, channels);

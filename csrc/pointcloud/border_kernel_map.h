@@ -97,13 +97,11 @@ inline void check_each_once(const char* op, const char* what, const TensorView& 
 inline KernelMap checked_map(const char* op, const MapViews& views, int64_t taps, int64_t n_in,
                              int64_t n_out, Ascent ascent, int threads) {
   const auto& [in, out, tap_offsets, in_order, out_order] = views;
-  const auto check_cpu = [op](const char* what, const TensorView& t) {
-    GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " is on ", device_text(t),
-                   ", this is the CPU's kernel");
-  };
-  check_cpu("tap_offsets", tap_offsets), check_cpu("in_index", in), check_cpu("out_index", out);
-  if (in_order) check_cpu("in_order", *in_order);
-  if (out_order) check_cpu("out_order", *out_order);
+  check_on_cpu(op, "tap_offsets", tap_offsets);
+  check_on_cpu(op, "in_index", in);
+  check_on_cpu(op, "out_index", out);
+  if (in_order) check_on_cpu(op, "in_order", *in_order);
+  if (out_order) check_on_cpu(op, "out_order", *out_order);
   check_dtype(op, "tap_offsets", tap_offsets, DType::kInt64);
   check_vector(op, "tap_offsets", tap_offsets, taps + 1);
   check_dtype(op, "in_index", in, DType::kInt32);

@@ -12,8 +12,7 @@
 namespace gossamer::pointcloud {
 
 inline void check_ints(const char* op, const char* what, const TensorView& t, DType dtype) {
-  GOSSAMER_CHECK(t.device == Device::kCPU, op, ": ", what, " on ", device_text(t),
-                 ", this is the CPU's");
+  check_on_cpu(op, what, t);
   check_dtype(op, what, t, dtype);
   check_contiguous(op, what, t);
 }

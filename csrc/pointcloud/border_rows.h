@@ -10,9 +10,7 @@ namespace gossamer::pointcloud {
 inline void check_rows(const char* op, const char* what, const TensorView& t, DType dtype) {
   check_matrix(op, what, t);
   check_dtype(op, what, t, dtype);
-  GOSSAMER_CHECK(t.strides[1] == 1 || t.shape[1] == 1 || t.shape[0] == 0, op, ": ", what,
-                 " has strides [", t.strides[0], ", ", t.strides[1],
-                 "], its columns must be contiguous");
+  check_adjacent_columns(op, what, t);
 }
 
 inline Channels checked_channels(const char* op, const TensorView& weights, int64_t c_in,

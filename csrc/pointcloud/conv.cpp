@@ -87,7 +87,7 @@ void conv(const ConvArgs& args) {
   });
 }
 
-ConvChoice choose_conv(DType dtype, const Channels& channels) {
+Choice choose_conv(DType dtype, const Channels& channels) {
   const Target wanted = target();
   const ConvUnit* unit = unit_of(wanted, dtype, channels);
   if (unit == nullptr) {

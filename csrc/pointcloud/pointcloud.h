@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/choice.h"
 #include "common/dtype.h"
 
 namespace pybind11 {
@@ -78,12 +79,7 @@ void weight_grad(const WeightGradArgs& args);
 void weight_grad_serial(const WeightGradArgs& args);
 
 // The kernel that the target in force has for a dtype and channels, and whose it is.
-struct ConvChoice {
-  const char* kernel;
-  const char* target;
-  const char* why;
-};
-ConvChoice choose_conv(DType dtype, const Channels& channels);
+Choice choose_conv(DType dtype, const Channels& channels);
 
 void bind_conv(pybind11::module_& m);
 void bind_conv_cuda(pybind11::module_& m);

@@ -20,11 +20,9 @@ void check_size(const char* op, int64_t n, int64_t k) {
                  "], expected at least [1, 1]");
 }
 
-namespace {
-
-// The same for values of any type.
-Weight stored(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
-              int64_t k) {
+// What a kernel reads of values of any type.
+Weight stored_weight(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
+                     int64_t k) {
   check_matrix(op, "values", values);
   check_matrix(op, "indices", indices);
   check_dtype(op, "indices", indices, DType::kUInt8);
@@ -38,12 +36,10 @@ Weight stored(const char* op, const TensorView& values, const TensorView& indice
   return w;
 }
 
-}  // namespace
-
 Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
                 int64_t k) {
   check_weight_dtype(op, "values", values);
-  return stored(op, values, indices, n, k);
+  return stored_weight(op, values, indices, n, k);
 }
 
 DType panel_dtype(const std::string& dtype, bool or_quantized) {
@@ -128,8 +124,7 @@ void bind_project(const TensorView& weight, bool soft, double scale, const Tenso
                   const TensorView& values, const TensorView& indices, int threads) {
   constexpr const char* op = "sparse24_project";
   const Weight w = with_dense(op, dense, values, indices);
-  GOSSAMER_CHECK(!on_gpu(dense), op, ": the weight is on ", device_text(dense),
-                 ", this is the CPU's projection");
+  check_on_cpu(op, "the weight", dense);
   check_like(op, "weight", weight, dense);
   project(weight.data, w, soft, scale, dense.data, values.data, indices.as<uint8_t>(), threads);
 }
@@ -139,7 +134,7 @@ void bind_add_dropped(const TensorView& gradient, const TensorView& weight, cons
   constexpr const char* op = "sparse24_add_dropped";
   check_weight_dtype(op, "weight", weight);
   check_contiguous(op, "weight", weight);
-  GOSSAMER_CHECK(!on_gpu(weight), op, ": the weight is on ", device_text(weight));
+  check_on_cpu(op, "weight", weight);
   check_like(op, "kept", kept, weight);
   check_like(op, "gradient", gradient, weight);
   add_dropped(weight.data, kept.data, weight.numel(), weight.dtype, factor, gradient.data, threads);
@@ -178,7 +173,7 @@ void bind_to_panels(const TensorView& values, const TensorView& indices, int64_t
   check_matrix(op, "values", values);
   check_device(op, "panels", out, "values", values);
   const DType dtype = panel_dtype(name(values.dtype), true);
-  const Weight w = stored(op, values, indices, values.shape[0], in_features);
+  const Weight w = stored_weight(op, values, indices, values.shape[0], in_features);
   panels(op, out, dtype, w.n, w.k);
   if (on_gpu(values)) {
     return cuda_kernels(op, values).to_panels(w, out.as<uint32_t>(), stream_of(values));
@@ -195,7 +190,7 @@ void bind_from_panels(const TensorView& in, const TensorView& values, const Tens
   check_matrix(op, "values", values);
   check_device(op, "values", values, "panels", in);
   const DType dtype = panel_dtype(name(values.dtype), true);
-  const Weight shape = stored(op, values, indices, values.shape[0], in_features);
+  const Weight shape = stored_weight(op, values, indices, values.shape[0], in_features);
   const Weight w = panels(op, in, dtype, shape.n, shape.k);
   if (on_gpu(in)) {
     return cuda_kernels(op, in).from_panels(w, values.data, indices.as<uint8_t>(), stream_of(in));
@@ -213,14 +208,11 @@ void bind_linear(const TensorView& out, const TensorView& x, const TensorView& w
   check_matrix(op, "x", x);
   check_matrix(op, "out", out);
   check_weight_dtype(op, "x", x);
-  GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
-                 ", this is the CPU's product");
+  check_on_cpu(op, "x", x);
   check_device(op, "out", out, "x", x);
   check_device(op, "the weight", weight, "x", x);
   const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
-  // The stride of a dimension nobody walks along may be anything.
-  GOSSAMER_CHECK(x.strides[1] == 1 || k <= 1 || m == 0, op, ": x has strides [", x.strides[0], ", ",
-                 x.strides[1], "], its columns must be contiguous");
+  check_adjacent_columns(op, "x", x);
   if (indices) check_dtype(op, "the weight", weight, x.dtype);
   const Weight w = indices ? portable(op, weight, *indices, n, k)
                            : panels(op, weight, panel_dtype(name(x.dtype)), n, k);

@@ -18,7 +18,10 @@ namespace gossamer::sparse24 {
 bool is_quantized_dtype(DType t);  // of values that come with scales
 void check_size(const char* op, int64_t n, int64_t k);
 
-// The portable weight [n, k] behind (values, indices), both checked against it.
+// The portable weight [n, k] behind (values, indices), both checked against it; of values of any
+// type, and of those in floating point.
+Weight stored_weight(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
+                     int64_t k);
 Weight portable(const char* op, const TensorView& values, const TensorView& indices, int64_t n,
                 int64_t k);
 

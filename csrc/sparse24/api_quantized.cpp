@@ -45,20 +45,10 @@ QuantizedWeight quantized_panels(const TensorView& t, DType dtype, const TensorV
 
 QuantizedWeight quantized(const TensorView& values, const TensorView& indices,
                           const TensorView& scales, int64_t n, int64_t k, int64_t group) {
-  check_matrix(kOp, "values", values);
-  check_matrix(kOp, "indices", indices);
   check_value_dtype(values.dtype);
-  check_dtype(kOp, "indices", indices, DType::kUInt8);
-  check_device(kOp, "indices", indices, "values", values);
   check_device(kOp, "scales", scales, "values", values);
   const float* scale = scales_of(scales, values.dtype, n, k, group);
-  const QuantizedWeight w{
-      {values.dtype, n, k, values.data, indices.as<const uint8_t>(), nullptr}, group, scale};
-  check_shape(kOp, "values", values, n, w.value_columns());
-  check_shape(kOp, "indices", indices, n, w.index_bytes());
-  check_contiguous(kOp, "values", values);
-  check_contiguous(kOp, "indices", indices);
-  return w;
+  return {stored_weight(kOp, values, indices, n, k), group, scale};
 }
 
 // The scale of each row of an x of 8 bits; null for any other, which has none.
@@ -89,8 +79,7 @@ void bind_linear_quantized(const TensorView& out, const TensorView& x,
                            int64_t group, const std::string& activation, int threads) {
   check_matrix(kOp, "x", x);
   check_matrix(kOp, "out", out);
-  GOSSAMER_CHECK(x.device == Device::kCPU, kOp, ": x is on ", device_text(x),
-                 ", this is the CPU's product");
+  check_on_cpu(kOp, "x", x);
   check_device(kOp, "out", out, "x", x);
   check_device(kOp, "the weight", weight, "x", x);
   const int64_t m = x.shape[0], k = x.shape[1], n = out.shape[1];
@@ -102,8 +91,7 @@ void bind_linear_quantized(const TensorView& out, const TensorView& x,
                          ", expected float32, bfloat16, float16" +
                          (w.four_bit() ? "" : std::string(" or ") + name(w.dtype)));
   }
-  GOSSAMER_CHECK(k == 1 || x.strides[1] == 1, kOp, ": the columns of x lie ", x.strides[1],
-                 " apart, expected 1");
+  check_adjacent_columns(kOp, "x", x);
   const float* x_scales = x_scales_of(x_scale, x);
   check_out(out, m, n);
   gemm_quantized({w, m, x.dtype, x.data, x.strides[0], x_scales, out.dtype,
@@ -115,8 +103,7 @@ void bind_quantize_rows(const TensorView& x, const TensorView& numbers, const Te
                         int threads) {
   constexpr const char* op = "quantize_rows";
   check_matrix(op, "x", x);
-  GOSSAMER_CHECK(x.device == Device::kCPU, op, ": x is on ", device_text(x),
-                 ", this is the CPU's kernel");
+  check_on_cpu(op, "x", x);
   if (!is_floating(x.dtype)) {
     throw py::type_error(std::string(op) + ": x is " + name(x.dtype) +
                          ", expected float32, bfloat16 or float16");

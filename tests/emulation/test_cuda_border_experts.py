@@ -138,7 +138,7 @@ def test_what_the_border_refuses(gpu: Gpu) -> None:
 
     linear()
     doubles = {"out": torch.empty(5, 4).double(), "x": X.double(), "weights": WEIGHTS.double()}
-    with pytest.raises(TypeError, match="float64, a GPU has kernels for float32"):
+    with pytest.raises(TypeError, match="float64, a GPU has kernels of its own for float32"):
         linear(**doubles)
     with pytest.raises(ValueError, match=r"out has shape \[6, 4\], expected \[5, 4\]"):
         linear(out=torch.empty(6, 4))
