@@ -34,7 +34,8 @@ def _heat_map(axes: Axes, cases: Sequence[BlockCase], key: Callable[[BlockCase],
     axes.imshow(np.log2(ratios), cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
     for (row, column), ratio in np.ndenumerate(ratios):
         shade = "white" if abs(np.log2(ratio)) > 0.7 * bound else "black"
-        axes.text(column, row, f"{ratio:.2f}", ha="center", va="center", color=shade, fontsize=7)
+        text = "" if np.isnan(ratio) else f"{ratio:.2f}"
+        axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
     axes.set_xticks(range(len(densities)), [f"{density:.0%}" for density in densities])
     axes.set_yticks(range(len(rows)), [str(name) for name in rows], fontsize=7)
 
@@ -59,8 +60,8 @@ def draw(path: Path, cases: Sequence[BlockCase], title: str) -> None:
     )
     for column, (dtype, mine) in enumerate(dtypes.items()):
         above, below = grid[0][column], grid[1][column]
-        above.set_title(f"{dtype}: times faster than the best dense path, geometric mean")
-        below.set_title("each layer, the last number its rows or images")
+        above.set_title(f"{dtype}: times faster than dense, geometric mean", fontsize=9)
+        below.set_title("each layer, at its rows or images, in its blocks", fontsize=9)
         _heat_map(above, mine, lambda case: case.block)
         _heat_map(below, mine, _layer)
         below.set_xlabel("live blocks")
@@ -71,4 +72,4 @@ def draw(path: Path, cases: Sequence[BlockCase], title: str) -> None:
 
 
 def _layer(case: BlockCase) -> str:
-    return f"{case.shape.name} at {case.rows}"
+    return f"{case.shape.name} at {case.rows}, {case.block}"

@@ -126,6 +126,21 @@ def test_squared_relu_is_the_sparse_operand(
     oracle.check(y)
 
 
+@pytest.mark.cuda
+def test_squared_relu_on_cuda() -> None:
+    x, weight = (
+        torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((70, 132), (48, 132))
+    )
+    y, dropped = relu2_24_linear(x.requires_grad_(), weight, return_dropped=True)
+    kept = magnitude_24(x.relu().square())
+    SumOracle(
+        kept.double() @ weight.double().t(), kept.double() @ weight.double().abs().t(), 132, x.dtype
+    ).check(y)
+    assert int(dropped) == int(x.relu().count_nonzero() - kept.count_nonzero())
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx != 0, kept != 0)
+
+
 def test_squared_relu_gradients_and_shapes() -> None:
     x, weight = torch.randn(2, 3, 12), torch.randn(5, 12)
     bias = torch.randn(5)

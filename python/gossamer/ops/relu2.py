@@ -6,15 +6,14 @@ of the weight's rows, so its kernels, gradients and GPU paths serve here.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..prune import magnitude_24
+from ..projection24 import hard_threshold_24
 from .operands import (
+    all_autocast_to,
     as_rows,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_dtypes,
     check_features,
@@ -79,28 +78,28 @@ def relu2_24_linear(
     """
     autocast = autocast_dtype(x)
     if autocast is not None:
-        x, weight = autocast_to(x, autocast), autocast_to(weight, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        x, weight, bias = all_autocast_to(autocast, x, weight, bias)
     check_dtypes(_OP, weight.dtype, x=x, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"{_OP}: weight has shape {list(weight.shape)}, expected [N, K]")
     check_features(_OP, x, x.dim(), weight.shape[1])
     check_bias(_OP, bias, weight.shape[0])
     activations = F.relu(as_rows(x, x.dim())).square()
-    kept = magnitude_24(activations)
-    y = _product(kept, weight)
+    y, kept = _product(activations, weight)
     y = (y if bias is None else y + bias).reshape(*x.shape[:-1], weight.shape[0])
     if not return_dropped:
         return y
     return y, activations.detach().count_nonzero() - kept.detach().count_nonzero()
 
 
-def _product(kept: Tensor, weight: Tensor) -> Tensor:
-    tokens, features = kept.shape
+def _product(activations: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The product, and the values that it multiplied."""
+    tokens, features = activations.shape
     if tokens == 0 or features == 0:
-        return kept @ weight.t()
-    values, indices = torch.ops.gossamer.sparse24_from_dense(kept.detach())
-    if gradient_wanted(kept):
-        values = gather(kept, indices)
-    y = sparse24_linear_tensors(weight, values, indices, None, (tokens, features), kept.dtype)
-    return y.t().contiguous()
+        return activations @ weight.t(), activations
+    _, kept = hard_threshold_24(activations)
+    values = gather(activations, kept.indices) if gradient_wanted(activations) else kept.values
+    y = sparse24_linear_tensors(
+        weight, values, kept.indices, None, (tokens, features), activations.dtype
+    )
+    return y.t().contiguous(), values
