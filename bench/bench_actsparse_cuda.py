@@ -61,20 +61,14 @@ class CudaActiveCase(CudaCase):
         return super().finding(limits) | found | against
 
     def row(self, dram: float) -> list[str]:
-        best, ratio, full = self.best(DENSE), self.against(DENSE), self.against_full
-        chosen = self.chosen
+        full, chosen = self.against_full, self.chosen
         kernel = f"{chosen['tile_tokens']} / {chosen['split_k']}" if chosen else "torch"
         return [
             str(self.rows),
             f"{self.sparsity:.0%}",
             f"{self.read:.0%}",
             kernel,
-            f"{1e6 * self.ours.median:.1f}",
-            f"{self.ours.spread:.0%}",
-            best or "-",
-            f"{1e6 * self.timings[best].median:.1f}" if best else "-",
-            f"{ratio.median:.2f}x" if ratio else "-",
-            f"{ratio.low:.2f}-{ratio.high:.2f}" if ratio else "-",
+            *self.timing_cells(),
             f"{full.median:.2f}x" if full else "-",
             f"{1 / (1 - self.sparsity):.2f}x",
             f"{self.nbytes / self.ours.median / dram:.0%}",

@@ -50,17 +50,9 @@ class CudaCodeCase(CudaCase):
         return super().params | {"job": self.job, "k": self.k}
 
     def row(self) -> list[str]:
-        rival, ratio = self.best(DENSE), self.against(DENSE)
         return [
-            self.job,
-            str(self.rows),
-            str(self.k),
-            f"{1e6 * self.ours.median:.1f}",
-            f"{self.ours.spread:.0%}",
-            rival or "-",
-            f"{1e6 * self.timings[rival].median:.1f}" if rival else "-",
-            f"{ratio.median:.2f}x" if ratio else "-",
-            f"{ratio.low:.2f}-{ratio.high:.2f}" if ratio else "-",
+            *(self.job, str(self.rows), str(self.k)),
+            *self.timing_cells(),
             f"{self.limit / self.ours.median:.0%}",
             "yes" if self.check and self.check.passed else "NO",
         ]

@@ -60,17 +60,12 @@ class CudaGroupedCase(CudaCase):
         return super().params | load | {"job": self.job, "kernel": self.kernel}
 
     def row(self) -> list[str]:
-        rival, ratio = self.best(DENSE), self.against(DENSE)
-        own = self.timings.get(OUR_KERNEL)
+        own, cells = self.timings.get(OUR_KERNEL), self.timing_cells()
         return [
             *(self.job, self.load, str(self.tokens), self.kernel),
-            f"{1e6 * self.ours.median:.1f}",
-            f"{self.ours.spread:.0%}",
+            *cells[:2],
             f"{1e6 * own.median:.1f}" if own else "-",
-            rival or "-",
-            f"{1e6 * self.timings[rival].median:.1f}" if rival else "-",
-            f"{ratio.median:.2f}x" if ratio else "-",
-            f"{ratio.low:.2f}-{ratio.high:.2f}" if ratio else "-",
+            *cells[2:],
             f"{self.flops / self.ours.median / 1e12:.1f}",
             f"{self.limit / self.ours.median:.0%}",
             "yes" if self.check and self.check.passed else "NO",

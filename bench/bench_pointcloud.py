@@ -135,10 +135,6 @@ def plain_map(coords: Tensor, shape: VoxelShape) -> tuple[Tensor, Tensor, Tensor
     return plain.match(outputs, ordered, box, kernel, step, padding, ones)
 
 
-def _pairs_of(map: KernelMap) -> tuple[Tensor | None, ...]:
-    return map.in_index, map.out_index, map.tap_offsets, map.in_order, map.out_order
-
-
 def _map_case(coords: Tensor, map: KernelMap, shape: VoxelShape, plan: VoxelPlan) -> dict[str, Any]:
     given, wanted = (map.out_index, map.in_index, map.tap_offsets), plain_map(coords, shape)
     wrong = float(not all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True)))

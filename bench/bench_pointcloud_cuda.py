@@ -67,18 +67,12 @@ class CudaVoxelCase(CudaCase):
         return super().params | sizes | {"outputs": self.outputs, "pairs": self.pairs}
 
     def row(self) -> list[str]:
-        rival, ratio = self.best(DENSE), self.against(DENSE)
         tile = f"{self.chosen['tile_rows']}x{self.chosen['tile_outputs']}" if self.chosen else "-"
         return [
             self.job,
             str(self.channels or "-"),
             tile,
-            f"{1e6 * self.ours.median:.1f}",
-            f"{self.ours.spread:.0%}",
-            rival or "-",
-            f"{1e6 * self.timings[rival].median:.1f}" if rival else "-",
-            f"{ratio.median:.2f}x" if ratio else "-",
-            f"{ratio.low:.2f}-{ratio.high:.2f}" if ratio else "-",
+            *self.timing_cells(),
             f"{self.flops / self.ours.median / 1e12:.1f}" if self.flops else "-",
             "yes" if self.check and self.check.passed else "NO",
         ]

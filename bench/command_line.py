@@ -100,6 +100,10 @@ class Options:
     seconds: float | None = None
     scan: Path | None = None  # of a point cloud; a synthetic street if None
 
+    def rows_or(self, rows: Sequence[int]) -> Sequence[int]:
+        """The rows that were given, otherwise these."""
+        return self.rows if self.rows_given else rows
+
 
 def _comma_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]

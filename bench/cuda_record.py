@@ -10,7 +10,7 @@ from cuda_machine import GpuLimits
 from cuda_rivals import CUSPARSELT, DENSE
 from cuda_shapes import DECODE_ROWS, LARGE_WEIGHT, PREFILL_ROWS
 from cusparselt import Trial, summarise
-from record import OURS, Check
+from record import OURS, Check, entries_of
 from shapes import LinearShape, Shape
 from timing import Ratio, Timing, geometric_mean, speedup
 
@@ -118,20 +118,21 @@ class CudaCase:
 
     def entries(self, limits: GpuLimits) -> list[dict[str, Any]]:
         """The case for the record: one entry a contender, the finding with our own."""
+        extra = {name: {"settings": self.settings.get(name)} for name in self.timings}
+        if OURS in extra:
+            extra[OURS] |= self.finding(limits)
+        return entries_of(self.name, self.params, self.timings, extra)
+
+    def timing_cells(self) -> list[str]:
+        """Six cells of a table: our time, its spread, the best dense rival, its time, the ratio."""
+        rival, ratio = self.best(DENSE), self.against(DENSE)
         return [
-            {
-                "group": self.name,
-                "name": f"{self.name}/{contender}",
-                "fullname": f"{self.name}/{contender}",
-                "params": self.params,
-                "param": None,
-                "extra_info": {"settings": self.settings.get(contender)}
-                | (self.finding(limits) if contender == OURS else {}),
-                "options": {},
-                "stats": timing.stats.as_dict()
-                | {"data": list(timing.seconds), "iterations": timing.calls},
-            }
-            for contender, timing in self.timings.items()
+            f"{1e6 * self.ours.median:.1f}",
+            f"{self.ours.spread:.0%}",
+            rival or "-",
+            f"{1e6 * self.timings[rival].median:.1f}" if rival else "-",
+            f"{ratio.median:.2f}x" if ratio else "-",
+            f"{ratio.low:.2f}-{ratio.high:.2f}" if ratio else "-",
         ]
 
 

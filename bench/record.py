@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,12 @@ class Case:
 
     @property
     def place(self) -> str:
-        """What the cases of one table share,"""
+        """What the cases of one table share."""
         return f"{self.dtype} {self.shape}"
 
     @property
     def point(self) -> tuple[str, str]:
-        """and what tells them apart: a number and what it is of."""
+        """What tells the cases of a table apart: a number, and what it counts."""
         return str(self.rows), "rows"
 
     @property
@@ -148,21 +148,30 @@ class Case:
 
     def entries(self) -> list[dict[str, Any]]:
         """The case for the record: one entry a contender, the finding with our own."""
-        finding = self.finding()
-        return [
-            {
-                "group": self.name,
-                "name": f"{self.name}/{contender}",
-                "fullname": f"{self.name}/{contender}",
-                "params": self.params,
-                "param": None,
-                "extra_info": finding if contender == OURS else {},
-                "options": {},
-                "stats": timing.stats.as_dict()
-                | {"data": list(timing.seconds), "iterations": timing.calls},
-            }
-            for contender, timing in self.timings.items()
-        ]
+        return entries_of(self.name, self.params, self.timings, {OURS: self.finding()})
+
+
+def entries_of(
+    case: str,
+    params: dict[str, Any],
+    timings: dict[str, Timing],
+    extra_info: Mapping[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The entries of a case, one a contender, as ``pytest-benchmark`` has them."""
+    return [
+        {
+            "group": case,
+            "name": f"{case}/{contender}",
+            "fullname": f"{case}/{contender}",
+            "params": params,
+            "param": None,
+            "extra_info": extra_info.get(contender, {}),
+            "options": {},
+            "stats": timing.stats.as_dict()
+            | {"data": list(timing.seconds), "iterations": timing.calls},
+        }
+        for contender, timing in timings.items()
+    ]
 
 
 def write_record(

@@ -10,9 +10,11 @@ Every case is checked against dense before it is timed; a wrong answer makes the
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from time import perf_counter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,10 @@ QUICK_ACTIVE_LAYERS = ("llama.up", "llama.down")
 LEAST_WIDTH = 140  # of the tables: better wrapped by a narrow terminal than cut
 
 
+def _effort(options: Options) -> Effort:
+    return QUICK_EFFORT if options.quick else FULL_EFFORT
+
+
 def _plan(options: Options) -> Plan:
     from bench_sparse24 import Plan
 
@@ -69,7 +75,7 @@ def _plan(options: Options) -> Plan:
         options.shapes,
         options.rows,
         options.dtypes,
-        QUICK_EFFORT if options.quick else FULL_EFFORT,
+        _effort(options),
         options.cold,
     )
     if options.quick:
@@ -86,16 +92,14 @@ def _block_plan(options: Options) -> BlockPlan:
     if options.quick and not options.shapes_given:
         linear = tuple(shape for shape in linear if shape.name in QUICK_BLOCK_LAYERS)
         convs = tuple(shape for shape in convs if shape.model == GOAL_MODEL)
-    if options.rows_given:
-        rows = images = options.rows
     return BlockPlan(
         [
-            *((shape, count) for shape in convs for count in images),
-            *((shape, count) for shape in linear for count in rows),
+            *((shape, count) for shape in convs for count in options.rows_or(images)),
+            *((shape, count) for shape in linear for count in options.rows_or(rows)),
         ],
         options.dtypes,
         [size if isinstance(size, str) else Block(*size) for size in options.blocks],
-        QUICK_EFFORT if options.quick else FULL_EFFORT,
+        _effort(options),
     )
 
 
@@ -142,9 +146,9 @@ def _run_quantized(console: Console, options: Options, limits: Limits) -> list[Q
     if options.quick and not options.shapes_given:
         shapes = tuple(shape for shape in shapes if shape.name in bench_quantized.QUICK_LAYERS)
     rows = bench_quantized.QUICK_ROWS if options.quick else bench_quantized.ROWS
-    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
-    rows = options.rows if options.rows_given else rows
-    plan = bench_quantized.QuantizedPlan(shapes, rows, options.dtypes, effort)
+    plan = bench_quantized.QuantizedPlan(
+        shapes, options.rows_or(rows), options.dtypes, _effort(options)
+    )
     return _run_cases(console, bench_quantized, plan, limits)
 
 
@@ -161,9 +165,7 @@ def _run_csr(console: Console, options: Options, limits: Limits) -> list[CsrCase
     if not options.shapes_given:
         names = bench_csr.QUICK_LAYERS if options.quick else bench_csr.LAYERS
         shapes = tuple(shape for shape in shapes if shape.name in names)
-    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
-    rows = options.rows if options.rows_given else rows
-    plan = bench_csr.CsrPlan(shapes, rows, options.dtypes, effort)
+    plan = bench_csr.CsrPlan(shapes, options.rows_or(rows), options.dtypes, _effort(options))
     if options.quick:
         plan = replace(plan, most_csr_rows=QUICK_CSR_ROWS)
     return _run_cases(console, bench_csr, plan, limits)
@@ -175,16 +177,14 @@ def _run_grouped(console: Console, options: Options, limits: Limits) -> list[Gro
     shapes = options.expert_shapes
     if options.quick and not options.shapes_given:
         shapes = tuple(shape for shape in shapes if shape.name in QUICK_EXPERT_LAYERS)
-    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
-    plan = bench_grouped.GroupedPlan(shapes, options.tokens, options.dtypes, effort)
+    plan = bench_grouped.GroupedPlan(shapes, options.tokens, options.dtypes, _effort(options))
     return _run_cases(console, bench_grouped, plan, limits)
 
 
 def _run_pointcloud(console: Console, options: Options, limits: Limits) -> list[VoxelCase]:
     import bench_pointcloud
 
-    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
-    plan = bench_pointcloud.VoxelPlan(options.scan, options.dtypes, effort)
+    plan = bench_pointcloud.VoxelPlan(options.scan, options.dtypes, _effort(options))
     if options.quick:
         plan = replace(plan, channels=QUICK_CHANNELS, shapes=plan.shapes[:1])
     return _run_cases(console, bench_pointcloud, plan, limits)
@@ -201,10 +201,10 @@ def _run_actsparse(console: Console, options: Options, limits: Limits) -> list[A
     rows = QUICK_ACTIVE_ROWS if options.quick else ACTIVE_ROWS
     plan = bench_actsparse.ActivePlan(
         shapes,
-        options.rows if options.rows_given else rows,
+        options.rows_or(rows),
         options.dtypes,
         QUICK_SPARSITIES if options.quick else SPARSITIES,
-        QUICK_EFFORT if options.quick else FULL_EFFORT,
+        _effort(options),
     )
     return _run_cases(console, bench_actsparse, plan, limits)
 
@@ -215,8 +215,7 @@ def _run_codes(console: Console, options: Options, limits: Limits) -> list[CodeC
     shapes, ks = options.code_shapes, CODE_KS
     if options.quick and not options.shapes_given:
         shapes, ks = shapes[:1], ks[1:2]
-    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
-    plan = bench_codes.CodePlan(shapes, options.code_tokens, ks, options.dtypes, effort)
+    plan = bench_codes.CodePlan(shapes, options.code_tokens, ks, options.dtypes, _effort(options))
     return _run_cases(console, bench_codes, plan, limits)
 
 
@@ -234,6 +233,61 @@ def _run_models(console: Console, options: Options) -> list[ModelResult]:
     return results
 
 
+def _keep(
+    console: Console,
+    options: Options,
+    arguments: Sequence[str],
+    machine: dict[str, Any],
+    limits: Limits,
+    cases: Sequence[Case],
+    models: Sequence[dict[str, Any]],
+) -> None:
+    """Write the record and draw the plots that were asked for."""
+    from machine import cpu_name, describe_commit
+    from record import default_path, write_record
+
+    commit = describe_commit()
+    if options.commit:
+        commit["id"] = options.commit
+    device = cpu_name(machine["cpu"])
+    if options.json:
+        path = default_path(options.json, device, commit, ".json")
+        write_record(path, arguments, machine, commit, options.cold, limits, cases, models)
+        console.print(f"record: {path}")
+    if options.plot:
+        path = default_path(options.plot, device, commit, ".png")
+        name = machine["cpu"].get("brand_raw", machine["machine"])
+        where = f"on {name}, {limits.threads} threads"
+        for drawn in _draw(path, options, limits, where, cases):
+            console.print(f"plot: {drawn}")
+
+
+def _draw(
+    path: Path, options: Options, limits: Limits, where: str, cases: Sequence[Any]
+) -> Iterator[Path]:
+    """Draw a plot of each feature that has one and was run, and say where."""
+    import active_report
+    import block_plots
+    import plots
+    from pointcloud_report import draw_scene
+
+    kinds: tuple[tuple[str, str, Callable[[Path, Any], None]], ...] = (
+        ("sparse24", "", partial(plots.draw, limits=limits, title=f"2:4 layers {where}")),
+        ("blocksparse", "-blocks", partial(block_plots.draw, title=f"Layers of blocks {where}")),
+        ("pointcloud", "-scene", lambda file, _: draw_scene(file, options.scan)),
+        (
+            "actsparse",
+            "-zeros",
+            partial(active_report.draw, title=f"Layers with zero inputs {where}"),
+        ),
+    )
+    for feature, suffix, draw in kinds:
+        if of := [case for case in cases if case.feature == feature]:
+            file = path.with_stem(f"{path.stem}{suffix}")
+            draw(file, of)
+            yield file
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; 0 if every answer was right."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -244,19 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_cuda.main(options, arguments)
     torch.set_num_threads(options.threads)
 
-    import active_report
-    import block_plots
-    import plots
     import report
-    from machine import (
-        Limits,
-        cpu_name,
-        describe_commit,
-        describe_machine,
-        describe_versions,
-        keep_freed_memory,
-    )
-    from record import default_path, write_record
+    from machine import Limits, describe_machine, describe_versions, keep_freed_memory
     from rich.console import Console
 
     begin = perf_counter()
@@ -288,41 +331,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print_csr_summary(console, places)
     if clouds:
-        from pointcloud_report import draw_scene, print_pointcloud_summary
+        from pointcloud_report import print_pointcloud_summary
 
         print_pointcloud_summary(console, clouds)
     every = [*cases, *small, *blocks, *places, *experts, *active, *codes, *clouds]
-
-    commit = describe_commit()
-    if options.commit:
-        commit["id"] = options.commit
-    device = cpu_name(machine["cpu"])
-    if options.json:
-        path = default_path(options.json, device, commit, ".json")
-        models = [result.as_dict() for result in results]
-        write_record(path, arguments, machine, commit, options.cold, limits, every, models)
-        console.print(f"record: {path}")
-    if options.plot:
-        path = default_path(options.plot, device, commit, ".png")
-        name = machine["cpu"].get("brand_raw", machine["machine"])
-        where = f"on {name}, {limits.threads} threads"
-        if cases:
-            plots.draw(path, cases, limits, f"2:4 layers {where}")
-            console.print(f"plot: {path}")
-        if blocks:
-            path = path.with_stem(f"{path.stem}-blocks")
-            block_plots.draw(path, blocks, f"Layers of blocks {where}")
-            console.print(f"plot: {path}")
-        if clouds:
-            path = default_path(options.plot, device, commit, ".png")
-            path = path.with_stem(f"{path.stem}-scene")
-            draw_scene(path, options.scan)
-            console.print(f"plot: {path}")
-        if active:
-            path = default_path(options.plot, device, commit, ".png")
-            path = path.with_stem(f"{path.stem}-zeros")
-            active_report.draw(path, active, f"Layers with zero inputs {where}")
-            console.print(f"plot: {path}")
+    models = [result.as_dict() for result in results]
+    _keep(console, options, arguments, machine, limits, every, models)
     console.print(f"took {perf_counter() - begin:.0f} s")
     right = all(case.check.passed for case in every) and all(r.answers.passed for r in results)
     return 0 if right else 1

@@ -106,11 +106,9 @@ def block_plan_of(options: Options) -> CudaBlockPlan:
     images, rows = (
         (QUICK_BLOCK_IMAGES, QUICK_BLOCK_ROWS) if options.quick else (BLOCK_IMAGES, BLOCK_ROWS)
     )
-    if options.rows_given:
-        images = rows = options.rows
     shapes: list[tuple[Shape, int]] = [
-        *((shape, count) for shape in convs for count in images),
-        *((shape, count) for shape in linear for count in rows),
+        *((shape, count) for shape in convs for count in options.rows_or(images)),
+        *((shape, count) for shape in linear for count in options.rows_or(rows)),
     ]
     problems = [(dtype, shape, count) for dtype in dtypes_of(options) for shape, count in shapes]
     densities = QUICK_BLOCK_DENSITIES if options.quick else BLOCK_DENSITIES

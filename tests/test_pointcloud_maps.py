@@ -267,7 +267,7 @@ def test_refuses_what_it_cannot_mean() -> None:
         ValueError, match=r"leave the shape \(-1, 1\) of the spatial shape \(5, 9\)"
     ):
         x.strided((7, 9))
-    with pytest.raises(ValueError, match="rule 'sparse' is unknown; dense, floor, given"):
+    with pytest.raises(ValueError, match="rule is 'sparse', expected one of dense, floor, given"):
         x.strided(3, rule="sparse")
     with pytest.raises(ValueError, match="rule 'given' needs a target"):
         x.strided(3, rule="given")

@@ -472,7 +472,7 @@ def test_other_checkpoints_as_they_are_found() -> None:
                 load({f"0.{stored}": entry}, model)
     with pytest.raises(ValueError, match="dims is 0"):
         pc.load_minkowski(theirs, dims=0)
-    with pytest.raises(ValueError, match="layout 'HWIO'"):
+    with pytest.raises(ValueError, match="layout is 'HWIO', expected KRSC"):
         pc.load_spconv(theirs, model, "HWIO")
 
 

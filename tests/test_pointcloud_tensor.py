@@ -209,7 +209,7 @@ def test_voxelize_refuses_with_values() -> None:
         (ValueError, r"points have shape \[2\]", {"points": points[0]}),
         (ValueError, "voxel_size is 0,", {"voxel_size": 0}),
         (ValueError, r"voxel_size is \(1, 2, 3\),", {"voxel_size": (1, 2, 3)}),
-        (ValueError, "reduce 'sum' is unknown", {"reduce": "sum"}),
+        (ValueError, "reduce is 'sum', expected one of mean", {"reduce": "sum"}),
         (ValueError, r"features have shape \[1, 2\]", {"features": points[:1]}),
         (TypeError, "features are torch.int64", {"features": points.long()}),
         (ValueError, "batch ranges from -1 to 0", {"batch": torch.tensor([0, -1])}),

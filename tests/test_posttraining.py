@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from gossamer import Block, sparsify
+from gossamer.nn import SparseLinear
 from gossamer.prune import magnitude_24
 from gossamer.sparsify import (
     NM,
@@ -19,6 +22,7 @@ from gossamer.sparsify import (
 from gossamer.sparsify.layers import Layer
 from gossamer.sparsify.obs import sparsegpt_weight
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 PATTERNS = [NM(2, 4), Unstructured(), ConstantFanIn(), Block(4, 4)]
 
@@ -143,6 +147,22 @@ def test_inputs_that_say_nothing_prune_nothing(method: str, value: float) -> Non
     with pytest.raises(ValueError, match="0: its inputs, or their squares, are not finite"):
         prune_after_training(model, [x], "2:4", method, progress=False)
     assert torch.equal(model[0].weight, weight)
+
+
+def test_a_distributed_model_goes_to_the_kernels_too() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        inner = net()
+        model = DistributedDataParallel(inner)
+        pruned = prune_after_training(model, method="magnitude", progress=False)
+        report = pruned.finalize(force=True)
+        assert [layer.swapped for layer in report.layers] == [True, True]
+        assert isinstance(inner[0], SparseLinear)
+        # Before the group: gloo's threads are joined with it.
+        del model, pruned, report
+        gc.collect()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_bad_use() -> None:

@@ -135,7 +135,11 @@ BORDER: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "x of another type": (TypeError, "float64, expected float32.* or int8", {"x": X.double()}),
     "quantised x": (TypeError, "int8, expected float32, bfloat16, float16$", {**HALF, "x": Q}),
     "x_scale of a float": (ValueError, "float32 with an x_scale", {"x": X}),
-    "strided x": (ValueError, "columns must be contiguous", {"x": torch.ones(3, 24).to(torch.int8)[:, ::2]}),
+    "strided x": (
+        ValueError,
+        "columns must be contiguous",
+        {"x": torch.ones(3, 24).to(torch.int8)[:, ::2]},
+    ),
     "other columns": (ValueError, "group is 12 of 11", {"x": Q[:, :11]}),
     "no x_scale": (ValueError, "x_scale", {"x_scale": None}),
     "x_scale": (ValueError, "x_scale", {**HALF, "x_scale": ONES}),

@@ -30,10 +30,12 @@ from gossamer.sparsify import (
     AutoSparse,
     Block,
     ConstantFanIn,
+    ContinuousSparsification,
     FISHMask,
     MaskedDecay,
     MaskSparsity,
     RigL,
+    RobustAtInitialization,
     SparseIFT,
     SparseMomentum,
     Sparsifier,
@@ -389,6 +391,51 @@ def test_masked_decay_ends_dense_with_the_same_parameters() -> None:
     assert type(model[0]) is nn.Linear
     assert model[0].weight is weight
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("pattern", "units", "kept"),
+    [(Unstructured(), 240, 672), (Block(4, 4), 15, 42), (None, 240, 672)],
+)
+def test_weights_of_any_one_lane_compete_over_all_layers(
+    pattern: Any, units: int, kept: int
+) -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight.fill_(10)
+    made = MIRL(model, 1, 1, 0.5, pattern)
+    made.step()
+    live = {layer.name: int(layer.kept.sum()) for layer in made.layers}
+    assert live["2"] == units
+    assert sum(live.values()) == kept
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda pattern: MIRL(net(), 1, 1, 0.5, pattern),
+        lambda pattern: LOBSTER(net(), 0.5, lambda: 1.0, pattern=pattern),
+        lambda pattern: FISHMask(net(), 0.5, pattern=pattern),
+        lambda pattern: RobustAtInitialization(net(), 0.5, pattern=pattern),
+    ],
+)
+def test_patterns_of_many_lanes_are_uniform(recipe: Callable[[Any], Sparsifier]) -> None:
+    assert recipe(Block(4, 4)).distribution == recipe(None).distribution == "global"
+    assert recipe("2:4").distribution == "uniform"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda m: WGSEF(m, sgd(m), 0.5, 10, pattern="2:4"),
+        lambda m: HESSO(m, 0.5, 1, 8, 2, pattern="2:4"),
+        lambda m: ContinuousSparsification(m, 0.5, 4, pattern="2:4"),
+        lambda m: SparseMomentum(m, 12, 3, 0.5, pattern="2:4"),
+    ],
+)
+def test_recipes_whose_units_compete_refuse_many_lanes(recipe: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(ValueError, match=r"2:4 has as much in each part of a layer$"):
+        recipe(net())
 
 
 def test_fish_mask_trains_the_most_informative_and_makes_a_delta() -> None:

@@ -247,6 +247,10 @@ def test_fed_tiny_chooses_by_the_clients_batch_norms() -> None:
     counts = [[int(mask.sum()) for mask in masks.values()] for masks in candidates]
     assert {sum(each) for each in counts} == {88}
     assert len({tuple(each) for each in counts}) == 4
+    (alone,) = candidate_masks(model, 0.5, 1, exclude="3")
+    assert {name: int(mask.sum()) for name, mask in alone.items()} == {"0": 64}
+    with pytest.raises(TypeError, match="distribution"):
+        candidate_masks(model, 0.5, 1, distribution="erk")
     expected = []
     for masks in candidates:
         mean, var = torch.zeros(16), torch.zeros(16)

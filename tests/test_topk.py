@@ -265,8 +265,8 @@ def test_encode_is_topk_of_the_dense_layer(target: str, relu: bool) -> None:
 
 def test_encode_takes_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = torch.randn(50, 8), torch.randn(40, 8), torch.randn(40)
-    whole = topk_encode(x, weight, bias, k=5)
-    monkeypatch.setattr("gossamer.ops.topk_encoder._DENSE_BYTES", 7 * 40 * 4)
+    whole = topk_encode(x, weight, bias, 5)
+    monkeypatch.setattr("gossamer.ops.topk_encoder._CPU_BYTES", 7 * 40 * 4)
     parts = topk_encode(x, weight, bias, k=5)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])

@@ -23,7 +23,9 @@ struct SimdOffsets {
   // from memory.
   template <class V>
   static V loaded(V a) {
+#ifndef GOSSAMER_EMULATES_X86  // whose vectors take two registers
     asm("" : "+v"(a));
+#endif
     return a;
   }
 

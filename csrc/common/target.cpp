@@ -20,7 +20,7 @@ constexpr const char* kNames[] = {"serial", "avx2", "avx512", "avx512_bf16", "am
 
 // The tiles are 8 KiB more to save for each thread, so Linux lets a process use them on request
 // only.
-bool may_use_amx() {
+[[maybe_unused]] bool may_use_amx() {
 #if defined(GOSSAMER_AMX) && defined(__linux__)
   constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;  // of leaf 7, edx
   constexpr unsigned kAll = kBF16 | kTile | kInt8;
@@ -35,7 +35,9 @@ bool may_use_amx() {
 }
 
 Target detect() {
-#ifdef GOSSAMER_X86
+#ifdef GOSSAMER_EMULATES_X86
+  return Target::kAMXBF16;
+#elif defined(GOSSAMER_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");

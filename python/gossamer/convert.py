@@ -92,9 +92,9 @@ def convert(
         ``model`` is not a module, or ``sample_input`` of another type.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: model is a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"convert: model is {type(model).__name__}, expected torch.nn.Module")
     if prune not in (None, "magnitude"):
-        raise ValueError(f"convert: prune is None or 'magnitude', got {prune!r}")
+        raise ValueError(f"convert: prune is {prune!r}, expected None or 'magnitude'")
     if pattern == ACTIVATION:
         _check_activation(model, prune, density, thresholds)
     elif thresholds != 0.0:

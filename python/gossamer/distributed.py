@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from .nn import SparseLinear
 from .nn.trainable import TrainableModule
+from .ops.conv_operands import finish
 from .ops.csr_pattern import forget
 from .ops.sparse24 import sparse24_linear_tensors
 
@@ -166,12 +167,4 @@ class _Forward:
         parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
         y: Tensor = parts.redistribute(placements=[Replicate()]).to_local()
         y = y if bias is None else y + bias
-        return _ACTIVATIONS[activation](y)
-
-
-_ACTIVATIONS: dict[str, Any] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-    "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu,
-}
+        return finish("Rowwise", y, None, activation)

@@ -76,9 +76,7 @@ class Info:
         The one in force.
     threads : int
         ``torch.get_num_threads()``.
-    cuda_built : bool
-        Whether the CUDA module is part of this build.
-    cuda_status : str
+    cuda : str
         What the CUDA module or its loading says, or that it was not built.
     cuda_devices : tuple of dict
         What the CUDA module sees.
@@ -195,11 +193,10 @@ def _cuda_choices(devices: tuple[dict[str, Any], ...]) -> tuple[Choice, ...]:
         return ()
     choices = []
     for dtype in _DTYPES[:3]:
-        for m, n, k, example in _TYPICAL_SHAPES:
+        for shape in _TYPICAL_SHAPES:
+            m, n, k, _ = shape
             chosen = _C.sparse24_choose_cuda(m, n, k, dtype, device.index)
-            target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
-            where = f"sparse24_linear on {device}"
-            choices.append(Choice(where, example, m, n, k, dtype, target, kernel, why))
+            choices.append(_choice(f"sparse24_linear on {device}", shape, dtype, chosen))
     voxels, c_out, *_ = _TYPICAL_VOXELS
     for dtype in _DTYPES[:3]:
         chosen = _C.pointcloud_conv_choose_cuda(dtype, voxels, c_out, device.index)
@@ -213,12 +210,11 @@ def _blocksparse_choices(device: torch.device) -> Iterator[Choice]:
         weight = pattern.empty(_DENSITY, "meta", getattr(torch, dtype))
         assert isinstance(weight, BlockSparse)
         chosen = blocksparse_choice(x_shape, weight, padding=padding, device=device)
-        target, kernel, why = (chosen[key] for key in ("target", "kernel", "why"))
         operation = "blocksparse_conv" if len(shape) > 2 else "blocksparse_linear"
         operation += f" on {device}" if device.type == "cuda" else ""
         # Padded to the extents of x.
         m, n, k = math.prod(x_shape) // x_shape[1], shape[0], math.prod(shape[1:])
-        yield Choice(operation, example, m, n, k, dtype, target, kernel, why)
+        yield _choice(operation, (m, n, k, example), dtype, chosen)
 
 
 def _choice(

@@ -121,10 +121,11 @@ def magnitude_blocks(
         raise ValueError(f"magnitude_blocks: scope {scope!r}, expected 'layer' or 'global'")
     norms = [_block_norms(w, block, g) for w, g in zip(weights, each, strict=True)]
     if scope == "layer" or not norms:
-        masks = [_largest(norm, density) for norm in norms]
+        masks = [_largest_share(norm, density) for norm in norms]
     else:
         where = norms[0].device
-        together = _largest(torch.cat([norm.flatten().to(where) for norm in norms]), density)
+        together = torch.cat([norm.flatten().to(where) for norm in norms])
+        together = _largest_share(together, density)
         parts = together.split([norm.numel() for norm in norms])
         masks = [part.view_as(norm) for part, norm in zip(parts, norms, strict=True)]
     pruned = [
@@ -173,16 +174,7 @@ def largest_places(weight: Tensor, density: float) -> Tensor:
             f"magnitude_unstructured: weight is {what}, it must be a floating-point tensor"
         )
     check_density("magnitude_unstructured", density)
-    magnitude = weight.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf).flatten()
-    count = magnitude.numel()
-    keep = blocks_kept(count, density)
-    if keep >= count:
-        return torch.ones_like(weight, dtype=torch.bool)
-    least = magnitude.kthvalue(count - keep + 1).values
-    kept = magnitude > least
-    level = (magnitude == least).nonzero()[:, 0]
-    kept[level[: keep - int(kept.sum())]] = True
-    return kept.view(weight.shape)
+    return _largest_share(weight.detach().abs(), density)
 
 
 def check_density(op: str, density: float) -> None:
@@ -195,27 +187,38 @@ def check_density(op: str, density: float) -> None:
 def _block_norms(weight: Tensor, block: Block, groups: int) -> Tensor:
     check_dense("magnitude_blocks", weight)
     block.grid(tuple(weight.shape), groups)  # or there is no such weight
-    blocks = reference.to_blocks(weight.detach().double(), block, groups)
-    # Divided by the largest entry, no square leaves float64's range.
-    largest = blocks.abs().amax((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    norms = (blocks / largest).square().sum((2, 3)).sqrt() * largest[..., 0, 0]
-    return norms.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return l2_norms(reference.to_blocks(weight.detach().double(), block, groups), (2, 3))
 
 
 def largest_blocks(weight: Tensor, block: Block, density: float, groups: int = 1) -> Tensor:
     """The bool mask of the blocks that ``magnitude_blocks`` keeps of one weight."""
-    return _largest(_block_norms(weight, block, groups), density)
+    return _largest_share(_block_norms(weight, block, groups), density)
 
 
-def blocks_kept(blocks: int, density: float) -> int:
-    """How many of so many blocks ``magnitude_blocks`` keeps."""
-    return max(1, math.floor(density * blocks + 0.5))
+def count_kept(count: int, density: float) -> int:
+    """How many of so many blocks or entries are kept: the nearest number, at least one."""
+    return max(1, math.floor(density * count + 0.5))
 
 
-def _largest(norms: Tensor, density: float) -> Tensor:
-    """The mask of the largest share of all entries."""
-    kept = blocks_kept(norms.numel(), density)
-    mask = torch.zeros_like(norms, dtype=torch.bool)
-    order = norms.flatten().argsort(descending=True, stable=True)
-    mask.view(-1)[order[:kept]] = True
-    return mask
+def largest(units: Tensor, keep: int) -> Tensor:
+    """The ``keep`` largest of each row; a tie keeps the lower index, and NaN is the largest."""
+    if not 0 < keep < units.shape[-1]:
+        return torch.full_like(units, keep > 0, dtype=torch.bool)
+    units = units.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    least = units.kthvalue(units.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+    above, level = units > least, units == least
+    wide = torch.int32 if units.shape[-1] < 2**31 else torch.int64  # a tenth of the time
+    missing = keep - above.sum(-1, keepdim=True, dtype=wide)
+    return above | (level & (level.cumsum(-1, dtype=wide) <= missing))
+
+
+def _largest_share(units: Tensor, density: float) -> Tensor:
+    """The mask of the largest of all."""
+    return largest(units.flatten(), count_kept(units.numel(), density)).view_as(units)
+
+
+def l2_norms(entries: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Over some dimensions of float64."""
+    # Divided by the largest entry, no square leaves float64's range.
+    top = entries.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return (entries / top).square().sum(dims).sqrt() * top.squeeze(dims)

@@ -7,6 +7,7 @@ from collections import Counter
 from torch import nn
 
 from .conversion.eligibility import hooks_of
+from .conversion.selection import layer_sites
 from .nn import SparseLinear, SparseLinearQuantized
 
 _OWN_TENSORS = {"values", "indices", "panels", "format", "bias"}
@@ -54,8 +55,8 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
         raise TypeError(f"quantize: model is {type(model).__name__}, expected torch.nn.Module")
     if isinstance(model, SparseLinear):
         return _quantized("the layer", model, dtype, group)
-    layers = {name: m for name, m in model.named_modules() if _has_24(m)}
-    if not layers:
+    sites = [site for site in layer_sites(model) if _has_24(site.module)]
+    if not sites:
         held = Counter(type(m).__name__ for m in model.modules() if not m._modules)
         found = ", ".join(f"{count} {kind}" for kind, count in held.most_common())
         raise ValueError(
@@ -69,12 +70,9 @@ def quantize(model: nn.Module, dtype: str = "int8", group: int | None = None) ->
                 f"quantize: torch.compile() holds on to the layer in {name!r}; quantise first, "
                 "then compile"
             )
-    made = {m: _quantized(repr(name), m, dtype, group) for name, m in layers.items()}
-    # A layer may be held under several names.
-    for holder in list(model.modules()):
-        for attribute, child in holder._modules.items():
-            if child in made:
-                setattr(holder, attribute, made[child])
+    made = [(site, _quantized(repr(site.name), site.module, dtype, group)) for site in sites]
+    for site, layer in made:
+        site.replace(layer)
     return model
 
 
@@ -82,9 +80,7 @@ def _has_24(module: nn.Module | None) -> bool:
     return isinstance(module, SparseLinear) and module.pattern == "2:4"
 
 
-def _quantized(
-    name: str, layer: SparseLinear, dtype: str, group: int | None
-) -> SparseLinearQuantized:
+def _quantized(name: str, layer: nn.Module, dtype: str, group: int | None) -> SparseLinearQuantized:
     hooks = hooks_of(layer)
     if hooks:
         raise ValueError(f"quantize: {name} has {' and '.join(hooks)}, which would be lost")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Oracle, sparse_24
 from emulated_gpu import DECODE, FLOAT32, PREFILL, STREAM, WGMMA, Gpu
-from gossamer import _C, _cuda_module, sparse24_linear
+from gossamer import _C, _self_check, sparse24_linear
 from gossamer.formats import Sparse24, Sparse24Panels
 from gossamer.ops import cuda_workspace, sparse24
 from gossamer.ops.cuda_workspace import aligned_rows
@@ -40,6 +40,19 @@ def test_matches_dense(gpu: Gpu, capability: int, m: int, dtype: torch.dtype, ke
     gpu.describe(capability)
     check(m, 50, 300, dtype)
     assert gpu.kernel == kernel
+
+
+def test_many_rows_of_float32_are_dense_where_tf32_is_allowed(gpu: Gpu) -> None:
+    kernels = []
+    for precision, rows in (("highest", 256), ("high", 255), ("high", 256)):
+        check(2, 16, 32, torch.bfloat16)  # what ran before
+        torch.set_float32_matmul_precision(precision)
+        try:
+            check(rows, 10, 20, torch.float32)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        kernels.append(gpu.kernel)
+    assert kernels == [FLOAT32, FLOAT32, DECODE]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -171,7 +184,7 @@ def test_kernels_are_checked_on_each_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPat
     for capability, kernels in ((80, {DECODE, PREFILL}), (90, {STREAM, WGMMA})):
         gpu.describe(capability, multiprocessors=132)  # many, of which the small product fills few
         ran.clear()
-        assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
+        assert _self_check.wrong_results.__wrapped__(torch.device("cpu")) is None
         assert ran == {*kernels, FLOAT32}
 
     def wrong_for_many_rows(x: torch.Tensor, *args: object) -> torch.Tensor:
@@ -180,7 +193,7 @@ def test_kernels_are_checked_on_each_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sparse24, "_linear", wrong_for_many_rows)
     with torch.device("meta"):  # whatever the default device is
-        fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
+        fault = _self_check.wrong_results.__wrapped__(torch.device("cpu"))
     assert fault is not None
     assert "(torch.bfloat16 of 300 rows, torch.float16 of 300 rows)" in fault
 

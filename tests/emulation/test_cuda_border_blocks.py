@@ -12,10 +12,9 @@ import torch
 from blocksparse_conv import BlockConv
 from conv_cases import CASES, ConvCase, block_sparse, typical
 from emulated_gpu import Gpu
-from gossamer import _C, Block, _cuda_module, blocksparse_conv, blocksparse_linear
+from gossamer import _C, Block, _self_check, blocksparse_conv, blocksparse_linear
 from gossamer.formats import BlockSparse, BlockSparsePanels
 from gossamer.nn import SparseConv
-from gossamer.ops import blocksparse
 from gossamer.ops.blocksparse import blocksparse_by_way
 from gossamer.ops.blocksparse_choice import blocksparse_choice, blocksparse_ways
 from torch import Tensor
@@ -100,7 +99,7 @@ def test_hopper_has_a_kernel_of_its_own(gpu: Gpu) -> None:
         y = blocksparse_conv(conv.x, conv.weight, conv.bias, **case.geometry)
         assert gpu.kernel == (WGMMA if case.block.cols == 16 else MMA)
         assert torch.equal(y, conv.expected().half())
-    assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
+    assert _self_check.wrong_results.__wrapped__(torch.device("cpu")) is None
 
 
 def test_ways_by_name(gpu: Gpu) -> None:
@@ -257,15 +256,15 @@ def test_what_32_bits_do_not_count_is_refused(gpu: Gpu) -> None:
 
 
 def test_wrong_kernels_of_blocks_are_found(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
+    assert _self_check.wrong_results.__wrapped__(torch.device("cpu")) is None
     right = blocksparse_conv
 
     def wrong_where_channels_are_last(x: Tensor, *args: object, **rest: object) -> Tensor:
         y: Tensor = right(x, *args, **rest)  # type: ignore[arg-type]
         return y if x.is_contiguous() else -y
 
-    monkeypatch.setattr(blocksparse, "blocksparse_conv", wrong_where_channels_are_last)
-    fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(_self_check, "blocksparse_conv", wrong_where_channels_are_last)
+    fault = _self_check.wrong_results.__wrapped__(torch.device("cpu"))
     assert fault is not None
     assert "torch.float16 of blocks, torch.channels_last" in fault
     assert "contiguous" not in fault

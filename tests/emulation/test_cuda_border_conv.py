@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conv_cases import CASES, LAST, typical
 from emulated_gpu import DECODE, PREFILL, STREAM, WGMMA, Gpu
-from gossamer import _C, _cuda_module
+from gossamer import _C, _self_check
 from gossamer.formats import Sparse24Conv, Sparse24ConvPanels
 from gossamer.nn import SparseConv
 from gossamer.ops import sparse24_conv, sparse24_conv_product
@@ -276,7 +276,7 @@ def test_choice_is_that_of_the_device() -> None:
 
 def test_wrong_kernels_of_convolutions_are_found(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.describe(90, multiprocessors=4)
-    assert _cuda_module.wrong_results.__wrapped__(torch.device("cpu")) is None
+    assert _self_check.wrong_results.__wrapped__(torch.device("cpu")) is None
     native = _C.sparse24_conv_cuda
 
     def wrong_stream(out: Tensor, *args: Any) -> None:
@@ -285,7 +285,7 @@ def test_wrong_kernels_of_convolutions_are_found(gpu: Gpu, monkeypatch: pytest.M
             out.neg_()
 
     monkeypatch.setattr(_C, "sparse24_conv_cuda", wrong_stream)
-    fault = _cuda_module.wrong_results.__wrapped__(torch.device("cpu"))
+    fault = _self_check.wrong_results.__wrapped__(torch.device("cpu"))
     assert fault is not None
     assert "torch.bfloat16 of 2:4 convolutions, torch.float16 of 2:4 convolutions" in fault
 

@@ -150,14 +150,11 @@ def _try_skipping(
         error_max, error_mean = output_error(layer, layer.weight, sparse, mine)
         plan.measured |= {"error_max": error_max, "error_mean": error_mean}
         plan.reason = reason if swap else f"forced: {reason}"
-        target = "cuda" if layer.weight.is_cuda else _C.actsparse_target(_dtype_of(layer))
+        dtype = dtype_name(layer.weight.dtype)
+        target = "cuda" if layer.weight.is_cuda else _C.actsparse_target(dtype)
         plan.kernel = f"{target}/rows"
         plan.replacement = sparse
     return plan
-
-
-def _dtype_of(layer: nn.Linear) -> str:
-    return dtype_name(layer.weight.dtype)
 
 
 def _gain(

@@ -88,11 +88,11 @@ def _entries(
     if given is None:
         return []
     if not isinstance(given, Iterable):
-        raise TypeError(f"{op}: {argument} takes names of modules, got {given!r}")
+        raise TypeError(f"{op}: {argument} is {given!r}, expected names of modules")
     entries = [given] if isinstance(given, str) else list(given)
     for entry in entries:
         if not isinstance(entry, str):
-            raise TypeError(f"{op}: {argument} takes names of modules, got {entry!r}")
+            raise TypeError(f"{op}: {argument} holds {entry!r}, expected names of modules")
         if not any(_matches(name, entry) for name in modules):
             hint = ", ".join(_close_matches(entry, modules))
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from ..ops.conv_operands import LAST, is_channels_last
 from .eligibility import dtype_name
 from .kinds import is_conv, unit_dims
 
@@ -61,8 +62,8 @@ class Calls:
             rows = x.detach().reshape(-1, *shape)
             kept = max(1, min(_KEPT_ROWS, _KEPT_BYTES // rows[0].nbytes))
             self.inputs[shape] = rows[:kept].clone()
-        last = _CHANNELS_LAST.get(x.dim()) if self.unit_dims == x.dim() - 1 else None
-        is_last = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+        is_images = x.dim() in LAST and x.dim() == self.unit_dims + 1
+        is_last = is_images and is_channels_last(x)
         self.given[Given(x.numel() // math.prod(shape), shape, is_last)] += 1
 
     @property
@@ -75,10 +76,7 @@ class Calls:
         kept = self.inputs[given.shape]
         # Real rows, repeated: zeros and denormals in the data are part of the speed.
         x = kept[torch.arange(given.rows, device=kept.device) % kept.shape[0]]
-        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()]) if given.channels_last else x
-
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return x.contiguous(memory_format=LAST[x.dim()]) if given.channels_last else x
 
 
 def record_calls(

@@ -37,7 +37,7 @@ def sparse24_panels_shape(
     return (out_features + 15) // 16, (in_features + 31) // 32, word_rows, 16
 
 
-def check_weight_shape(shape: tuple[int, int]) -> None:
+def check_matrix_shape(shape: tuple[int, int]) -> None:
     if len(shape) != 2 or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
         raise TypeError(f"a weight of shape {shape!r}: expected two whole numbers (N, K)")
     if shape[0] < 1 or shape[1] < 1:
@@ -85,7 +85,7 @@ class Sparse24(SavedWeight):
                 f"Sparse24: values are {values.dtype} and indices {indices.dtype}, expected "
                 "float32, bfloat16, float16 or float64, and uint8"
             )
-        check_weight_shape(self.shape)
+        check_matrix_shape(self.shape)
         value_shape, index_shape = sparse24_shapes(*self.shape)
         if values.shape != value_shape or indices.shape != index_shape:
             raise ValueError(
@@ -121,7 +121,7 @@ class Sparse24(SavedWeight):
                 f"Sparse24.from_dense: weight has shape {list(weight.shape)}, expected [N, K]"
             )
         out_features, in_features = weight.shape
-        check_weight_shape((out_features, in_features))
+        check_matrix_shape((out_features, in_features))
         values, indices = torch.ops.gossamer.sparse24_from_dense(weight.detach())
         return cls(values, indices, (out_features, in_features))
 
@@ -215,7 +215,7 @@ class Sparse24Panels(StoredWeight):
                 f"Sparse24Panels: {self.panels.dtype} panels of {self.dtype} values, expected "
                 "int32 panels of float32, bfloat16 or float16 values"
             )
-        check_weight_shape(self.shape)
+        check_matrix_shape(self.shape)
         expected = sparse24_panels_shape(*self.shape, self.dtype, self.panels.device)
         if self.panels.shape != expected:
             raise ValueError(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .sparse24 import Sparse24, check_weight_shape, sparse24_shapes
+from .._wide import wide
+from .sparse24 import Sparse24, check_matrix_shape, sparse24_shapes
 from .state import read_header
 from .stored import StoredWeight
 
@@ -137,7 +138,7 @@ class Sparse24Quantized(StoredWeight):
                 f"Sparse24Quantized: values are {storages[0]}, indices {storages[1]} and scales "
                 f"{storages[2]}, expected int8, float8_e4m3fn or uint8 (int4), uint8, float32"
             )
-        check_weight_shape(self.shape)
+        check_matrix_shape(self.shape)
         if self.group != resolve_group(self.value_type, self.in_features, self.group):
             raise ValueError(
                 f"Sparse24Quantized: group is {self.group} for a {list(self.shape)} weight, "
@@ -213,7 +214,7 @@ class Sparse24Quantized(StoredWeight):
 
     def to_sparse24(self, dtype: torch.dtype = torch.float32) -> Sparse24:
         """The weight that this stands for: value times scale, rounded to ``dtype``."""
-        numbers = self.numbers().to(torch.promote_types(dtype, torch.float32))
+        numbers = self.numbers().to(wide(dtype))
         slot_scales = reference.sparse24_slot_scales(self.scales, numbers.shape[1], self.group)
         return Sparse24((numbers * slot_scales).to(dtype), self.indices, self.shape)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse24 import Sparse24, check_weight_shape, sparse24_panels_shape
+from .sparse24 import Sparse24, check_matrix_shape, sparse24_panels_shape
 from .sparse24_quantized import (
     Sparse24Quantized,
     resolve_group,
@@ -60,7 +60,7 @@ class Sparse24QuantizedPanels(StoredWeight):
                 f"Sparse24QuantizedPanels: panels are {panels.dtype} and scales {scales.dtype}, "
                 "expected int32 and float32"
             )
-        check_weight_shape(self.shape)
+        check_matrix_shape(self.shape)
         if self.group != resolve_group(self.value_type, self.in_features, self.group):
             raise ValueError(
                 f"Sparse24QuantizedPanels: group is {self.group} for a {list(self.shape)} weight, "

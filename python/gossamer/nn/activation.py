@@ -16,13 +16,9 @@ _NORMAL = NormalDist()
 
 
 class _Clipped(nn.Module):
-    """What is zero up to a threshold ``tau``, and then rises with slope 1 as far as ``m``.
+    """Zero up to ``tau``, then x - tau up to ``m``; with two sides odd in x."""
 
-    Over pre-activations x of variance q, with the share of the slope's inputs and the mean square
-    of its outputs that the subclass counts once or twice.
-    """
-
-    sides = 1  # of 0 on which there is a slope
+    sides = 1  # above tau alone, or 2: below -tau too
 
     def __init__(self, tau: float, m: float = math.inf) -> None:
         super().__init__()
@@ -36,10 +32,19 @@ class _Clipped(nn.Module):
         self.tau, self.m = float(tau), float(m)
 
     @classmethod
-    def _at(cls, share: float, sparsity: float, m: float, q: float) -> Self:
+    def for_sparsity(cls, sparsity: float, m: float = math.inf, q: float = 1.0) -> Self:
+        """With the threshold that makes this share of normal inputs of variance ``q`` zero.
+
+        Raises
+        ------
+        ValueError
+            If ``sparsity`` is not between 0 and 1, ``q`` not above 0 or infinite, or ``m`` not
+            above 0.
+        """
         if not 0 < sparsity < 1:
             raise ValueError(f"{cls.__name__}: sparsity is {sparsity}, expected between 0 and 1")
         _check_variance(cls.__name__, q)
+        share = (cls.sides - 1 + sparsity) / cls.sides  # of the inputs below tau
         return cls(math.sqrt(q) * _NORMAL.inv_cdf(share), m)
 
     def moments(self, q: float = 1.0) -> tuple[float, float, float]:
@@ -88,11 +93,6 @@ class ClippedShiftedReLU(_Clipped):
     >>> zeros = (activation(torch.randn(1000)) == 0).float().mean()  # about 0.85
     """
 
-    @classmethod
-    def for_sparsity(cls, sparsity: float, m: float = math.inf, q: float = 1.0) -> Self:
-        """With the threshold that makes this share of normal inputs of variance ``q`` zero."""
-        return cls._at(sparsity, sparsity, m, q)
-
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.tau).clamp(0, self.m)
 
@@ -119,11 +119,6 @@ class ClippedSoftThreshold(_Clipped):
     """
 
     sides = 2
-
-    @classmethod
-    def for_sparsity(cls, sparsity: float, m: float = math.inf, q: float = 1.0) -> Self:
-        """With the threshold that makes this share of normal inputs of variance ``q`` zero."""
-        return cls._at((1 + sparsity) / 2, sparsity, m, q)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - x.clamp(-self.tau, self.tau)).clamp(-self.m, self.m)  # NaN stays
@@ -212,6 +207,11 @@ def edge_of_chaos_(
     -------
     EdgeOfChaos
         The variances that were used.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``edge_of_chaos`` says.
     """
     found = edge_of_chaos(activation, q)
     for layer in module.modules():

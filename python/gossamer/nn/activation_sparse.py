@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..ops.actsparse import actsparse_linear
 from ..ops.actsparse_outputs import actsparse_outputs
-from .checkpoint import CheckedModule, check_dense
+from .checkpoint import CheckedModule, check_loaded
+from .dense import check_layer
 
 # Leaves for torch.fx, which could not follow their branches on x.
 torch.fx.wrap("actsparse_linear")
@@ -72,7 +73,7 @@ class ActSparseLinear(CheckedModule):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.threshold = _checked(type(self).__name__, threshold)
+        self.threshold = checked_threshold(type(self).__name__, threshold)
         shape = (in_features, out_features)
         self.weight_kn = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = (
@@ -94,11 +95,10 @@ class ActSparseLinear(CheckedModule):
         ------
         TypeError
             If it is not a ``torch.nn.Linear``.
+        ValueError
+            If the threshold is negative or not finite.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(
-                f"ActSparseLinear: the layer is {type(linear).__name__}, expected torch.nn.Linear"
-            )
+        check_layer(f"{cls.__name__}.from_dense", linear, nn.Linear)
         layer = cls(linear.in_features, linear.out_features, False, threshold, "meta")
         weight = linear.weight.detach().t().clone(memory_format=torch.contiguous_format)
         layer.weight_kn = nn.Parameter(weight, linear.weight.requires_grad)
@@ -130,7 +130,7 @@ class ActSparseLinear(CheckedModule):
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
         held = {"weight_kn": self.weight_kn, "bias": self.bias}
-        check_dense(given, held, assign)
+        check_loaded(given, held, assign)
         if "_extra_state" in given:
             _threshold_of(type(self).__name__, given["_extra_state"])
 
@@ -164,7 +164,7 @@ class ActSparseLinear(CheckedModule):
         )
 
 
-def _checked(name: str, threshold: float) -> float:
+def checked_threshold(name: str, threshold: float) -> float:
     if not 0 <= threshold < math.inf:
         raise ValueError(f"{name}: threshold is {threshold}, expected 0 or more, finite")
     return float(threshold) + 0.0  # of -0.0 makes 0.0
@@ -181,7 +181,7 @@ def _threshold_of(name: str, state: Any) -> float:
             f"{name}: '_extra_state' is {state!r:.60}, expected the threshold, one "
             "floating-point number as a tensor"
         )
-    return _checked(name, float(state))
+    return checked_threshold(name, float(state))
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -253,10 +253,8 @@ class SparseMLP(nn.Module):
     ) -> None:
         super().__init__()
         for name, layer in {"up": up, "down": down, "gate": gate}.items():
-            if layer is not None and not isinstance(layer, nn.Linear):
-                raise TypeError(
-                    f"SparseMLP: {name} is {type(layer).__name__}, expected torch.nn.Linear"
-                )
+            if layer is not None:
+                check_layer("SparseMLP", layer, nn.Linear, name=name)
         sizes = (up.in_features, up.out_features)
         if up.out_features != down.in_features:
             raise ValueError(

@@ -18,7 +18,7 @@ from ..formats import (
     SparseCsr,
 )
 
-SavedWeight = Sparse24 | Sparse24Conv | BlockSparse | SparseCsr | Sparse24Quantized
+OpenWeight = Sparse24 | Sparse24Conv | BlockSparse | SparseCsr | Sparse24Quantized
 
 
 class CheckedModule(nn.Module):
@@ -91,7 +91,7 @@ def buffers_detached(
     return given
 
 
-def check_dense(given: Mapping[str, Any], held: Mapping[str, Tensor | None], assign: bool) -> None:
+def check_loaded(given: Mapping[str, Any], held: Mapping[str, Tensor | None], assign: bool) -> None:
     """Raise where loading dense tensors in the place of those that a layer holds would break it.
 
     Parameters
@@ -123,7 +123,7 @@ def check_dense(given: Mapping[str, Any], held: Mapping[str, Tensor | None], ass
 
 def check_weight(
     given: Mapping[str, Any],
-    weight: SavedWeight,
+    weight: OpenWeight,
     bias: Tensor | None,
     assign: bool,
 ) -> None:
@@ -170,11 +170,11 @@ def check_weight(
         raise TypeError(f"'bias' is {loaded_bias.dtype}, the values are {loaded.dtype}")
 
 
-def _parts(weight: SavedWeight) -> str:
+def _parts(weight: OpenWeight) -> str:
     return "places" if isinstance(weight, SparseCsr) else "blocks"
 
 
-def _kind(weight: SavedWeight) -> str:
+def _kind(weight: OpenWeight) -> str:
     kind = str(list(weight.shape))
     if isinstance(weight, Sparse24Quantized):
         kind += f" {weight.value_type} (group {weight.group})"

@@ -13,6 +13,7 @@ from ..ops.blocksparse import blocksparse_conv_tensors
 from ..ops.conv_geometry import PADDING_MODES, Sizes, padding_of, per_axis
 from ..ops.operands import activation_of, autocast_dtype
 from ..ops.sparse24_conv import pays_to_pack, sparse24_conv_tensors
+from .dense import arguments_of, check_layer
 from .patterns import Panels, PatternName, Portable, pattern_of
 from .trainable import TrainableModule
 
@@ -167,15 +168,12 @@ class SparseConv(TrainableModule):
             or superfluous.
         """
         op = f"{cls.__name__}.from_dense"
-        allowed = _DENSE if cls.axes is None else _DENSE[cls.axes - 1]
-        if not isinstance(conv, allowed):
-            expected = "Conv1d, Conv2d or Conv3d" if cls.axes is None else f"Conv{cls.axes}d"
-            raise TypeError(f"{op}: {type(conv).__name__}, expected torch.nn.{expected}")
+        check_layer(op, conv, *(_DENSE if cls.axes is None else (_DENSE[cls.axes - 1],)))
         held = pattern_of(op, pattern, tuple(conv.weight.shape), conv.groups)
         weight = cls._sparse_weight(conv.weight.detach(), held, prune, density)
         made = _NAMED[len(conv.kernel_size) - 1] if cls is SparseConv else cls
         layer = made(
-            **_arguments(conv),
+            **arguments_of(conv),
             pattern=pattern,
             device="meta",
             dtype=weight.dtype,
@@ -187,7 +185,7 @@ class SparseConv(TrainableModule):
         """A dense layer with the same weight and a copy of the bias."""
         weight = self.weight.to_dense().detach()
         dense = _DENSE[len(self.kernel_size) - 1]
-        conv = dense(**_arguments(self), device="meta", dtype=weight.dtype)
+        conv = dense(**arguments_of(self), device="meta", dtype=weight.dtype)
         self._give_to(conv, weight)
         return conv
 
@@ -288,10 +286,3 @@ def _added(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
 
 
 _NAMED = (SparseConv1d, SparseConv2d, SparseConv3d)
-
-
-def _arguments(conv: nn.Module) -> dict[str, Any]:
-    """What a convolution, dense or sparse, is constructed with."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-    arguments = {name: getattr(conv, name) for name in (*names, "groups", "padding_mode")}
-    return {**arguments, "bias": conv.bias is not None}

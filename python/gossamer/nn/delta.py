@@ -13,9 +13,10 @@ from ..ops.conv_at import Taps, out_size, taps_for
 from ..ops.gathered_conv import GatheredWeight, changes_pay, most_gathered_of
 from ..ops.operands import autocast_dtype, autocast_to, has_content
 from ..ops.pointcloud import pointcloud_conv
-from .activation_sparse import ActSparseLinear
-from .checkpoint import CheckedModule, check_dense
-from .gathered_conv import WideConv2d, check_gathered, conv_arguments, steps_of
+from .activation_sparse import ActSparseLinear, checked_threshold
+from .checkpoint import CheckedModule, check_loaded
+from .dense import arguments_of, check_layer
+from .gathered_conv import WideConv2d, check_gathered, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -200,7 +201,15 @@ class DeltaLinear(_Remembering, ActSparseLinear):
     def from_dense(
         cls, linear: nn.Linear, threshold: float = 0.0, refresh_every: int | None = None
     ) -> Self:
-        """A layer with a copy of the weight of a dense one, and with its very bias."""
+        """A layer with a copy of the weight of a dense one, and with its very bias.
+
+        Raises
+        ------
+        TypeError
+            If it is not a ``torch.nn.Linear``.
+        ValueError
+            If the threshold is negative or not finite, or ``refresh_every`` below 1.
+        """
         layer = super().from_dense(linear, threshold)
         assert isinstance(layer, cls)
         layer.refresh_every = _checked_refresh("DeltaLinear", refresh_every)
@@ -279,10 +288,8 @@ class DeltaConv2d(_Remembering, CheckedModule, WideConv2d):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not 0 <= threshold < float("inf"):
-            raise ValueError(f"DeltaConv2d: threshold is {threshold}, expected 0 or more, finite")
+        self.threshold = checked_threshold("DeltaConv2d", threshold)
         check_gathered("DeltaConv2d", self)
-        self.threshold = threshold
         self.refresh_every = _checked_refresh("DeltaConv2d", refresh_every)
         self.streams = _Streams()
         self._gathered_weight = GatheredWeight()
@@ -292,15 +299,25 @@ class DeltaConv2d(_Remembering, CheckedModule, WideConv2d):
     def from_dense(
         cls, conv: nn.Conv2d, threshold: float = 0.0, refresh_every: int | None = None
     ) -> Self:
-        """A layer with the very weight and bias of a dense one."""
+        """A layer with the very weight and bias of a dense one.
+
+        Raises
+        ------
+        TypeError
+            If it is not a ``torch.nn.Conv2d``.
+        ValueError
+            If it has groups, a padding by name or one that is not of zeros, the threshold is
+            negative or not finite, or ``refresh_every`` below 1.
+        """
+        check_layer(f"{cls.__name__}.from_dense", conv, nn.Conv2d)
         layer = cls(
-            *conv_arguments(conv), threshold=threshold, refresh_every=refresh_every, device="meta"
+            **arguments_of(conv), threshold=threshold, refresh_every=refresh_every, device="meta"
         )
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
-        check_dense(given, {"weight": self.weight, "bias": self.bias}, assign)
+        check_loaded(given, {"weight": self.weight, "bias": self.bias}, assign)
 
     def reset(self, streams: Tensor | Sequence[int] | None = None) -> None:
         """Start all streams anew, or those of the first dimension that are named."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from .._wide import conv_in_float32, has_loops_only
@@ -26,15 +24,6 @@ def check_gathered(op: str, conv: nn.Conv2d) -> None:
             f"{op}: groups are {conv.groups}, padding is {conv.padding!r} and padding_mode "
             f"{conv.padding_mode!r}, expected one group and a number of zeros"
         )
-
-
-def conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
-    """The constructor's positional arguments of a dense convolution, up to the padding's mode."""
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"the layer is {type(conv).__name__}, expected torch.nn.Conv2d")
-    size = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    rest = (conv.groups, conv.bias is not None, conv.padding_mode)
-    return conv.in_channels, conv.out_channels, *size, *rest
 
 
 def steps_of(conv: nn.Conv2d) -> Steps:

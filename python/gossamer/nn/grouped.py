@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.grouped import grouped_linear
+from .dense import check_layer
 
 torch.fx.wrap("grouped_linear")  # a leaf: torch.fx could not follow its branches on x
 
@@ -89,10 +90,7 @@ class GroupedLinear(nn.Module):
         if not linears:
             raise ValueError("GroupedLinear: no linear layers, expected at least one")
         for linear in linears:
-            if not isinstance(linear, nn.Linear):
-                raise TypeError(
-                    f"GroupedLinear: a layer is {type(linear).__name__}, expected torch.nn.Linear"
-                )
+            check_layer("GroupedLinear", linear, nn.Linear, name="a layer")
         kinds = [(tuple(m.weight.shape), m.weight.dtype, m.weight.device, m.bias is not None)
                  for m in linears]  # fmt: skip
         for expert, kind in enumerate(kinds):

@@ -9,6 +9,7 @@ from ..formats import Block, Unstructured
 from ..ops.blocksparse import blocksparse_linear_tensors
 from ..ops.csr import csr_linear_tensors
 from ..ops.sparse24 import sparse24_linear_tensors
+from .dense import check_layer
 from .patterns import PatternName, pattern_of
 from .trainable import TrainableModule
 
@@ -131,11 +132,9 @@ class SparseLinear(TrainableModule):
             If the weight is not 2:4 and ``prune`` is None, or an argument is unknown, missing or
             superfluous.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(
-                f"SparseLinear.from_dense: {type(linear).__name__}, expected torch.nn.Linear"
-            )
-        held = pattern_of("SparseLinear.from_dense", pattern, tuple(linear.weight.shape))
+        op = f"{cls.__name__}.from_dense"
+        check_layer(op, linear, nn.Linear)
+        held = pattern_of(op, pattern, tuple(linear.weight.shape))
         weight = cls._sparse_weight(linear.weight.detach(), held, prune, density)
         layer = cls(
             linear.in_features,

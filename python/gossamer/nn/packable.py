@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckedModule, SavedWeight, check_weight
+from .checkpoint import CheckedModule, OpenWeight, check_weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 def held_while_spawning(state: dict[str, Any]) -> dict[str, Any]:
-    """What is pickled, where that starts a process alive for as long as the process is.
+    """Return what is pickled, kept alive with the process that it is pickled for, if any.
 
-    The process opens the shared memory of its tensors later, which were made for the pickle alone.
+    That process opens the shared memory of the tensors later, and they were made for the pickle
+    alone.
     """
     process = get_spawning_popen()
     if process is not None:
@@ -46,7 +47,7 @@ class PackableModule(CheckedModule):
 
     # What a kind of weight has to say.
 
-    def _portable(self) -> SavedWeight:
+    def _portable(self) -> OpenWeight:
         """The weight in the form that is saved."""
         raise NotImplementedError
 
@@ -117,9 +118,15 @@ class PackableModule(CheckedModule):
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
         check_weight(given, self._portable(), self.bias, assign)
 
+    def _make_room(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]
+    ) -> None:
+        """Prepare the portable tensors for those that a load is to put in their place."""
+
     def _load_checked_state(self, *args: Any) -> None:
         wants_panels = self._wants_panels()
         self._unpack()
+        self._make_room(*args[:3])
         super()._load_checked_state(*args)
         if wants_panels:
             self._pack_where_possible()

@@ -26,8 +26,8 @@ from ..formats.csr import column_dtype, from_keys
 from ..formats.geometry import check_weight_shape, whole_number
 from ..formats.sparse24_conv import sparse24_matrix_shape
 from ..prune import (
-    blocks_kept,
     check_density,
+    count_kept,
     largest_blocks,
     largest_places,
     magnitude_24,
@@ -195,7 +195,7 @@ class PatternBlocks(Pattern):
         self, density: float | None, device: torch.device | str | int | None, dtype: torch.dtype
     ) -> BlockSparse:
         block_rows, block_columns = self.block.grid(self.shape, self.groups)
-        live = 0 if density is None else blocks_kept(block_rows * block_columns, density)
+        live = 0 if density is None else count_kept(block_rows * block_columns, density)
         values = torch.empty(live, self.block.rows, self.block.cols, device=device, dtype=dtype)
         crow = torch.empty(block_rows + 1, device=device, dtype=torch.int32)
         return self.portable(values, crow, torch.empty(live, device=device, dtype=torch.int32))
@@ -267,7 +267,7 @@ class PatternUnstructured(Pattern):
         self._check_linear()
         weight = SparseCsr.from_dense(dense)
         count, most = weight.values.shape[0], dense.numel()
-        if self.density is not None and count > (most := blocks_kept(most, self.density)):
+        if self.density is not None and count > (most := count_kept(most, self.density)):
             raise ValueError(
                 f"the weight has {count} non-zeros, density {self.density} allows {most}: "
                 "prune='magnitude' keeps the largest"
@@ -279,7 +279,7 @@ class PatternUnstructured(Pattern):
     ) -> SparseCsr:
         self._check_linear()
         n, k = self.shape
-        live = blocks_kept(n * k, self._share(density))
+        live = count_kept(n * k, self._share(density))
         values = torch.empty(live, device=device, dtype=dtype)
         crow = torch.empty(n + 1, device=device, dtype=torch.int32)
         return self.portable(values, crow, torch.empty(live, device=device, dtype=column_dtype(k)))

@@ -13,8 +13,9 @@ from .._library import is_recorded
 from ..ops.conv_at import out_size
 from ..ops.masked_conv import Positions, masked_conv, recorded_masked_conv
 from ..ops.operands import has_content, is_transformed
-from .checkpoint import CheckedModule, check_dense
-from .gathered_conv import WideConv2d, check_gathered, conv_arguments, steps_of
+from .checkpoint import CheckedModule, check_loaded
+from .dense import arguments_of, check_layer
+from .gathered_conv import WideConv2d, check_gathered, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,8 +81,17 @@ class PositionMaskedConv2d(CheckedModule, WideConv2d):
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d) -> Self:
-        """A layer with the very weight and bias of a dense one, and no mask."""
-        layer = cls(*conv_arguments(conv), device="meta")
+        """A layer with the very weight and bias of a dense one, and no mask.
+
+        Raises
+        ------
+        TypeError
+            If it is not a ``torch.nn.Conv2d``.
+        ValueError
+            If it has groups, a padding by name or one that is not of zeros.
+        """
+        check_layer(f"{cls.__name__}.from_dense", conv, nn.Conv2d)
+        layer = cls(**arguments_of(conv), device="meta")
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
@@ -121,7 +131,7 @@ class PositionMaskedConv2d(CheckedModule, WideConv2d):
         return super().forward(input).masked_fill(~mask, 0)
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
-        check_dense(given, {"weight": self.weight, "bias": self.bias}, assign)
+        check_loaded(given, {"weight": self.weight, "bias": self.bias}, assign)
         if "mask" in given:
             _check_mask(given["mask"])
 

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .._sharded import whole
-from .._wide import matmul
-from ..formats import PANEL_DTYPES, VALUE_DTYPES, Sparse24, Sparse24Panels
-from ..ops.operands import autocast_dtype, autocast_to, has_content, without_autocast
-from ..ops.sparse24 import sparse24_linear_tensors
-from ..projection24 import (
-    hard_threshold_24,
-    mvue_24,
-    scale_24,
-    soft_threshold_24,
-    transposable_mask_24,
-)
+from ..formats import VALUE_DTYPES, Sparse24
+from ..ops.operands import autocast_dtype, autocast_to, has_content
+from ..projection24 import hard_threshold_24, scale_24, soft_threshold_24, transposable_mask_24
 from .called import keep_called
 from .checkpoint import buffers_detached
+from .dense import check_layer
 from .fused_steps import follow_fused_steps
+from .sparse_training_product import StraightProduct
+from .sparse_training_state import check_buffers, has_mask
 
 PROJECTIONS = ("hard", "soft", "transposable")
-# From so many rows on the product gains more from panels than they take to be made.
-_ROWS_WORTH_PANELS = 256
 
 
 class SparseTrainingLinear(nn.Linear):
@@ -127,7 +119,16 @@ class SparseTrainingLinear(nn.Linear):
     def from_dense(
         cls, linear: nn.Linear, projection: str = "hard", refresh: int = 1, mvue: bool = False
     ) -> SparseTrainingLinear:
-        """A layer that shares the very Parameters of a dense one, which optimizers may hold."""
+        """A layer that shares the very Parameters of a dense one, which optimizers may hold.
+
+        Raises
+        ------
+        TypeError
+            If it is not a ``torch.nn.Linear``, or there are no kernels for its dtype.
+        ValueError
+            If ``refresh`` is below 1, or the projection unknown.
+        """
+        check_layer(f"{cls.__name__}.from_dense", linear, nn.Linear)
         bias = linear.bias
         layer = cls(
             linear.in_features,
@@ -260,7 +261,7 @@ class SparseTrainingLinear(nn.Linear):
         if x.dtype != dense.dtype:
             raise TypeError(f"SparseTrainingLinear: x is {x.dtype}, the weight {dense.dtype}")
         both = self.projection == "transposable"
-        y: Tensor = _Straight.apply(
+        y: Tensor = StraightProduct.apply(
             x, self.weight, bias, dense, sparse.values, sparse.indices, both, self.mvue
         )
         return y
@@ -292,34 +293,18 @@ class SparseTrainingLinear(nn.Linear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        age, scale = (state_dict.get(prefix + name) for name in ("age", "scale"))
-        if isinstance(age, Tensor) and age.numel() == 1 and not age.is_meta and int(age) < 0:
-            args[-1].append(f"{prefix}age: {int(age)} steps, expected a number from 0 on")
+        try:
+            check_buffers(state_dict, prefix, (self.out_features, self.in_features))
+        except ValueError as error:
+            args[-1].append(str(error))
             return
-        if isinstance(scale, Tensor) and not scale.is_meta and not bool(scale.isfinite().all()):
-            args[-1].append(f"{prefix}scale: {float(scale)} is not finite")
-            return
-        indices = state_dict.get(f"{prefix}indices")
-        if _is_some(indices) and indices.shape == self.indices.shape:
-            groups = (self.in_features + 3) // 4
-            values = torch.zeros(len(indices), 2 * groups, device=indices.device)
-            try:
-                Sparse24(values, indices, (self.out_features, self.in_features)).validate()
-            except (TypeError, ValueError) as error:
-                args[-1].append(f"{prefix}indices: {error}")
-                return
         given = buffers_detached(self, state_dict, prefix)
         super()._load_from_state_dict(given, prefix, *args)
-        self._projected, self._searched = None, _is_some(self.indices)
+        self._projected, self._searched = None, has_mask(self.indices)
 
     def __getstate__(self) -> dict[str, Any]:
         self._bring_up_to_date()
         return {**self.__dict__, "_projected": None}
-
-
-def _is_some(indices: Any) -> TypeGuard[Tensor]:
-    """Whether they are of a mask: zeros until one was searched for, and on meta nothing."""
-    return isinstance(indices, Tensor) and not indices.is_meta and bool(indices.any())
 
 
 class _Projected:
@@ -335,59 +320,3 @@ class _Projected:
         if self._cast is None or self._cast[0].dtype != dtype:
             self._cast = self.dense.to(dtype), self.sparse.to(dtype)
         return self._cast
-
-
-def _product(x: Tensor, weight: Sparse24, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b, by panels where there are rows enough to pay for them."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows >= _ROWS_WORTH_PANELS and weight.dtype in PANEL_DTYPES:
-        panels = Sparse24Panels.from_sparse24(weight)
-        return sparse24_linear_tensors(x, panels.panels, None, bias, panels.shape, panels.dtype)
-    return sparse24_linear_tensors(
-        x, weight.values, weight.indices, bias, weight.shape, weight.dtype
-    )
-
-
-class _Straight(torch.autograd.Function):
-    """dx = dy P(W); dW = dyᵀ x, of P(W) and given to W; db = the sum of dy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dense: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        both: bool,
-        mvue: bool,
-    ) -> Tensor:
-        ctx.both, ctx.mvue = both, mvue
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if wants_weight else None, dense if wants_x else None)
-        shape = (dense.shape[0], dense.shape[1])
-        with without_autocast(x):
-            return _product(x, Sparse24(values, indices, shape), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, dense = ctx.saved_tensors
-        dx = dweight = db = None
-        with without_autocast(dy):
-            if ctx.needs_input_grad[0]:
-                if ctx.both:
-                    dx = _product(dy, Sparse24.from_dense(dense.t().contiguous()), None)
-                else:
-                    dx = matmul(dy, dense)
-            if ctx.needs_input_grad[1]:
-                rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-                if ctx.mvue and len(rows) > 0:
-                    estimate = Sparse24.from_dense(mvue_24(rows.t().contiguous()))
-                    dweight = _product(inputs.t().contiguous(), estimate, None).t()
-                else:
-                    dweight = matmul(rows.t(), inputs)
-            if ctx.needs_input_grad[2]:
-                db = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dweight, db, None, None, None, None, None

@@ -13,7 +13,7 @@ from .._wide import wide
 from ..formats.geometry import whole_number
 from ..ops.topk import topk_decode
 from ..ops.topk_encoder import topk_encode
-from .checkpoint import CheckedModule, check_dense
+from .checkpoint import CheckedModule, check_loaded
 
 torch.fx.wrap("topk_encode")  # leaves: torch.fx could not follow their branches
 torch.fx.wrap("topk_decode")
@@ -100,7 +100,7 @@ class TopKAutoencoder(CheckedModule):
         self.decoder_weight.copy_(F.normalize(rows, dim=-1))
 
     def check_state(self, given: Mapping[str, Any], assign: bool) -> None:
-        check_dense(given, dict(self.named_parameters()), assign)
+        check_loaded(given, dict(self.named_parameters()), assign)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., d_model] to values and indices, both [..., k]."""

@@ -278,15 +278,9 @@ class TrainableModule(PackableModule):
             )
         return super()._apply(fn, recurse)
 
-    def _load_checked_state(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        *rest: Any,
+    def _make_room(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]
     ) -> None:
-        wants_panels = self._wants_panels()
-        self._unpack()
         for name in self._pattern.index_names:
             forget(getattr(self, name))
         # Assigned, a weight may have another number of blocks; torch compares shapes all the same.
@@ -298,9 +292,6 @@ class TrainableModule(PackableModule):
                     if name == "values":
                         room = nn.Parameter(room, requires_grad=held.requires_grad)
                     setattr(self, name, room)
-        super()._load_checked_state(state_dict, prefix, local_metadata, *rest)
-        if wants_panels:
-            self._pack_where_possible()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -18,10 +18,10 @@ from .actsparse_cuda import has_rows_kernel, rows_workspace
 from .actsparse_gradient import Linear, active, check_given, check_threshold, masked
 from .operands import (
     activation_of,
+    all_autocast_to,
     apply_function,
     as_rows,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_devices,
     check_dtypes,
@@ -133,8 +133,7 @@ def actsparse_linear(
     """
     autocast = autocast_dtype(x)
     if autocast is not None:
-        x, weight_kn = autocast_to(x, autocast), autocast_to(weight_kn, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        x, weight_kn, bias = all_autocast_to(autocast, x, weight_kn, bias)
     check_dtypes(_OP, weight_kn.dtype, x=x, bias=bias)
     check_given(_OP, threshold)
     # Eager code skips the dispatcher's Python call of the autograd kernel.

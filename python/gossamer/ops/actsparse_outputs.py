@@ -16,10 +16,10 @@ from .actsparse_cuda import has_outputs_kernel
 from .actsparse_gradient import Outputs, active, check_threshold
 from .operands import (
     activation_of,
+    all_autocast_to,
     apply_function,
     as_rows,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_devices,
     check_dtypes,
@@ -91,8 +91,7 @@ def actsparse_outputs(
     """
     autocast = autocast_dtype(x)
     if autocast is not None:
-        x, weight = autocast_to(x, autocast), autocast_to(weight, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        x, weight, bias = all_autocast_to(autocast, x, weight, bias)
     check_dtypes(_OP, weight.dtype, x=x, bias=bias)
     indices = None
     if wanted.is_floating_point():

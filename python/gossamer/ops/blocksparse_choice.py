@@ -11,8 +11,8 @@ from .. import _C
 from .._cuda_module import gpu_of, on_cuda
 from ..formats import BlockSparse, BlockSparsePanels
 from .blocksparse_product import reads_channels
-from .conv_geometry import Sizes, prepare
-from .conv_operands import LAST, Geometry, as_5d, empty_result, is_channels_last
+from .conv_geometry import Sizes
+from .conv_operands import as_5d, is_channels_last, without_content
 
 _OP = "blocksparse_choice"
 
@@ -59,7 +59,7 @@ def blocksparse_choice(
     if isinstance(gpu, int):
         choose = on_cuda(_OP, choose)
     rest = (stride, padding, dilation, padding_mode, channels_last)
-    product = _product(x_shape, weight, *rest, gpu is not None)
+    product = _product(x_shape, weight, gpu is not None, *rest)
     chosen: dict[str, Any] = choose(*product, torch.get_num_threads(), gpu)
     return chosen
 
@@ -83,32 +83,24 @@ def blocksparse_ways(
     if isinstance(gpu, int):
         ways = on_cuda(_OP, ways)
     rest = (stride, padding, dilation, padding_mode, channels_last)
-    found: list[Way] = ways(*_product(x_shape, weight, *rest, True), 0 if gpu is None else gpu)
+    found: list[Way] = ways(*_product(x_shape, weight, True, *rest), 0 if gpu is None else gpu)
     return found
 
 
 def _product(
     x_shape: Sequence[int],
     weight: BlockSparse | BlockSparsePanels,
-    stride: Sizes,
-    padding: Sizes | str,
-    dilation: Sizes,
-    padding_mode: str,
-    channels_last: bool,
     on_gpu: bool,
+    *rest: Any,
 ) -> tuple[Any, ...]:
     """What ``_C`` is told of it."""
-    x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
-    if channels_last and x.dim() in LAST:
-        x = x.to(memory_format=LAST[x.dim()])
-    conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
-    geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
-    last = is_channels_last(conv.x)
+    x, y, geometry = without_content(_OP, x_shape, weight, *rest)
+    last = is_channels_last(x)
     if on_gpu and not last:  # where the product turns x over first
         last = reads_channels(weight.dtype, weight.shape[1], weight.block.cols)
     return (
-        tuple(as_5d(conv.x, last).shape),
-        tuple(as_5d(empty_result(_OP, conv.x, None, geometry), last).shape),
+        tuple(as_5d(x, last).shape),
+        tuple(as_5d(y, last).shape),
         str(weight.dtype).removeprefix("torch."),
         weight.block.rows,
         weight.block.cols,

@@ -18,7 +18,13 @@ from ..formats.geometry import channels_last, taps_of
 from .blocksparse_layout import Gather, ToDense
 from .blocksparse_transpose import dx_by_blocks, phases_of, transpose_blocks, transposed_geometry
 from .conv_geometry import check_channels, output_sizes
-from .conv_operands import LAST, Geometry, as_5d, dense_gradients, is_channels_last
+from .conv_operands import (
+    Geometry,
+    dense_gradients,
+    is_channels_last,
+    memory_format_of,
+    stored_in_5d,
+)
 
 _OP = "blocksparse_dvalues"
 _LEAST_ROWS = 4  # of a block, for whose sums reading x takes no longer than multiplying
@@ -43,8 +49,8 @@ def _native(
     last = is_channels_last(x)
     _C.blocksparse_dvalues(
         dvalues,
-        _stored(dy, last),
-        _stored(x, last),
+        stored_in_5d(dy, last),
+        stored_in_5d(x, last),
         crow.contiguous(),
         col.contiguous(),
         geometry.groups,
@@ -53,13 +59,6 @@ def _native(
         torch.get_num_threads(),
     )
     return dvalues
-
-
-def _stored(t: Tensor, last: bool) -> Tensor:
-    """With its channels side by side, or its pixels."""
-    if last and t.dim() > 2:
-        return as_5d(t.contiguous(memory_format=LAST[t.dim()]), True)
-    return as_5d(t.contiguous(), last)
 
 
 def _fake(
@@ -159,8 +158,7 @@ def _dx_by_phases(
     dy: Tensor, weight: tuple[Tensor, Tensor, Tensor], x_shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     phases = phases_of(geometry, x_shape, dy.shape)
-    last = LAST.get(dy.dim()) if is_channels_last(dy) else None
-    memory_format = torch.contiguous_format if last is None else last
+    memory_format = memory_format_of(dy.dim(), is_channels_last(dy))
     dx = torch.empty(x_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
     pixels = 1
     for step in geometry.stride:

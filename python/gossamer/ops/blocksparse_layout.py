@@ -141,6 +141,7 @@ class Gather(torch.autograd.Function):
 
 
 to_dense = recorded_or_applied(_to_dense, ToDense)
+gather = recorded_or_applied(_gather, Gather)
 
 library.impl("blocksparse_to_dense", ToDense.apply, "Autograd")
 library.impl("blocksparse_gather", Gather.apply, "Autograd")

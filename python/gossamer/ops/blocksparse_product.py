@@ -27,6 +27,7 @@ from .conv_operands import (
 )
 from .operands import (
     activation_of,
+    all_autocast_to,
     apply_function,
     autocast_dtype,
     autocast_to,
@@ -54,9 +55,7 @@ def product(
         if values.dim() == 3:
             values = autocast_to(values, autocast)
         # Panels keep their dtype: rewriting them at every call would cost more than the product.
-        x = autocast_to(x, values.dtype)
-        bias = None if bias is None else autocast_to(bias, values.dtype)
-        residual = None if residual is None else autocast_to(residual, values.dtype)
+        x, bias, residual = all_autocast_to(values.dtype, x, bias, residual)
     check_dtypes(op, values.dtype, x=x, bias=bias, residual=residual)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd

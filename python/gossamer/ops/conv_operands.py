@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._wide import conv_in_float32, has_loops_only, matmul
-from .conv_geometry import check_channels, output_sizes
+from .conv_geometry import Sizes, check_channels, output_sizes, prepare
 from .operands import activation_of, check_bias
 
 
@@ -42,10 +42,28 @@ def empty_result(op: str, x: Tensor, bias: Tensor | None, geometry: Geometry) ->
     check_channels(op, x, shape, geometry.groups)
     check_bias(op, bias, shape[0])
     sizes = output_sizes(op, x, shape[2:], *geometry.steps)
-    last = LAST.get(x.dim()) if is_channels_last(x) else None
-    memory_format = torch.contiguous_format if last is None else last
+    memory_format = memory_format_of(x.dim(), is_channels_last(x))
     size = (x.shape[0], shape[0], *sizes)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def without_content(
+    op: str,
+    x_shape: Sequence[int],
+    weight: Any,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    padding_mode: str = "zeros",
+    channels_last: bool = False,
+) -> tuple[Tensor, Tensor, Geometry]:
+    """x and y on "meta", and the convolution with a weight of a format."""
+    x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
+    x = x.to(memory_format=memory_format_of(x.dim(), channels_last))
+    kind = (weight.shape, weight.groups)
+    conv = prepare(op, x, *kind, stride, padding, dilation, padding_mode)
+    geometry = Geometry(*kind, conv.stride, conv.padding, conv.dilation)
+    return conv.x, empty_result(op, conv.x, None, geometry), geometry
 
 
 def check_residual(op: str, residual: Tensor | None, size: Sequence[int]) -> None:
@@ -62,9 +80,7 @@ def residual_in_5d(
     check_residual(op, residual, y.shape)
     if residual is None:
         return None
-    last = LAST.get(y.dim()) if channels_last else None
-    memory_format = torch.contiguous_format if last is None else last
-    return as_5d(residual.contiguous(memory_format=memory_format), channels_last)
+    return stored_in_5d(residual, channels_last)
 
 
 def finish(op: str, y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -86,6 +102,16 @@ def is_channels_last(x: Tensor) -> bool:
     return (
         x.dim() in LAST and not x.is_contiguous() and x.is_contiguous(memory_format=LAST[x.dim()])
     )
+
+
+def memory_format_of(dims: int, channels_last: bool) -> torch.memory_format:
+    return LAST.get(dims, torch.contiguous_format) if channels_last else torch.contiguous_format
+
+
+def stored_in_5d(t: Tensor, channels_last: bool) -> Tensor:
+    """With its channels side by side, or its pixels."""
+    memory_format = memory_format_of(t.dim(), channels_last)
+    return as_5d(t.contiguous(memory_format=memory_format), channels_last)
 
 
 def as_5d(t: Tensor, channels_last: bool) -> Tensor:

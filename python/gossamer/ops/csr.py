@@ -17,13 +17,13 @@ from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import wide_matmul
 from ..formats import SparseCsr
 from .csr_gradient import Input, Values, dense_of
-from .csr_pattern import known
+from .csr_pattern import checked_pattern
 from .operands import (
     activation_of,
+    all_autocast_to,
     apply_function,
     as_rows,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_devices,
     check_dtypes,
@@ -113,8 +113,7 @@ def csr_linear_tensors(
     autocast, dims = autocast_dtype(x), x.dim()
     check_features(_OP, x, dims, shape[1])
     if autocast is not None:
-        x, values = autocast_to(x, autocast), autocast_to(values, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        x, values, bias = all_autocast_to(autocast, x, values, bias)
     check_dtypes(_OP, values.dtype, x=x, bias=bias)
     # Eager code skips the dispatcher's Python call of the autograd kernel.
     call = _op if is_recorded() else _autograd
@@ -141,7 +140,7 @@ def _native(
     activation: str,
 ) -> Tensor:
     y = _empty_result(x, values, crow, col, bias, outputs)
-    known(_OP, crow, col, (outputs, x.shape[1]))
+    checked_pattern(_OP, crow, col, (outputs, x.shape[1]))
     _C.csr_linear(
         y,
         row_major(x),

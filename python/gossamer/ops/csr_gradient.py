@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _C
 from .._library import library
 from ..formats import SparseCsr
-from .csr_pattern import known, transposed
+from .csr_pattern import checked_pattern, transposed
 from .operands import row_major
 
 _INPUT, _VALUES = "csr_input", "csr_values"
@@ -27,7 +27,7 @@ _INPUT, _VALUES = "csr_input", "csr_values"
 
 def dense_of(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Tensor:
     """The dense weight: what a GPU multiplies with."""
-    known("csr_linear", crow, col, shape)
+    checked_pattern("csr_linear", crow, col, shape)
     return SparseCsr(values, crow, col, shape).to_dense()
 
 
@@ -55,7 +55,7 @@ def _input_fake(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, inputs: i
 
 def _values_native(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     dvalues = _values_fake(dy, x, crow, col)
-    known(_VALUES, crow, col, (dy.shape[1], x.shape[1]))
+    checked_pattern(_VALUES, crow, col, (dy.shape[1], x.shape[1]))
     indices = (crow.contiguous(), col.contiguous())
     _C.csr_dvalues(dvalues, row_major(dy), row_major(x), *indices, torch.get_num_threads())
     return dvalues
@@ -63,7 +63,7 @@ def _values_native(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
 
 def _values_cuda(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     shape = (dy.shape[1], x.shape[1])
-    known(_VALUES, crow, col, shape)
+    checked_pattern(_VALUES, crow, col, shape)
     keys = SparseCsr(x.new_empty(col.shape[0]), crow, col, shape).keys()
     return (dy.t() @ x).flatten()[keys]
 

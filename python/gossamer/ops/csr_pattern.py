@@ -26,7 +26,7 @@ class Known:
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def known(op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Known:
+def checked_pattern(op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Known:
     """Check the indices of a weight, where nobody has yet.
 
     Raises
@@ -61,7 +61,7 @@ def transposed(
     op: str, crow: Tensor, col: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(crow, col, source) on the CPU: of the transposed weight, of ``values[source]``."""
-    pattern = known(op, crow, col, shape)
+    pattern = checked_pattern(op, crow, col, shape)
     n, k = shape
     # So that changes which torch does not count are seen: a walk over the indices, about a sixth of
     # what the gradient of one row takes.

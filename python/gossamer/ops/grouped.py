@@ -19,9 +19,9 @@ from . import grouped_cuda
 from .grouped_gradient import Input, Weight, groups_of
 from .operands import (
     activation_of,
+    all_autocast_to,
     apply_function,
     autocast_dtype,
-    autocast_to,
     check_devices,
     check_dtypes,
     gradient_wanted,
@@ -115,8 +115,7 @@ def grouped_linear(
     """
     autocast = autocast_dtype(x)
     if autocast is not None:
-        x, weights = autocast_to(x, autocast), autocast_to(weights, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        x, weights, bias = all_autocast_to(autocast, x, weights, bias)
     check_dtypes(_OP, weights.dtype, x=x, bias=bias)
     if not isinstance(offsets, Tensor):
         raise TypeError(f"{_OP}: offsets are {type(offsets).__name__}, expected a torch.Tensor")

@@ -20,8 +20,9 @@ from ..pointcloud.kernel_map import KernelMap
 from .conv_at import Steps, Taps, out_size, taps_for
 from .conv_operands import Geometry, dense_conv, dense_gradients
 from .gathered_conv import GatheredWeight, Kept, most_gathered_of
-from .operands import autocast_dtype, autocast_to, check_bias, check_devices, gradient_wanted
-from .pointcloud import Pairs, feats_gradient, pointcloud_conv, weight_gradient
+from .operands import all_autocast_to, autocast_dtype, check_bias, check_devices, gradient_wanted
+from .pointcloud import feats_gradient, pointcloud_conv, weight_gradient
+from .pointcloud_layout import Pairs
 
 _OP = "masked_conv"
 
@@ -68,7 +69,9 @@ def masked_conv(
     """[B, C, H, W] to [B, C_out, OH, OW], 0 where the [OH, OW] mask is False."""
     found = positions.of(x, weight, mask, steps)
     if found is None:
-        x, weight, bias = _autocast(x, weight, bias)
+        autocast = autocast_dtype(x)
+        if autocast is not None:
+            x, weight, bias = all_autocast_to(autocast, x, weight, bias)
         geometry = Geometry(weight.shape, 1, *steps)
         return dense_conv(_OP, x, weight, bias, geometry).masked_fill(~mask, 0)
     at, kernel_map, by_tap = found
@@ -78,21 +81,13 @@ def masked_conv(
     return y.view(shape).permute(0, 3, 1, 2)
 
 
-def _autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    autocast = autocast_dtype(x)
-    if autocast is None:
-        return x, weight, bias
-    bias = None if bias is None else autocast_to(bias, autocast)
-    return autocast_to(x, autocast), autocast_to(weight, autocast), bias
-
-
 def recorded_masked_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, steps: Steps
 ) -> Tensor:
     """The same, for graphs: in channels-last, and without second derivatives."""
-    x, weight, bias = _autocast(x, weight, bias)
+    autocast = autocast_dtype(x)
+    if autocast is not None:
+        x, weight, bias = all_autocast_to(autocast, x, weight, bias)
     y: Tensor = _op(x, weight, bias, mask, *steps)
     return y
 

@@ -20,7 +20,7 @@ _ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 def activation_of(op: str, name: str) -> Callable[[Tensor], Tensor] | None:
     """The activation by its name, or None for "none"."""
     if name not in _ACTIVATIONS:
-        raise ValueError(f"{op}: activation {name!r}, expected None, 'relu', 'gelu' or 'silu'")
+        raise ValueError(f"{op}: activation {name!r} is unknown, expected none, relu, gelu or silu")
     return _ACTIVATIONS[name]
 
 
@@ -44,6 +44,10 @@ def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
 def autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
     # Autocast leaves float64 and integers alone, as it does for torch's own ops.
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def all_autocast_to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else autocast_to(t, dtype) for t in tensors]
 
 
 def has_content(t: Tensor) -> bool:

@@ -7,7 +7,7 @@ in two operands each, and the derivatives of each are the two again: any order o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from .._cuda_module import has_kernels
 from .._library import TAGS_NOT_CAPTURED, calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
 from .operands import (
     activation_of,
+    all_autocast_to,
     apply_function,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_devices,
     check_dtypes,
@@ -27,7 +27,7 @@ from .operands import (
     row_major,
     saved_for,
 )
-from .pointcloud_layout import output_table, pair_segments
+from .pointcloud_layout import MAP, Pairs, output_table, pair_segments
 
 if TYPE_CHECKING:
     from ..pointcloud import KernelMap
@@ -104,8 +104,7 @@ def pointcloud_conv(
     """
     autocast = autocast_dtype(feats)
     if autocast is not None:
-        feats, weight = autocast_to(feats, autocast), autocast_to(weight, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        feats, weight, bias = all_autocast_to(autocast, feats, weight, bias)
     check_dtypes(_OP, weight.dtype, feats=feats, bias=bias)
     if feats.dim() == 2 and feats.shape[0] != map.n_in:
         raise ValueError(f"{_OP}: feats have {feats.shape[0]} rows, the map {map.n_in} inputs")
@@ -116,27 +115,13 @@ def pointcloud_conv(
     return y
 
 
-class Pairs(NamedTuple):
-    """The tensors of a kernel map, in the order in which the ops take them."""
-
-    in_index: Tensor
-    out_index: Tensor
-    tap_offsets: Tensor
-    in_order: Tensor | None
-    out_order: Tensor | None
-
-    def transposed(self) -> Pairs:
-        return Pairs(self.out_index, self.in_index, self.tap_offsets, self.out_order, self.in_order)
-
-
-_MAP = "Tensor in_index, Tensor out_index, Tensor tap_offsets, Tensor? in_order, Tensor? out_order"
 library.define(
-    f"pointcloud_conv(Tensor feats, Tensor weight, Tensor? bias, {_MAP}, SymInt n_out, int groups, "
+    f"pointcloud_conv(Tensor feats, Tensor weight, Tensor? bias, {MAP}, SymInt n_out, int groups, "
     "str activation) -> Tensor",
     tags=TAGS_NOT_CAPTURED,
 )
 library.define(
-    f"pointcloud_conv_weight_grad(Tensor dy, Tensor feats, {_MAP}, int groups) -> Tensor",
+    f"pointcloud_conv_weight_grad(Tensor dy, Tensor feats, {MAP}, int groups) -> Tensor",
     tags=TAGS_NOT_CAPTURED,
 )
 _op = torch.ops.gossamer.pointcloud_conv.default

@@ -10,17 +10,36 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _C
 
+if TYPE_CHECKING:
+    from ..pointcloud.kernel_map import KernelMap
+
 GROUP, QUARTER = _C.pointcloud_group_rows, _C.pointcloud_quarter_rows
 # Pairs of a segment, of which the gradient of the weights sums each by itself: a multiple of what
 # it takes at once, and as long as leaves enough of them to fill a GPU.
 _LEAST_SEGMENT, _SEGMENTS = 512, 256
+
+# The tensors of a map, in the schemas of the ops.
+MAP = "Tensor in_index, Tensor out_index, Tensor tap_offsets, Tensor? in_order, Tensor? out_order"
+
+
+class Pairs(NamedTuple):
+    """The tensors of a kernel map, in the order in which the ops take them."""
+
+    in_index: Tensor
+    out_index: Tensor
+    tap_offsets: Tensor
+    in_order: Tensor | None
+    out_order: Tensor | None
+
+    def transposed(self) -> Pairs:
+        return Pairs(self.out_index, self.in_index, self.tap_offsets, self.out_order, self.in_order)
 
 
 class OutputTable(NamedTuple):
@@ -66,9 +85,9 @@ def pool_lists(pairs: tuple[Any, ...], n_in: int, n_out: int) -> PoolLists:
     return lists
 
 
-def vouch(pairs: tuple[Any, ...], n_in: int, n_out: int) -> None:
+def vouch(map: KernelMap) -> None:
     """Say that a map is right, as one is that gossamer made; others are looked at, once."""
-    _kept("checked", pairs, n_in, n_out, lambda *_: True)
+    _kept("checked", map.tensors, map.n_in, map.n_out, lambda *_: True)
 
 
 class _Kept(NamedTuple):

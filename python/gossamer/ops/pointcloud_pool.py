@@ -16,15 +16,12 @@ from .. import _C, reference
 from .._cuda_module import has_kernels
 from .._library import TAGS_NOT_CAPTURED, is_recorded, library
 from .operands import apply_function, gradient_wanted, row_major
-from .pointcloud_layout import PoolLists, pool_lists
+from .pointcloud_layout import MAP, Pairs, PoolLists, pool_lists
 
 if TYPE_CHECKING:
     from ..pointcloud.kernel_map import KernelMap
 
 _OP = "pointcloud_pool"
-_MAP = "Tensor in_index, Tensor out_index, Tensor tap_offsets, Tensor? in_order, Tensor? out_order"
-# The map's tensors in the schema's order, and how many rows the result has.
-_Pairs = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", int]
 
 
 def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -> Tensor:
@@ -73,15 +70,15 @@ def pointcloud_pool(feats: Tensor, kernel_map: KernelMap, reduce: str = "max") -
 
 
 library.define(
-    f"pointcloud_sum_pool(Tensor feats, {_MAP}, SymInt n_out, bool mean) -> Tensor",
+    f"pointcloud_sum_pool(Tensor feats, {MAP}, SymInt n_out, bool mean) -> Tensor",
     tags=TAGS_NOT_CAPTURED,
 )
 library.define(
-    f"pointcloud_max_pool(Tensor feats, {_MAP}, SymInt n_out, bool repeats) -> (Tensor, Tensor)",
+    f"pointcloud_max_pool(Tensor feats, {MAP}, SymInt n_out, bool repeats) -> (Tensor, Tensor)",
     tags=TAGS_NOT_CAPTURED,
 )
 library.define(
-    f"pointcloud_max_pool_grad(Tensor dy, Tensor winner, {_MAP}, SymInt n_out) -> Tensor",
+    f"pointcloud_max_pool_grad(Tensor dy, Tensor winner, {MAP}, SymInt n_out) -> Tensor",
     tags=TAGS_NOT_CAPTURED,
 )
 _sum = torch.ops.gossamer.pointcloud_sum_pool.default
@@ -180,22 +177,14 @@ def _max_grad_fake(dy: Tensor, winner: Tensor, *pairs_n: Any) -> Tensor:
     return dy.new_empty((pairs_n[-1], dy.shape[1]))
 
 
-def _reversed(pairs: tuple[Any, ...], n_in: int) -> tuple[Any, ...]:
-    """The same pairs with inputs and outputs swapped."""
-    in_index, out_index, tap_offsets, in_order, out_order, _ = pairs
-    return out_index, in_index, tap_offsets, out_order, in_order, n_in
-
-
-def _partners(pairs: tuple[Any, ...], n_in: int) -> Tensor:
+def _partners(pairs: Pairs, n_in: int, n_out: int) -> Tensor:
     """int64 [n_out, 1]: how many pairs an output has, 1 where none."""
-    *tensors, n_out = pairs
-    _, out_index, _, _, out_order = tensors
-    if _by_lists(out_index):  # bincount waits for the GPU
-        counts = pool_lists(tuple(tensors), n_in, n_out).begins.diff().clamp_(min=1)
+    if _by_lists(pairs.out_index):  # bincount waits for the GPU
+        counts = pool_lists(pairs, n_in, n_out).begins.diff().clamp_(min=1)
     else:
-        counts = torch.bincount(out_index, minlength=n_out).clamp_(min=1)
-    if out_order is not None:
-        counts = torch.empty_like(counts).index_copy_(0, out_order.long(), counts)
+        counts = torch.bincount(pairs.out_index, minlength=n_out).clamp_(min=1)
+    if pairs.out_order is not None:
+        counts = torch.empty_like(counts).index_copy_(0, pairs.out_order.long(), counts)
     return counts.unsqueeze(1)
 
 
@@ -238,10 +227,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = (*ctx.saved_tensors, ctx.n_out)
+        pairs = Pairs(*ctx.saved_tensors)
         if ctx.mean:
-            dy = dy / _partners(pairs, ctx.n_in)
-        return _sum_autograd(dy, *_reversed(pairs, ctx.n_in), False), *(None,) * 7
+            dy = dy / _partners(pairs, ctx.n_in, ctx.n_out)
+        return _sum_autograd(dy, *pairs.transposed(), ctx.n_in, False), *(None,) * 7
 
 
 class _Max(torch.autograd.Function):
@@ -256,7 +245,7 @@ class _Max(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        feats, *pairs, ctx.n_out, _ = inputs
+        feats, *pairs, _, _ = inputs
         ctx.n_in = feats.shape[0]
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1], *pairs)
@@ -264,8 +253,8 @@ class _Max(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         winner, *pairs = ctx.saved_tensors
-        reverse = _reversed((*pairs, ctx.n_out), ctx.n_in)
-        return _max_grad_autograd(dy, winner, *reverse), *(None,) * 7
+        reverse = Pairs(*pairs).transposed()
+        return _max_grad_autograd(dy, winner, *reverse, ctx.n_in), *(None,) * 7
 
 
 class _MaxGrad(torch.autograd.Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
@@ -19,6 +20,7 @@ from ..formats import Sparse24, Sparse24Panels
 from .cuda_workspace import aligned_rows, workspace
 from .operands import (
     activation_of,
+    all_autocast_to,
     apply_function,
     as_rows,
     autocast_dtype,
@@ -82,7 +84,7 @@ def sparse24_linear(
         stored, indices = weight.panels, None
     else:
         raise TypeError(
-            f"sparse24_linear: weight is {type(weight).__name__}, expected Sparse24 or "
+            f"{_OP}: weight is {type(weight).__name__}, expected Sparse24 or "
             "Sparse24Panels (gossamer.formats.Sparse24.from_dense makes one of a dense weight)"
         )
     return sparse24_linear_tensors(x, stored, indices, bias, weight.shape, weight.dtype, activation)
@@ -104,11 +106,10 @@ def sparse24_linear_tensors(
             stored = autocast_to(stored, autocast)
             dtype = stored.dtype
         # Panels keep their dtype: rewriting them at every call would cost more than the product.
-        x = autocast_to(x, dtype)
-        bias = None if bias is None else autocast_to(bias, dtype)
+        x, bias = all_autocast_to(dtype, x, bias)
     # Panels are words: past this line nothing knows the dtype of what they hold.
     if x.dtype != dtype:
-        raise TypeError(f"sparse24_linear: x is {x.dtype}, the weight {dtype}")
+        raise TypeError(f"{_OP}: x is {x.dtype}, the weight {dtype}")
     out_features, in_features = shape
     # Eager code skips the dispatcher's Python call of the autograd kernel, 2 us of overhead.
     call = _linear if is_recorded() else _linear_autograd
@@ -124,6 +125,11 @@ library.define(
 _linear = torch.ops.gossamer.sparse24_linear.default
 _from_panels = torch.ops.gossamer.sparse24_from_panels.default
 _to_panels = torch.ops.gossamer.sparse24_to_panels.default
+_to_dense = torch.ops.gossamer.sparse24_to_dense.default
+# Where torch may round float32 to tf32, from so many rows on its product of the dense weight is
+# faster than exact kernels, whose multiply-adds the tensor cores do not do. By arithmetic: writing
+# the weight takes as long as half of these rows.
+_TF32_ROWS = 256
 
 
 def _linear_native(
@@ -164,13 +170,23 @@ def _linear_native_cuda(
     activation: str,
 ) -> Tensor:
     if x.device != values.device:  # one of them may be on the CPU
-        raise ValueError(f"sparse24_linear: x is on {x.device}, the weight on {values.device}")
+        raise ValueError(f"{_OP}: x is on {x.device}, the weight on {values.device}")
     dims = x.dim()
     check_features(_OP, x, dims, in_features)
     rows = aligned_rows(as_rows(x, dims))
+    if indices is not None and x.dtype == torch.float64:
+        raise TypeError(f"{_OP}: float64 has a kernel on the CPU only")
+    if (
+        x.dtype == torch.float32
+        and rows.shape[0] >= _TF32_ROWS
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    ):
+        if indices is None:
+            values, indices = _from_panels(values, in_features, out_features, x.dtype)
+        y = F.linear(x, _to_dense(values, indices, in_features), bias)
+        activate = activation_of(_OP, activation)
+        return y if activate is None else activate(y)
     if indices is not None:
-        if x.dtype == torch.float64:
-            raise TypeError("sparse24_linear: float64 has a kernel on the CPU only")
         # One pass over the weight, for which a product of many rows has time.
         values = _to_panels(values.detach(), indices, in_features)
     out = x.new_empty((*x.shape[:-1], out_features))

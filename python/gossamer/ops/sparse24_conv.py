@@ -12,8 +12,8 @@ from .. import _C
 from .._cuda_module import gpu_of, obstacle, on_cuda
 from ..formats import Sparse24Conv, Sparse24ConvPanels
 from .conv_geometry import Sizes, per_axis, prepare
-from .conv_operands import LAST, Geometry, empty_result, is_channels_last
-from .operands import autocast_dtype, autocast_to
+from .conv_operands import Geometry, empty_result, is_channels_last, without_content
+from .operands import all_autocast_to, autocast_dtype, autocast_to, check_dtypes
 from .sparse24_conv_product import SPARSE24_CONV as _OP
 from .sparse24_conv_product import Way, asked_of_cuda, by_way, choose, product
 
@@ -114,13 +114,9 @@ def sparse24_conv_tensors(
         if indices is not None:
             stored = autocast_to(stored, autocast)
             dtype = stored.dtype
-        x = autocast_to(x, dtype)
-        bias = None if bias is None else autocast_to(bias, dtype)
-        residual = None if residual is None else autocast_to(residual, dtype)
+        x, bias, residual = all_autocast_to(dtype, x, bias, residual)
     # Panels are words: past this line nothing knows the dtype of what they hold.
-    for name, operand in (("x", x), ("bias", bias), ("residual", residual)):
-        if operand is not None and operand.dtype != dtype:
-            raise TypeError(f"{_OP}: {name} is {operand.dtype}, the weight {dtype}")
+    check_dtypes(_OP, dtype, x=x, bias=bias, residual=residual)
     steps = (conv.stride, conv.padding, conv.dilation)
     rest = (tuple(shape), groups, *steps, activation)
     y = product(x, stored, indices, bias, residual, *rest)
@@ -197,7 +193,7 @@ def _choice(
     device: torch.device | dict[str, int],
     *geometry: Any,
 ) -> dict[str, Any]:
-    x, y, of = _product(x_shape, weight, *geometry)
+    x, y, of = without_content(_OP, x_shape, weight, *geometry)
     gpu = gpu_of(device)
     if gpu is None:
         return choose(x, y, of, packed, is_channels_last(x))
@@ -219,7 +215,7 @@ def sparse24_conv_ways(
 
     As ``sparse24_conv_choice`` otherwise.
     """
-    x, y, of = _product(x_shape, weight, stride, padding, dilation, padding_mode)
+    x, y, of = without_content(_OP, x_shape, weight, stride, padding, dilation, padding_mode)
     gpu = gpu_of(weight.device if device is None else device)
     ways: list[Way] = [] if gpu is None else _ask(_C.sparse24_conv_ways_cuda, x, y, of, gpu)
     return ways
@@ -241,24 +237,6 @@ def sparse24_conv_by_way(
     y = empty_result(_OP, conv.x, None, geometry)
     by_way(conv.x, y, weight.panels, None, geometry, "none", _C.cuda_most_workspace_bytes, way)
     return conv.result(y)
-
-
-def _product(
-    x_shape: Sequence[int],
-    weight: Sparse24Conv | Sparse24ConvPanels,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    padding_mode: str = "zeros",
-    channels_last: bool = False,
-) -> tuple[Tensor, Tensor, Geometry]:
-    """x and y, of no content, and the convolution."""
-    x = torch.empty(x_shape, device="meta", dtype=weight.dtype)
-    if channels_last and x.dim() in LAST:
-        x = x.to(memory_format=LAST[x.dim()])
-    conv = prepare(_OP, x, weight.shape, weight.groups, stride, padding, dilation, padding_mode)
-    geometry = Geometry(weight.shape, weight.groups, conv.stride, conv.padding, conv.dilation)
-    return conv.x, empty_result(_OP, conv.x, None, geometry), geometry
 
 
 def _ask(

@@ -22,7 +22,6 @@ from ..formats import Sparse24Conv, Sparse24ConvPanels, sparse24_shapes
 from ..formats.geometry import channels_last, taps_of
 from ..formats.sparse24_conv import sparse24_matrix_shape
 from .conv_operands import (
-    LAST,
     Geometry,
     as_5d,
     check_residual,
@@ -31,6 +30,7 @@ from .conv_operands import (
     empty_result,
     finish,
     is_channels_last,
+    memory_format_of,
     residual_in_5d,
 )
 from .cuda_workspace import workspace_of
@@ -206,8 +206,7 @@ def by_way(
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
     """y, without a history, in the memory format of x."""
-    memory_format = LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
-    return y.data.contiguous(memory_format=memory_format)
+    return y.data.contiguous(memory_format=memory_format_of(x.dim(), is_channels_last(x)))
 
 
 def _dense(

@@ -22,7 +22,7 @@ from .operands import recorded_or_applied
 def refuse_gradient(op: str, *tensors: Tensor | None) -> None:
     """Raise where a raw op would return a detached result although a gradient is wanted."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"gossamer::{op} has no gradient of its own: call gossamer.{op}")
+        raise RuntimeError(f"gossamer::{op}: no gradient flows through it; detach() first")
 
 
 def _status(t: Tensor) -> Tensor | None:
@@ -31,7 +31,7 @@ def _status(t: Tensor) -> Tensor | None:
 
 
 def _from_dense_native(dense: Tensor) -> tuple[Tensor, Tensor]:
-    refuse_gradient("formats.Sparse24.from_dense", dense)
+    refuse_gradient("sparse24_from_dense", dense)
     values, indices = _from_dense_fake(dense)
     threads = torch.get_num_threads()
     _C.sparse24_from_dense(dense.contiguous(), values, indices, threads, _status(dense))
@@ -64,7 +64,7 @@ def _gather_fake(dense: Tensor, indices: Tensor) -> Tensor:
 
 
 def _project_native(weight: Tensor, soft: bool, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    refuse_gradient("projection24", weight)
+    refuse_gradient("sparse24_project", weight)
     dense, values, indices = _project_fake(weight, soft, scale)
     threads = torch.get_num_threads()
     contiguous = weight.contiguous()
@@ -88,7 +88,7 @@ def _validate_fake(values: Tensor, indices: Tensor, in_features: int) -> None:
 
 
 def _to_panels_native(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
-    refuse_gradient("formats.Sparse24Panels.from_sparse24", values)
+    refuse_gradient("sparse24_to_panels", values)
     panels = _to_panels_fake(values, indices, in_features)
     _C.sparse24_to_panels(
         values.contiguous(), indices.contiguous(), in_features, panels, torch.get_num_threads()

@@ -17,11 +17,17 @@ from .._cuda_module import on_cuda
 from .._library import calls_cpu_kernel, is_recorded, library
 from ..formats import Sparse24Quantized, Sparse24QuantizedPanels
 from .cuda_workspace import aligned_rows, workspace
-from .operands import as_rows, autocast_dtype
+from .operands import (
+    activation_of,
+    as_rows,
+    autocast_dtype,
+    check_bias,
+    check_devices,
+    check_features,
+)
 from .quantize_rows import FLOAT_DTYPES, ROW_DTYPES, inference_only
 
 _OP = "sparse24_linear_quantized"
-_ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
 def sparse24_linear_quantized(
@@ -169,15 +175,12 @@ def check_operands(
     out_dtype: torch.dtype,
 ) -> None:
     """Raise on what a user can get wrong, with or without content; the border checks the rest."""
-    if x.dim() == 0:
-        raise ValueError(f"{_OP}: x is 0-d, it needs at least one dimension")
-    if x.shape[-1] != in_features:
-        raise ValueError(f"{_OP}: x has {x.shape[-1]} features, the weight expects {in_features}")
-    four_bit = value_dtype == torch.uint8
-    if x.dtype not in FLOAT_DTYPES and (four_bit or x.dtype != value_dtype):
-        also = "" if four_bit else f" or {value_dtype}, as the weight"
+    check_features(_OP, x, x.dim(), in_features)
+    is_float = x.dtype in FLOAT_DTYPES
+    if not is_float and (value_dtype == torch.uint8 or x.dtype != value_dtype):
+        also = "" if value_dtype == torch.uint8 else f" or {value_dtype}, as the weight"
         raise TypeError(f"{_OP}: x is {x.dtype}, expected float32, bfloat16, float16{also}")
-    if (x_scale is None) != (x.dtype in FLOAT_DTYPES):
+    if (x_scale is None) != is_float:
         given = "no x_scale" if x_scale is None else "an x_scale"
         raise ValueError(
             f"{_OP}: x is {x.dtype} with {given}; a quantised x has one, any other x has none"
@@ -192,16 +195,9 @@ def check_operands(
         raise TypeError(f"{_OP}: out_dtype is {out_dtype}, expected float32, bfloat16 or float16")
     if bias is not None and bias.dtype != out_dtype:
         raise TypeError(f"{_OP}: bias is {bias.dtype}, the result {out_dtype}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"{_OP}: bias has shape {list(bias.shape)}, expected [{out_features}]")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{_OP}: activation {activation!r}, expected None, 'relu', 'gelu' or 'silu'"
-        )
-    others = {"weight": values, "indices": indices, "scales": scales, "bias": bias}
-    for name, operand in {"x_scale": x_scale, **others}.items():
-        if operand is not None and operand.device != x.device:
-            raise ValueError(f"{_OP}: x is on {x.device}, {name} on {operand.device}")
+    check_bias(_OP, bias, out_features)
+    activation_of(_OP, activation)
+    check_devices(_OP, x, x_scale=x_scale, weight=values, indices=indices, scales=scales, bias=bias)
 
 
 def _native(

@@ -16,10 +16,10 @@ from .._library import TAGS_NOT_CAPTURED, calls_cpu_kernel, is_recorded, library
 from .._wide import matmul, wide_matmul
 from .actsparse_cuda import has_rows_kernel, rows_workspace
 from .operands import (
+    all_autocast_to,
     apply_function,
     as_rows,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_devices,
     check_dtypes,
@@ -123,9 +123,7 @@ def spike_linear(spikes: Tensor, weight_kn: Tensor, bias: Tensor | None = None) 
     """
     autocast = autocast_dtype(weight_kn)
     if autocast is not None:
-        weight_kn = autocast_to(weight_kn, autocast)
-        spikes = autocast_to(spikes, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        weight_kn, spikes, bias = all_autocast_to(autocast, weight_kn, spikes, bias)
     check_dtypes(_LINEAR, weight_kn.dtype, bias=bias)
     if spikes.dim() == 0 or weight_kn.dim() != 2:
         raise ValueError(

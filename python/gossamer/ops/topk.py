@@ -17,10 +17,10 @@ from .. import _C
 from .._library import calls_cpu_kernel, calls_cuda_kernel, is_recorded, library
 from .._wide import wide_matmul
 from .operands import (
+    all_autocast_to,
     apply_function,
     as_rows,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_devices,
     check_dtypes,
@@ -93,8 +93,7 @@ def topk_decode(
     """
     autocast = autocast_dtype(weight)
     if autocast is not None:
-        values, weight = autocast_to(values, autocast), autocast_to(weight, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        values, weight, bias = all_autocast_to(autocast, values, weight, bias)
     check_dtypes(_DECODE, weight.dtype, values=values, bias=bias)
     if values.shape != indices.shape or values.dim() == 0:
         raise ValueError(

@@ -77,9 +77,9 @@ def _codes(op: str, values: Tensor, indices: Tensor, width: int) -> Tensor | Non
     return codes if once else None
 
 
-def _some_tokens(tokens: int, width: int, itemsize: int) -> Iterator[slice]:
-    """Of which [tokens, width] stays within ``DENSE_BYTES``."""
-    together = max(DENSE_BYTES // max(width * itemsize, 1), 1)
+def some_tokens(tokens: int, token_bytes: int, most_bytes: int) -> Iterator[slice]:
+    """As many at once as stay within ``most_bytes``, and at least one."""
+    together = max(most_bytes // max(token_bytes, 1), 1)
     for first in range(0, tokens, together):
         yield slice(first, first + together)
 
@@ -90,7 +90,7 @@ def dense_decode(
     """``topk_decode``, or None where the kernel has to be asked."""
     width, d = weight.shape
     y = values.new_empty((len(values), d))
-    for some in _some_tokens(len(values), width, values.itemsize):
+    for some in some_tokens(len(values), width * values.itemsize, DENSE_BYTES):
         codes = _codes("topk_decode", values[some], indices[some], width)
         if codes is None:
             return None
@@ -106,7 +106,7 @@ def dense_decode(
 def dense_values(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """``topk_values``: the products with all rows, of which the named ones are kept."""
     values, dy = dy.new_empty(indices.shape), dy.contiguous()  # as in topk_encode
-    for some in _some_tokens(len(dy), weight.shape[0], dy.itemsize):
+    for some in some_tokens(len(dy), weight.shape[0] * dy.itemsize, DENSE_BYTES):
         with torch.autocast("cpu", enabled=False):
             product = dy[some] @ weight.t()
         of_some = (values[some], product, indices[some].contiguous())
@@ -129,7 +129,7 @@ def dense_weight(values: Tensor, indices: Tensor, dy: Tensor, width: int) -> Ten
 def dense_values_cuda(dy: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """The same on a GPU, some tokens at a time; NaN where an index is outside."""
     values, width = dy.new_empty(indices.shape), weight.shape[0]
-    for some in _some_tokens(len(indices), width, dy.itemsize):
+    for some in some_tokens(len(indices), width * dy.itemsize, DENSE_BYTES):
         inside = (indices[some] >= 0) & (indices[some] < width)
         with torch.autocast(dy.device.type, enabled=False):
             product = dy[some] @ weight.t()

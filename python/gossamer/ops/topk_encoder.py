@@ -17,10 +17,10 @@ from .._library import calls_cpu_kernel, is_recorded, library
 from .._wide import FEW_ROWS, has_loops_only
 from ..formats.geometry import whole_number
 from .operands import (
+    all_autocast_to,
     apply_function,
     as_rows,
     autocast_dtype,
-    autocast_to,
     check_bias,
     check_devices,
     check_dtypes,
@@ -29,17 +29,17 @@ from .operands import (
     saved_for,
 )
 from .topk import Decode
-from .topk_dense import DENSE_BYTES
+from .topk_dense import DENSE_BYTES, some_tokens
 from .topk_gradient import Weight, has_cuda_kernel
 
 _ENCODE = "topk_encode"
-# Of the pre-activations that exist at once. A GPU's product of fewer tokens would take longer to
-# read the weight than to multiply.
-_DENSE_BYTES = 32 << 20
+# Of the pre-activations that exist at once. On a GPU it is DENSE_BYTES: a product of fewer tokens
+# would take longer to read the weight than to multiply.
+_CPU_BYTES = 32 << 20
 
 
 def topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, k: int, relu: bool = True
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, k: int = 0, *, relu: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations of each token: ``topk(x @ weight.T + b, k)``, then ReLU.
 
@@ -57,7 +57,7 @@ def topk_encode(
     bias : Tensor, optional
         [width] in the dtype of ``weight``.
     k : int
-        From 1 to width.
+        From 1 to width; has to be given.
     relu : bool
         Whether negative values among the k become 0; their indices stay.
 
@@ -96,8 +96,7 @@ def topk_encode(
     """
     autocast = autocast_dtype(x)
     if autocast is not None:
-        x, weight = autocast_to(x, autocast), autocast_to(weight, autocast)
-        bias = None if bias is None else autocast_to(bias, autocast)
+        x, weight, bias = all_autocast_to(autocast, x, weight, bias)
     check_dtypes(_ENCODE, weight.dtype, x=x, bias=bias)
     try:
         k = whole_number(k)
@@ -128,7 +127,7 @@ def _encode_native(
     if has_loops_only(x) and tokens >= FEW_ROWS:
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     each = weight.itemsize if weight.dtype == values.dtype else weight.itemsize + values.itemsize
-    together = min(max(_DENSE_BYTES // (width * each), 1), tokens)
+    together = min(max(_CPU_BYTES // (width * each), 1), tokens)
     dense = weight.new_empty((together, width))
     for first in range(0, tokens, max(together, 1)):
         some = slice(first, first + together)
@@ -147,9 +146,7 @@ def _encode_cuda(
 ) -> tuple[Tensor, Tensor]:
     codes = values, indices = _encode_fake(x, weight, bias, k, relu)
     if has_cuda_kernel(weight) and k <= _C.topk_most_selected:
-        together = max(DENSE_BYTES // (weight.shape[0] * weight.itemsize), 1)
-        for first in range(0, x.shape[0], together):
-            some = slice(first, first + together)
+        for some in some_tokens(len(x), weight.shape[0] * weight.itemsize, DENSE_BYTES):
             # torch may give back a transposed product.
             dense = F.linear(x[some], weight, bias).contiguous()
             _C.topk_select_cuda(values[some], indices[some], dense, relu)

@@ -23,7 +23,7 @@ from .._cuda_module import has_kernels
 from .._library import library
 from .._wide import wide_matmul
 from .operands import row_major
-from .topk_dense import dense_values, dense_values_cuda, dense_weight, dense_wins
+from .topk_dense import dense_values, dense_values_cuda, dense_weight, dense_wins, some_tokens
 
 _GATHERED_BYTES = 64 << 20  # of the rows that are copied together
 
@@ -45,11 +45,8 @@ def has_cuda_kernel(t: Tensor) -> bool:
 
 def named_rows(weight: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some tokens at a time, with the rows of W that their codes name: [tokens, k, d]."""
-    tokens, k = indices.shape
-    token_bytes = max(k * weight.shape[1] * weight.itemsize, 1)
-    together = max(_GATHERED_BYTES // token_bytes, 1)
-    for first in range(0, tokens, together):
-        some = slice(first, first + together)
+    token_bytes = indices.shape[1] * weight.shape[1] * weight.itemsize
+    for some in some_tokens(len(indices), token_bytes, _GATHERED_BYTES):
         yield some, weight[indices[some].long()]
 
 

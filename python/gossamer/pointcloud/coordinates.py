@@ -101,9 +101,16 @@ class Coordinates(CoordinateSet):
         Coordinates
             Sorted, in units of the new stride; the voxels of ``target`` where it was given.
         KernelMap
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a size is no whole number, out of its range or leaves no spatial shape, the rule is
+            unknown or does not fit ``target``, or ``target`` has another dimension, batch size or
+            device.
         """
         if rule not in RULES:
-            raise ValueError(f"pointcloud: rule {rule!r} is unknown; {', '.join(RULES)}")
+            raise ValueError(f"pointcloud: rule is {rule!r}, expected one of {', '.join(RULES)}")
         if (target is not None) != (rule == "given"):
             raise ValueError(
                 f"pointcloud: rule {rule!r} "

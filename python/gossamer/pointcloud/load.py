@@ -75,7 +75,7 @@ def load_spconv(
     torch.Size([3, 3, 3, 4, 8])
     """
     if layout not in ("KRSC", "RSKC", "RSCK"):
-        raise ValueError(f"load_spconv: layout {layout!r} is unknown; KRSC, RSKC, RSCK")
+        raise ValueError(f"load_spconv: layout is {layout!r}, expected KRSC, RSKC or RSCK")
 
     # What spconv counts in training is nothing that a layer here has.
     state_dict = {n: t for n, t in state_dict.items() if not n.endswith(_COUNTED)}

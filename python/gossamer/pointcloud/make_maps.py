@@ -33,7 +33,7 @@ def map_between(
     )
     if native.on_gpu(inputs.coords):  # which would be waited for to see that the map is right
         for way in (made, made.transposed()):
-            vouch(way.tensors, way.n_in, way.n_out)
+            vouch(way)
     return made
 
 
@@ -55,5 +55,5 @@ def map_to_samples(voxels: CoordinateSet) -> KernelMap:
         repeats=True,
     )
     if native.on_gpu(voxels.coords):
-        vouch(made.tensors, made.n_in, made.n_out)
+        vouch(made)
     return made

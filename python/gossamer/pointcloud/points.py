@@ -82,7 +82,7 @@ def voxelize(
     if not points.is_floating_point():
         raise TypeError(f"voxelize: points are {points.dtype}, expected a floating dtype")
     if reduce not in REDUCTIONS:
-        raise ValueError(f"voxelize: reduce {reduce!r} is unknown; {', '.join(REDUCTIONS)}")
+        raise ValueError(f"voxelize: reduce is {reduce!r}, expected one of {', '.join(REDUCTIONS)}")
     if features is None:
         features = points
     elif features.dim() != 2 or len(features) != len(points):

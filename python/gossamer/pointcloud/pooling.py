@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from .._wide import wide
 from ..ops.conv_geometry import Sizes, per_axis
 from ..ops.pointcloud_pool import pointcloud_pool
 from .tensor import SparseTensor, check_sparse
@@ -101,8 +101,7 @@ class AvgPool(_WindowPool):
             return self._pool(x, target, "mean")
         check_input(self, x)
         # A sum may leave float16's range where the mean does not.
-        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        total = self._pool(x.to(dtype=wide), target, "sum")
+        total = self._pool(x.to(dtype=wide(x.dtype)), target, "sum")
         return (total / math.prod(self.kernel_size)).to(dtype=x.dtype)
 
     def extra_repr(self) -> str:

@@ -40,7 +40,7 @@ def check_input(layer: Any, x: SparseTensor) -> None:
 
 
 def target_coordinates(layer: nn.Module, target: Target | None) -> Coordinates | None:
-    """Raise where a target is something else."""
+    """The voxels of a target; TypeError where it is something else."""
     if target is not None and not isinstance(target, Target):
         raise TypeError(
             f"{type(layer).__name__}: target is {type(target).__name__}, expected SparseTensor or "

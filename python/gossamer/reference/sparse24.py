@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._wide import wide
 from .activation import activate
 
 
@@ -132,7 +133,7 @@ def round_scaled(x: Tensor, scales: Tensor, largest: float, dtype: torch.dtype) 
 
 
 def _for_division(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..prune import blocks_kept
+from ..prune import count_kept, largest
 from .layers import Layer
-from .patterns import largest
 
 DISTRIBUTIONS = ("uniform", "erk", "global")
 
@@ -23,7 +22,7 @@ def allocate(layers: Sequence[Layer], sparsity: float, distribution: str) -> lis
     if distribution == "uniform":
         return [layer.keep(sparsity) for layer in layers]
     sizes = [layer.kept.numel() for layer in layers]
-    wanted = max(len(layers), blocks_kept(sum(sizes), 1 - sparsity))
+    wanted = max(len(layers), count_kept(sum(sizes), 1 - sparsity))
     raw = [
         (sum(layer.fans) + sum(layer.shape[2:])) / (layer.fans[0] * layer.fans[1] * layer.taps)
         for layer in layers
@@ -64,7 +63,7 @@ def select_globally(units: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     where = units[0].device
     together = torch.cat([u.double().flatten().to(where) for u in units])
     first = torch.cat([largest(u.flatten(), 1).to(where) for u in units])
-    keep = max(len(units), blocks_kept(together.numel(), 1 - sparsity))
+    keep = max(len(units), count_kept(together.numel(), 1 - sparsity))
     kept = largest(together.nan_to_num(nan=torch.inf).masked_fill(first, torch.inf), keep)
     parts = kept.split([u.numel() for u in units])
     return [part.view_as(u).to(u.device) for part, u in zip(parts, units, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from .patterns import Pattern
 from .schedules import Schedule
 from .scores import Magnitude
 from .sparsifier import Sparsifier
+
+Made = TypeVar("Made", bound=nn.Module)
 
 
 class Standing(Schedule):
@@ -28,10 +31,12 @@ class Computed(Sparsifier):
 
     computes = True
 
-    def compute(self, make: Callable[[Layer], nn.Module]) -> None:
-        """Put a module between the weight of each layer and its use."""
-        for layer, module in [(layer, make(layer)) for layer in self.layers]:
+    def compute(self, make: Callable[[Layer], Made]) -> list[Made]:
+        """Put a module between the weight of each layer and its use, and return them."""
+        modules = [make(layer) for layer in self.layers]
+        for layer, module in zip(self.layers, modules, strict=True):
             parametrize.register_parametrization(layer.module, "weight", module)
+        return modules
 
     def apply(self) -> None:
         """Leave the dense weights alone."""
@@ -46,12 +51,11 @@ class Computed(Sparsifier):
         """Make what is computed the weight, and keep its largest entries for good."""
         for layer in self.layers:
             parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
-        names = [layer.name for layer in self.layers]
         return Sparsifier(
             self.model,
             self.pattern if pattern is None else pattern,
             Magnitude(),
             Standing(sparsity),
-            include=names if all(names) else None,
+            include=[layer.name for layer in self.layers],
             distribution=distribution,
         )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Block
+from ..prune import largest
 from .layers import Layer
-from .patterns import Pattern, largest
+from .patterns import Pattern
 from .schedules import Schedule
 from .scores import Score
 from .sparsifier import Sparsifier

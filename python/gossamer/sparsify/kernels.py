@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import reference
 from .._wide import matmul
 from ..conversion.kinds import replaced
 from ..formats import Block, BlockSparse, Sparse24, SparseCsr, Unstructured
+from ..formats.blocksparse import compressed_rows
 from ..formats.csr import from_keys
+from ..formats.geometry import channels_last
 from ..ops.blocksparse import blocksparse_conv, blocksparse_linear
+from ..ops.blocksparse_layout import gather as block_gather
 from ..ops.conv_operands import Geometry, dense_gradients
 from ..ops.csr import csr_linear
 from ..ops.sparse24 import sparse24_linear
+from ..ops.sparse24_layout import gather as sparse24_gather
 from .layers import Layer, MaskNow
 from .patterns import Blocks, Pattern
 
@@ -57,7 +60,7 @@ def product_of(layer: Layer) -> Product | None:
     shape = (layer.shape[0], layer.shape[1])
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        values = reference.sparse24_gather(weight, indices)
+        values = sparse24_gather(weight, indices)
         return sparse24_linear(x, Sparse24(values, indices, shape), bias)
 
     return product
@@ -78,14 +81,12 @@ def _places_product(layer: Layer) -> Product:
 def _block_product(layer: Layer, block: Block) -> Product:
     shape, groups = layer.shape, layer.groups
     mask = layer.kept.view(block.grid(shape, groups))
-    crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
-    crow[1:] = mask.sum(1).cumsum(0)
-    where = mask.nonzero(as_tuple=True)
-    col = where[1].to(torch.int32)
+    crow, col = compressed_rows(mask)
     conv: Any = layer.module
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        values = reference.to_blocks(weight, block, groups)[where]
+        size = (block.rows, block.cols)
+        values = block_gather(channels_last(weight), crow, col, *size, groups)
         live = BlockSparse(values, crow, col, shape, groups)
         if len(shape) == 2:
             return blocksparse_linear(x, live, bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from ..conversion.eligibility import Obstacles
+from ..conversion.report import ConversionReport
 from ..conversion.selection import LayerSite, layer_sites, left_out
+from ..convert import convert
 from .patterns import Pattern
 
 Names = str | Iterable[str]
@@ -142,7 +144,7 @@ def find_layers(
         pattern: with its name and the reason.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{op}: model is {type(model).__name__}, expected torch.nn.Module")
     model = unwrapped(model)
     sites = layer_sites(model)
     out = left_out(model, sites, include, exclude, op)
@@ -164,6 +166,17 @@ def find_layers(
     if not layers:
         raise ValueError(f"{op}: the model has no linear layer and no convolution to sparsify")
     return layers
+
+
+def to_kernels(
+    op: str, model: nn.Module, layers: Sequence[Layer], **options: Any
+) -> ConversionReport:
+    """Hand layers under one pattern to ``convert``; ValueError where no kernel runs it."""
+    pattern = layers[0].pattern
+    if pattern.kernels is None:
+        raise ValueError(f"{op}: no kernel runs {pattern}")
+    names = [layer.name for layer in layers]
+    return convert(unwrapped(model), pattern.kernels, include=names, **options)
 
 
 def replaceable(site: LayerSite) -> bool:

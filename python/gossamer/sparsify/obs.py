@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..prune import largest
 from .layers import Layer
-from .patterns import NM, Unstructured, largest
+from .patterns import NM, Unstructured
 from .scores import damped_inverse
 
 
@@ -45,6 +46,12 @@ def sparsegpt_weight(
         In the shape and dtype of the one given.
     mask : Tensor
         Bool.
+
+    Raises
+    ------
+    ValueError
+        If ``block`` is below 1, an N:M pattern meets a convolution, the pattern cannot have the
+        sparsity, or the products are not finite.
 
     References
     ----------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .. import formats, reference
 from ..formats import Block
-from ..prune import blocks_kept
+from ..prune import count_kept, l2_norms, largest
 
 Shape = tuple[int, ...]
 Kernels = str | Block | formats.Unstructured
@@ -57,7 +58,7 @@ class Pattern:
 
     def keep(self, units: Shape, shape: Shape, sparsity: float) -> int:
         """How many of [lanes, units] are kept at a sparsity: the nearest number, at least one."""
-        return units[0] * blocks_kept(units[1], 1 - sparsity)
+        return units[0] * count_kept(units[1], 1 - sparsity)
 
     def select(self, units: Tensor, keep: int) -> Tensor:
         """The bool mask of the ``keep`` units of largest score, as many in each lane."""
@@ -79,16 +80,6 @@ class Pattern:
         return None
 
 
-def largest(units: Tensor, keep: int) -> Tensor:
-    """The ``keep`` largest of each row; a tie keeps the lower index, and NaN is the largest."""
-    if not 0 < keep < units.shape[-1]:
-        return torch.full_like(units, keep > 0, dtype=torch.bool)
-    units = units.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    least = units.kthvalue(units.shape[-1] - keep + 1, dim=-1, keepdim=True).values
-    above, level = units > least, units == least
-    return above | (level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))
-
-
 def _single(score: Tensor) -> Tensor:
     """The score of units of one entry."""
     return (score if score.dtype == torch.float64 else score.float()).abs()
@@ -101,9 +92,7 @@ def _reduce(entries: Tensor, norm: str) -> Tensor:
         return entries.sum(-1)
     if norm == "abs_sum":
         return entries.sum(-1).abs()
-    # Divided by the largest entry, no square leaves float64's range.
-    top = entries.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return (entries / top).square().sum(-1).sqrt() * top[..., 0]
+    return l2_norms(entries, (-1,))
 
 
 @dataclass(frozen=True)
@@ -170,7 +159,7 @@ class NM(Pattern):
         least = self._least(shape)
         if sparsity >= 1 - self.n / self.m - 1e-9:
             return least
-        return max(least, blocks_kept(math.prod(shape), 1 - sparsity))
+        return max(least, count_kept(math.prod(shape), 1 - sparsity))
 
     def _least(self, shape: Shape) -> int:
         """n of every m, and at most n of the last ones of a row."""
@@ -339,6 +328,16 @@ def as_pattern(pattern: Kernels | Pattern) -> Pattern:
     if not (colon and n.isdecimal() and m.isdecimal()):
         raise ValueError(f"pattern {pattern!r}: expected a Pattern, a gossamer.Block or 'N:M'")
     return NM(int(n), int(m))
+
+
+def over_layers(
+    pattern: Kernels | Pattern | None, options: dict[str, Any], distribution: str
+) -> Pattern:
+    """A recipe's pattern, and its distribution in the options where layers may differ."""
+    made = Unstructured() if pattern is None else as_pattern(pattern)
+    if made.one_lane:
+        options.setdefault("distribution", distribution)
+    return made
 
 
 def check_sparsity(sparsity: float) -> float:

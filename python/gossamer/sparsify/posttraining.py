@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..conversion.report import ConversionReport
-from ..convert import convert
 from ..formats import Block
-from .layers import Layer, Names, find_layers
+from .layers import Layer, Names, find_layers, to_kernels
 from .obs import sparsegpt_weight
 from .patterns import NM, ConstantFanIn, Pattern, Unstructured, as_pattern
 from .report import MaskChange, SparsityReport
@@ -43,11 +42,7 @@ class Pruned:
 
     def finalize(self, **options: Any) -> ConversionReport:
         """Hand the layers to ``gossamer.convert``; ValueError where no kernel runs the pattern."""
-        pattern = self.layers[0].pattern
-        if pattern.kernels is None:
-            raise ValueError(f"prune_after_training: no kernel runs {pattern}")
-        names = [layer.name for layer in self.layers]
-        return convert(self.model, pattern.kernels, include=names, **options)
+        return to_kernels("prune_after_training", self.model, self.layers, **options)
 
 
 @torch.no_grad()

@@ -59,6 +59,11 @@ class OneShot(Schedule):
     sparsity : float
     at : int
         After which step; 0 before the first, for scores that need no training step.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
     """
 
     def __init__(self, sparsity: float, at: int = 0) -> None:
@@ -88,6 +93,11 @@ class Cubic(Schedule):
         Steps between changes: 100 to 1000 in the paper.
     initial : float
         s_i.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
 
     References
     ----------
@@ -138,6 +148,11 @@ class DropAndGrow(Schedule):
         Whether the share falls.
     final : float
         To what it falls.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
 
     References
     ----------
@@ -200,6 +215,11 @@ class PlateauBisection(Schedule):
         By which share the loss may rise.
     rounds : int
         Bisections.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
 
     References
     ----------
@@ -277,6 +297,11 @@ class LotteryRounds(Schedule):
         In (0, 1).
     rewind_to : int
         The step whose weights survivors go back to, below ``every``.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
 
     References
     ----------

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..conversion.report import ConversionReport
-from ..convert import convert
 from ..formats import Block
 from .allocation import DISTRIBUTIONS, allocate, select_globally
 from .kernels import Through, has_kernels
-from .layers import Layer, Names, find_layers, unwrapped
+from .layers import Layer, Names, find_layers, to_kernels, unwrapped
 from .patterns import Pattern, as_pattern
 from .report import MaskChange, SparsityReport
 from .schedules import Schedule
@@ -86,6 +85,7 @@ class Sparsifier:
 
     grows: ClassVar[bool] = False
     computes: ClassVar[bool] = False  # the weight that is used, from the dense one
+    one_lane_only: ClassVar[bool] = False  # units of a layer have to compete
 
     def __init__(
         self,
@@ -106,9 +106,10 @@ class Sparsifier:
             raise TypeError(f"{op}: expected a Score and a Schedule, got {score!r}, {schedule!r}")
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"{op}: distribution {distribution!r}, expected {DISTRIBUTIONS}")
-        if distribution != "uniform" and not self.pattern.one_lane:
+        if not self.pattern.one_lane and (self.one_lane_only or distribution != "uniform"):
             raise ValueError(
-                f"{op}: {self.pattern} has as much in each part of a layer: 'uniform' only"
+                f"{op}: {self.pattern} has as much in each part of a layer"
+                + ("" if self.one_lane_only else ": 'uniform' only")
             )
         if schedule.grows and not self.grows:
             raise TypeError(f"{op}: a schedule that grows needs a recipe that does, as DropGrow")
@@ -304,10 +305,7 @@ class Sparsifier:
         """
         self.detach()
         self.apply()
-        if self.pattern.kernels is None:
-            raise ValueError(f"{type(self).__name__}: no kernel runs {self.pattern}")
-        names = [layer.name for layer in self.layers]
-        return convert(unwrapped(self.model), self.pattern.kernels, include=names, **options)
+        return to_kernels(type(self).__name__, self.model, self.layers, **options)
 
     def detach(self) -> None:
         """Remove every hook from model and optimizer."""

@@ -15,8 +15,8 @@ from .._wide import matmul
 from ..conversion.selection import layer_sites, left_out
 from ..formats import SparseCsr, Unstructured, random_places, update_pattern
 from ..nn import SparseLinear
+from ..prune import largest
 from .layers import Names, unwrapped
-from .patterns import largest
 from .schedules import DropAndGrow
 from .states import check_keys
 

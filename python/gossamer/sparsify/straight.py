@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..conversion.report import ConversionReport
 from ..conversion.selection import layer_sites
-from ..convert import convert
 from ..formats import Block
 from ..nn import SparseTrainingLinear
 from ..nn.called import keep_called
@@ -20,7 +19,7 @@ from ..projection24 import add_dropped_24
 from .computed import Standing
 from .hooks import before_update
 from .kernels import Masked, Through
-from .layers import Layer, MaskNow, replaceable, unwrapped
+from .layers import Layer, MaskNow, replaceable, to_kernels, unwrapped
 from .patterns import NM, Blocks, Pattern, as_pattern
 from .scores import Magnitude
 from .sparsifier import Sparsifier
@@ -56,6 +55,12 @@ class STE(Sparsifier):
         weight.
     **options
         ``include``, ``exclude`` of ``Sparsifier``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if a number is out of its range, the pattern needs a sparsity,
+        or a decay an optimizer.
 
     References
     ----------
@@ -207,14 +212,19 @@ class STE(Sparsifier):
 
     @torch.no_grad()
     def finalize(self, **options: Any) -> ConversionReport:
-        """Make the weights what was multiplied and hand the layers to ``gossamer.convert``."""
+        """Make the weights what was multiplied and hand the layers to ``gossamer.convert``.
+
+        Raises
+        ------
+        ValueError
+            If no kernel runs the pattern; nothing is changed then.
+        """
         op = type(self).__name__
         if self.pattern.kernels is None:
             raise ValueError(f"{op}: no kernel runs {self.pattern}; to_dense(project=True) masks")
         self._take(self._multiplied())
         self.to_dense(project=True)
-        names = [layer.name for layer in self.layers]
-        return convert(unwrapped(self.model), self.pattern.kernels, include=names, **options)
+        return to_kernels(op, self.model, self.layers, **options)
 
 
 class SRSTE(STE):

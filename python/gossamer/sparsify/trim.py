@@ -51,6 +51,11 @@ def nettrim_weight(
     mask : Tensor
         Bool.
 
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or the pattern cannot have the sparsity.
+
     References
     ----------
     Aghasi et al., "Net-Trim: Convex Pruning of Deep Neural Networks with Performance Guarantee",

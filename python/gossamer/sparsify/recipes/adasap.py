@@ -43,6 +43,11 @@ class AdaSAP(Sparsifier):
     pattern : Pattern, Block or str
         Whose units are the neurons: filters by default.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if the radii are not 0 <= rho_min <= rho_max.
+
     References
     ----------
     Bair et al., "Adaptive Sharpness-Aware Pruning for Robust Sparse Networks", ICLR 2024. The

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...formats import Block
-from ..patterns import Pattern, Unstructured
+from ..patterns import Pattern, over_layers
 from ..schedules import OneShot
 from ..scores import SNIP
 from ..sparsifier import Sparsifier
@@ -32,6 +32,11 @@ class RobustAtInitialization(Sparsifier):
     variance : float
         v.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if ``samples`` is below 1, or ``variance`` not above 0.
+
     References
     ----------
     Hayou, Ton, Doucet, Teh, "Robust Pruning at Initialization", ICLR 2021. From memory; its scaling
@@ -52,11 +57,10 @@ class RobustAtInitialization(Sparsifier):
                 f"RobustAtInitialization: samples {samples}, variance {variance}: expected at "
                 "least 1, above 0"
             )
-        if pattern is None:
-            options.setdefault("distribution", "global")
+        pattern = over_layers(pattern, options, "global")
         self.variance = variance
         schedule = OneShot(sparsity, at=samples)
-        super().__init__(model, pattern or Unstructured(), SNIP(), schedule, **options)
+        super().__init__(model, pattern, SNIP(), schedule, **options)
 
     @torch.no_grad()
     def prune_to(self, sparsity: float) -> None:

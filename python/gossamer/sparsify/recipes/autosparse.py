@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...formats import Block
 from ..computed import Computed, Standing
-from ..layers import Layer
 from ..patterns import Pattern, Unstructured
 from ..scores import Magnitude
 from ..sparsifier import Sparsifier
@@ -37,6 +36,11 @@ class AutoSparse(Computed):
     alpha : float
         alpha_0.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if ``steps`` is below 1, or ``alpha`` not in [0, 1].
+
     References
     ----------
     Kundu et al., "AutoSparse: Towards Automated Sparse Training of Deep Neural Networks", 2023
@@ -55,13 +59,7 @@ class AutoSparse(Computed):
             raise ValueError(f"AutoSparse: steps {steps}, alpha {alpha}: at least 1, in [0, 1]")
         self.n, self.alpha_0 = steps, alpha
         super().__init__(model, Unstructured(), Magnitude(), Standing(0.0), **options)
-        self.thresholds: list[_SoftThreshold] = []
-
-        def soft(layer: Layer) -> nn.Module:
-            self.thresholds.append(_SoftThreshold(layer.weight, threshold, alpha))
-            return self.thresholds[-1]
-
-        self.compute(soft)
+        self.thresholds = self.compute(lambda layer: _SoftThreshold(layer.weight, threshold, alpha))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The thresholds, for an optimizer."""

@@ -51,6 +51,11 @@ class DASS(Computed):
     log_every : int
         Steps between entries of the report's history while scores are trained.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if ``log_every`` is below 1.
+
     References
     ----------
     Mousavi et al., "DASS: Differentiable Architecture Search for Sparse Neural Networks", ACM
@@ -72,13 +77,7 @@ class DASS(Computed):
         super().__init__(
             model, pattern or Unstructured(), MaskScores(), Standing(sparsity), **options
         )
-        self._ops: list[_Scored] = []
-
-        def scored(layer: Layer) -> nn.Module:
-            self._ops.append(_Scored(layer))
-            return self._ops[-1]
-
-        self.compute(scored)
+        self._ops = self.compute(_Scored)
         self.train_weights()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -133,6 +132,11 @@ class MixedOp(nn.Module):
     ----------
     a : Parameter
         [operations], 0 at the beginning; of the outer loop's optimizer.
+
+    Raises
+    ------
+    ValueError
+        If there are no operations.
 
     References
     ----------

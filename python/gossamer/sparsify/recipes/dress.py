@@ -35,6 +35,11 @@ class DRESS(Computed):
     sparsities : sequence of float
         Descending, in [0, 1).
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if the sparsities are none or do not descend.
+
     References
     ----------
     DRESS: "Dynamic REal-time Sparse Subnets". The equation is from memory.
@@ -49,13 +54,7 @@ class DRESS(Computed):
         )
         for layer in self.layers:
             layer.keep(self.sparsities[0])
-        self._views: list[_Subnet] = []
-
-        def view(layer: Layer) -> nn.Module:
-            self._views.append(_Subnet(layer))
-            return self._views[-1]
-
-        self.compute(view)
+        self._views = self.compute(_Subnet)
 
     @contextmanager
     def subnet(self, index: int) -> Iterator[None]:

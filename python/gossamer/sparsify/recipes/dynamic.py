@@ -13,20 +13,12 @@ from ...formats import Block
 from ..allocation import share_out
 from ..dynamic import DropGrow
 from ..layers import Layer
-from ..patterns import Pattern, Unstructured, as_pattern
+from ..patterns import Pattern, Unstructured, over_layers
 from ..schedules import DropAndGrow
 from ..scores import Gradient, Magnitude, Momentum, Score
 from ..stored import StoredDropGrow
 
 AnyPattern = Pattern | Block | str | None
-
-
-def _over_layers(pattern: AnyPattern, options: dict[str, Any]) -> Pattern:
-    """The pattern, and Erdős-Rényi densities where layers may differ."""
-    made = Unstructured() if pattern is None else as_pattern(pattern)
-    if made.one_lane:
-        options.setdefault("distribution", "erk")
-    return made
 
 
 class SignedMagnitude(Score):
@@ -85,7 +77,7 @@ class SET(DropGrow):
         pattern: AnyPattern = None,
         **options: Any,
     ) -> None:
-        pattern = _over_layers(pattern, options)
+        pattern = over_layers(pattern, options, "erk")
         schedule = DropAndGrow(sparsity, end, every, zeta, cosine=False)
         super().__init__(model, pattern, SignedMagnitude(), None, schedule, deviation, **options)
 
@@ -136,7 +128,7 @@ class RigL(DropGrow):
         grow: Score | None = None,
         **options: Any,
     ) -> None:
-        pattern = _over_layers(pattern, options)
+        pattern = over_layers(pattern, options, "erk")
         schedule = DropAndGrow(sparsity, end, every, alpha)
         grow = Gradient() if grow is None else grow
         super().__init__(model, pattern, Magnitude(), grow, schedule, **options)
@@ -244,12 +236,19 @@ class SparseMomentum(DropGrow):
     decay : float
         Of the exponentially smoothed gradient.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if the units of ``pattern`` do not all compete.
+
     References
     ----------
     Dettmers, Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing
     Performance", 2019 (arXiv:1907.04840). The number that lives is exact at each change, so their
     controller of what rounding loses is left out, and so are their bounds for nearly dense layers.
     """
+
+    one_lane_only = True
 
     def __init__(
         self,
@@ -262,9 +261,7 @@ class SparseMomentum(DropGrow):
         pattern: AnyPattern = None,
         **options: Any,
     ) -> None:
-        pattern = Unstructured() if pattern is None else as_pattern(pattern)
-        if not pattern.one_lane:
-            raise ValueError(f"SparseMomentum: {pattern} has as much in each part of a layer")
+        pattern = Unstructured() if pattern is None else pattern
         schedule = DropAndGrow(sparsity, end, every, p, final=0.005)
         super().__init__(model, pattern, Magnitude(), Momentum(decay), schedule, **options)
 

@@ -47,6 +47,11 @@ class EauDeQN:
     **options
         ``include``, ``exclude``, ``distribution`` of ``Sparsifier``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if ``copies`` is below 2, or ``rate`` not in (0, 1).
+
     References
     ----------
     Vincent et al., "Eau De Q-Network: Adaptive Distillation of Neural Networks in Deep
@@ -90,7 +95,13 @@ class EauDeQN:
 
     @torch.no_grad()
     def step(self, losses: Sequence[Tensor | float]) -> None:
-        """Add the losses of a step, of each copy one; call it after the optimizers."""
+        """Add the losses of a step, of each copy one; call it after the optimizers.
+
+        Raises
+        ------
+        ValueError
+            If they are not as many as the copies.
+        """
         if len(losses) != len(self.networks):
             raise ValueError(f"EauDeQN: {len(losses)} losses of {len(self.networks)} copies")
         self.losses = [s + float(loss) for s, loss in zip(self.losses, losses, strict=True)]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...prune import blocks_kept
+from ...prune import count_kept, largest
 from ..allocation import share_out
 from ..dynamic import DropGrow
-from ..layers import Layer, find_layers
-from ..patterns import Unstructured, largest
+from ..layers import Layer, Names, find_layers
+from ..patterns import Unstructured
 from ..schedules import DropAndGrow
 from ..scores import Magnitude, Score
 from ..sparsifier import Sparsifier
@@ -31,7 +31,8 @@ def candidate_masks(
     count: int,
     noise: float = 0.5,
     seed: int = 0,
-    **options: Any,
+    include: Names | None = None,
+    exclude: Names | None = None,
 ) -> list[Masks]:
     """Masks by magnitude, of one sparsity of the whole and of different ones of the layers.
 
@@ -40,24 +41,30 @@ def candidate_masks(
 
     Parameters
     ----------
-    model, **options
-        As for ``Sparsifier``; it is not changed.
+    model : nn.Module
+        Not changed.
     sparsity : float
     count : int
     noise : float
         In [0, 1). How candidates are drawn was not recovered from the paper: ours.
     seed : int
+    include, exclude : str or iterable of str, optional
+        As for ``gossamer.convert``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number out of its range, a layer that ``Sparsifier`` would not take, or an unknown name.
     """
     if not 0 <= noise < 1 or not 0 <= sparsity < 1 or count < 1:
         raise ValueError(
             f"candidate_masks: {count} of sparsity {sparsity}, noise {noise}: expected at least 1, "
             "in [0, 1) both"
         )
-    include, exclude = options.get("include"), options.get("exclude")
     layers = find_layers("candidate_masks", model, Unstructured(), include, exclude)
     generator = torch.Generator("cpu").manual_seed(seed)
     sizes = [layer.mask.numel() for layer in layers]
-    keep = max(len(layers), blocks_kept(sum(sizes), 1 - sparsity))
+    keep = max(len(layers), count_kept(sum(sizes), 1 - sparsity))
     made = []
     for _ in range(count):
         u = 2 * torch.rand(len(layers), generator=generator, dtype=torch.float64) - 1
@@ -95,6 +102,11 @@ def select_mask(
         The batches of each.
     loss : callable
         (model(x), y) -> scalar tensor.
+
+    Raises
+    ------
+    ValueError
+        If there are no candidates or no clients.
 
     References
     ----------
@@ -177,11 +189,18 @@ class FedTiny(DropGrow):
     blocks : sequence of sequence of str, optional
         Names of layers; each layer is a block by default.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if masks or blocks are not those of the layers.
+
     References
     ----------
     Huang et al., "Distributed Pruning Towards Tiny Neural Networks in Federated Learning"
     (FedTiny), ICDCS 2023. From memory.
     """
+
+    schedule: _Given
 
     def __init__(
         self,
@@ -205,13 +224,11 @@ class FedTiny(DropGrow):
 
     def _turn(self, step: int) -> list[str]:
         """The block whose masks change after a step, or next."""
-        every = self.schedule.every  # type: ignore[attr-defined]
-        return self.blocks[-1 - (-(-step // every) - 1) % len(self.blocks)]
+        return self.blocks[-1 - (-(-step // self.schedule.every) - 1) % len(self.blocks)]
 
     @torch.no_grad()
     def reported(self) -> Report:
         """Of the gradients at hand the largest that may grow next: where (flattened), which."""
-        assert isinstance(self.schedule, _Given)
         due = -(-(self.steps + 1) // self.schedule.every) * self.schedule.every
         return self._largest(due)
 
@@ -220,7 +237,7 @@ class FedTiny(DropGrow):
         for layer in self.layers:
             if layer.name in block:
                 live = int(layer.mask.sum())
-                count = int(self.schedule.at(step) * live)  # type: ignore[attr-defined]
+                count = int(self.schedule.at(step) * live)
                 count = min(count, layer.mask.numel() - live)
                 masked = layer.gradient.abs().masked_fill(layer.mask, -torch.inf).flatten()
                 where = largest(masked, count).nonzero().flatten()

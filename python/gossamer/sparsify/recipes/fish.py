@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...formats import Block
-from ..patterns import Pattern, Unstructured
+from ..patterns import Pattern, over_layers
 from ..schedules import OneShot
 from ..scores import Fisher
 from ..sparsifier import Sparsifier
@@ -32,6 +32,11 @@ class FISHMask(Sparsifier):
     samples : int
         1024 in the paper on GLUE, 256 on CIFAR.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if ``density`` is not in (0, 1], or ``samples`` below 1.
+
     References
     ----------
     Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021.
@@ -51,11 +56,10 @@ class FISHMask(Sparsifier):
             raise ValueError(
                 f"FISHMask: density {density}, samples {samples}: expected in (0, 1], at least 1"
             )
-        if pattern is None:
-            options.setdefault("distribution", "global")
+        pattern = over_layers(pattern, options, "global")
         self.samples = samples
         schedule = OneShot(1 - density, at=samples)
-        super().__init__(model, pattern or Unstructured(), Fisher(), schedule, **options)
+        super().__init__(model, pattern, Fisher(), schedule, **options)
         self.remember()
 
     @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._wide import wide
 from ...conversion.selection import layer_sites, left_out
 from ...nn.called import keep_called
-from ...prune import blocks_kept
+from ...prune import count_kept
 from ..allocation import share_out
 from ..layers import Names, replaceable, unwrapped
 from ..patterns import check_sparsity
@@ -25,7 +26,7 @@ def soft_boxcar(start: Tensor, width: Tensor, n: int, sigma: float) -> Tensor:
     exp(-(f / sigma)^2 / 2) exp(-2 pi i f (start + (width - 1) / 2) / n) sin(pi f width / n) /
     sin(pi f / n) at frequency f = 0 .. n / 2. For whole numbers and sigma = inf it is exact.
     """
-    dtype = torch.promote_types(start.dtype, torch.float32)
+    dtype = wide(start.dtype)
     f = torch.arange(n // 2 + 1, device=start.device, dtype=dtype)
     below = (math.pi * f / n).sin()
     dirichlet = (math.pi * f / n * width[:, None].to(dtype)).sin() / below.clamp(min=1e-30)
@@ -56,6 +57,11 @@ class GBLRLinear(nn.Module):
         [K] each, of rows (outputs) and of columns (inputs); what passes the end goes on at 0.
     sigma : float
         Of the Gaussian; inf makes boxcars sharp.
+
+    Raises
+    ------
+    ValueError
+        If a number is below 1.
     """
 
     def __init__(
@@ -166,12 +172,12 @@ class GBLRLinear(nn.Module):
 class GBLR:
     """Linear layers become ``GBLRLinear``; a proximal step shrinks widths, a budget ends it.
 
-    After each step widths <- max(0, width - shrink size), size the length of the weight's side
-    (starts go round it); the
-    Gaussian's sigma rises from ``sigma`` to infinity as sigma / (1 - t / end). After ``end`` steps
-    widths are whole numbers, in proportion to what they were, of the sum (1 - sparsity) N K in each
-    layer, starts are whole, and both stay; the factors go on training. The multiplications of a row
-    of x are as many as the widths' sum. Make the optimizer of the model after this.
+    After each step every width becomes max(0, width - shrink * size), size the length of the
+    weight's side, and a start that has left its side comes back at the other end; the Gaussian's
+    sigma rises from ``sigma`` to infinity as sigma / (1 - t / end). After ``end`` steps starts and
+    widths are whole and stay, the widths in proportion to what they were and with the sum
+    (1 - sparsity) N K in each layer; the factors go on training. A row of x takes as many
+    multiplications as the widths' sum. Make the optimizer of the model after this.
 
     Parameters
     ----------
@@ -187,6 +193,12 @@ class GBLR:
         In frequencies.
     include, exclude : str or iterable of str, optional
         As for ``gossamer.convert``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is out of its range, a name is unknown, none is of a linear layer, or the
+        blocks are too few for ``sparsity``.
 
     References
     ----------
@@ -224,7 +236,7 @@ class GBLR:
             n, k = site.module.out_features, site.module.in_features
             assert isinstance(n, int)
             assert isinstance(k, int)
-            if blocks < 1 or blocks_kept(n * k, 1 - sparsity) > blocks * (n + k):
+            if blocks < 1 or count_kept(n * k, 1 - sparsity) > blocks * (n + k):
                 raise ValueError(
                     f"GBLR: {site.name}: {blocks} blocks of at most {n} + {k} are less than "
                     f"{1 - sparsity:.3g} of {n} x {k}"
@@ -234,8 +246,7 @@ class GBLR:
             assert isinstance(site.module, nn.Linear)
             self.layers[site.name] = made = GBLRLinear.from_dense(site.module, blocks)
             made.sigma = sigma
-            for holder, attribute in site.holders:
-                setattr(holder, attribute, made)
+            site.replace(made)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -261,7 +272,7 @@ class GBLR:
     def _settle(self, layer: GBLRLinear) -> None:
         sides = [n for n in layer.sizes for _ in range(layer.blocks)]
         widths = torch.cat(list(layer.widths)).tolist()
-        total = blocks_kept(math.prod(layer.sizes), 1 - self.sparsity)
+        total = count_kept(math.prod(layer.sizes), 1 - self.sparsity)
         # A share of 0 for all would leave nothing to be in proportion to.
         counts = share_out([w + 1e-6 for w in widths], sides, total, least=0)
         for i, n in enumerate(layer.sizes):
@@ -281,7 +292,13 @@ class GBLR:
 
     @torch.no_grad()
     def finalize(self) -> list[str]:
-        """Put ``to_linears()`` in the place of each layer and give their names, for ``convert``."""
+        """Put ``to_linears()`` in the place of each layer and give their names, for ``convert``.
+
+        Raises
+        ------
+        RuntimeError
+            Before the step ``end``.
+        """
         if self.steps < self.end:
             raise RuntimeError(f"GBLR: step {self.steps} of {self.end}")
         plain = unwrapped(self.model)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...formats import Block
-from ..patterns import Pattern, Unstructured
+from ..patterns import Pattern, Unstructured, over_layers
 from ..schedules import Cubic, LotteryRounds
 from ..scores import Magnitude
 from ..sparsifier import Sparsifier
@@ -75,7 +75,7 @@ class MIRL(Sparsifier):
     Parameters
     ----------
     model, pattern, **options
-        As for ``Sparsifier``; the distribution is "global" where the pattern has one.
+        As for ``Sparsifier``; weights compete over all layers where the pattern has one lane.
     every : int
         Steps of training in a round.
     rounds : int
@@ -97,7 +97,6 @@ class MIRL(Sparsifier):
         pattern: Pattern | Block | str | None = None,
         **options: Any,
     ) -> None:
-        if pattern is None:
-            options.setdefault("distribution", "global")
+        pattern = over_layers(pattern, options, "global")
         schedule = LotteryRounds(rounds, every, rate)
-        super().__init__(model, pattern or Unstructured(), Magnitude(), schedule, **options)
+        super().__init__(model, pattern, Magnitude(), schedule, **options)

@@ -44,12 +44,20 @@ class ContinuousSparsification(Computed):
     pattern : Pattern, Block or str
         Whose units have gates: filters by default.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if a number is out of its range, or the units of ``pattern`` do
+        not all compete.
+
     References
     ----------
     Yuan, Savarese, Maire, "Growing Efficient Deep Networks by Structured Continuous
     Sparsification", ICLR 2021. From memory; one beta for all filters, the form of the budget's
     loss and the beginning are ours.
     """
+
+    one_lane_only = True
 
     def __init__(
         self,
@@ -73,20 +81,14 @@ class ContinuousSparsification(Computed):
         super().__init__(
             model, pattern or Filters(), Magnitude(), OneShot(sparsity, at=end), **options
         )
-        if not self.pattern.one_lane:
-            raise ValueError(
-                f"ContinuousSparsification: {self.pattern} has as much in each part of a layer"
-            )
-        self._gates: list[_Gate] = []
 
-        def gate(layer: Layer) -> nn.Module:
+        def gate(layer: Layer) -> _Gate:
             norms = super(ContinuousSparsification, self).scored(layer, self.score)
             alive = self.pattern.select(norms, layer.keep(1 - grown))
             s = torch.where(alive, initial, -initial).to(layer.weight)
-            self._gates.append(_Gate(layer, s))
-            return self._gates[-1]
+            return _Gate(layer, s)
 
-        self.compute(gate)
+        self._gates = self.compute(gate)
         with torch.no_grad():
             self._sample()
 
@@ -148,7 +150,13 @@ class ContinuousSparsification(Computed):
 
     @torch.no_grad()
     def finalize_at(self) -> Sparsifier:
-        """Leave the filters that stay alone in the weights, under an exact ``Sparsifier``."""
+        """Leave the filters that stay alone in the weights, under an exact ``Sparsifier``.
+
+        Raises
+        ------
+        RuntimeError
+            Before the step ``end``.
+        """
         if self.steps < self.end:
             raise RuntimeError(f"ContinuousSparsification: step {self.steps} of {self.end}")
         return self.leave(self.schedule.sparsity, distribution=self.distribution)

@@ -37,6 +37,8 @@ class GSM(Sparsifier):
     Ding et al., "Global Sparse Momentum SGD for Pruning Very Deep Neural Networks", NeurIPS 2019.
     """
 
+    schedule: OneShot
+
     def __init__(
         self,
         model: nn.Module,
@@ -56,7 +58,7 @@ class GSM(Sparsifier):
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
-        if self.steps >= self.schedule.at:  # type: ignore[attr-defined]
+        if self.steps >= self.schedule.at:
             return
         units = [self.scored(layer, self._saliency) for layer in self.layers]
         chosen = select_globally(units, self.schedule.sparsity)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...formats import Block
+from ...prune import largest
 from ..layers import Layer
-from ..patterns import Filters, Pattern, largest
+from ..patterns import Filters, Pattern
 from ..schedules import Schedule, check_steps
 from ..scores import Score
 from ..sparsifier import Sparsifier
@@ -75,12 +76,21 @@ class HESSO(Sparsifier):
         Whose units are the groups: filters by default. Each layer is on its own: no
         zero-invariant groups across layers are looked for.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if a number is out of its range, or the units of ``pattern`` do
+        not all compete.
+
     References
     ----------
     Chen et al., "HESSO: Towards Automatic Efficient and User Friendly Any Neural Network Training
     and Pruning", 2024 (arXiv:2409.09085). The five parts and their weights are those of its code;
     how each is normalised, and the sign of the cosine, are ours.
     """
+
+    one_lane_only = True
+    schedule: Periods
 
     def __init__(
         self,
@@ -101,8 +111,6 @@ class HESSO(Sparsifier):
         super().__init__(
             model, Filters() if pattern is None else pattern, Saliency(), schedule, **options
         )
-        if not self.pattern.one_lane:
-            raise ValueError(f"HESSO: {self.pattern} has as much in each part of a layer")
 
     def kept_of(self, layer: Layer) -> int:
         """How many groups of a layer stay."""
@@ -125,7 +133,6 @@ class HESSO(Sparsifier):
 
     def _chosen(self, layer: Layer, period: int) -> Tensor:
         """The groups that a period adds to those that are gone."""
-        assert isinstance(self.schedule, Periods)
         units = layer.kept.numel()
         stay = units - (units - self.kept_of(layer)) * period // self.schedule.periods
         score = self.score(layer).masked_fill(~layer.kept, -torch.inf)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...formats import Block
-from ..patterns import Pattern, Unstructured
+from ..patterns import Pattern, over_layers
 from ..schedules import PlateauBisection
 from ..scores import Magnitude
 from ..sparsifier import Sparsifier
@@ -30,6 +30,11 @@ class LOBSTER(Sparsifier):
         lambda.
     every, patience, tolerance
         As for ``PlateauBisection``: an epoch, the paper's PWE and TWT.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if a number is out of its range.
 
     References
     ----------
@@ -52,10 +57,9 @@ class LOBSTER(Sparsifier):
         if not 0 <= decay < 1:
             raise ValueError(f"LOBSTER: decay {decay}, expected at least 0 and below 1")
         self.decay = decay
-        if pattern is None:
-            options.setdefault("distribution", "global")
+        pattern = over_layers(pattern, options, "global")
         schedule = PlateauBisection(sparsity, evaluate, every, patience, tolerance)
-        super().__init__(model, pattern or Unstructured(), Magnitude(), schedule, **options)
+        super().__init__(model, pattern, Magnitude(), schedule, **options)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...prune import largest
 from ..allocation import select_globally
 from ..layers import Layer
-from ..patterns import Unstructured, largest
+from ..patterns import Unstructured
 from ..schedules import OneShot
 from ..scores import InputScore, input_rows
 from ..sparsifier import Sparsifier
@@ -141,11 +142,18 @@ class MAD(Sparsifier):
     block : int
         Inputs in a block. Ours, and how a block's rise is shared out over its weights.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if ``samples`` or ``block`` is below 1.
+
     References
     ----------
     Lee et al., "Masking Adversarial Damage: Finding Adversarial Saliency for Robust and Sparse
     Network", CVPR 2022. Its learned mask, by which dw = (m - 1) w, is left out: m = 0.
     """
+
+    schedule: OneShot
 
     def __init__(
         self, model: nn.Module, sparsity: float, samples: int = 32, block: int = 64, **options: Any
@@ -158,7 +166,7 @@ class MAD(Sparsifier):
     @torch.no_grad()
     def step(self) -> None:
         super().step()
-        if self.steps == self.schedule.at:  # type: ignore[attr-defined]
+        if self.steps == self.schedule.at:
             self.detach()
 
     def _selected(self, sparsity: float) -> list[Tensor]:
@@ -177,5 +185,5 @@ class MAD(Sparsifier):
     def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state)
         self.score.detach()
-        if self.steps < self.schedule.at:  # type: ignore[attr-defined]
+        if self.steps < self.schedule.at:
             self.score.attach(self.layers)

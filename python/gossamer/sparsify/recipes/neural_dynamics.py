@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...prune import largest
 from ..layers import unwrapped
-from ..patterns import largest
 from ..schedules import check_steps
 
 RELU, IDENTITY, ZERO = 0, 1, 2
@@ -185,6 +185,11 @@ class SparseNeuralDynamics:
         """Cut zero neurons out of the linear layers, and make the others ReLU or nothing.
 
         Where all neurons of a layer are zero one of them stays, as zero.
+
+        Raises
+        ------
+        RuntimeError
+            Before the step ``end``.
         """
         if self.steps < self.end:
             raise RuntimeError(f"SparseNeuralDynamics: step {self.steps} of {self.end}")

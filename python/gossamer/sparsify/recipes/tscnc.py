@@ -57,6 +57,11 @@ class TSCNC(GMP):
     sparse_strength, condition_strength : float
         a and b. Not known from the paper, as is the schedule: ours.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if a strength is negative.
+
     References
     ----------
     "Lipschitzness meets condition number": the transformed sparse constraint joint with a

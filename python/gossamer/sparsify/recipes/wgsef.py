@@ -39,6 +39,11 @@ def wgsef_prox(norms: Tensor, keep: int, strength: float, weights: Tensor | None
     Tensor
         [n] float64 in [0, 1].
 
+    Raises
+    ------
+    ValueError
+        If ``keep`` is not between 1 and n, or ``strength`` is negative.
+
     References
     ----------
     Beck, Refael, "Sparse regularization via bidualization", Journal of Global Optimization 2022,
@@ -90,10 +95,19 @@ class WGSEF(Sparsifier):
     pattern : Pattern, Block or str
         Whose units are the groups: filters by default.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As ``Sparsifier`` says, or if ``strength`` is negative, or the units of ``pattern`` do not
+        all compete.
+
     References
     ----------
     WGSEF (structured sparsity by the weighted group sparse envelope function); see ``wgsef_prox``.
     """
+
+    one_lane_only = True
+    schedule: OneShot
 
     def __init__(
         self,
@@ -111,14 +125,12 @@ class WGSEF(Sparsifier):
         pattern = Filters() if pattern is None else pattern
         schedule = OneShot(sparsity, at=end)
         super().__init__(model, pattern, Magnitude(), schedule, optimizer=optimizer, **options)
-        if not self.pattern.one_lane:
-            raise ValueError(f"WGSEF: {self.pattern} has as much in each part of a layer")
 
     @torch.no_grad()
     def step(self) -> None:
         assert self.optimizer is not None
         rates = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}
-        if self.steps < self.schedule.at:  # type: ignore[attr-defined]
+        if self.steps < self.schedule.at:
             for layer in self.layers:
                 norms = self.scored(layer, self.score)
                 c = self.strength * float(rates[layer.weight])
