@@ -56,6 +56,11 @@ def test_torch_sparse_tensors() -> None:
         SparseCsr.from_torch(held.to_dense())
     with pytest.raises(ValueError, match="shape"):
         SparseCsr.from_torch(torch.ones(2, 3, 4).to_sparse_csr())
+    far = torch.sparse_csr_tensor(
+        [0, 2**32 + 1, 2], [0, 1], [1.0, 2.0], (2, 3), check_invariants=False
+    )
+    with pytest.raises(ValueError, match=r"crow_indices\[1\] is 4294967297, expected 0 to 2"):
+        SparseCsr.from_torch(far)
 
 
 def test_wide_weights_number_columns_by_32_bits() -> None:

@@ -448,6 +448,47 @@ def test_steps_that_clear_gradients_or_change_nothing(fused: bool) -> None:
     assert int(layer.age) == 1
 
 
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_weights_that_are_made_for_each_pass() -> None:
+    layer, x = SparseTrainingLinear(64, 8, bias=False), torch.randn(5, 64)
+    plain = SparseTrainingLinear(64, 8, bias=False)
+    for _ in range(20):
+        weight = torch.randn(8, 64)
+        y = torch.func.functional_call(plain, {"weight": weight * 2}, (x,))
+        torch.testing.assert_close(y, x @ magnitude_24(2 * weight).t())
+        del y
+    nn.utils.parametrize.register_parametrization(layer, "weight", Twice())
+    with torch.no_grad():
+        for _ in range(20):
+            weight = layer.parametrizations.weight.original.normal_()
+            torch.testing.assert_close(layer(x), x @ magnitude_24(2 * weight).t())
+
+
+@pytest.mark.parametrize("projection", ["hard", "transposable"])
+def test_what_was_dropped_may_be_what_changes(projection: str) -> None:
+    layer, eye = SparseTrainingLinear(4, 4, False, projection), torch.eye(4)
+    weight = torch.eye(4) + torch.eye(4).roll(1, 0) + torch.rand(4, 4) / 8
+    layer.weight = nn.Parameter(weight.clone())
+    layer(eye)
+    weight[0, 2] = 100
+    layer.weight = nn.Parameter(weight.clone())
+    assert layer(eye)[2, 0] == 100
+    optimizer = torch.optim.SGD(layer.parameters(), 10, fused=True)
+    layer(torch.eye(4)[3:])[:, 0].sum().backward()
+    optimizer.step()
+    assert layer(eye)[3, 0] == layer.weight[0, 3] < -8
+
+
+def test_the_mask_of_short_groups_is_what_is_multiplied() -> None:
+    for in_features in (5, 13, 14, 15):
+        layer = SparseTrainingLinear(in_features, 8, projection="transposable")
+        assert torch.equal(layer.mask, layer.projected() != 0)
+
+
 def test_parameters_may_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     layer, x = SparseTrainingLinear(16, 8), torch.randn(4, 16)

@@ -170,16 +170,22 @@ class SparseCsr(SavedWeight):
             raise ValueError(f"SparseCsr.from_torch: shape {list(weight.shape)}, expected [N, K]")
         _check_count(weight.values().shape[0])
         shape = (weight.shape[0], weight.shape[1])
-        crow = weight.crow_indices().to(torch.int32)
-        col = weight.col_indices()
-        bad = (col < 0) | (col >= shape[1])
+        crow, col = weight.crow_indices(), weight.col_indices()
+        bad = (crow < 0) | (crow > len(col))
         if bool(bad.any()):  # before they are rounded to fewer bits
+            at = int(bad.nonzero()[0])
+            raise ValueError(
+                f"SparseCsr: crow_indices[{at}] is {int(crow[at])}, expected 0 to {len(col)}"
+            )
+        bad = (col < 0) | (col >= shape[1])
+        if bool(bad.any()):
             at = int(bad.nonzero()[0])
             raise ValueError(
                 f"SparseCsr: col_indices[{at}] is {int(col[at])}, outside of the "
                 f"weight's {shape[1]} columns"
             )
-        return cls(weight.values().detach(), crow, col.to(column_dtype(shape[1])), shape).validate()
+        col = col.to(column_dtype(shape[1]))
+        return cls(weight.values().detach(), crow.to(torch.int32), col, shape).validate()
 
     def to_torch(self) -> Tensor:
         """The weight as torch's sparse CSR tensor of int32 indices, sharing values and rows."""

@@ -28,7 +28,8 @@ class SparseTrainingLinear(nn.Linear):
     The forward product runs through the 2:4 kernels. The weight is a dense Parameter; a
     ``state_dict`` holds it beside the three buffers below. A graph of ``torch.compile`` holds the
     layer whole where each step searches anew ("hard" or "soft", ``refresh`` 1), and breaks at it
-    otherwise. Transforms of ``torch.func`` are refused.
+    otherwise. Transforms of ``torch.func`` are refused. ``torch.export`` is for inference, under
+    ``torch.no_grad()``, and averages of models leave buffers out (``use_buffers=False``).
 
     Parameters
     ----------
@@ -155,9 +156,13 @@ class SparseTrainingLinear(nn.Linear):
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Bool [N, K]: which entries of the weight are multiplied at present."""
-        sparse = self._project().sparse
+        projected = self._project()
+        sparse = projected.sparse
         ones = torch.ones_like(sparse.values)
-        return Sparse24(ones, sparse.indices, sparse.shape).to_dense() != 0
+        mask = Sparse24(ones, sparse.indices, sparse.shape).to_dense() != 0
+        if self._indices_name_more():
+            mask &= projected.dense != 0
+        return mask
 
     @torch.no_grad()
     def projected(self) -> Tensor:
@@ -174,20 +179,22 @@ class SparseTrainingLinear(nn.Linear):
     def doubt_weight(self) -> None:
         """Compare the weight with what was projected before that is used again."""
         if (projected := self.__dict__.get("_projected")) is not None:
-            projected.made_of = ()
+            projected.remember()
 
     def _project(self) -> _Projected:
         """P(W) of the weight as it is; what it was made of is remembered by its version."""
         weight = whole(self.weight)
-        made_of: tuple[Any, ...] = ()  # tensors of inference mode do not count their changes
-        if not weight.is_inference():
-            made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        made_of: tuple[Any, ...] = ()
+        # Tensors of inference mode do not count their changes, and one that is made for each pass
+        # may lie where that of the last pass lay. A Parameter that is held cannot be mistaken.
+        if isinstance(weight, nn.Parameter) and not weight.is_inference():
+            made_of = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._projected is not None and made_of and self._projected.made_of == made_of:
             return self._projected
         if self._projected is not None and not self._still_holds(weight, self._projected):
             self.age = self.age + 1
         elif self._projected is not None:
-            self._projected.made_of = made_of
+            self._projected.remember(made_of, weight)
             return self._projected
         self._projected = None  # its memory serves the next one
         shape = (self.out_features, self.in_features)
@@ -212,7 +219,7 @@ class SparseTrainingLinear(nn.Linear):
             sparse = Sparse24(values, self.indices, shape)
             dense = sparse.to_dense()
         self.indices, self._searched = sparse.indices.contiguous(), True
-        self._projected = _Projected(dense, sparse, made_of)
+        self._projected = _Projected(dense, sparse, made_of, weight)
         follow_fused_steps(self)
         return self._projected
 
@@ -222,15 +229,25 @@ class SparseTrainingLinear(nn.Linear):
         return hard_threshold_24(weight)
 
     def _has_to_search(self) -> bool:
-        # Indices name two places of a last group that has fewer columns, too, of which a mask that
-        # is transposable may keep one or none: they do not say which.
-        partial = self.projection == "transposable" and self.in_features % 4 != 0
-        always = not self._searched or partial or self.refresh == 1
+        always = not self._searched or self._searches_always()
         return always or not has_content(self.age) or int(self.age) >= self.refresh
 
+    def _searches_always(self) -> bool:
+        return self.refresh == 1 or self._indices_name_more()
+
+    def _indices_name_more(self) -> bool:
+        """Whether indices name two places of a last group that keeps one or none of them.
+
+        A mask that is transposable may, and they do not say which.
+        """
+        return self.projection == "transposable" and self.in_features % 4 != 0
+
     def _still_holds(self, weight: Tensor, projected: _Projected) -> bool:
-        """Whether a weight of unknown age is the one that was projected, by what was kept of it."""
-        if projected.made_of or self.projection == "soft":
+        """Whether a weight of unknown age is the one that was projected, by what was kept of it.
+
+        What was not kept does not matter before the next search.
+        """
+        if projected.made_of or self._searches_always():
             return False
         kept = torch.ops.gossamer.sparse24_gather(weight.detach(), projected.sparse.indices)
         return torch.equal(kept, projected.sparse.values)
@@ -244,7 +261,7 @@ class SparseTrainingLinear(nn.Linear):
         if follows and torch.compiler.is_compiling():
             # Nothing is kept from step to step, so a graph may hold it whole.
             with torch.no_grad():
-                projected = _Projected(*self._thresholded(whole(self.weight)), ())
+                projected = _Projected(*self._thresholded(whole(self.weight)))
         else:
             # Outside inference mode, or what is kept could never be saved for a backward.
             with torch.inference_mode(False), torch.no_grad():
@@ -310,9 +327,14 @@ class SparseTrainingLinear(nn.Linear):
 class _Projected:
     """P(W), dense and packed, and of which weight."""
 
-    def __init__(self, dense: Tensor, sparse: Sparse24, made_of: tuple[Any, ...]) -> None:
-        self.dense, self.sparse, self.made_of = dense, sparse, made_of
+    def __init__(self, dense: Tensor, sparse: Sparse24, *made_of: Any) -> None:
+        self.dense, self.sparse = dense, sparse
+        self.remember(*made_of)
         self._cast: tuple[Tensor, Sparse24] | None = None
+
+    def remember(self, made_of: tuple[Any, ...] = (), weight: Tensor | None = None) -> None:
+        self.made_of = made_of
+        self.weight = weight if made_of else None  # held, so that no other has its place
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Sparse24]:
         if self.dense.dtype == dtype:
