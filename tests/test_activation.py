@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -139,6 +140,19 @@ def test_squared_relu_on_cuda() -> None:
     assert int(dropped) == int(x.relu().count_nonzero() - kept.count_nonzero())
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx != 0, kept != 0)
+
+
+def test_squared_relu_is_where_its_operands_are_and_traced() -> None:
+    x, weight = torch.randn(9, 16), torch.randn(6, 16)
+    wanted = relu2_24_linear(x, weight)
+    with torch.device("meta"):
+        assert torch.equal(relu2_24_linear(x, weight), wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that become constants
+        traced = torch.jit.trace(lambda x: relu2_24_linear(x, weight), (x,))
+    assert torch.equal(traced(2 * x), relu2_24_linear(2 * x, weight))
+    with pytest.raises(TypeError, match=r"relu2_24_linear: weight is torch\.int32"):
+        relu2_24_linear(x.int(), weight.int())
 
 
 def test_squared_relu_gradients_and_shapes() -> None:

@@ -463,6 +463,7 @@ def test_decode_mistakes(
     ("change", "error", "text"),
     [
         ({"k": 0}, ValueError, "k is 0, expected 1 to 4"),
+        ({"k": None}, TypeError, "k is None, expected a whole number"),
         ({"k": 5}, ValueError, "k is 5, expected 1 to 4"),
         ({"k": 2.0}, TypeError, "k is 2.0, expected a whole number"),
         ({"x": torch.randn(3, 6)}, ValueError, "6 features, the weight expects 5"),

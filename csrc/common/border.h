@@ -91,7 +91,7 @@ inline Activation activation_of(const char* op, const std::string& text) {
   if (text == "relu") return Activation::kReLU;
   if (text == "gelu") return Activation::kGELU;
   if (text == "silu") return Activation::kSiLU;
-  fail(op, ": activation '", text, "' is unknown, expected none, relu, gelu or silu");
+  fail(op, ": activation '", text, "', expected None, 'relu', 'gelu' or 'silu'");
 }
 
 // [n] of this dtype on the device of x, or null where there is none.

@@ -70,7 +70,7 @@ def soft_threshold_24(weight: Tensor, scale: float | Tensor = 1.0) -> tuple[Tens
 
 
 def _projected(weight: Tensor, soft: bool, scale: float | Tensor) -> tuple[Tensor, Sparse24]:
-    scale = torch.as_tensor(scale, dtype=torch.float64)
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=weight.device)
     dense, values, indices = torch.ops.gossamer.sparse24_project(weight, soft, scale)
     return dense, Sparse24(values, indices, (weight.shape[0], weight.shape[1]))
 

@@ -205,7 +205,10 @@ def largest(units: Tensor, keep: int) -> Tensor:
     if not 0 < keep < units.shape[-1]:
         return torch.full_like(units, keep > 0, dtype=torch.bool)
     units = units.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    least = units.kthvalue(units.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+    if units.is_cuda:  # where selecting is one thread block's, and of no fixed order in torch 2.9
+        least = units.sort(dim=-1).values[..., -keep, None]
+    else:
+        least = units.kthvalue(units.shape[-1] - keep + 1, dim=-1, keepdim=True).values
     above, level = units > least, units == least
     wide = torch.int32 if units.shape[-1] < 2**31 else torch.int64  # a tenth of the time
     missing = keep - above.sum(-1, keepdim=True, dtype=wide)

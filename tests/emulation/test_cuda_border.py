@@ -42,19 +42,6 @@ def test_matches_dense(gpu: Gpu, capability: int, m: int, dtype: torch.dtype, ke
     assert gpu.kernel == kernel
 
 
-def test_many_rows_of_float32_are_dense_where_tf32_is_allowed(gpu: Gpu) -> None:
-    kernels = []
-    for precision, rows in (("highest", 256), ("high", 255), ("high", 256)):
-        check(2, 16, 32, torch.bfloat16)  # what ran before
-        torch.set_float32_matmul_precision(precision)
-        try:
-            check(rows, 10, 20, torch.float32)
-        finally:
-            torch.set_float32_matmul_precision("highest")
-        kernels.append(gpu.kernel)
-    assert kernels == [FLOAT32, FLOAT32, DECODE]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_rows_of_few_tiles(gpu: Gpu, dtype: torch.dtype) -> None:
     for multiprocessors in (4, 40):

@@ -20,7 +20,7 @@ _ACTIVATIONS = {"none": None, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 def activation_of(op: str, name: str) -> Callable[[Tensor], Tensor] | None:
     """The activation by its name, or None for "none"."""
     if name not in _ACTIVATIONS:
-        raise ValueError(f"{op}: activation {name!r} is unknown, expected none, relu, gelu or silu")
+        raise ValueError(f"{op}: activation {name!r}, expected None, 'relu', 'gelu' or 'silu'")
     return _ACTIVATIONS[name]
 
 

@@ -6,10 +6,12 @@ of the weight's rows, so its kernels, gradients and GPU paths serve here.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..projection24 import hard_threshold_24
+from ..formats.stored import check_dense
+from ..prune import magnitude_24
 from .operands import (
     all_autocast_to,
     as_rows,
@@ -80,6 +82,7 @@ def relu2_24_linear(
     autocast = autocast_dtype(x)
     if autocast is not None:
         x, weight, bias = all_autocast_to(autocast, x, weight, bias)
+    check_dense(_OP, weight)
     check_dtypes(_OP, weight.dtype, x=x, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"{_OP}: weight has shape {list(weight.shape)}, expected [N, K]")
@@ -98,9 +101,19 @@ def _product(activations: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     tokens, features = activations.shape
     if tokens == 0 or features == 0:
         return activations @ weight.t(), activations
-    _, kept = hard_threshold_24(activations)
-    values = gather(activations, kept.indices) if gradient_wanted(activations) else kept.values
-    y = sparse24_linear_tensors(
-        weight, values, kept.indices, None, (tokens, features), activations.dtype
-    )
+    values, indices = _packed(activations.detach())
+    if gradient_wanted(activations):
+        values = gather(activations, indices)
+    y = sparse24_linear_tensors(weight, values, indices, None, (tokens, features), weight.dtype)
     return y.t().contiguous(), values
+
+
+def _packed(activations: Tensor) -> tuple[Tensor, Tensor]:
+    """The two largest of every four, as values and indices; on the CPU in one pass."""
+    ops = torch.ops.gossamer
+    if activations.device.type != "cpu":
+        packed: tuple[Tensor, Tensor] = ops.sparse24_from_dense(magnitude_24(activations))
+        return packed
+    scale = torch.ones((), dtype=torch.float64, device=activations.device)
+    _, values, indices = ops.sparse24_project(activations, False, scale)
+    return values, indices

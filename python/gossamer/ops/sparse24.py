@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
@@ -125,11 +124,6 @@ library.define(
 _linear = torch.ops.gossamer.sparse24_linear.default
 _from_panels = torch.ops.gossamer.sparse24_from_panels.default
 _to_panels = torch.ops.gossamer.sparse24_to_panels.default
-_to_dense = torch.ops.gossamer.sparse24_to_dense.default
-# Where torch may round float32 to tf32, from so many rows on its product of the dense weight is
-# faster than exact kernels, whose multiply-adds the tensor cores do not do. By arithmetic: writing
-# the weight takes as long as half of these rows.
-_TF32_ROWS = 256
 
 
 def _linear_native(
@@ -174,19 +168,9 @@ def _linear_native_cuda(
     dims = x.dim()
     check_features(_OP, x, dims, in_features)
     rows = aligned_rows(as_rows(x, dims))
-    if indices is not None and x.dtype == torch.float64:
-        raise TypeError(f"{_OP}: float64 has a kernel on the CPU only")
-    if (
-        x.dtype == torch.float32
-        and rows.shape[0] >= _TF32_ROWS
-        and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    ):
-        if indices is None:
-            values, indices = _from_panels(values, in_features, out_features, x.dtype)
-        y = F.linear(x, _to_dense(values, indices, in_features), bias)
-        activate = activation_of(_OP, activation)
-        return y if activate is None else activate(y)
     if indices is not None:
+        if x.dtype == torch.float64:
+            raise TypeError(f"{_OP}: float64 has a kernel on the CPU only")
         # One pass over the weight, for which a product of many rows has time.
         values = _to_panels(values.detach(), indices, in_features)
     out = x.new_empty((*x.shape[:-1], out_features))

@@ -39,7 +39,12 @@ _CPU_BYTES = 32 << 20
 
 
 def topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, k: int = 0, *, relu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    k: int | None = None,
+    *,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations of each token: ``topk(x @ weight.T + b, k)``, then ReLU.
 
