@@ -252,7 +252,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="to_dense: the layer applies 'relu'"):
         layer.to_dense()
     layer.activation = "tanh"
-    with pytest.raises(ValueError, match="activation 'tanh' is unknown, expected"):
+    with pytest.raises(ValueError, match="activation 'tanh', expected None"):
         layer(torch.randn(1, 8, 4, 4))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,7 +178,8 @@ def test_layouts_of_maps_that_nobody_checked(kernels: KernelLibrary) -> None:
     for t in hostile:
         t[1::3] = torch.randint(-(2**31), 2**31 - 1, t[1::3].shape).to(t.dtype)
     for map in (hostile, [*hostile[:2], drawn.tap_offsets, *hostile[3:]]):
-        vouch(tuple(map), 50, 200)
+        made: Any = SimpleNamespace(tensors=tuple(map), n_in=50, n_out=200)
+        vouch(made)
         output_table(tuple(map), 50, 200)
     pair_segments(tuple(map), 50, 200)
 
