@@ -118,8 +118,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def describe_commit(folder: Path = ROOT) -> dict[str, Any]:
-    """The checkout's commit; ``id`` is "unversioned" outside git or before the first commit."""
+def describe_commit(folder: Path = ROOT, named: str | None = None) -> dict[str, Any]:
+    """The checkout's commit, by another name where one is given.
+
+    ``id`` is "unversioned" outside git or before the first commit.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -129,12 +132,12 @@ def describe_commit(folder: Path = ROOT) -> dict[str, Any]:
 
     try:
         return {
-            "id": git("rev-parse", "HEAD"),
+            "id": named or git("rev-parse", "HEAD"),
             "time": git("show", "-s", "--format=%cI", "HEAD"),
             "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         }
     except (OSError, subprocess.CalledProcessError):
-        return {"id": "unversioned", "time": None, "dirty": False}
+        return {"id": named or "unversioned", "time": None, "dirty": False}
 
 
 @dataclass(frozen=True)

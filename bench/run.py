@@ -246,9 +246,7 @@ def _keep(
     from machine import cpu_name, describe_commit
     from record import default_path, write_record
 
-    commit = describe_commit()
-    if options.commit:
-        commit["id"] = options.commit
+    commit = describe_commit(named=options.commit)
     device = cpu_name(machine["cpu"])
     if options.json:
         path = default_path(options.json, device, commit, ".json")

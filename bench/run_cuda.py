@@ -221,9 +221,7 @@ def keep(
     others: Sequence[CudaCase] = (),
 ) -> None:
     """Write the record and the picture that were asked for; the picture has no other cases."""
-    commit = describe_commit()
-    if options.commit:
-        commit["id"] = options.commit
+    commit = describe_commit(named=options.commit)
     device = gpu_name(gpu["name"])
     if options.json:
         path = default_path(options.json, device, commit, ".json")
